@@ -1,0 +1,31 @@
+"""tokcom_hf: fewer tokens, as Hugging Face models.
+
+Importing the package registers its models with the Auto classes and its pipelines with `pipeline()`; trainers, data
+and plots are imported on first use.
+"""
+
+from importlib import import_module
+
+from .registry import MODELS, register_all
+
+__version__ = "0.1.0"
+
+# Public name -> submodule. Models come from the registry, so that a row there is all a new model needs.
+_LAZY = {name: f"models.configuration_{row.stem}" for row in MODELS for name in [row.config]}
+_LAZY |= {row.model: f"models.modeling_{row.stem}" for row in MODELS}
+_LAZY |= {}
+
+__all__ = sorted(_LAZY)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+register_all()

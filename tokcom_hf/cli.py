@@ -1,0 +1,169 @@
+"""Recipe arguments: a YAML file of sections, overridden by the command line.
+
+A recipe names its sections (for example `run`, `vae`, `vae_training`), each a dataclass. In the YAML file every section
+is a mapping. On the command line `--vae.hidden_size 256` sets one field of one section, and `--seed 3` sets that field
+in every section that has it. Values are read as YAML, with `5e-4` understood as a number.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """A command line or configuration file that cannot be used; its message is meant for the user."""
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+# PyYAML follows YAML 1.1, where 5e-4 is a string.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Parses YAML, reading `5e-4` as a float."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def parse_recipe(
+    doc: str,
+    sections: dict[str, type],
+    default_config: str | Path | None = None,
+    argv: Sequence[str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Reads `--config file.yaml` and command-line overrides into one dictionary per section.
+
+    Args:
+        doc: the recipe's docstring, printed by `--help`.
+        sections: section name -> dataclass (a model config, a `TrainingArguments`, or the recipe's own).
+        default_config: YAML file used when `--config` is not given.
+        argv: arguments without the program name; `sys.argv[1:]` by default.
+
+    Returns:
+        section name -> {field: value}, holding only what the file or the command line set.
+
+    Raises:
+        RecipeError: unknown section or flag (with the nearest known one), missing file, or a value of the wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in argv or "--help" in argv:
+        print(_help(doc, sections))
+        raise SystemExit(0)
+    config_path, overrides = _split(argv, default_config)
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    if config_path is not None:
+        if not Path(config_path).is_file():
+            raise RecipeError(f"Configuration file {str(config_path)!r} does not exist.")
+        loaded = read_yaml(Path(config_path).read_text(encoding="utf-8")) or {}
+        for section, mapping in loaded.items():
+            if section not in sections:
+                raise RecipeError(f"{config_path}: unknown section {section!r}; this recipe has {', '.join(sections)}.")
+            for field, value in (mapping or {}).items():
+                _set(values, sections, f"{section}.{field}", value, f"{config_path}: ")
+    for flag, value in overrides:
+        _set(values, sections, flag, value, "--")
+    return values
+
+
+def _split(argv: list[str], config: str | Path | None) -> tuple[str | Path | None, list[tuple[str, Any]]]:
+    overrides: list[tuple[str, Any]] = []
+    position = 0
+    while position < len(argv):
+        token = argv[position]
+        if not token.startswith("--"):
+            raise RecipeError(f"Unexpected argument {token!r}; options look like --name value.")
+        name, has_value, value = token[2:].partition("=")
+        position += 1
+        if not has_value:
+            words = []
+            while position < len(argv) and not argv[position].startswith("--"):
+                words.append(argv[position])
+                position += 1
+            # A flag alone means true; several words mean a list, as argparse's nargs="+".
+            value = "true" if not words else words[0] if len(words) == 1 else words
+        if name == "config":
+            config = value
+        else:
+            overrides.append((name, value if isinstance(value, list) else value))
+    return config, overrides
+
+
+def _set(values, sections, flag: str, value, origin: str) -> None:
+    section, dot, field = flag.partition(".")
+    field = (field if dot else section).replace("-", "_")
+    if dot and section not in sections:
+        raise RecipeError(f"{origin}{flag}: unknown section {section!r}; this recipe has {', '.join(sections)}.")
+    targets = [section] if dot else [name for name, cls in sections.items() if field in _fields(cls)]
+    targets = [name for name in targets if field in _fields(sections[name])]
+    if not targets:
+        known = [f"{name}.{key}" for name, cls in sections.items() for key in _fields(cls)]
+        near = difflib.get_close_matches(flag, known + [key.partition(".")[2] for key in known], n=1)
+        hint = f" Did you mean {near[0]}?" if near else " See --help."
+        raise RecipeError(f"{origin}{flag}: no such option.{hint}")
+    for name in targets:
+        values[name][field] = _convert(value, _fields(sections[name])[field], f"{origin}{flag}", origin == "--")
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(cls) if field.init}
+
+
+def _convert(value, annotation, where: str, from_command_line: bool):
+    """Checks plain scalar annotations; anything richer is left to the dataclass itself."""
+    kinds = set(typing.get_args(annotation)) if _is_union(annotation) else {annotation}
+    if from_command_line:
+        words = value if isinstance(value, list) else [value]
+        if kinds <= {str, type(None)} and len(words) == 1:
+            return None if words[0] in ("none", "null") and type(None) in kinds else words[0]
+        parsed = [read_yaml(word) for word in words]
+        value = parsed if len(parsed) > 1 else parsed[0]
+    plain = {int, float, bool, str, type(None)}
+    if not kinds <= plain or type(value) in kinds:
+        return value
+    if float in kinds and type(value) is int:
+        return float(value)
+    if str in kinds and not isinstance(value, (list, dict)):
+        return str(value)
+    names = " or ".join(sorted("none" if kind is type(None) else kind.__name__ for kind in kinds))
+    raise RecipeError(f"{where}: expected {names}, got {value!r}.")
+
+
+def _is_union(annotation) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _help(doc: str, sections: dict[str, type]) -> str:
+    lines = [doc.strip(), "", "Options (--section.field value, or --field value for every section that has it):"]
+    for name, cls in sections.items():
+        lines.append(f"\n[{name}] {cls.__name__}")
+        for field in dataclasses.fields(cls):
+            if not field.init or field.name.startswith("_"):
+                continue
+            text = " ".join(str(field.metadata.get("help", "")).split())
+            default = "" if field.default is dataclasses.MISSING else f" (default {field.default!r})"
+            lines.append(f"  --{field.name}{default}" + (f"  {text}" if text else ""))
+    return "\n".join(lines)
+
+
+def run_recipe(main) -> None:
+    """Calls `main()` and ends the process; the user's mistakes become one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from (error if "--traceback" in sys.argv else None)

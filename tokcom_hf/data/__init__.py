@@ -1,0 +1,1 @@
+"""Embedded offline data sets, local-file and Hub loaders, collators."""

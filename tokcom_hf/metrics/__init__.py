@@ -1,0 +1,1 @@
+"""Plain metric functions: tensors or arrays in, dictionaries of floats out."""

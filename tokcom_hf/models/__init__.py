@@ -1,0 +1,1 @@
+"""Model files that travel to the Hub: flat, importing only torch, transformers and their siblings."""

@@ -1,0 +1,1 @@
+"""Trainer subclasses and their TrainingArguments."""
