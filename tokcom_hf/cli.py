@@ -71,7 +71,9 @@ def parse_recipe(
         loaded = read_yaml(Path(config_path).read_text(encoding="utf-8")) or {}
         for section, mapping in loaded.items():
             if section not in sections:
-                raise RecipeError(f"{config_path}: unknown section {section!r}; this recipe has {', '.join(sections)}.")
+                raise RecipeError(
+                    f"{config_path}: unknown section {section!r}; this recipe has {', '.join(sections)}."
+                )
             for field, value in (mapping or {}).items():
                 _set(values, sections, f"{section}.{field}", value, f"{config_path}: ")
     for flag, value in overrides:
