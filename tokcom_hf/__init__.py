@@ -13,9 +13,14 @@ __version__ = "0.1.0"
 # Public name -> submodule. Models come from the registry, so that a row there is all a new model needs.
 _LAZY = {name: f"models.configuration_{row.stem}" for row in MODELS for name in [row.config]}
 _LAZY |= {row.model: f"models.modeling_{row.stem}" for row in MODELS}
-_LAZY |= {}
+_LAZY |= {
+    "TokComVAETrainer": "trainers.tokcom",
+    "TokComVAETrainingArguments": "trainers.tokcom",
+    "DenoiserTrainer": "trainers.tokcom",
+    "DenoiserTrainingArguments": "trainers.tokcom",
+}
 
-__all__ = sorted(_LAZY)  # noqa: PLE0605
+__all__ = sorted(_LAZY)
 
 
 def __getattr__(name: str):

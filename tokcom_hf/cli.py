@@ -100,7 +100,7 @@ def _split(argv: list[str], config: str | Path | None) -> tuple[str | Path | Non
         if name == "config":
             config = value
         else:
-            overrides.append((name, value if isinstance(value, list) else value))
+            overrides.append((name, value))
     return config, overrides
 
 

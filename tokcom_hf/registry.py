@@ -42,7 +42,11 @@ class ProcessorRow(NamedTuple):
     auto_class: str = "AutoProcessor"
 
 
-MODELS: tuple[ModelRow, ...] = ()
+MODELS: tuple[ModelRow, ...] = (
+    ModelRow("tokcom_vae", "TokComVAEConfig", "TokComVAE"),
+    ModelRow("tokcom_denoiser", "DenoisedModelConfig", "DenoisedModel"),
+    ModelRow("tokcom", "TokComConfig", "TokComModel"),
+)
 PIPELINES: tuple[PipelineRow, ...] = ()
 PROCESSORS: tuple[ProcessorRow, ...] = ()
 

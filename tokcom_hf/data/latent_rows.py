@@ -1,0 +1,87 @@
+"""Latents of a whole corpus under a frozen VAE, encoded once and memory-mapped."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+
+class LatentRows(torch.utils.data.Dataset):
+    """Rows of `latents (chunks, latent)`, `input_ids (length,)` and `attention_mask (length,)`.
+
+    The latents live in a memory-mapped file, so a corpus may be larger than memory.
+    """
+
+    def __init__(self, rows: Any, latents_file: Path, mean: torch.Tensor, std: torch.Tensor):
+        self.rows = rows
+        self.latents = np.load(latents_file, mmap_mode="r")
+        self.mean, self.std = mean, std
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.rows[index]
+        return {
+            "latents": torch.from_numpy(np.array(self.latents[index])),
+            "input_ids": torch.as_tensor(row["input_ids"]),
+            "attention_mask": torch.as_tensor(row["attention_mask"]),
+        }
+
+
+@torch.no_grad()
+def encode_rows(
+    vae: Any, rows: Any, file: str | Path, batch_size: int = 64, description: str = "encoding"
+) -> LatentRows:
+    """Encodes `rows` (items with `input_ids`, `attention_mask`) with a frozen `vae` into `<file>`, or reuses it.
+
+    The file is reused only where weights and rows are the ones it was written from (fingerprint beside it). Mean and
+    standard deviation per latent dimension are taken over real (not padded) chunks.
+    """
+    file = Path(file)
+    vae.eval()
+    chunk_size, device = vae.config.chunk_size, next(vae.parameters()).device
+    fingerprint = _fingerprint(vae, rows)
+    side = file.with_suffix(".json")
+    if file.is_file() and side.is_file():
+        stored = json.loads(side.read_text(encoding="utf-8"))
+        if stored["fingerprint"] == fingerprint:
+            return LatentRows(rows, file, torch.tensor(stored["mean"]), torch.tensor(stored["std"]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    side.unlink(missing_ok=True)
+    chunks = len(rows[0]["input_ids"]) // chunk_size
+    shape = (len(rows), chunks, vae.config.latent_size)
+    latents = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    total = torch.zeros(shape[-1], dtype=torch.float64)
+    squares, count = torch.zeros_like(total), 0
+    for start in tqdm(range(0, len(rows), batch_size), desc=description, unit="batch"):
+        batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+        ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in batch])
+        mask = torch.stack([torch.as_tensor(row["attention_mask"]) for row in batch])
+        encoded = vae.encode(ids.to(device)).float().cpu()
+        latents[start : start + len(batch)] = encoded.numpy()
+        real = encoded[mask.view(len(batch), chunks, chunk_size).any(dim=-1)].double()
+        total += real.sum(dim=0)
+        squares += (real**2).sum(dim=0)
+        count += len(real)
+    latents.flush()
+    mean = total / max(1, count)
+    std = (squares / max(1, count) - mean**2).clamp(min=1e-8).sqrt()
+    stored = {"fingerprint": fingerprint, "mean": mean.float().tolist(), "std": std.float().tolist()}
+    side.write_text(json.dumps(stored), encoding="utf-8")
+    return LatentRows(rows, file, mean.float(), std.float())
+
+
+def _fingerprint(vae: Any, rows: Any) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().float().numpy().tobytes())
+    digest.update(str(len(rows)).encode())
+    for index in range(len(rows)):
+        digest.update(np.asarray(rows[index]["input_ids"], dtype=np.int64).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""How well latents carry text: accuracies of the autoencoder and of the denoiser, with and without noise."""
+
+from typing import Any
+
+import torch
+
+
+def token_and_chunk_accuracy(
+    predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, chunk_size: int
+) -> dict[str, float]:
+    """Share of right tokens, and of chunks whose real tokens are all right.
+
+    Args:
+        predicted, target: ids (rows, length), `length` a multiple of `chunk_size`.
+        mask: (rows, length), 1 = counts, 0 = padding.
+    """
+    mask = mask.bool()
+    right = (predicted == target) | ~mask
+    chunk_counts = mask.view(len(mask), -1, chunk_size).any(dim=-1)
+    chunk_right = right.view(len(right), -1, chunk_size).all(dim=-1)
+    return {
+        "token_accuracy": ((predicted == target) & mask).sum().item() / max(1, int(mask.sum())),
+        "chunk_accuracy": (chunk_right & chunk_counts).sum().item() / max(1, int(chunk_counts.sum())),
+    }
+
+
+@torch.no_grad()
+def reconstruction_metrics(
+    vae: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    noise_levels: tuple[float, ...] = (0.0, 0.5),
+    seed: int = 0,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Accuracy of `vae` on (rows, length) ids with noise of σ × the latents' own standard deviation.
+
+    Returns `token_accuracy` and `chunk_accuracy` (σ = 0), `token_accuracy_sigma_0.5` and so on for the other levels, and
+    the latents' `latent_std` (mean over dimensions) and `active_dimensions` (standard deviation above 0.1 of the largest).
+    """
+    vae.eval()
+    device = next(vae.parameters()).device
+    latents = torch.cat([vae.encode(rows.to(device)).float().cpu() for rows in input_ids.split(batch_size)])
+    real = attention_mask.view(len(attention_mask), -1, vae.config.chunk_size).any(dim=-1)
+    std = latents[real].std(dim=0)
+    metrics = {
+        "latent_std": std.mean().item(),
+        "active_dimensions": float((std > 0.1 * std.max()).sum()),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    for level in noise_levels:
+        noisy = latents + level * std * torch.randn(latents.shape, generator=generator)
+        ids = torch.cat([vae.decode(rows.to(device)).cpu() for rows in noisy.split(batch_size)])
+        suffix = f"_sigma_{level:g}" if level else ""
+        accuracies = token_and_chunk_accuracy(ids, input_ids, attention_mask, vae.config.chunk_size)
+        metrics |= {f"{name}{suffix}": value for name, value in accuracies.items()}
+    return metrics
+
+
+@torch.no_grad()
+def denoising_metrics(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    times: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9),
+    seed: int = 0,
+) -> dict[str, float]:
+    """Token accuracy of one denoiser prediction from x_t, beside decoding x_t itself, for each t (0 noise, 1 clean).
+
+    Returns `denoised_accuracy_t_0.1`, `direct_accuracy_t_0.1`, and so on.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    ids, mask = input_ids.to(device), attention_mask.to(device)
+    clean = model.standardize(model.encode(ids))
+    chunk_mask = mask.view(len(mask), -1, model.config.vae.chunk_size).any(dim=-1).long()
+    generator = torch.Generator().manual_seed(seed)
+    noise = (torch.randn(clean.shape, generator=generator) * model.config.noise_std).to(clean)
+    metrics = {}
+    for t in times:
+        x_t = (1 - t) * noise + t * clean
+        steps = torch.full((len(ids),), t, device=device)
+        predicted = model(x_t, steps, attention_mask=chunk_mask).clean_latents
+        for name, latents in (("denoised", predicted), ("direct", x_t)):
+            decoded = model.decode(model.unstandardize(latents))
+            accuracy = token_and_chunk_accuracy(decoded, ids, mask, model.config.vae.chunk_size)["token_accuracy"]
+            metrics[f"{name}_accuracy_t_{t:g}"] = accuracy
+    return metrics

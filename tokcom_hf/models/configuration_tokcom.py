@@ -1,0 +1,66 @@
+"""Configuration of `TokComModel`."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .configuration_tokcom_denoiser import DenoisedModelConfig
+from .configuration_tokcom_vae import TokComVAEConfig
+
+
+@strict
+class TokComConfig(PreTrainedConfig):
+    """VAE + denoiser + the statistics of the latents. The defaults are the documented numbers.
+
+    vae, denoiser: configurations of the two parts.
+    standardize_latents: the flow runs on (z − mean) / std with the statistics of the training data.
+    noise_std: standard deviation of the flow's noise x0; 0.05 is documented, 1–2 on standardised latents works.
+    time_distribution, time_mean, time_std: training times, "uniform" (documented) or "logit_normal" σ(N(mean, std²)).
+    mse_weight: weight of the velocity-weighted squared error of x1; 0 is documented.
+    cross_entropy_weight: weight of the cross-entropy through the frozen decoder; 1 is documented.
+    clean_prefix: in training a random prefix stays clean with its own t = 1 and out of the loss, as prompts are in
+        generation; without it (documented) prompts are noised in training and t is one for all.
+    prefix_dropout: share of training rows without any clean prefix (needed for guidance).
+    self_conditioning_rate: share of training steps that see an earlier prediction (with denoiser.self_conditioning).
+    block_sizes: chunks per block drawn in training of a block_causal denoiser; 0 stands for the whole sequence.
+    eos_token_id: ends a generated sequence and fills the chunk before an odd prompt; None keeps everything.
+    max_chunks: chunks per sequence in training (1024 tokens / 4).
+    """
+
+    model_type = "tokcom"
+    sub_configs = {"vae": TokComVAEConfig, "denoiser": DenoisedModelConfig}
+
+    vae: TokComVAEConfig | dict | None = None
+    denoiser: DenoisedModelConfig | dict | None = None
+    standardize_latents: bool = False
+    noise_std: float | int = 0.05
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    time_mean: float | int = -1.0
+    time_std: float | int = 0.8
+    mse_weight: float | int = 0.0
+    cross_entropy_weight: float | int = 1.0
+    clean_prefix: bool = False
+    prefix_dropout: float | int = 0.1
+    self_conditioning_rate: float | int = 0.5
+    block_sizes: tuple[int, ...] | list[int] = (1, 4, 16, 64, 0)
+    eos_token_id: int | None = None
+    max_chunks: int = 256
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.vae is None:
+            self.vae = TokComVAEConfig()
+        elif isinstance(self.vae, dict):
+            self.vae = TokComVAEConfig(**self.vae)
+        if self.denoiser is None:
+            self.denoiser = DenoisedModelConfig(latent_size=self.vae.latent_size)
+        elif isinstance(self.denoiser, dict):
+            self.denoiser = DenoisedModelConfig(**{"latent_size": self.vae.latent_size, **self.denoiser})
+        if self.denoiser.latent_size != self.vae.latent_size:
+            raise ValueError(
+                f"VAE and denoiser must agree on latent_size, got {self.vae.latent_size} and "
+                f"{self.denoiser.latent_size}."
+            )
+        self.block_sizes = list(self.block_sizes)
+        super().__post_init__(**kwargs)

@@ -1,0 +1,128 @@
+"""Transformer layers shared by the text models: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Shapes follow the field's habit: `(batch, length, hidden)`. The attention is bidirectional; a mask says otherwise.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotary_embeddings(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
+    """cos and sin of RoPE (arXiv 2104.09864) for `positions` (batch or 1, length) -> two (…, length, head_dim).
+
+    Computed where it is used, in float32: a cached buffer would come back empty from the meta device.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float().unsqueeze(-1) * theta**-exponent
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain softmax attention; a boolean mask (True = may attend) broadcasts to (batch, heads, queries, keys)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.float().softmax(dim=-1).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with biased q/k/v projections, optionally reading keys and values of a prefix."""
+
+    is_causal = False
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=True)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: KeyValue,
+        attention_mask: torch.Tensor | None = None,
+        prefix: KeyValue | None = None,
+    ) -> tuple[torch.Tensor, KeyValue]:
+        """Returns (output, (key, value) of the positions given here, rotated)."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        own = (key, value)
+        if prefix is not None:
+            key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
+        attend: Callable = eager_attention
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, is_causal=False)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), own
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), arXiv 2002.05202."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings: KeyValue) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_embeddings)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def check_transformer_shape(config) -> None:
+    """Raises ValueError where the head counts of a config do not fit its hidden size."""
+    if config.hidden_size % config.num_attention_heads or (config.hidden_size // config.num_attention_heads) % 2:
+        raise ValueError(
+            f"hidden_size must be an even multiple of num_attention_heads, got hidden_size={config.hidden_size} and "
+            f"num_attention_heads={config.num_attention_heads}."
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads must be a multiple of num_key_value_heads, got {config.num_attention_heads} and "
+            f"{config.num_key_value_heads}."
+        )

@@ -1,0 +1,190 @@
+"""DenoisedModel: a transformer that predicts clean latents from noisy ones, conditioned on time by adaLN-Zero.
+
+Each block normalises with RMSNorm(h) · (1 + scale(t)) + shift(t) before attention and before the MLP; scale and shift
+come from zero-initialised linear maps of the time embedding (DiT, arXiv 2212.09748).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .configuration_tokcom_denoiser import DenoisedModelConfig
+from .layers import Attention, KeyValue, SwiGLU, rotary_embeddings
+
+
+@dataclass
+class DenoisedModelOutput(ModelOutput):
+    """clean_latents: (batch, chunks, latent); key_values: per layer, (key, value) of the positions given."""
+
+    clean_latents: torch.FloatTensor | None = None
+    key_values: list[KeyValue] | None = None
+
+
+def time_sinusoid(t: torch.Tensor, size: int, max_period: float) -> torch.Tensor:
+    """t (…) → (…, size) float32: cosines first, then sines, frequencies max_period^(−i / half)."""
+    half = size // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float().unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class AdaptiveNorm(nn.Module):
+    """RMSNorm(h) · (1 + scale) + shift with scale and shift from SiLU → Linear of the time embedding."""
+
+    def __init__(self, config: DenoisedModelConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.scale_shift_mlp = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, time: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+        """`time` (batch, groups, hidden) holds one embedding per distinct t, `groups` (length,) which one a position has."""
+        modulation = self.scale_shift_mlp(time)
+        if groups is not None:
+            modulation = modulation[:, groups]
+        scale, shift = modulation.chunk(2, dim=-1)
+        return self.norm(hidden_states) * (1 + scale) + shift
+
+
+class DenoiserBlock(GradientCheckpointingLayer):
+    """Attention and SwiGLU, each behind an adaptive norm."""
+
+    def __init__(self, config: DenoisedModelConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config)
+        self.adaln_attn = AdaptiveNorm(config)
+        self.adaln_mlp = AdaptiveNorm(config)
+
+    def forward(self, hidden_states, time, groups, rotary, attention_mask, prefix):
+        attended, key_value = self.self_attn(
+            self.adaln_attn(hidden_states, time, groups), rotary, attention_mask, prefix
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.adaln_mlp(hidden_states, time, groups)), key_value
+
+
+class DenoisedModel(PreTrainedModel):
+    """Flow-matching transformer over latents."""
+
+    config_class = DenoisedModelConfig
+    base_model_prefix = "denoiser"
+    main_input_name = "latents"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _no_split_modules = ["DenoiserBlock"]
+
+    def __init__(self, config: DenoisedModelConfig):
+        super().__init__(config)
+        size, latent = config.hidden_size, config.latent_size
+        inputs = 2 * latent if config.self_conditioning else latent
+        self.input_proj = nn.Identity() if inputs == size == latent else nn.Linear(inputs, size)
+        self.time_mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.SiLU(), nn.Linear(4 * size, size))
+        self.layers = nn.ModuleList([DenoiserBlock(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.output_proj = nn.Linear(size, latent)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, AdaptiveNorm):
+            # adaLN-Zero: every block starts as an unconditioned one.
+            init.zeros_(module.scale_shift_mlp[1].weight)
+            init.zeros_(module.scale_shift_mlp[1].bias)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        self_condition: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        block_index: torch.LongTensor | None = None,
+        past_key_values: list[KeyValue] | None = None,
+        position_offset: int = 0,
+        return_key_values: bool = False,
+        **kwargs,
+    ) -> DenoisedModelOutput:
+        """Predicts the clean latents.
+
+        Args:
+            latents: noisy x_t, (batch, chunks, latent).
+            timesteps: (batch,), (batch, chunks), or with `block_index` (batch, blocks); 0 = noise, 1 = clean.
+            self_condition: earlier prediction of the clean latents, same shape as `latents`; None means zeros.
+            attention_mask: (batch, prefix + chunks), 1 = real, 0 = padding.
+            context: clean latents (batch, chunks, latent) of the same positions. Training of `block_causal` models: block b
+                of `latents` sees itself and the clean blocks before b.
+            block_index: (chunks,) block number of each position, rising from 0; needed with `context`.
+            past_key_values: keys and values of finished blocks, as returned with `return_key_values`.
+            position_offset: position of the first latent.
+
+        Raises:
+            ValueError: the shape of `timesteps` fits neither.
+        """
+        batch, chunks, _ = latents.shape
+        dtype = self.output_proj.weight.dtype
+        times = timesteps.view(batch, -1)
+        groups = None
+        if times.shape[1] > 1:
+            groups = torch.arange(chunks, device=latents.device) if times.shape[1] == chunks else block_index
+            if groups is None or len(groups) != chunks or int(groups[-1]) >= times.shape[1]:
+                raise ValueError(
+                    f"timesteps must be (batch,), (batch, chunks) or, with block_index, (batch, blocks); got "
+                    f"{times.shape[1]} timesteps for {chunks} chunks."
+                )
+        positions = torch.arange(position_offset, position_offset + chunks, device=latents.device)
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        inputs = latents
+        if context is not None:
+            if block_index is None:
+                block_index = torch.zeros(chunks, dtype=torch.long, device=latents.device)
+            if groups is None:
+                groups = torch.zeros(chunks, dtype=torch.long, device=latents.device)
+            groups = torch.cat([groups, groups.new_full((chunks,), times.shape[1])])
+            times = torch.cat([times, times.new_ones(batch, 1)], dim=1)
+            positions = positions.repeat(2)
+            inputs = torch.cat([latents, context], dim=1)
+            structure = block_mask(block_index)
+            mask = structure if mask is None else structure & torch.cat([mask, mask], dim=-1)
+            # A padded query must see something, or its softmax is empty.
+            mask = mask | torch.eye(2 * chunks, dtype=torch.bool, device=latents.device)
+        if self.config.self_conditioning:
+            previous = torch.zeros_like(inputs)
+            if self_condition is not None:
+                previous[:, :chunks] = self_condition
+            inputs = torch.cat([inputs, previous], dim=-1)
+        hidden_states = self.input_proj(inputs.to(dtype))
+        sinusoid = time_sinusoid(
+            times * self.config.time_scale, self.config.hidden_size, float(self.config.time_max_period)
+        )
+        time = self.time_mlp(sinusoid.to(dtype))
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        rotary = rotary_embeddings(positions.unsqueeze(0), head_dim, self.config.rope_theta, dtype)
+        key_values: list[KeyValue] = []
+        for index, layer in enumerate(self.layers):
+            prefix = None if past_key_values is None else past_key_values[index]
+            hidden_states, key_value = layer(hidden_states, time, groups, rotary, mask, prefix)
+            if return_key_values:
+                key_values.append(key_value)
+        clean_latents = self.output_proj(self.norm(hidden_states[:, :chunks]))
+        return DenoisedModelOutput(clean_latents=clean_latents, key_values=key_values or None)
+
+
+def block_mask(block_index: torch.LongTensor) -> torch.Tensor:
+    """Which of [noisy, clean] may see which: (1, 1, 2 · chunks, 2 · chunks), True = may attend.
+
+    A noisy position sees its own noisy block and the clean blocks before it; a clean position sees the clean blocks up
+    to its own (block diffusion, arXiv 2503.09573).
+    """
+    row, column = block_index[:, None], block_index[None, :]
+    noisy = torch.cat([row == column, column < row], dim=1)
+    clean = torch.cat([torch.zeros_like(row == column), column <= row], dim=1)
+    return torch.cat([noisy, clean], dim=0)[None, None]

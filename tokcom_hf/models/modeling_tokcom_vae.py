@@ -1,0 +1,208 @@
+"""TokComVAE: chunks of text tokens to latent vectors and back.
+
+encoder:  ids (batch, chunk) → bidirectional transformer → last position, final norm → z (batch, latent)
+decoder:  [z, omni × (chunk − 1)] → bidirectional transformer → tied head → logits (batch, chunk, vocab)
+
+A sequence of many chunks is folded into the batch dimension: attention stays dense chunk × chunk, and the loss is the
+chunked cross-entropy, which never holds all logits at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .chunked_cross_entropy import chunked_cross_entropy
+from .configuration_tokcom_vae import TokComVAEConfig
+from .layers import Block, rotary_embeddings
+
+
+@dataclass
+class TokComVAEOutput(ModelOutput):
+    """Output of `TokComVAE`.
+
+    loss: scalar, with `labels`: reconstruction plus weighted KL.
+    logits: (batch, chunk, vocab); None where a loss was computed and `return_logits` is False.
+    latents: (batch, latent).
+    reconstruction_loss, kl_loss: the parts of `loss`, nats per token and nats per chunk.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    kl_loss: torch.FloatTensor | None = None
+
+
+class ChunkTransformer(nn.Module):
+    """Blocks and final norm over the positions of one chunk."""
+
+    def __init__(self, config: TokComVAEConfig, num_layers: int):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList([Block(config) for _ in range(num_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        rotary = rotary_embeddings(positions, head_dim, self.config.rope_theta, hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, rotary)
+        return self.norm(hidden_states)
+
+
+class TokComVAE(PreTrainedModel):
+    """Variational (or plain) autoencoder of token chunks."""
+
+    config_class = TokComVAEConfig
+    base_model_prefix = "vae"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+
+    def __init__(self, config: TokComVAEConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.encoder = ChunkTransformer(config, config.num_hidden_layers)
+        self.decoder = ChunkTransformer(config, config.num_decoder_layers)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        projected = config.latent_size != config.hidden_size or config.variational
+        self.latent_proj = nn.Linear(config.hidden_size, config.latent_size) if projected else nn.Identity()
+        self.log_variance_proj = nn.Linear(config.hidden_size, config.latent_size) if config.variational else None
+        self.decoder_proj = nn.Linear(config.latent_size, config.hidden_size) if projected else nn.Identity()
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> TokComVAEOutput:
+        """Reconstructs chunks.
+
+        Args:
+            input_ids: (batch, chunk) or (batch, length) with `length` a multiple of the chunk size, folded to chunks.
+            labels: same shape; -100 positions do not count.
+            return_logits: default True without labels, False with labels outside training logs (memory).
+
+        Raises:
+            ValueError: the length is no multiple of the chunk size.
+        """
+        chunks = self.fold(input_ids)
+        noisy_ids = chunks
+        if self.training and self.config.token_dropout > 0:
+            dropped = torch.rand(chunks.shape, device=chunks.device) < self.config.token_dropout
+            noisy_ids = chunks.masked_fill(dropped, self.config.omni_token_id)
+        mean, log_variance = self.posterior(noisy_ids)
+        latents, kl_loss = mean, None
+        if log_variance is not None:
+            kl = 0.5 * (mean.float() ** 2 + log_variance.exp() - 1.0 - log_variance)
+            kl_loss = kl.mean(dim=0).clamp(min=self.config.kl_free_nats).sum()
+            if self.training:
+                latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp().to(mean.dtype)
+        hidden_states = self.decode_hidden(self._perturb(latents))
+        loss = reconstruction = logits = None
+        if labels is not None:
+            reconstruction = chunked_cross_entropy(
+                hidden_states.reshape(-1, hidden_states.shape[-1]), self.lm_head.weight, labels.reshape(-1)
+            )
+            loss = reconstruction
+            if kl_loss is not None:
+                loss = loss + self.config.kl_weight * kl_loss
+        if return_logits or (return_logits is None and labels is None):
+            logits = self.lm_head(hidden_states)
+        return TokComVAEOutput(
+            loss=loss,
+            logits=logits,
+            latents=mean,
+            reconstruction_loss=None if reconstruction is None else reconstruction.detach(),
+            kl_loss=None if kl_loss is None else kl_loss.detach(),
+        )
+
+    def fold(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """ids (batch, length) → chunks (batch · length / chunk, chunk)."""
+        chunk = self.config.chunk_size
+        if input_ids.shape[-1] % chunk:
+            raise ValueError(
+                f"The number of tokens must be a multiple of chunk_size={chunk}, got {input_ids.shape[-1]}."
+            )
+        return input_ids.reshape(-1, chunk)
+
+    def posterior(self, chunks: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """ids (batch, chunk) → mean (batch, latent) and, if variational, log-variance (batch, latent) in float32."""
+        last = self.encoder(self.embed_tokens(chunks))[:, -1]
+        mean = self.latent_proj(last)
+        if self.config.fixed_norm:
+            mean = nn.functional.rms_norm(mean.float(), mean.shape[-1:], eps=self.config.rms_norm_eps).to(last.dtype)
+        if self.log_variance_proj is None:
+            return mean, None
+        return mean, self.log_variance_proj(last).float().clamp(-10.0, 4.0)
+
+    def _perturb(self, latents: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return latents
+        if self.config.latent_noise > 0:
+            scale = latents.detach().float().std(dim=0, unbiased=False) if len(latents) > 1 else latents.new_ones(())
+            level = torch.rand(len(latents), 1, device=latents.device) * self.config.latent_noise
+            latents = latents + (torch.randn_like(latents, dtype=torch.float32) * level * scale).to(latents.dtype)
+        return nn.functional.dropout(latents, self.config.latent_dropout)
+
+    def decode_hidden(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (batch, latent) → hidden states before the head (batch, chunk, hidden)."""
+        omni = self.embed_tokens.weight[self.config.omni_token_id]
+        query = omni.expand(len(latents), self.config.chunk_size - 1, -1)
+        return self.decoder(torch.cat([self.decoder_proj(latents).unsqueeze(1), query], dim=1))
+
+    def encode(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """ids (batch, length) → latents (batch, length / chunk, latent): the posterior mean, nothing random."""
+        mean, _ = self.posterior(self.fold(input_ids))
+        return mean.view(len(input_ids), -1, mean.shape[-1])
+
+    def decode_logits(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (batch, chunks, latent) → logits (batch, chunks · chunk_size, vocab), the omni token excluded."""
+        hidden_states = self.decode_hidden(latents.flatten(0, 1).to(self.lm_head.weight.dtype))
+        logits = self.lm_head(hidden_states).view(len(latents), -1, self.config.vocab_size)
+        return logits.index_fill(
+            -1, torch.tensor([self.config.omni_token_id], device=logits.device), torch.finfo(logits.dtype).min
+        )
+
+    def decode(
+        self, latents: torch.Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> torch.LongTensor:
+        """latents (batch, chunks, latent) → ids (batch, chunks · chunk_size); greedy at temperature 0."""
+        pieces = []
+        # 256 chunks at a time bound the logits to a few hundred megabytes at a 50k vocabulary.
+        for part in latents.split(max(1, 256 // max(1, len(latents))), dim=1):
+            logits = self.decode_logits(part)
+            if temperature > 0:
+                probabilities = (logits.float() / temperature).softmax(dim=-1).flatten(0, 1)
+                ids = torch.multinomial(probabilities, 1, generator=generator).view(logits.shape[:2])
+            else:
+                ids = logits.argmax(dim=-1)
+            pieces.append(ids)
+        return torch.cat(pieces, dim=1)

@@ -1,0 +1,72 @@
+"""Tables of samples during training: on the terminal, in `samples.jsonl`, and in the trackers in use."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+class SampleTableCallback(TrainerCallback):
+    """Every `args.sample_every` epochs asks the trainer for `sample_table(decode_text)` and shows it."""
+
+    def __init__(self, trainer: Any, width: int = 120):
+        self.trainer, self.width = trainer, width
+        self._next: float | None = None
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._maybe_show(args, state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Fractions of an epoch come due inside it; whole ones are left to on_epoch_end.
+        if args.sample_every < 1:
+            self._maybe_show(args, state)
+
+    def _maybe_show(self, args, state) -> None:
+        if self._next is None:
+            self._next = args.sample_every * (1 + int((state.epoch - 1e-6) / args.sample_every))
+        if state.epoch + 1e-6 < self._next or not state.is_world_process_zero:
+            return
+        self._next += args.sample_every
+        trainer = self.trainer
+        tokenizer = trainer.processing_class
+
+        def decode_text(ids: torch.Tensor) -> list[str]:
+            if tokenizer is None:
+                return [" ".join(map(str, row)) for row in ids.tolist()]
+            return tokenizer.batch_decode(ids)
+
+        model = trainer.unwrapped_model
+        training = model.training
+        model.eval()
+        # A table must not move the random state of the run it shows.
+        with torch.random.fork_rng(), trainer.averaged_weights():
+            table = trainer.sample_table(decode_text)
+        model.train(training)
+        self._print(table, state)
+        with (Path(args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **table}) + "\n")
+        self._track(table, state.global_step)
+
+    def _print(self, table: dict[str, list[str]], state) -> None:
+        lines = [f"samples at step {state.global_step} (epoch {state.epoch:.2f})"]
+        for row in zip(*table.values()):
+            for name, text in zip(table, row):
+                text = " ".join(text.split())
+                lines.append(f"  {name:>20}: {text[: self.width]}{'…' if len(text) > self.width else ''}")
+            lines.append("")
+        print("\n" + "\n".join(lines), flush=True)
+
+    def _track(self, table: dict[str, list[str]], step: int) -> None:
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                header = "| " + " | ".join(table) + " |\n|" + "---|" * len(table)
+                rows = [
+                    "| " + " | ".join(" ".join(cell.split()) for cell in row) + " |" for row in zip(*table.values())
+                ]
+                writer.add_text("samples", "\n".join([header, *rows]), step)
+            wandb = getattr(callback, "_wandb", None)
+            if wandb is not None and getattr(wandb, "run", None) is not None:
+                wandb.log({"samples": wandb.Table(columns=list(table), data=[list(r) for r in zip(*table.values())])})
