@@ -1,0 +1,67 @@
+"""BrierLM: a proper score for generators that only sample (CALM, arXiv 2510.27688).
+
+For a prefix with true continuation y and independent samples a, b of the model, 1{a=y} + 1{b=y} − 1{a=b} is an unbiased
+estimate of 2·p(y) − Σ_w p(w)², one minus the Brier score. It is taken over the first n tokens, n = 1 … 4, averaged over
+prefixes, and BrierLM is 100 times the geometric mean of the four.
+"""
+
+from itertools import combinations
+
+import numpy as np
+
+
+def brier_scores(samples: np.ndarray, targets: np.ndarray, max_order: int = 4) -> np.ndarray:
+    """Brier-n of each prefix.
+
+    Args:
+        samples: (prefixes, draws, ≥ max_order) ids, independent draws per prefix; two draws give the formula above,
+            more average it over all pairs (still unbiased, less noise).
+        targets: (prefixes, ≥ max_order) true continuations.
+
+    Returns:
+        (prefixes, max_order) values in [−1, 1].
+
+    Raises:
+        ValueError: fewer than two draws, too short continuations, or shapes that do not fit.
+    """
+    samples, targets = np.asarray(samples), np.asarray(targets)
+    if samples.ndim != 3 or targets.ndim != 2 or len(samples) != len(targets):
+        raise ValueError(
+            f"Expected samples (prefixes, draws, tokens) and targets (prefixes, tokens), got {samples.shape} and "
+            f"{targets.shape}."
+        )
+    draws = samples.shape[1]
+    if draws < 2:
+        raise ValueError(f"BrierLM needs at least two independent samples per prefix, got {draws}.")
+    if min(samples.shape[2], targets.shape[1]) < max_order:
+        raise ValueError(f"Continuations must hold {max_order} tokens, got {samples.shape[2]} and {targets.shape[1]}.")
+    samples, targets = samples[..., :max_order], targets[:, :max_order]
+    # logical_and.accumulate turns "token n agrees" into "the first n tokens agree".
+    hits = np.logical_and.accumulate(samples == targets[:, None], axis=-1).mean(axis=1)
+    pairs = list(combinations(range(draws), 2))
+    collisions = np.zeros(hits.shape)
+    for a, b in pairs:
+        collisions += np.logical_and.accumulate(samples[:, a] == samples[:, b], axis=-1)
+    return 2 * hits - collisions / len(pairs)
+
+
+def brier_lm(
+    samples: np.ndarray, targets: np.ndarray, max_order: int = 4, bootstrap: int = 200, seed: int = 0
+) -> dict[str, float]:
+    """BrierLM with its parts and a bootstrap standard error over prefixes; arguments as `brier_scores`.
+
+    Returns:
+        brier_lm: 100 · (Π Brier-n)^¼; 0 where an average is not positive (a model worse than that is not ranked by it).
+        brier_lm_error: bootstrap standard error. brier_1 … brier_4: averages · 100. prefixes: their number.
+    """
+    scores = brier_scores(samples, targets, max_order)
+    draws = np.random.default_rng(seed).integers(0, len(scores), (bootstrap, len(scores)))
+    resampled = [_geometric_mean(scores[rows].mean(axis=0)) for rows in draws]
+    means = scores.mean(axis=0)
+    result = {"brier_lm": _geometric_mean(means), "brier_lm_error": float(np.std(resampled))}
+    result |= {f"brier_{n}": 100.0 * float(mean) for n, mean in enumerate(means, 1)}
+    return result | {"prefixes": float(len(scores))}
+
+
+def _geometric_mean(means: np.ndarray) -> float:
+    return 0.0 if (means <= 0).any() else 100.0 * float(np.exp(np.log(means).mean()))

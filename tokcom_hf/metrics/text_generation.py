@@ -1,0 +1,148 @@
+"""One interface over everything that writes token ids: TokCom, causal language models, n-gram models, shuffled text.
+
+A sampler draws whole rows (`rows`) and several independent continuations of given prefixes (`continuations`). Nothing stops
+at EOS: models are trained on packed rows, where the next document follows, and equal token counts make rows comparable.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .text_ngram import KneserNey
+
+
+class Sampler(Protocol):
+    """What the evaluation asks of a generator."""
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        """Ids (count, length) from nothing."""
+        ...
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        """Ids (prefixes, draws, length) after `prefixes` (prefixes, prefix length)."""
+        ...
+
+
+@dataclass
+class TokComSampler:
+    """`TokComModel.generate` with fixed settings (num_steps, sampler, temperature, block_size ...)."""
+
+    model: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        chunks = -(-length // self.model.config.vae.chunk_size)
+        generator = torch.Generator().manual_seed(seed)
+        with _without_end(self.model):
+            parts = [
+                self.model.generate(num_chunks=chunks, batch_size=size, generator=generator, **self.settings)
+                for size in _batches(count, self.batch_size)
+            ]
+        return torch.cat(parts).cpu().numpy()[:, :length]
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        chunks = -(-length // self.model.config.vae.chunk_size)
+        generator = torch.Generator().manual_seed(seed)
+
+        def generate(ids: torch.Tensor) -> torch.Tensor:
+            settings = {"num_generate_chunks": chunks, "generator": generator, **self.settings}
+            return self.model.generate(ids, **settings)
+
+        with _without_end(self.model):
+            return _continue(generate, prefixes, draws, length, self.batch_size, self.model.device)
+
+
+@dataclass
+class CausalSampler:
+    """A causal language model with KV cache, sampling from its whole distribution at a temperature (0 is greedy)."""
+
+    model: Any
+    start_id: int
+    temperature: float = 1.0
+    batch_size: int = 64
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        start = np.full((count, 1), self.start_id)
+        return self.continuations(start, 1, length, seed)[:, 0]
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        choice: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            choice = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+
+        def generate(ids: torch.Tensor) -> torch.Tensor:
+            return self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, min_new_tokens=length,
+                eos_token_id=None, pad_token_id=self.start_id, use_cache=True, **choice,
+            )  # fmt: skip
+
+        # transformers' generate draws from the global generator; the caller's state is put back afterwards.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return _continue(generate, prefixes, draws, length, self.batch_size, self.model.device)
+
+
+@dataclass
+class KneserNeySampler:
+    """Samples of an n-gram model; order 1 is the unigram sampler."""
+
+    model: KneserNey
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        return self.model.sample(count, length, seed)
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        repeated = np.repeat(prefixes, draws, axis=0)
+        return self.model.sample(len(repeated), length, seed, repeated).reshape(len(prefixes), draws, length)
+
+
+@dataclass
+class ShuffledChunkSampler:
+    """Training chunks in random order: every chunk is real, the text is not."""
+
+    train: np.ndarray
+    chunk_size: int = 4
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        chunks = -(-length // self.chunk_size)
+        usable = len(self.train) // self.chunk_size
+        pieces = self.train[: usable * self.chunk_size].reshape(usable, self.chunk_size)
+        chosen = np.random.default_rng(seed).integers(0, usable, (count, chunks))
+        return pieces[chosen].reshape(count, -1)[:, :length]
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        return self.rows(len(prefixes) * draws, length, seed).reshape(len(prefixes), draws, length)
+
+
+def _batches(count: int, size: int) -> Iterator[int]:
+    for start in range(0, count, size):
+        yield min(size, count - start)
+
+
+def _continue(
+    generate: Callable[[torch.Tensor], torch.Tensor],
+    prefixes: np.ndarray,
+    draws: int,
+    length: int,
+    batch_size: int,
+    device: torch.device,
+) -> np.ndarray:
+    repeated = torch.as_tensor(np.repeat(prefixes, draws, axis=0), dtype=torch.long)
+    width = prefixes.shape[1]
+    parts = [generate(part.to(device))[:, width : width + length].cpu() for part in repeated.split(batch_size)]
+    return torch.cat(parts).numpy().reshape(len(prefixes), draws, length)
+
+
+@contextmanager
+def _without_end(model: Any) -> Iterator[None]:
+    """Inside the block TokCom does not stop at EOS."""
+    end, model.config.eos_token_id = model.config.eos_token_id, None
+    try:
+        yield
+    finally:
+        model.config.eos_token_id = end
