@@ -1,0 +1,146 @@
+"""Trains the autoregressive baseline of TokCom: a Llama of equal size on the same text with the same tokenizer.
+
+    python recipes/train_ar_baseline.py --match_tokcom outputs/tokcom --budget compute --output_dir outputs/ar_compute
+    python recipes/train_ar_baseline.py --match_tokcom outputs/tokcom --budget tokens --output_dir outputs/ar_tokens
+    python recipes/train_ar_baseline.py --train_file my.txt --parameters 8000000 --tokens 5000000
+
+`--budget compute` stops when its floating-point operations (matrix products and attention, counted on a real step) reach
+those of TokCom's two stages together; `--budget tokens` when it has seen as many tokens as both stages together. Name the
+same text as TokCom was trained on (--train_file, --dataset_name, --split_seed). Leaves model, tokenizer and `budget.json`.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, LlamaForCausalLM, set_seed
+
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.text_evaluation import TextSource, load_source
+from tokcom_hf.metrics.compute import count_parameters, count_training_flops, matching_llama_config
+from tokcom_hf.trainers.base import (
+    CompressionTrainer,
+    CompressionTrainingArguments,
+    check_output_dir,
+    last_complete_checkpoint,
+)
+from tokcom_hf.trainers.tokcom_budget import tokcom_budget
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_ar_baseline.yaml"
+
+
+@dataclass
+class RunArguments:
+    """What to match, and where to write."""
+
+    output_dir: str = field(default="outputs/ar_baseline", metadata={"help": "Folder of the model."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
+    resume_from_checkpoint: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
+    match_tokcom: str | None = field(
+        default=None, metadata={"help": "TokCom folder whose size, tokenizer, row length and budget are matched."}
+    )
+    budget: str = field(default="compute", metadata={"help": "With match_tokcom: 'compute' or 'tokens'."})
+    parameters: int | None = field(default=None, metadata={"help": "Model size where nothing is matched."})
+    tokens: float | None = field(default=None, metadata={"help": "Training tokens where nothing is matched."})
+    flops: float | None = field(default=None, metadata={"help": "Or training operations."})
+    num_layers: int | None = field(default=None, metadata={"help": "Depth; none takes the usual shape of that size."})
+    head_dim: int = field(default=32, metadata={"help": "Width of an attention head."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer where nothing is matched."})
+    tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer trained on the corpus."})
+    length: int = field(default=256, metadata={"help": "Tokens per row where nothing is matched."})
+    seed: int = field(default=42, metadata={"help": "Seed of weights and training."})
+
+
+SECTIONS = {"run": RunArguments, "data": TextSource, "training": CompressionTrainingArguments}
+
+
+class CausalTrainer(CompressionTrainer):
+    """Next-token loss on rows of `input_ids` and `attention_mask`; padding does not count."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        outputs = model(**inputs, labels=labels, use_cache=False)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+def main() -> None:
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
+    run, source = RunArguments(**values["run"]), TextSource(**values["data"])
+    if run.budget not in ("compute", "tokens"):
+        raise RecipeError(f"--budget must be compute or tokens, got {run.budget!r}.")
+    if run.match_tokcom is None and (run.parameters is None or (run.tokens is None) == (run.flops is None)):
+        raise RecipeError("Give --match_tokcom FOLDER, or --parameters with either --tokens or --flops.")
+    out = check_output_dir(run.output_dir, run.overwrite, run.resume_from_checkpoint)
+    set_seed(run.seed)
+    matched: dict[str, float] = {}
+    length, tokenizer, size = run.length, run.tokenizer, run.parameters
+    tokcom: Any = None
+    if run.match_tokcom is not None:
+        tokcom = AutoModel.from_pretrained(run.match_tokcom)
+        length, tokenizer = tokcom.config.max_chunks * tokcom.config.vae.chunk_size, run.match_tokcom
+    data = load_source(source, length, tokenizer, run.tokenizer_vocab_size)
+    tokens, flops = run.tokens, run.flops
+    if tokcom is not None:
+        matched = tokcom_budget(run.match_tokcom, tokcom, data.train)
+        size = int(matched["parameters"])
+        tokens, flops = (matched["tokens"], None) if run.budget == "tokens" else (None, matched["flops"])
+    config = matching_llama_config(
+        int(size or 0), len(data.tokenizer), run.num_layers, run.head_dim, max(length + 1, 1025)
+    )
+    config.eos_token_id = config.pad_token_id = data.tokenizer.eos_token_id
+    config.bos_token_id = data.tokenizer.eos_token_id
+    model = LlamaForCausalLM(config)
+
+    training = {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False} | values["training"]
+    training["output_dir"] = str(out)
+    batch = int(training.get("per_device_train_batch_size", 8))
+    step_flops = measure_step(model, data.train, batch)
+    global_batch = batch * int(training.get("gradient_accumulation_steps", 1))
+    step_tokens, step_flops = global_batch * length, step_flops * (global_batch / batch)
+    steps = max(1, round(tokens / step_tokens if tokens else (flops or 0.0) / step_flops))
+    print(f"baseline of {count_parameters(model):,} parameters ({config.num_hidden_layers} x {config.hidden_size}); {steps} "
+          f"steps of {step_tokens} tokens and {step_flops:.3g} operations", flush=True)  # fmt: skip
+    arguments = CompressionTrainingArguments(**training | {"max_steps": steps})
+    trainer = CausalTrainer(
+        model=model, args=arguments, train_dataset=data.train, eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+    )  # fmt: skip
+    started = time.time()
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if run.resume_from_checkpoint else None)
+    seconds = time.time() - started
+    trainer.use_averaged_weights()
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(out))
+    budget = {
+        "parameters": count_parameters(model),
+        "steps": steps,
+        "tokens": steps * step_tokens,
+        "flops": steps * step_flops,
+        "seconds": round(seconds, 1),
+        "held_out_loss": loss,
+        "held_out_perplexity": math.exp(loss),
+        "matched": run.budget if matched else None,
+        "tokcom": matched,
+    }
+    (out / "budget.json").write_text(json.dumps(budget, indent=2), encoding="utf-8")
+    print(json.dumps(budget, indent=2))
+
+
+def measure_step(model: torch.nn.Module, rows: Any, batch_size: int) -> float:
+    """Operations of one training step at `batch_size`."""
+    ids = torch.stack([rows[index % len(rows)]["input_ids"] for index in range(batch_size)])
+    flops = count_training_flops(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    model.zero_grad()
+    return float(flops)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

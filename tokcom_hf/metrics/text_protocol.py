@@ -1,0 +1,114 @@
+"""The measuring protocol of generated text: seeds, prefixes, frontiers, and comparisons at equal entropy."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .text import TextJudge
+from .text_brier import brier_lm
+from .text_generation import Sampler
+
+Point = dict[str, Any]
+
+
+def held_out_prefixes(
+    tokens: np.ndarray, count: int, prefix_length: int, target_length: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
+    """Evenly spaced places of held-out text: prefixes (count, prefix_length) and what follows (count, target_length).
+
+    Fewer than `count` come back where the text has fewer places.
+
+    Raises:
+        ValueError: the text is shorter than one prefix and its continuation.
+    """
+    places = len(tokens) - prefix_length - target_length + 1
+    if places < 1:
+        raise ValueError(
+            f"The held-out text has {len(tokens)} tokens; a prefix of {prefix_length} and its continuation need "
+            f"{prefix_length + target_length}. Give more held-out text or a shorter --prefix_length."
+        )
+    starts = np.unique(np.linspace(0, places - 1, min(count, places)).astype(np.int64))
+    windows = starts[:, None] + np.arange(prefix_length + target_length)
+    return tokens[windows[:, :prefix_length]], tokens[windows[:, prefix_length:]]
+
+
+def measure_sampler(
+    sampler: Sampler,
+    judge: TextJudge,
+    seeds: Iterable[int],
+    count: int,
+    length: int,
+    prefixes: tuple[np.ndarray, np.ndarray] | None = None,
+    draws: int = 2,
+    continuation_length: int = 4,
+) -> dict[str, dict[str, float]]:
+    """Unconditional metrics of `count` rows per seed, and BrierLM on `prefixes`.
+
+    Returns:
+        metric -> {"mean", "std"} over the seeds (std 0 for one seed), with `tokens_per_second` among the metrics.
+    """
+    runs = []
+    for seed in seeds:
+        started = time.perf_counter()
+        rows = sampler.rows(count, length, seed)
+        seconds = time.perf_counter() - started
+        run = judge.measure(rows) | {"tokens_per_second": rows.size / seconds}
+        if prefixes is not None:
+            given, targets = prefixes
+            # Other noise than the rows'.
+            continued = sampler.continuations(given, draws, max(continuation_length, targets.shape[1]), seed + 10_000)
+            run |= brier_lm(continued, targets)
+        runs.append(run)
+    return summarize(runs)
+
+
+def summarize(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation of each metric over runs."""
+    return {
+        name: {
+            "mean": float(np.mean([run[name] for run in runs])),
+            "std": float(np.std([run[name] for run in runs], ddof=1)) if len(runs) > 1 else 0.0,
+        }
+        for name in runs[0]
+    }
+
+
+def frontier(
+    make_sampler: Callable[..., Sampler],
+    settings: Iterable[Point],
+    judge: TextJudge,
+    count: int,
+    length: int,
+    seed: int = 0,
+    report: Callable[[Point], None] | None = None,
+) -> list[Point]:
+    """Perplexity and entropy for each setting, for example {"num_steps": 8, "temperature": 0.5}.
+
+    Returns:
+        the settings, each with `kn_perplexity`, `kn_perplexity_held_out`, `entropy` and `tokens_per_second`.
+    """
+    points = []
+    for setting in settings:
+        measured = measure_sampler(make_sampler(**setting), judge, [seed], count, length)
+        names = ("kn_perplexity", "kn_perplexity_held_out", "entropy", "tokens_per_second")
+        points.append({**setting, **{name: measured[name]["mean"] for name in names}})
+        if report is not None:
+            report(points[-1])
+    return points
+
+
+def ratio_at_equal_entropy(
+    points: Sequence[Point], baseline: Point, tolerance: float = 0.1, key: str = "kn_perplexity_held_out"
+) -> Point | None:
+    """Best perplexity of `points` whose entropy is within `tolerance` nats of the baseline's, over the baseline's.
+
+    Returns:
+        the point with `ratio` added, or None where no point comes that near.
+    """
+    near = [point for point in points if abs(point["entropy"] - baseline["entropy"]) <= tolerance]
+    if not near:
+        return None
+    best = min(near, key=lambda point: point[key])
+    return {**best, "ratio": best[key] / baseline[key]}
