@@ -46,9 +46,16 @@ MODELS: tuple[ModelRow, ...] = (
     ModelRow("tokcom_vae", "TokComVAEConfig", "TokComVAE"),
     ModelRow("tokcom_denoiser", "DenoisedModelConfig", "DenoisedModel"),
     ModelRow("tokcom", "TokComConfig", "TokComModel"),
+    ModelRow("vqgan", "VQGANConfig", "VQGAN"),
+    ModelRow("vqgan_discriminator", "VQGANDiscriminatorConfig", "VQGANDiscriminator"),
 )
-PIPELINES: tuple[PipelineRow, ...] = ()
-PROCESSORS: tuple[ProcessorRow, ...] = ()
+PIPELINES: tuple[PipelineRow, ...] = (
+    PipelineRow("vq-reconstruction", "vqgan", "VQReconstructionPipeline", "VQGAN", "image"),
+    PipelineRow("vq-tokenize", "vqgan", "VQTokenizePipeline", "VQGAN", "image"),
+)
+PROCESSORS: tuple[ProcessorRow, ...] = (
+    ProcessorRow("image_processing_vqgan", "VQGANImageProcessor", "VQGANConfig", "AutoImageProcessor"),
+)
 
 
 def load(module: str, name: str):

@@ -1,0 +1,150 @@
+"""Images of any kind to the pixel tensors of `VQGAN`, and back."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+class VQGANImageProcessor(BaseImageProcessor):
+    """Converts, resizes and scales images to [-1, 1].
+
+    What happens to unusual images: EXIF rotation is applied; CMYK, palette and grey images are converted; transparency
+    is laid on white where the model has no alpha channel; of an animation the first frame is taken; 16-bit, 32-bit and
+    float images are scaled to 8 bits.
+
+    Args:
+        image_size: side of the square output (`resize_mode` `crop` and `squash`).
+        num_channels: 1 to 4 (grey, grey + alpha, RGB, RGBA).
+        resize_mode: `crop` scales the shorter side and cuts the centre; `squash` ignores the aspect ratio; `none` keeps
+            the size, cut to a multiple of `size_divisor`.
+        size_divisor: the model's `downsample_factor`.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        num_channels: int = 3,
+        resize_mode: str = "crop",
+        size_divisor: int = 8,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if resize_mode not in ("crop", "squash", "none"):
+            raise ValueError(f"resize_mode must be crop, squash or none, got {resize_mode!r}.")
+        if num_channels not in MODES:
+            raise ValueError(f"num_channels must be 1 to 4, got {num_channels}.")
+        if image_size < 1 or image_size % size_divisor:
+            raise ValueError(f"image_size must be a positive multiple of {size_divisor}, got {image_size}.")
+        self.image_size = image_size
+        self.num_channels = num_channels
+        self.resize_mode = resize_mode
+        self.size_divisor = size_divisor
+
+    def __call__(self, images, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
+        """One image or a list (PIL, path, array or tensor) → `pixel_values (batch, num_channels, height, width)`.
+
+        Arrays are `(height, width[, channels])` uint8, or floats in [0, 1]; tensors `(channels, height, width)` likewise.
+
+        Raises:
+            TypeError: something that is not an image.
+            ValueError: zero-size or unreadable images, or images of different sizes with `resize_mode="none"`.
+        """
+        batch = list(images) if isinstance(images, list | tuple) else [images]
+        if not batch:
+            raise ValueError("No images were given.")
+        pixels = [self._pixels(self.to_pil(image)) for image in batch]
+        if len({array.shape for array in pixels}) > 1:
+            raise ValueError(
+                f"Images of a batch must have one size, got {sorted({array.shape[1:] for array in pixels})}; "
+                "use resize_mode='crop' or pass them one by one."
+            )
+        return BatchFeature({"pixel_values": np.stack(pixels)}, tensor_type=return_tensors)
+
+    preprocess = __call__
+
+    def to_pil(self, image) -> Image.Image:
+        """Any supported image as PIL image of mode L, LA, RGB or RGBA; see the class for conversions."""
+        if isinstance(image, str):
+            try:
+                image = Image.open(image)
+                image.load()
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"Cannot read image {str(image)!r}: {error}") from error
+        if isinstance(image, torch.Tensor):
+            image = np.moveaxis(image.detach().cpu().numpy(), 0, -1) if image.ndim == 3 else image.cpu().numpy()
+        if isinstance(image, np.ndarray):
+            image = _from_array(image)
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"Expected a PIL image, a path, an array or a tensor, got {type(image).__name__}.")
+        if min(image.size) < 1:
+            raise ValueError(f"The image has no pixels: its size is {image.size[0]}×{image.size[1]}.")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            image = _from_array(np.asarray(image))
+        if "transparency" in image.info or image.mode in ("PA", "RGBa", "La"):
+            image = image.convert("RGBA")
+        if image.mode in ("RGBA", "LA") and self.num_channels in (1, 3):
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        if self.num_channels == 2 and image.mode not in ("L", "LA"):
+            image = image.convert("RGBA")
+        return image.convert(MODES[self.num_channels])
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        if self.resize_mode == "none":
+            width, height = (side // self.size_divisor * self.size_divisor for side in image.size)
+            if min(width, height) < 1:
+                raise ValueError(
+                    f"An image of {image.size[0]}×{image.size[1]} is smaller than {self.size_divisor} pixels; "
+                    "use resize_mode='crop'."
+                )
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        elif self.resize_mode == "crop":
+            image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        else:
+            image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        array = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1)
+        return np.moveaxis(array / 127.5 - 1.0, -1, 0)
+
+    def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
+        """`(batch, channels, height, width)` in [-1, 1] (clamped) → PIL images."""
+        arrays = ((pixel_values.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays.numpy()]
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in MODES):
+        raise ValueError(
+            "Image arrays must have shape (height, width) or (height, width, 1 to 4 channels) and no empty side, "
+            f"got {array.shape}."
+        )
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ValueError("The image holds NaN or infinite values.")
+        # Floats beyond 1 are sample values of a 32-bit file, not shares of white.
+        array = array * (255.0 if array.max() <= 1.0 else 255.0 / array.max())
+    elif array.dtype != np.uint8:
+        array = array.astype(np.float64) * (255.0 / 65535.0 if array.max() > 255 else 1.0)
+    array = np.clip(np.rint(array), 0, 255).astype(np.uint8)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    return Image.fromarray(array)
+
+
+def as_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Pastes equally sized images into rows of `columns` on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for position, image in enumerate(images):
+        left, top = position % columns * (width + gap) + gap, position // columns * (height + gap) + gap
+        grid.paste(image.convert("RGB"), (left, top))
+    return grid

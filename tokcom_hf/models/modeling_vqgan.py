@@ -1,0 +1,255 @@
+"""VQGAN: a convolutional autoencoder whose latent grid is discrete (Esser et al. 2012.09841)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_vqgan import VQGANConfig
+from .quantizers import EMAQuantizer, Quantizer, build_quantizer
+
+
+@dataclass
+class VQGANOutput(ModelOutput):
+    """Output of `VQGAN.forward`.
+
+    loss: reconstruction + commitment_weight · commitment + entropy_weight · entropy (scalar).
+    reconstruction: `(batch, out_channels, height, width)`, trained towards [-1, 1].
+    codes: `(batch, height / f, width / f)` int64.
+    reconstruction_loss, commitment_loss, entropy_loss: the unweighted terms (scalars).
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with at most 32 groups that divide `channels`."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised 3×3 convolutions beside a shortcut."""
+
+    def __init__(self, channels: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the positions of a feature map."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.flatten(2).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=1))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(1, 2).reshape(x.shape))
+
+
+def middle(channels: int, config: VQGANConfig) -> list[nn.Module]:
+    """Residual block, attention and residual block at the coarsest resolution."""
+    attention = [SpatialAttention(channels), ResidualBlock(channels, channels, config.dropout)]
+    return [ResidualBlock(channels, channels, config.dropout), *(attention if config.mid_attention else [])]
+
+
+class Encoder(nn.Module):
+    """`(batch, in_channels, height, width)` → `(batch, latent_channels, height / f, width / f)`."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        widths = [config.base_channels * factor for factor in config.channel_multipliers]
+        channels = widths[0]
+        layers: list[nn.Module] = [
+            nn.PixelUnshuffle(config.patch_size),
+            nn.Conv2d(config.in_channels * config.patch_size**2, channels, 3, padding=1),
+        ]
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                layers.append(ResidualBlock(channels, width, config.dropout))
+                channels = width
+            if level < len(widths) - 1:
+                layers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+        layers += [*middle(channels, config), group_norm(channels), nn.SiLU()]
+        self.layers = nn.Sequential(*layers)
+        self.conv_out = nn.Conv2d(channels, config.latent_channels, 1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.conv_out(self.layers(pixel_values))
+
+
+class Decoder(nn.Module):
+    """`(batch, latent_channels, h, w)` → `(batch, out_channels, h · f, w · f)`."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        widths = [config.base_channels * factor for factor in reversed(config.channel_multipliers)]
+        channels = widths[0]
+        layers: list[nn.Module] = [
+            nn.Conv2d(config.latent_channels, channels, 3, padding=1),
+            *middle(channels, config),
+        ]
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                layers.append(ResidualBlock(channels, width, config.dropout))
+                channels = width
+            if level < len(widths) - 1:
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1)]
+        layers += [group_norm(channels), nn.SiLU()]
+        self.layers = nn.Sequential(*layers)
+        self.conv_out = nn.Conv2d(channels, config.out_channels * config.patch_size**2, 3, padding=1)
+        self.unfold = nn.PixelShuffle(config.patch_size)
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return self.unfold(self.conv_out(self.layers(embeddings)))
+
+
+class VQGAN(PreTrainedModel):
+    """Image ↔ grid of discrete codes; see `VQGANConfig` for every setting."""
+
+    config_class = VQGANConfig
+    base_model_prefix = "vqgan"
+    main_input_name = "pixel_values"
+    # Codes depend on distances that bf16 cannot resolve.
+    _keep_in_fp32_modules_strict = ["quantizer"]
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.quantizer = build_quantizer(config, config.latent_channels)
+        self.decoder = Decoder(config)
+        # Written by the trainer's warm-up; 1 is the full `commitment_weight`.
+        self.commitment_scale = 1.0
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Quantizer):
+            module.reset_buffers()
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            # Looked up through the module, where transformers skips weights that came from a checkpoint.
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encoder output with channels last, `(batch, height / f, width / f, latent_channels)`."""
+        self._check_pixels(pixel_values)
+        return self.encoder(pixel_values.to(self.dtype)).permute(0, 2, 3, 1)
+
+    def forward(self, pixel_values: torch.Tensor, labels=None, return_dict: bool | None = None, **kwargs):
+        """Reconstructs images and returns the named losses.
+
+        Args:
+            pixel_values: `(batch, in_channels, height, width)` in [-1, 1]; sides divisible by `downsample_factor`.
+            labels: target images where they differ from the input, for example another number of channels.
+
+        Raises:
+            ValueError: wrong rank, number of channels or size.
+        """
+        quantized = self.quantizer(self.features(pixel_values))
+        reconstruction = self.decoder(quantized.embeddings.permute(0, 3, 1, 2))
+        losses = self.losses(reconstruction, self._target(pixel_values, labels), quantized)
+        return VQGANOutput(reconstruction=reconstruction, codes=quantized.codes, **losses)
+
+    def losses(self, reconstruction: torch.Tensor, target: torch.Tensor, quantized) -> dict[str, torch.Tensor]:
+        """`loss` and its unweighted terms, in float32."""
+        config = self.config
+        difference = reconstruction.float() - target.float()
+        reconstruction_loss = config.l1_weight * difference.abs().mean()
+        if config.mse_weight:
+            reconstruction_loss = reconstruction_loss + config.mse_weight * difference.square().mean()
+        loss = reconstruction_loss + config.entropy_weight * quantized.entropy_loss
+        loss = loss + config.commitment_weight * self.commitment_scale * quantized.commitment_loss
+        return {
+            "loss": loss,
+            "reconstruction_loss": reconstruction_loss,
+            "commitment_loss": quantized.commitment_loss,
+            "entropy_loss": quantized.entropy_loss,
+        }
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `(batch, in_channels, height, width)` in [-1, 1] → codes `(batch, height / f, width / f)`.
+
+        The nearest codes, also in training mode.
+        """
+        training, self.quantizer.training = self.quantizer.training, False
+        try:
+            return self.quantizer(self.features(pixel_values)).codes
+        finally:
+            self.quantizer.training = training
+
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(batch, h, w)` → images `(batch, out_channels, h · f, w · f)`, nominally in [-1, 1].
+
+        Raises:
+            TypeError, ValueError: codes that are not integers in [0, codebook_size), or not three-dimensional.
+        """
+        if codes.ndim != 3:
+            raise ValueError(f"codes must have shape (batch, h, w), got {tuple(codes.shape)}.")
+        embeddings = self.quantizer.lookup(codes).to(self.decoder.conv_out.weight.dtype)
+        return self.decoder(embeddings.permute(0, 3, 1, 2))
+
+    def update_codebook(self, allow_reset: bool = True) -> None:
+        """One codebook update per optimizer step, for trainers that set `quantizer.update_in_forward = False`."""
+        self.quantizer.update(allow_reset)
+
+    def expand_codebook(self, codebook_size: int) -> None:
+        """Grows an `ema` codebook; old codes keep ids and vectors.
+
+        Raises:
+            ValueError: another quantizer, or a size that is not larger than the present one.
+        """
+        if not isinstance(self.quantizer, EMAQuantizer):
+            raise ValueError(f"Only the ema quantizer can expand its codebook, not {self.config.quantizer!r}.")
+        if codebook_size <= self.config.codebook_size:
+            raise ValueError(f"The new size must exceed {self.config.codebook_size}, got {codebook_size}.")
+        self.quantizer.expand(codebook_size)
+        self.config.codebook_size = codebook_size
+
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
+        config, shape = self.config, tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != config.in_channels:
+            raise ValueError(
+                f"pixel_values must have shape (batch, {config.in_channels}, height, width), got {shape}."
+            )
+        if min(shape[2:]) < 1 or any(side % config.downsample_factor for side in shape[2:]):
+            raise ValueError(
+                f"Height and width must be positive multiples of {config.downsample_factor}, got {shape[2]}×{shape[3]}; "
+                "resize or crop the images (VQGANImageProcessor does)."
+            )
+
+    def _target(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        target = pixel_values if labels is None else labels
+        if target.shape[1] != self.config.out_channels:
+            raise ValueError(
+                f"The model makes {self.config.out_channels} channels but the target has {target.shape[1]}; "
+                "pass the target images as labels."
+            )
+        return target

@@ -1,0 +1,126 @@
+"""Nearest-code search, k-means and the collectives a codebook needs; plain tensor functions.
+
+Distances are always computed in float32: bf16 rounding flips the index of close codes.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+# Scores held at once, (rows × codes): 16 MiB of float32 stays close to the processor's cache and far from its memory.
+MAX_SCORES = 1 << 22
+
+
+def code_scores(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """x·e − ‖e‖²/2, which orders codes as the negative squared distance does.
+
+    Args:
+        vectors: `(n, d)`.
+        codebook: `(k, d)`.
+
+    Returns:
+        scores `(n, k)`; −‖x − e‖² = 2·score − ‖x‖².
+    """
+    return torch.addmm(codebook.square().sum(1).mul_(-0.5), vectors, codebook.t())
+
+
+@torch.no_grad()
+def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, max_scores: int = MAX_SCORES) -> torch.Tensor:
+    """Index `(n,)` of the code nearest to each vector, at most `max_scores` scores in memory at a time."""
+    bias = codebook.square().sum(1).mul_(-0.5)
+    table = codebook.t()
+    rows = max(1, max_scores // codebook.shape[0])
+    if vectors.shape[0] <= rows:
+        return torch.addmm(bias, vectors, table).argmax(1)
+    codes = torch.empty(vectors.shape[0], dtype=torch.long, device=vectors.device)
+    scores = torch.empty(rows, codebook.shape[0], device=vectors.device)
+    for start in range(0, vectors.shape[0], rows):
+        part = vectors[start : start + rows]
+        out = scores[: part.shape[0]]
+        torch.addmm(bias, part, table, out=out)
+        codes[start : start + rows] = out.argmax(1)
+    return codes
+
+
+def cluster_sums(vectors: torch.Tensor, codes: torch.Tensor, codebook_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number `(k,)` and sum `(k, d)` of the vectors of each code."""
+    count = torch.bincount(codes, minlength=codebook_size).to(vectors.dtype)
+    total = vectors.new_zeros(codebook_size, vectors.shape[1]).index_add_(0, codes, vectors)
+    return count, total
+
+
+def sample_rows(weights: torch.Tensor, number: int, seed: int) -> torch.Tensor:
+    """Draws up to `number` distinct rows with probability proportional to `weights (n,)`; equal seeds draw equally.
+
+    The randomness is drawn on the CPU, so that every rank and every device draws the same rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.empty(weights.shape[0]).exponential_(generator=generator).clamp_min_(1e-20).to(weights.device)
+    number = min(number, int((weights > 0).sum()))
+    return (weights.float().clamp_min(0) / noise).topk(number).indices
+
+
+@torch.no_grad()
+def kmeans(
+    vectors: torch.Tensor, codebook_size: int, iterations: int = 10, seed: int = 0, spherical: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lloyd's k-means; empty clusters move to the vectors worst served.
+
+    Args:
+        vectors: `(n, d)` float32.
+        codebook_size: k; may exceed n, the surplus centres are then noisy copies.
+        iterations: passes over the vectors.
+        seed: of the choice of starting vectors.
+        spherical: keep centres on the unit sphere.
+
+    Returns:
+        centres `(k, d)` and the number of vectors of each `(k,)`.
+    """
+    number, width = vectors.shape
+    centres = vectors[sample_rows(vectors.new_ones(number), codebook_size, seed)]
+    if number < codebook_size:
+        generator = torch.Generator().manual_seed(seed + 1)
+        extra = torch.randint(number, (codebook_size - number,), generator=generator).to(vectors.device)
+        noise = torch.randn(codebook_size - number, width, generator=generator).to(vectors)
+        centres = torch.cat([centres, vectors[extra] + 0.1 * vectors.std() * noise])
+    centres = F.normalize(centres, dim=1) if spherical else centres.clone()
+    for step in range(iterations):
+        codes = nearest_codes(vectors, centres)
+        count, total = cluster_sums(vectors, codes, codebook_size)
+        used = count > 0
+        empty = (~used).nonzero().flatten()
+        if len(empty):
+            error = (vectors - centres[codes]).square().sum(1)
+            chosen = sample_rows(error, len(empty), seed + 2 + step)
+            total[empty[: len(chosen)]] = vectors[chosen]
+            count[empty[: len(chosen)]] = 1
+            used = count > 0
+        centres = torch.where(used[:, None], total / count.clamp_min(1)[:, None], centres)
+        if spherical:
+            centres = F.normalize(centres, dim=1)
+    count = torch.bincount(nearest_codes(vectors, centres), minlength=codebook_size).to(vectors.dtype)
+    return centres, count
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place; the tensor itself where there is one process."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows `(n, d)` of all ranks, rank after rank; ranks give as many rows as the poorest of them has."""
+    if world_size() == 1:
+        return rows
+    smallest = torch.tensor(rows.shape[0], device=rows.device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    mine = rows[: int(smallest)].contiguous()
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)
