@@ -7,6 +7,7 @@ in every section that has it. Values are read as YAML, with `5e-4` understood as
 
 import dataclasses
 import difflib
+import inspect
 import re
 import sys
 import types
@@ -121,8 +122,18 @@ def _set(values, sections, flag: str, value, origin: str) -> None:
 
 
 def _fields(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(cls) if field.init}
+    return {field.name: _annotation(cls, field) for field in dataclasses.fields(cls) if field.init}
+
+
+def _annotation(cls: type, field: dataclasses.Field) -> Any:
+    """The field's type; Any where its annotation names something that only type checkers import."""
+    if not isinstance(field.type, str):
+        return field.type
+    owner = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
+    try:
+        return eval(field.type, vars(sys.modules[owner.__module__]))
+    except (NameError, AttributeError, TypeError):
+        return Any
 
 
 def _convert(value, annotation, where: str, from_command_line: bool):

@@ -1,5 +1,7 @@
 """Configuration of `TokComVAE`."""
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -20,6 +22,10 @@ class TokComVAEConfig(PreTrainedConfig):
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, rms_norm_eps, rope_theta: as in Llama.
         num_hidden_layers: layers of the encoder, and of the decoder where `num_decoder_layers` is None.
         num_decoder_layers: layers of the decoder.
+
+    chunk_projection: "last" (documented): the latent is read off the last position, and the decoder gets it at the first,
+        its other positions being omni tokens. "all": one linear map reads all positions, one writes all of them; learns
+        about ten times faster, because no attention head has to find out which position is which.
 
     Latent space (off by default, as documented; `tiny` and `base` turn them on):
         variational: predict mean and log-variance and sample in training (adds the KL term).
@@ -46,6 +52,7 @@ class TokComVAEConfig(PreTrainedConfig):
     intermediate_size: int = 4864
     rms_norm_eps: float = 1e-6
     rope_theta: float | int = 1e6
+    chunk_projection: Literal["last", "all"] = "last"
     variational: bool = False
     kl_weight: float | int = 1e-3
     kl_free_nats: float | int = 0.5

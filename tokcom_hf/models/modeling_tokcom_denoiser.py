@@ -41,6 +41,8 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.scale_shift_mlp = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
+        # adaLN-Zero: a new block normalises as if unconditioned.
+        self.scale_shift_mlp[1].zero_init = True
 
     def forward(self, hidden_states: torch.Tensor, time: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """`time` (batch, groups, hidden) holds one embedding per distinct t, `groups` (length,) which one a position has."""
@@ -92,13 +94,13 @@ class DenoisedModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        if getattr(module, "zero_init", False):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+            return
         super()._init_weights(module)
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, AdaptiveNorm):
-            # adaLN-Zero: every block starts as an unconditioned one.
-            init.zeros_(module.scale_shift_mlp[1].weight)
-            init.zeros_(module.scale_shift_mlp[1].bias)
 
     def forward(
         self,

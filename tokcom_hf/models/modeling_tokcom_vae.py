@@ -73,10 +73,12 @@ class TokComVAE(PreTrainedModel):
         self.encoder = ChunkTransformer(config, config.num_hidden_layers)
         self.decoder = ChunkTransformer(config, config.num_decoder_layers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        projected = config.latent_size != config.hidden_size or config.variational
-        self.latent_proj = nn.Linear(config.hidden_size, config.latent_size) if projected else nn.Identity()
-        self.log_variance_proj = nn.Linear(config.hidden_size, config.latent_size) if config.variational else None
-        self.decoder_proj = nn.Linear(config.latent_size, config.hidden_size) if projected else nn.Identity()
+        every = config.chunk_projection == "all"
+        width = config.hidden_size * config.chunk_size if every else config.hidden_size
+        projected = every or config.latent_size != config.hidden_size or config.variational
+        self.latent_proj = nn.Linear(width, config.latent_size) if projected else nn.Identity()
+        self.log_variance_proj = nn.Linear(width, config.latent_size) if config.variational else None
+        self.decoder_proj = nn.Linear(config.latent_size, width) if projected else nn.Identity()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -155,7 +157,8 @@ class TokComVAE(PreTrainedModel):
 
     def posterior(self, chunks: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids (batch, chunk) → mean (batch, latent) and, if variational, log-variance (batch, latent) in float32."""
-        last = self.encoder(self.embed_tokens(chunks))[:, -1]
+        hidden_states = self.encoder(self.embed_tokens(chunks))
+        last = hidden_states.flatten(1) if self.config.chunk_projection == "all" else hidden_states[:, -1]
         mean = self.latent_proj(last)
         if self.config.fixed_norm:
             mean = nn.functional.rms_norm(mean.float(), mean.shape[-1:], eps=self.config.rms_norm_eps).to(last.dtype)
@@ -174,6 +177,9 @@ class TokComVAE(PreTrainedModel):
 
     def decode_hidden(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (batch, latent) → hidden states before the head (batch, chunk, hidden)."""
+        if self.config.chunk_projection == "all":
+            shape = (len(latents), self.config.chunk_size, self.config.hidden_size)
+            return self.decoder(self.decoder_proj(latents).view(shape))
         omni = self.embed_tokens.weight[self.config.omni_token_id]
         query = omni.expand(len(latents), self.config.chunk_size - 1, -1)
         return self.decoder(torch.cat([self.decoder_proj(latents).unsqueeze(1), query], dim=1))

@@ -42,6 +42,9 @@ class CompressionTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            # Every parameter of the package's models takes part in every step; the search costs a pass over the graph.
+            self.ddp_find_unused_parameters = False
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if self.early_stopping_patience < 0:

@@ -8,7 +8,7 @@ import torch
 
 from ..metrics.reconstruction import denoising_metrics, reconstruction_metrics
 from ..models.chunked_cross_entropy import chunked_cross_entropy
-from ..models.flow_matching import expand_time, interpolate, sample_times, velocity_weight
+from ..models.flow_matching import interpolate, sample_times, velocity_weight
 from .base import CompressionTrainer, CompressionTrainingArguments
 from .samples import SampleTableCallback
 
@@ -151,12 +151,14 @@ class DenoiserTrainer(_TokComTrainer):
         predicted, clean: (batch, chunks, latent); times, counted: (batch, chunks); input_ids: (batch, length).
         """
         config = tokcom.config
-        error = (predicted.float() - clean.float()) ** 2
-        batch_mse = error[counted].mean()
-        loss = predicted.new_zeros((), dtype=torch.float32)
+        # A row of padding behind its clean prefix counts nowhere: sums over at least one position, never a mean of none.
+        count = counted.sum().clamp(min=1)
+        error = ((predicted.float() - clean.float()) ** 2).mean(dim=-1) * counted
+        batch_mse = error.sum() / count
+        loss = predicted.float().sum() * 0.0
         parts = {"batch_mse_loss": batch_mse}
         if config.mse_weight > 0:
-            weighted = (velocity_weight(expand_time(times, error)) * error)[counted].mean()
+            weighted = (velocity_weight(times) * error).sum() / count
             loss = loss + config.mse_weight * weighted
             parts["batch_velocity_loss"] = weighted
         if config.cross_entropy_weight > 0:

@@ -1,0 +1,113 @@
+"""One training step of the VAE beside a plain implementation: tokens per second and peak memory.
+
+    python recipes/benchmarks/vae_step.py                 # 8 layers, hidden 512, vocabulary 32k, batch 8 × 1024 tokens
+
+Both run the same blocks on the same weights. "plain" loops over the chunks of a row, decodes each on its own, stacks all
+logits and takes `torch.nn.functional.cross_entropy` of them, as one would write it down first. "folded" is `TokComVAE`: the
+chunks are the batch, and the loss never holds all logits. Each runs in a process of its own, A B A B; medians.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tokcom_hf import TokComVAE, TokComVAEConfig
+from tokcom_hf.cli import parse_recipe, run_recipe
+
+
+@dataclass
+class BenchmarkArguments:
+    """Size of the step."""
+
+    layers: int = field(default=8, metadata={"help": "Layers of the encoder and of the decoder."})
+    hidden_size: int = field(default=512, metadata={"help": "Width."})
+    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary."})
+    batch: int = field(default=8, metadata={"help": "Rows."})
+    length: int = field(default=1024, metadata={"help": "Tokens per row."})
+    repeats: int = field(default=2, metadata={"help": "Processes per implementation."})
+    variant: str | None = field(default=None, metadata={"help": "Run one implementation in this process (internal)."})
+    output: str = field(default="outputs/benchmarks/vae_step.json", metadata={"help": "Result file."})
+
+
+def plain_loss(vae: TokComVAE, ids: torch.Tensor) -> torch.Tensor:
+    """The same computation without folding: chunk by chunk, all logits at once."""
+    size = vae.config.chunk_size
+    logits = []
+    for start in range(0, ids.shape[1], size):
+        latents, _ = vae.posterior(ids[:, start : start + size])
+        logits.append(vae.lm_head(vae.decode_hidden(latents)))
+    return nn.functional.cross_entropy(torch.cat(logits, dim=1).flatten(0, 1).float(), ids.flatten())
+
+
+def one_variant(arguments: BenchmarkArguments) -> None:
+    """Times one implementation; prints one line of JSON."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    config = TokComVAEConfig(
+        vocab_size=arguments.vocab_size, hidden_size=arguments.hidden_size, num_hidden_layers=arguments.layers,
+        num_attention_heads=8, num_key_value_heads=2, intermediate_size=arguments.hidden_size * 3,
+    )  # fmt: skip
+    vae = TokComVAE(config)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
+    ids = torch.randint(arguments.vocab_size - 1, (arguments.batch, arguments.length))
+    optimizer.zero_grad()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        loss = plain_loss(vae, ids) if arguments.variant == "plain" else vae(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The first step also allocates the optimizer state.
+    result = {
+        "seconds": statistics.median(seconds[1:]),
+        "peak_bytes": peak * 1024,
+        "step_bytes": (peak - before) * 1024,
+    }
+    print(json.dumps({**result, "loss": loss.item()}))
+
+
+def main() -> None:
+    arguments = BenchmarkArguments(**parse_recipe(__doc__, {"benchmark": BenchmarkArguments})["benchmark"])
+    if arguments.variant:
+        one_variant(arguments)
+        return
+    runs: dict[str, list[dict]] = {"plain": [], "folded": []}
+    for _ in range(arguments.repeats):
+        for variant in runs:
+            print(f"running {variant} …", flush=True)
+            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            runs[variant].append(json.loads(output.splitlines()[-1]))
+    tokens = arguments.batch * arguments.length
+    table = {}
+    for variant, results in runs.items():
+        seconds = statistics.median(result["seconds"] for result in results)
+        peak = statistics.median(result["peak_bytes"] for result in results)
+        step = statistics.median(result["step_bytes"] for result in results)
+        table[variant] = {"tokens_per_second": tokens / seconds, "peak_gib": peak / 2**30, "step_gib": step / 2**30}
+        print(f"{variant:>7}: {tokens / seconds:8.0f} tokens/s   peak {peak / 2**30:5.2f} GiB "
+              f"(of which the step {step / 2**30:5.2f} GiB)")  # fmt: skip
+    table["speed_ratio"] = table["folded"]["tokens_per_second"] / table["plain"]["tokens_per_second"]
+    table["memory_ratio"] = table["folded"]["peak_gib"] / table["plain"]["peak_gib"]
+    table["step_memory_ratio"] = table["folded"]["step_gib"] / table["plain"]["step_gib"]
+    print(f"folded / plain: speed × {table['speed_ratio']:.2f}, peak memory × {table['memory_ratio']:.2f}, "
+          f"step memory × {table['step_memory_ratio']:.2f}")  # fmt: skip
+    path = Path(arguments.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"arguments": vars(arguments), **table}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,276 @@
+"""Trains TokCom: a VAE that turns 4 tokens into 1 latent, then a denoiser that generates such latents.
+
+    accelerate launch recipes/train_tokcom.py                                    # embedded English text, CPU, minutes
+    accelerate launch recipes/train_tokcom.py --train_file my.txt --output_dir outputs/mine
+    accelerate launch recipes/train_tokcom.py --config recipes/configs/base/train_tokcom.yaml \
+        --dataset_name Salesforce/wikitext --dataset_config wikitext-103-raw-v1
+    accelerate launch recipes/train_tokcom.py --config recipes/configs/paper/train_tokcom.yaml
+    accelerate launch recipes/train_tokcom.py --resume_from_checkpoint true      # go on after an interruption
+
+Leaves in the output folder: the model (`AutoModel.from_pretrained`), its tokenizer, a model card, `results.json`,
+`samples.txt`, and the VAE alone in `vae/`.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModel, set_seed
+
+from tokcom_hf import (
+    DenoisedModelConfig,
+    DenoiserTrainer,
+    DenoiserTrainingArguments,
+    TokComConfig,
+    TokComModel,
+    TokComVAE,
+    TokComVAEConfig,
+    TokComVAETrainer,
+    TokComVAETrainingArguments,
+)
+from tokcom_hf.cards import write_model_card
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.latent_rows import encode_rows
+from tokcom_hf.data.text import load_text_rows
+from tokcom_hf.metrics.reconstruction import denoising_metrics, reconstruction_metrics
+from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_tokcom.yaml"
+TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+
+
+@dataclass
+class RunArguments:
+    """What the run reads and where it writes."""
+
+    output_dir: str = field(default="outputs/tokcom", metadata={"help": "Folder of the model and the reports."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "'true' goes on from the newest complete checkpoints of the output folder."}
+    )
+    stage: str = field(default="both", metadata={"help": "'vae', 'denoiser' (needs <output_dir>/vae) or 'both'."})
+    train_file: str | None = field(default=None, metadata={"help": "Text (.txt) or JSON lines (.jsonl) to train on."})
+    text_column: str = field(default="text", metadata={"help": "Field of JSON lines and Hub data sets."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    streaming: bool = field(default=False, metadata={"help": "Read the Hub data set as a stream."})
+    max_documents: int | None = field(default=None, metadata={"help": "Stop reading after so many documents."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer by name or folder; none trains one on the corpus."}
+    )
+    tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer trained on the corpus."})
+    length: int = field(default=1024, metadata={"help": "Tokens per row; a multiple of the chunk size."})
+    validation_share: float = field(default=0.05, metadata={"help": "Share of the documents held out."})
+    seed: int = field(default=42, metadata={"help": "Seed of data, initial weights and training."})
+    sample_chunks: int = field(default=32, metadata={"help": "Chunks of the samples shown at the end."})
+    sample_steps: int = field(default=32, metadata={"help": "Flow steps of those samples."})
+    prompt: str = field(default="The function returns", metadata={"help": "Prompt of the conditional sample."})
+
+
+SECTIONS = {
+    "run": RunArguments,
+    "vae": TokComVAEConfig,
+    "denoiser": DenoisedModelConfig,
+    "flow": TokComConfig,
+    "vae_training": TokComVAETrainingArguments,
+    "denoiser_training": DenoiserTrainingArguments,
+}
+
+
+def main() -> None:
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
+    run = RunArguments(**values["run"])
+    if run.stage not in ("vae", "denoiser", "both"):
+        raise RecipeError(f"--stage must be vae, denoiser or both, got {run.stage!r}.")
+    resume = run.resume_from_checkpoint not in (None, "false")
+    out = check_output_dir(run.output_dir, run.overwrite, resume or run.stage == "denoiser")
+    state = PartialState()
+    state.wait_for_everyone()
+    started = time.time()
+    set_seed(run.seed)
+
+    chunk_size = values["vae"].get("chunk_size", 4)
+    data = load_text_rows(
+        train_file=run.train_file,
+        dataset_name=run.dataset_name,
+        dataset_config=run.dataset_config,
+        text_column=run.text_column,
+        streaming=run.streaming,
+        max_documents=run.max_documents,
+        tokenizer=str(out / "vae") if resume and (out / "vae" / "tokenizer.json").is_file() else run.tokenizer,
+        vocab_size=run.tokenizer_vocab_size,
+        length=run.length,
+        chunk_size=chunk_size,
+        validation_share=run.validation_share,
+        seed=run.seed,
+    )
+    print_once(state, f"{len(data.train):,} training rows and {len(data.validation):,} held-out rows of {run.length} "
+               f"tokens; vocabulary {len(data.tokenizer):,} + omni token")  # fmt: skip
+    results: dict[str, Any] = {"rows": len(data.train), "vocabulary": len(data.tokenizer)}
+
+    if run.stage in ("vae", "both"):
+        vae, results["vae"] = train_vae(out, values, run, data, resume)
+    else:
+        vae = load_vae(out / "vae", data.tokenizer)
+        results["vae"] = {}
+    if run.stage == "vae":
+        return
+    model, results["denoiser"] = train_denoiser(out, values, run, data, vae, resume)
+    if state.is_main_process:
+        results["seconds"] = round(time.time() - started, 1)
+        report(out, model, data, run, results)
+
+
+def train_vae(out: Path, values, run: RunArguments, data, resume: bool) -> tuple[TokComVAE, dict[str, Any]]:
+    """Stage 1; returns the trained VAE and its held-out accuracies."""
+    folder = out / "vae"
+    if resume and (folder / "results.json").is_file():
+        print_once(PartialState(), f"stage 1 is finished in {folder}; going on with stage 2")
+        return load_vae(folder, data.tokenizer), json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    config = TokComVAEConfig(
+        **values["vae"] | {"vocab_size": len(data.tokenizer) + 1, "omni_token_id": len(data.tokenizer)}
+    )
+    vae = TokComVAE(config)
+    parameters = count_parameters(vae)
+    print_once(PartialState(), f"stage 1: TokComVAE with {parameters:,} parameters")
+    arguments = TokComVAETrainingArguments(**training_values(values, "vae_training", folder, run))
+    trainer = TokComVAETrainer(
+        model=vae, args=arguments, train_dataset=data.train, eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+    trainer.use_averaged_weights()
+    ids, mask = held_out(data, 128)
+    metrics = reconstruction_metrics(vae, ids, mask, SIGMAS) if trainer.is_world_process_zero() else {}
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        results = {"parameters": parameters, "steps": trainer.state.global_step, **metrics}
+        (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        card = {"parameters": {"TokComVAE": parameters}, "metrics": metrics, "samples": {}, "data": describe(run)}
+        write_model_card(
+            folder, "tokcom", tags=["text-compression"], name="TokComVAE", config=config.to_dict(), **card
+        )
+        print(f"  held-out token accuracy {metrics['token_accuracy']:.4%}, chunk accuracy {metrics['chunk_accuracy']:.4%}, "
+              f"token accuracy with noise 0.5 std {metrics['token_accuracy_sigma_0.5']:.4%}")  # fmt: skip
+        metrics = results
+    trainer.accelerator.wait_for_everyone()
+    return trainer.unwrapped_model, metrics
+
+
+def train_denoiser(out: Path, values, run: RunArguments, data, vae: TokComVAE, resume: bool):
+    """Stage 2; returns the whole model and its held-out denoising accuracies."""
+    state = PartialState()
+    folder = out / "denoiser"
+    flow = {"max_chunks": run.length // vae.config.chunk_size, "eos_token_id": data.tokenizer.eos_token_id}
+    denoiser = {"latent_size": vae.config.latent_size, **values["denoiser"]}
+    config = TokComConfig(**flow | values["flow"] | {"vae": vae.config.to_dict(), "denoiser": denoiser})
+    set_seed(run.seed)
+    model = TokComModel(config)
+    model.vae.load_state_dict(vae.state_dict())
+    vae = model.vae
+    parameters = count_parameters(model.denoiser)
+    print_once(state, f"stage 2: DenoisedModel with {parameters:,} parameters")
+    # One process writes the latents, the others read its file.
+    with state.main_process_first():
+        train = encode_rows(vae, data.train, folder / "train_latents.npy", description="encoding training rows")
+        validation = encode_rows(
+            vae, data.validation, folder / "validation_latents.npy", description="encoding held-out rows"
+        )
+    model.latent_mean.copy_(train.mean)
+    model.latent_std.copy_(train.std)
+    arguments = DenoiserTrainingArguments(**training_values(values, "denoiser_training", folder, run))
+    trainer = DenoiserTrainer(
+        model=model, args=arguments, train_dataset=train, eval_dataset=validation, processing_class=data.tokenizer
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+    trainer.use_averaged_weights()
+    model = trainer.unwrapped_model.eval()
+    ids, mask = held_out(data, 64)
+    metrics = denoising_metrics(model, ids, mask, TIMES) if trainer.is_world_process_zero() else {}
+    trainer.save_model(str(out))
+    metrics = {"parameters": parameters, "steps": trainer.state.global_step, **metrics}
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    return model, metrics
+
+
+def report(out: Path, model: TokComModel, data, run: RunArguments, results: dict[str, Any]) -> None:
+    """Samples, results.json and the model card; prints what a newcomer wants to see."""
+    device = model.device
+    generator = torch.Generator().manual_seed(run.seed)
+    settings = {"num_steps": run.sample_steps, "generator": generator}
+    generated = model.generate(num_chunks=run.sample_chunks, **settings)[0]
+    prompt = data.tokenizer(run.prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
+    continued = model.generate(prompt, num_generate_chunks=run.sample_chunks, **settings)[0]
+    text = data.tokenizer.decode(generated, skip_special_tokens=True)
+    continuation = data.tokenizer.decode(continued, skip_special_tokens=True)
+    vae, denoiser = results["vae"], results["denoiser"]
+    print("\nheld-out accuracy of the VAE against noise (sigma in latent standard deviations)")
+    for sigma in SIGMAS:
+        name = "token_accuracy" + (f"_sigma_{sigma:g}" if sigma else "")
+        if name in vae:
+            print(f"  sigma {sigma:<4g} token {vae[name]:.4%}   chunk {vae[name.replace('token', 'chunk')]:.4%}")
+    print("\nheld-out token accuracy of one denoising step against t (0 noise, 1 clean)")
+    for t in TIMES:
+        print(f"  t {t:g}   denoised {denoiser[f'denoised_accuracy_t_{t:g}']:.2%}   "
+              f"noisy latent decoded directly {denoiser[f'direct_accuracy_t_{t:g}']:.2%}")  # fmt: skip
+    print(f"\ngenerated from nothing:\n  {text!r}\n\ncontinuing {run.prompt!r}:\n  {continuation!r}")
+    (out / "samples.txt").write_text(f"{text}\n\n---\n\n{continuation}\n", encoding="utf-8")
+    results["samples"] = {"generated": text, "conditional": continuation}
+    (out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
+    parameters = {"VAE": vae.get("parameters"), "denoiser": denoiser["parameters"]}
+    metrics = {k: v for part in (vae, denoiser) for k, v in part.items() if isinstance(v, float)}
+    card = {"parameters": parameters, "metrics": metrics, "samples": results["samples"], "data": describe(run)}
+    write_model_card(out, "tokcom", tags=["text-generation", "flow-matching"], pipeline_tag="text-generation",
+                     name="TokCom", config=model.config.to_dict(), **card)  # fmt: skip
+    print(f"\nmodel, tokenizer, card and results in {out} after {results['seconds']:.0f} s; load it with\n"
+          f"  AutoModel.from_pretrained({str(out)!r})")  # fmt: skip
+
+
+def load_vae(folder: Path, tokenizer) -> TokComVAE:
+    """Stage 1's result, checked against the tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"No trained VAE in {str(folder)!r}; run --stage vae first.")
+    vae = AutoModel.from_pretrained(folder)
+    if vae.config.omni_token_id != len(tokenizer):
+        raise RecipeError(
+            f"The tokenizer has {len(tokenizer)} tokens but the VAE in {str(folder)!r} was trained with "
+            f"{vae.config.omni_token_id}; use the tokenizer saved beside it."
+        )
+    return vae
+
+
+def training_values(values, section: str, folder: Path, run: RunArguments) -> dict[str, Any]:
+    """A section of TrainingArguments, with what the run decides for both stages."""
+    own = {k: v for k, v in values[section].items() if k != "resume_from_checkpoint"}
+    return own | {"output_dir": str(folder), "seed": run.seed, "remove_unused_columns": False}
+
+
+def held_out(data, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = [data.validation[i] for i in range(min(rows, len(data.validation)))]
+    ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in batch])
+    return ids, torch.stack([torch.as_tensor(row["attention_mask"]) for row in batch])
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def describe(run: RunArguments) -> str:
+    return run.dataset_name or (Path(run.train_file).name if run.train_file else "the embedded English text")
+
+
+def print_once(state: PartialState, text: str) -> None:
+    if state.is_main_process:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_recipe(main)
