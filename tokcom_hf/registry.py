@@ -48,6 +48,10 @@ MODELS: tuple[ModelRow, ...] = (
     ModelRow("tokcom", "TokComConfig", "TokComModel"),
     ModelRow("vqgan", "VQGANConfig", "VQGAN"),
     ModelRow("vqgan_discriminator", "VQGANDiscriminatorConfig", "VQGANDiscriminator"),
+    ModelRow("token_merger", "TokenMergerConfig", "TokenMerger"),
+    ModelRow("layer_pruner", "LayerPrunerConfig", "LayerPruner"),
+    ModelRow("pruning_discriminator", "PruningDiscriminatorConfig", "PruningDiscriminator"),
+    ModelRow("pruned_vlm", "PrunedVLMConfig", "PrunedVLM", ("AutoModel", "AutoModelForImageTextToText")),
 )
 PIPELINES: tuple[PipelineRow, ...] = (
     PipelineRow("vq-reconstruction", "vqgan", "VQReconstructionPipeline", "VQGAN", "image"),

@@ -1,0 +1,271 @@
+"""Visual question answering rows from procedural scenes, from JSON lines with images, or from the Hub.
+
+Whatever the source, a row is `{"image": PIL.Image or None, "questions": [str], "answers": [[str, ...]], "types": [str]}`:
+one image, one or more questions, and per question every accepted answer, the one to train on first.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .scenes import (
+    COLOURS,
+    QUESTION_TYPES,
+    SHAPES,
+    SceneQuestion,
+    balanced_examples,
+    render_scene,
+    sample_scene,
+    scene_caption,
+    scene_questions,
+)
+
+# Column names of well-known data sets: name prefix -> (image, question, answers, type or None).
+COLUMN_MAPPINGS: dict[str, tuple[str, str, str, str | None]] = {
+    "vqav2": ("image", "question", "answers", "answer_type"),
+    "gqa": ("image", "question", "answer", None),
+    "pope": ("image", "question", "answer", "category"),
+    "scienceqa": ("image", "question", "answer", "subject"),
+}
+IGNORED = -100
+CAPTION_REQUEST = "what is in the image ?"
+
+
+class VQADataset(torch.utils.data.Dataset):
+    """Rows held in memory; images may be paths, opened when a row is read."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]):
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        if isinstance(row["image"], (str, Path)):
+            with Image.open(row["image"]) as image:
+                row = row | {"image": image.convert("RGB")}
+        return row
+
+
+def scene_rows(
+    count: int,
+    seed: int,
+    image_size: int = 64,
+    questions_per_image: int = 1,
+    num_shapes: int = len(SHAPES),
+    num_colours: int = len(COLOURS),
+    min_objects: int = 2,
+    max_objects: int = 6,
+    grid: int = 4,
+    types: Sequence[str] = QUESTION_TYPES,
+    captions: bool = False,
+) -> VQADataset:
+    """Seeded procedural rows. With one question per image the answers balance exactly (use this to evaluate).
+
+    `captions` adds, after the questions of an image, the request for its caption: dense supervision that a model
+    trained from scratch needs to learn to see.
+    """
+    rng = random.Random(seed)
+    options: dict[str, Any] = {
+        "min_objects": min_objects,
+        "max_objects": max_objects,
+        "grid": grid,
+        "shapes": SHAPES[:num_shapes],
+        "colours": tuple(COLOURS)[:num_colours],
+    }
+    rows = []
+    if questions_per_image == 1:
+        for example in balanced_examples(rng, count, types, **options):
+            rows.append(_scene_row(example.scene, example.questions, image_size))
+        return VQADataset(rows)
+    while len(rows) < count:
+        scene = sample_scene(rng, **options)
+        questions = scene_questions(scene, rng, types, per_type=-(-questions_per_image // len(types)))
+        questions = questions[:questions_per_image]
+        if captions:
+            questions.append(SceneQuestion(CAPTION_REQUEST, scene_caption(scene).replace(",", " ,"), "caption"))
+        rows.append(_scene_row(scene, questions, image_size))
+    return VQADataset(rows)
+
+
+def _scene_row(scene, questions, image_size: int) -> dict[str, Any]:
+    return {
+        "image": render_scene(scene, image_size),
+        "questions": [q.question for q in questions],
+        "answers": [[q.answer] for q in questions],
+        "types": [q.type for q in questions],
+    }
+
+
+def read_vqa_jsonl(path: str | Path, image_dir: str | Path | None = None) -> VQADataset:
+    """Reads JSON lines `{"image": "a.png", "question": "...", "answer": "..." or ["...", ...], "type": "..."}`.
+
+    `image` is relative to `image_dir` (the file's own folder by default) and may be missing for text-only rows; `type`
+    is optional.
+
+    Raises:
+        FileNotFoundError: the file or an image is missing.
+        ValueError: a line is not JSON or lacks a field; the message names the line.
+    """
+    path = Path(path)
+    folder = Path(image_dir) if image_dir is not None else path.parent
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
+            question = record["question"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected JSON with image, question and answer ({error!r})."
+            ) from error
+        image = record.get("image")
+        if image is not None and not (folder / image).is_file():
+            raise FileNotFoundError(f"{path}, line {number}: image {str(folder / image)!r} does not exist.")
+        rows.append(
+            {
+                "image": None if image is None else folder / image,
+                "questions": [question],
+                "answers": [[str(a) for a in answers]],
+                "types": [str(record.get("type", "all"))],
+            }
+        )
+    if not rows:
+        raise ValueError(f"{path} holds no rows.")
+    return VQADataset(rows)
+
+
+def load_hub_vqa(
+    name: str, config: str | None = None, split: str = "train", max_rows: int | None = None, mapping: str | None = None
+) -> VQADataset:
+    """Loads a Hub data set; VQAv2, GQA, POPE and ScienceQA columns are known by name, or by `mapping`.
+
+    Raises:
+        ValueError: no known mapping, or the columns are not there.
+    """
+    from datasets import load_dataset
+
+    data = load_dataset(name, config, split=split)
+    if max_rows is not None:
+        data = data.select(range(min(max_rows, len(data))))
+    return map_vqa_columns(data, mapping or name)
+
+
+def map_vqa_columns(data: Iterable[dict[str, Any]], name: str) -> VQADataset:
+    """Applies the column mapping whose key occurs in `name` (case and punctuation ignored)."""
+    plain = "".join(c for c in name.lower() if c.isalnum())
+    key = next((k for k in COLUMN_MAPPINGS if k in plain), None)
+    if key is None:
+        raise ValueError(
+            f"No column mapping for data set {name!r}; known are {', '.join(COLUMN_MAPPINGS)}. Name one with "
+            "--column_mapping, or write the data as JSON lines."
+        )
+    image, question, answer, kind = COLUMN_MAPPINGS[key]
+    rows = []
+    for record in data:
+        missing = [column for column in (question, answer) if column not in record]
+        if missing:
+            raise ValueError(f"Data set {name!r} lacks columns {missing}; it has {sorted(record)}.")
+        text, answers = record[question], _answers(record[answer])
+        if "choices" in record and isinstance(record[answer], int):
+            # ScienceQA gives the index of the right choice.
+            text = f"{text} Choices: {', '.join(record['choices'])}."
+            answers = [record["choices"][record[answer]]]
+        rows.append(
+            {
+                "image": record.get(image),
+                "questions": [text],
+                "answers": [answers],
+                "types": [str(record.get(kind) or "all") if kind else "all"],
+            }
+        )
+    return VQADataset(rows)
+
+
+def _answers(value) -> list[str]:
+    """VQAv2 holds ten `{"answer": ...}` records; the most frequent comes first, all ten stay for the soft score."""
+    if isinstance(value, list):
+        words = [v["answer"] if isinstance(v, dict) else str(v) for v in value]
+        return sorted(words, key=lambda word: -words.count(word))
+    return [str(value)]
+
+
+@dataclass
+class VQACollator:
+    """Turns rows into model inputs with labels on the answers (and the end token) only.
+
+    Args:
+        processor: the VLM's processor.
+        prompt: text before the answer; `{question}` is replaced, `<image>` stands for the processor's image token.
+        follow_up: prompt of the second and later questions about the same image.
+        answers: append the answers and return `labels`; off for generation, where rows are padded on the left.
+        max_questions: use so many questions of a row at most.
+    """
+
+    processor: Any
+    prompt: str = "<image> {question}"
+    follow_up: str = " {question}"
+    answers: bool = True
+    max_questions: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        image_token = getattr(self.processor, "image_token", "<image>")
+        texts, images = [], []
+        for row in rows:
+            prompt = self.prompt if row["image"] is not None else self.prompt.replace("<image>", "").lstrip()
+            texts.append(prompt.replace("<image>", image_token).format(question=row["questions"][0]))
+            if row["image"] is not None:
+                images.append(row["image"])
+        inputs = dict(self.processor(text=texts, images=images or None, return_tensors="pt", padding=True))
+        mask = inputs.pop("attention_mask").bool()
+        width = mask.shape
+        sequences = {k: inputs.pop(k) for k in list(inputs) if inputs[k].shape == width}
+        rows_of = {key: [value[m] for value, m in zip(values, mask)] for key, values in sequences.items()}
+        labels = [torch.full_like(ids, IGNORED) for ids in rows_of["input_ids"]]
+        if self.answers:
+            for i, row in enumerate(rows):
+                answer_ids, answer_labels = self._answer_ids(tokenizer, row)
+                for key, values in rows_of.items():
+                    extra = answer_ids if key == "input_ids" else torch.zeros_like(answer_ids)
+                    values[i] = torch.cat([values[i], extra.to(values[i].dtype)])
+                labels[i] = torch.cat([labels[i], answer_labels])
+        length = max(len(ids) for ids in rows_of["input_ids"])
+        pad = tokenizer.pad_token_id or 0
+        left = not self.answers
+        for key, values in rows_of.items():
+            inputs[key] = _pad(values, length, pad if key == "input_ids" else 0, left)
+        inputs["attention_mask"] = _pad([torch.ones_like(ids) for ids in rows_of["input_ids"]], length, 0, left)
+        if self.answers:
+            inputs["labels"] = _pad(labels, length, IGNORED, left)
+        return inputs
+
+    def _answer_ids(self, tokenizer, row) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, labels = [], []
+        pairs = list(zip(row["questions"], row["answers"]))[: self.max_questions]
+        for turn, (question, answers) in enumerate(pairs):
+            if turn:
+                asked = tokenizer(self.follow_up.format(question=question), add_special_tokens=False).input_ids
+                ids += asked
+                labels += [IGNORED] * len(asked)
+            told = tokenizer(f" {answers[0]}", add_special_tokens=False).input_ids
+            if tokenizer.eos_token_id is not None:
+                told = [*told, tokenizer.eos_token_id]
+            ids += told
+            labels += told
+        return torch.tensor(ids), torch.tensor(labels)
+
+
+def _pad(rows: list[torch.Tensor], length: int, value: int, left: bool) -> torch.Tensor:
+    missing = [length - len(row) for row in rows]
+    sides = [(n, 0) if left else (0, n) for n in missing]
+    return torch.stack([torch.nn.functional.pad(row, side, value=value) for row, side in zip(rows, sides)])

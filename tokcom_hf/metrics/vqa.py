@@ -1,0 +1,101 @@
+"""VQA accuracy, BLEU and the paired bootstrap: plain functions, nothing to download."""
+
+import math
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, number words as digits, as in the VQA evaluation."""
+    text = text.lower().strip().translate(str.maketrans("", "", string.punctuation))
+    words = _ARTICLES.sub(" ", text).split()
+    return " ".join(_NUMBERS.get(word, word) for word in words)
+
+
+def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Score of each prediction in [0, 1].
+
+    With three or more human answers the VQA score: min(1, matches / 3) averaged over leaving each annotator out
+    (Antol et al. 2015). With one or two, exact match after normalisation.
+
+    Raises:
+        ValueError: the lists differ in length, or a question has no reference.
+    """
+    if len(predictions) != len(references) or any(not r for r in references):
+        raise ValueError(
+            f"Need one non-empty reference list per prediction, got {len(predictions)}, {len(references)}."
+        )
+    scores = []
+    for prediction, answers in zip(predictions, references):
+        said = normalize_answer(prediction)
+        hits = [said == normalize_answer(answer) for answer in answers]
+        if len(hits) < 3:
+            scores.append(float(any(hits)))
+        else:
+            total = sum(hits)
+            scores.append(sum(min(1.0, (total - hit) / 3) for hit in hits) / len(hits))
+    return scores
+
+
+def accuracy_by_type(scores: Sequence[float], types: Sequence[str]) -> dict[str, float]:
+    """Mean score per question type and over `all` questions."""
+    groups: dict[str, list[float]] = {}
+    for score, kind in zip(scores, types):
+        groups.setdefault(kind, []).append(score)
+    means = {kind: sum(values) / len(values) for kind, values in sorted(groups.items())}
+    return means | {"all": sum(scores) / len(scores)}
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4) -> float:
+    """Corpus BLEU in [0, 100] (Papineni et al. 2002), no smoothing, tokens split at white space."""
+    matches, possible = [0] * max_order, [0] * max_order
+    said_length = reference_length = 0
+    for prediction, answers in zip(predictions, references, strict=True):
+        said = prediction.split()
+        told = [answer.split() for answer in answers]
+        said_length += len(said)
+        reference_length += min((abs(len(t) - len(said)), len(t)) for t in told)[1]
+        for order in range(1, max_order + 1):
+            best: Counter = Counter()
+            for words in told:
+                best |= _ngrams(words, order)
+            matches[order - 1] += sum((_ngrams(said, order) & best).values())
+            possible[order - 1] += max(0, len(said) - order + 1)
+    if min(matches) == 0:
+        return 0.0
+    precision = sum(math.log(m / p) for m, p in zip(matches, possible)) / max_order
+    brevity = min(0.0, 1.0 - reference_length / max(said_length, 1))
+    return 100.0 * math.exp(precision + brevity)
+
+
+def _ngrams(words: Sequence[str], order: int) -> Counter:
+    return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
+
+
+def paired_bootstrap(
+    first: Sequence[float], second: Sequence[float], samples: int = 10000, seed: int = 0
+) -> dict[str, float]:
+    """Difference of mean scores on the same questions with its 95 % interval and P(first <= second).
+
+    Raises:
+        ValueError: the two lists are not of the same non-zero length.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"A paired bootstrap needs two equally long lists, got {len(first)} and {len(second)}.")
+    differences = [a - b for a, b in zip(first, second)]
+    rng = random.Random(seed)
+    size = len(differences)
+    means = sorted(sum(rng.choices(differences, k=size)) / size for _ in range(samples))
+    return {
+        "difference": sum(differences) / size,
+        "low": means[int(0.025 * samples)],
+        "high": means[int(0.975 * samples) - 1],
+        "p_not_better": sum(m <= 0 for m in means) / samples,
+    }

@@ -1,0 +1,59 @@
+"""Configuration of `LayerPruner`."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class LayerPrunerConfig(PreTrainedConfig):
+    """Stage 2: keep/drop heads before chosen layers of the language model. The defaults are the documented numbers.
+
+    What you will most likely change:
+        hidden_size: the language model's width.
+        layers: prune before these layers (0 is the first one).
+        keep_tokens: tokens left per image after each of them, for example `[96, 48]`; None uses `keep_ratio`.
+        keep_ratio: share of the tokens that arrive at a layer which goes on, the same at every layer: a hierarchical
+            schedule (0.5 at three layers leaves 1/2, 1/4, 1/8).
+
+    Kind:
+        pruner_type: `cross_attention` (vision tokens attend to the question) or `simple` (tokens by themselves).
+        selection: `topk` keeps exactly the budget; `threshold` keeps what has probability > 0.5, so that easy images
+            keep less, with at least `min_tokens`.
+        internal_size, num_attention_heads: shape of the heads.
+    """
+
+    model_type = "tokcom_layer_pruner"
+
+    hidden_size: int = 4096
+    layers: list[int] | None = None
+    pruner_type: str = "cross_attention"
+    selection: str = "topk"
+    keep_tokens: list[int] | None = None
+    keep_ratio: float | int = 0.5
+    min_tokens: int = 1
+    internal_size: int = 512
+    num_attention_heads: int = 4
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.layers is None:
+            self.layers = [10, 20, 31]
+        if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
+            raise ValueError(f"layers must be rising layer numbers from 0 on, got {self.layers}.")
+        if self.pruner_type not in ("cross_attention", "simple"):
+            raise ValueError(f"pruner_type must be cross_attention or simple, got {self.pruner_type!r}.")
+        if self.selection not in ("topk", "threshold"):
+            raise ValueError(f"selection must be topk or threshold, got {self.selection!r}.")
+        if not 0.0 < self.keep_ratio <= 1.0:
+            raise ValueError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}.")
+        tokens = self.keep_tokens
+        if tokens is not None and (len(tokens) != len(self.layers) or sorted(tokens, reverse=True) != list(tokens)):
+            raise ValueError(f"keep_tokens needs one falling number per layer {self.layers}, got {tokens}.")
+        if tokens is not None and tokens[-1] < 1:
+            raise ValueError(f"keep_tokens must be at least 1, got {tokens}.")
+        if self.internal_size % self.num_attention_heads:
+            raise ValueError(
+                f"internal_size {self.internal_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}."
+            )
+        super().__post_init__(**kwargs)

@@ -1,0 +1,61 @@
+"""Configuration of `PrunedVLM`."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+MODES = ("origin", "merge_only", "soft", "hard")
+
+
+@strict
+class PrunedVLMConfig(PreTrainedConfig):
+    """A vision-language model by reference, and what removes its vision tokens.
+
+    base_model_name_or_path: Hub name or folder of the VLM. A relative path that exists inside the saved folder (`base`)
+        is read from there, which is how `save_pretrained(..., include_base=True)` stores everything together.
+    base_config: the VLM's own configuration as a dictionary.
+    token_merger, layer_pruner: configurations of the learned stages as dictionaries, or None for no such stage.
+    strategy: a training-free strategy instead of the learned stages (`token_selection.STRATEGIES` or `fastv`).
+    keep: vision tokens per image that the strategy keeps.
+    strategy_layer: the layer before which `fastv` removes tokens.
+    strategy_seed: seed of the `random` strategy.
+    pruning_mode: `hard` (tokens are removed), `soft` (their keys are damped), `merge_only` (no layer pruner) or
+        `origin` (the unmodified model).
+    """
+
+    model_type = "tokcom_pruned_vlm"
+
+    base_model_name_or_path: str | None = None
+    base_config: dict[str, Any] | None = None
+    token_merger: dict[str, Any] | None = None
+    layer_pruner: dict[str, Any] | None = None
+    strategy: str | None = None
+    keep: int | None = None
+    strategy_layer: int = 2
+    strategy_seed: int = 0
+    pruning_mode: str = "hard"
+
+    def __post_init__(self, **kwargs):
+        if self.pruning_mode not in MODES:
+            raise ValueError(f"pruning_mode must be one of {', '.join(MODES)}, got {self.pruning_mode!r}.")
+        if self.strategy is not None and (self.keep is None or self.keep < 1):
+            raise ValueError(
+                f"strategy={self.strategy!r} needs keep, the tokens left per image (>= 1), got {self.keep}."
+            )
+        if self.strategy is not None and (self.token_merger or self.layer_pruner):
+            raise ValueError(
+                "Give either a training-free strategy or the learned token_merger / layer_pruner, not both."
+            )
+        super().__post_init__(**kwargs)
+
+    def make_base_config(self) -> PreTrainedConfig:
+        """The VLM's configuration as an object."""
+        if self.base_config is None:
+            raise ValueError("This PrunedVLMConfig has no base_config; build the model with PrunedVLM.from_base.")
+        values = dict(self.base_config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """The language model's configuration, which generation reads."""
+        return self if self.base_config is None else self.make_base_config().get_text_config(*args, **kwargs)

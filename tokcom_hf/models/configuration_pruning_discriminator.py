@@ -1,0 +1,31 @@
+"""Configuration of `PruningDiscriminator`."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class PruningDiscriminatorConfig(PreTrainedConfig):
+    """Tells hidden states of the unpruned model from those of the pruned one, at answer positions.
+
+    hidden_size: the language model's width.
+    layers: which hidden states it reads, counted from the end (the documented -1, -3, -5).
+    internal_size: width of its layers.
+    spectral_norm: bounds every layer's Lipschitz constant, which steadies adversarial training.
+    """
+
+    model_type = "tokcom_pruning_discriminator"
+
+    hidden_size: int = 4096
+    layers: list[int] | None = None
+    internal_size: int = 512
+    spectral_norm: bool = True
+    dropout: float | int = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.layers is None:
+            self.layers = [-1, -3, -5]
+        if not self.layers or any(layer >= 0 for layer in self.layers):
+            raise ValueError(f"layers are counted from the end (-1 is the last), got {self.layers}.")
+        super().__post_init__(**kwargs)

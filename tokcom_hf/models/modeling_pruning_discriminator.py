@@ -1,0 +1,59 @@
+"""`PruningDiscriminator`: real (unpruned) or fake (pruned), from hidden states at answer positions."""
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from transformers import PreTrainedModel
+
+from .configuration_pruning_discriminator import PruningDiscriminatorConfig
+
+
+class PruningDiscriminator(PreTrainedModel):
+    """One small network per layer read; their logits are averaged."""
+
+    config: PruningDiscriminatorConfig
+    config_class = PruningDiscriminatorConfig
+    main_input_name = "hidden_states"
+
+    def __init__(self, config: PruningDiscriminatorConfig):
+        super().__init__(config)
+        self.networks = nn.ModuleList([self._network() for _ in config.layers])
+        self.post_init()
+
+    def _network(self) -> nn.Sequential:
+        config = self.config
+        wrap = spectral_norm if config.spectral_norm else (lambda module: module)
+        return nn.Sequential(
+            nn.LayerNorm(config.hidden_size, elementwise_affine=False),
+            wrap(nn.Linear(config.hidden_size, config.internal_size)),
+            nn.LeakyReLU(0.2),
+            nn.Dropout(config.dropout),
+            wrap(nn.Linear(config.internal_size, config.internal_size)),
+            nn.LeakyReLU(0.2),
+            wrap(nn.Linear(config.internal_size, 1)),
+        )
+
+    @torch.no_grad()
+    def reinitialize(self) -> None:
+        """Draws all weights anew, for the documented re-initialisation."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+    def forward(self, hidden_states: list[torch.Tensor], answer_mask: torch.Tensor) -> torch.Tensor:
+        """Logit of "unpruned" per row.
+
+        Args:
+            hidden_states: one `(batch, length, hidden)` per layer in `config.layers`.
+            answer_mask: `(batch, length)`, 1 at answer positions.
+
+        Returns:
+            `(batch,)` logits, the mean over answer positions and layers.
+        """
+        if len(hidden_states) != len(self.networks):
+            raise ValueError(f"Expected {len(self.networks)} hidden states, got {len(hidden_states)}.")
+        weight = answer_mask.float()
+        total = weight.sum(-1).clamp(min=1)
+        dtype = self.networks[0][-1].bias.dtype
+        logits = [net(h.to(dtype)).squeeze(-1).float() for net, h in zip(self.networks, hidden_states)]
+        return torch.stack([(logit * weight).sum(-1) / total for logit in logits]).mean(0)

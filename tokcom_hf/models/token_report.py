@@ -1,0 +1,92 @@
+"""What a prompt cost: vision tokens per layer, FLOPs with the heads' own, KV memory, against the unpruned model."""
+
+import torch
+
+from .vlm_flops import (
+    decoder_layer_flops,
+    kv_cache_bytes,
+    linear_flops,
+    pruner_head_flops,
+    token_merger_flops,
+    vision_tower_flops,
+)
+
+
+def token_report(model, vision_tokens, text_tokens, kept_index, question, mode: str) -> dict:
+    """Averages over the rows of the last prompt.
+
+    Returns:
+        vision_tokens, text_tokens: of the unpruned prompt.
+        tokens_per_layer, vision_tokens_per_layer: what each layer really saw.
+        average_kept: mean over layers of vision tokens, divided by the unpruned number.
+        flops, flops_origin: totals of vision tower, projector, heads and language model for the prompt.
+        flops_parts: the pruned total by part.
+        flops_ratio: flops / flops_origin.
+        kv_bytes, kv_bytes_origin: cache after the prompt.
+    """
+    config = model.adapter.text_config
+    per_layer = [float((index >= 0).sum(-1).float().mean()) for index in kept_index]
+    vision = float(vision_tokens.float().mean())
+    text = float(text_tokens.float().mean())
+    seen = [tokens - text for tokens in per_layer]
+    asked = float(question.float().mean())
+    return _report(model, config, vision, text, seen, asked, mode)
+
+
+def predicted_report(
+    model, vision: float, text: float, vision_per_layer: list[float], question: float | None = None
+) -> dict:
+    """The same table for token counts given by hand, without running the model."""
+    return _report(
+        model,
+        model.adapter.text_config,
+        vision,
+        text,
+        vision_per_layer,
+        text if question is None else question,
+        "hard",
+    )
+
+
+def _report(model, config, vision, text, seen, asked, mode) -> dict:
+    base = model.base.config
+    towers = vision_tower_flops(base.vision_config, _patches(model, vision))
+    projector = getattr(model.base.model, "multi_modal_projector", None)
+    entering = seen[0] if model.config.strategy or model.token_merger is not None else vision
+    merger = model.token_merger if mode != "origin" else None
+    parts = {
+        "vision_tower": towers,
+        "projector": linear_flops(projector, entering if mode != "origin" else vision),
+        "token_merger": token_merger_flops(merger, vision, seen[0], asked) if vision else 0.0,
+        "layer_pruner": 0.0,
+        "language_model": sum(decoder_layer_flops(config, text + n) for n in seen),
+    }
+    if model.layer_pruner is not None and mode in ("soft", "hard") and vision:
+        arriving = [seen[layer - 1] if layer else seen[0] for layer in model.layer_pruner.config.layers]
+        parts["layer_pruner"] = sum(pruner_head_flops(model.layer_pruner, n, asked) for n in arriving)
+    origin = towers + linear_flops(projector, vision) + len(seen) * decoder_layer_flops(config, text + vision)
+    total = sum(parts.values())
+    size = torch.finfo(model.base.dtype).bits // 8
+    return {
+        "vision_tokens": vision,
+        "text_tokens": text,
+        "vision_tokens_per_layer": seen,
+        "tokens_per_layer": [text + n for n in seen],
+        "average_kept": sum(seen) / len(seen) / vision if vision else 1.0,
+        "sequence_kept": sum(text + n for n in seen) / len(seen) / (text + vision) if vision else 1.0,
+        "flops": total,
+        "flops_origin": origin,
+        "flops_parts": parts,
+        "flops_ratio": total / origin,
+        "kv_bytes": kv_cache_bytes(config, [text + n for n in seen], size),
+        "kv_bytes_origin": kv_cache_bytes(config, [text + vision] * len(seen), size),
+    }
+
+
+def _patches(model, vision: float) -> int:
+    """Patches the tower works on for one image; families that shuffle or merge pixels have more patches than tokens."""
+    config = model.base.config
+    if hasattr(config, "downsample_ratio"):
+        return round(vision / config.downsample_ratio**2) + 1
+    merge = getattr(config.vision_config, "spatial_merge_size", None)
+    return round(vision * merge**2) if merge else round(vision) + 1

@@ -1,0 +1,161 @@
+"""One small adapter per VLM family: where its parts are and how an image becomes tokens.
+
+Everything else in `PrunedVLM` is the same for all families. An adapter gives
+    text_model      embeddings, decoder layers, final norm, rotary embedding of the language model
+    features        image inputs -> one `(tokens, feature_size)` tensor per image, before the projector where possible
+    project         features -> language-model embeddings
+    positions       rotary position ids, `(batch, length)` or `(3, batch, length)`
+"""
+
+import contextlib
+
+import torch
+
+
+class VLMAdapter:
+    """Families whose image features are only available after projection (LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL)."""
+
+    image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
+    # Whether rotary positions have time, height and width.
+    three_axes = False
+
+    def __init__(self, base):
+        self.base = base
+        self.text_model = base.model.language_model
+        self.text_config = base.config.get_text_config()
+        self.image_token_id = base.config.image_token_id
+        missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(self.text_model, n)]
+        if missing:
+            raise ValueError(
+                f"The language model {type(self.text_model).__name__} has no {', '.join(missing)}; PrunedVLM supports "
+                "Llama-like decoders (Llama, Mistral, Qwen2, Qwen3)."
+            )
+        kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ValueError(
+                f"PrunedVLM needs full attention in every layer, got layer types {sorted(kinds)}: a sliding window "
+                "counts removed tokens."
+            )
+
+    @property
+    def feature_size(self) -> int:
+        """Width of what `features` returns."""
+        return self.text_config.hidden_size
+
+    def features(self, inputs: dict, with_attention: bool = False) -> tuple[list, list | None]:
+        """Per image `(tokens, feature_size)` and, where the tower gives it, received attention `(tokens,)`."""
+        return list(self.base.model.get_image_features(**inputs).pooler_output), None
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """`(tokens, feature_size)` to `(tokens, hidden_size)`."""
+        return features
+
+    def positions(self, input_ids, attention_mask, inputs: dict) -> torch.Tensor:
+        """Position ids `(batch, length)`; padding counts as position 0."""
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class LlavaAdapter(VLMAdapter):
+    """LLaVA-1.5: a CLIP- or SigLIP-like tower, features before the two-layer projector."""
+
+    image_inputs = ("pixel_values",)
+
+    @property
+    def feature_size(self) -> int:
+        layers = self.base.config.vision_feature_layer
+        width = self.base.config.vision_config.hidden_size
+        return width if isinstance(layers, int) else width * len(layers)
+
+    def features(self, inputs, with_attention=False):
+        tower, config = self.base.model.vision_tower, self.base.config
+        with eager_attention(tower.config) if with_attention else contextlib.nullcontext():
+            output = tower(inputs["pixel_values"], output_hidden_states=True, output_attentions=with_attention)
+        layers = config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        chosen = [output.hidden_states[layer] for layer in layers]
+        first = 1 if config.vision_feature_select_strategy == "default" else 0
+        features = torch.cat([states[:, first:] for states in chosen], dim=-1)
+        received = None
+        if with_attention:
+            # hidden_states[i] is what layer i - 1 put out, and has one entry more than attentions.
+            index = layers[-1] if layers[-1] < 0 else layers[-1] - 1
+            received = list(output.attentions[index].mean((1, 2))[:, first:])
+        return list(features), received
+
+    def project(self, features):
+        return self.base.model.multi_modal_projector(features)
+
+
+class InternVLAdapter(VLMAdapter):
+    """InternVL as in transformers: features after the pixel shuffle, before the projector."""
+
+    image_inputs = ("pixel_values",)
+
+    @property
+    def feature_size(self) -> int:
+        return int(self.base.config.vision_config.hidden_size / self.base.config.downsample_ratio**2)
+
+    def features(self, inputs, with_attention=False):
+        model, config = self.base.model, self.base.config
+        pixels = inputs["pixel_values"].to(dtype=model.dtype)
+        output = model.vision_tower(pixel_values=pixels, output_hidden_states=config.vision_feature_layer != -1)
+        layer = config.vision_feature_layer
+        states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        if config.vision_feature_select_strategy == "default":
+            states = states[:, 1:]
+        side = int(states.shape[1] ** 0.5)
+        states = states.reshape(states.shape[0], side, side, -1)
+        states = model.pixel_shuffle(states, scale_factor=config.downsample_ratio)
+        return list(states.reshape(states.shape[0], -1, states.shape[-1])), None
+
+    def project(self, features):
+        return self.base.model.multi_modal_projector(features)
+
+
+class QwenVLAdapter(VLMAdapter):
+    """Qwen2-VL and Qwen2.5-VL: any resolution, three-dimensional rotary positions."""
+
+    image_inputs = ("pixel_values", "image_grid_thw")
+    three_axes = True
+
+    def positions(self, input_ids, attention_mask, inputs):
+        kinds = (input_ids == self.image_token_id).int()
+        positions, _ = self.base.model.get_rope_index(
+            input_ids=input_ids,
+            mm_token_type_ids=kinds,
+            image_grid_thw=inputs.get("image_grid_thw"),
+            attention_mask=attention_mask,
+        )
+        return positions
+
+
+ADAPTERS: dict[str, type[VLMAdapter]] = {
+    "llava": LlavaAdapter,
+    "llava_next": VLMAdapter,
+    "internvl": InternVLAdapter,
+    "qwen2_vl": QwenVLAdapter,
+    "qwen2_5_vl": QwenVLAdapter,
+}
+
+
+def adapter_for(base) -> VLMAdapter:
+    """The adapter of a VLM, by `config.model_type`.
+
+    Raises:
+        ValueError: a family without adapter.
+    """
+    kind = getattr(base.config, "model_type", type(base).__name__)
+    if kind not in ADAPTERS:
+        raise ValueError(f"PrunedVLM does not support {kind!r}; supported are {', '.join(sorted(ADAPTERS))}.")
+    return ADAPTERS[kind](base)
+
+
+@contextlib.contextmanager
+def eager_attention(config):
+    """Inside the block the model with this config computes attention eagerly, so that weights can be read."""
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

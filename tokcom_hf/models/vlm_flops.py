@@ -1,0 +1,72 @@
+"""FLOPs and KV memory of a VLM whose layers see different numbers of tokens.
+
+Multiplications and additions are counted apart (a matrix product of (a, b) and (b, c) is 2abc). Per decoder layer with
+n tokens: attention projections 2·n·d·(d_q + 2·d_kv) + 2·n·d_q·d, scores and values 4·n²·d_q, MLP 6·n·d·m.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def decoder_layer_flops(config, tokens: float, keys: float | None = None) -> float:
+    """FLOPs of one decoder layer for `tokens` queries against `keys` keys (as many as queries by default)."""
+    keys = tokens if keys is None else keys
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads * head
+    key_values = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
+    width = config.hidden_size
+    projections = 2 * tokens * width * (queries + 2 * key_values) + 2 * tokens * queries * width
+    return projections + 4 * tokens * keys * queries + 6 * tokens * width * config.intermediate_size
+
+
+def vision_tower_flops(config, patches: int) -> float:
+    """FLOPs of a plain ViT (projections 8·n·d², scores 4·n²·d, MLP 4·n·d·m) on one image of `patches` patches."""
+    width = config.hidden_size
+    depth = getattr(config, "num_hidden_layers", None) or getattr(config, "depth", 0)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    matrices = 6 if hasattr(config, "spatial_merge_size") and hasattr(config, "intermediate_size") else 4
+    return depth * (8 * patches * width**2 + 4 * patches**2 * width + matrices * patches * width * inner)
+
+
+def linear_flops(module: nn.Module | None, tokens: float) -> float:
+    """2 · parameters · tokens over the linear layers of `module`: every one is applied once per token."""
+    if module is None:
+        return 0.0
+    return 2.0 * tokens * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def token_merger_flops(merger, tokens: int, kept: float, question: float) -> float:
+    """FLOPs of a `TokenMerger` on one image: its linear layers, attention to the question, similarity and merging."""
+    if merger is None:
+        return 0.0
+    size, features = merger.config.internal_size, merger.config.feature_size
+    on_question = linear_flops(merger.question_proj, question) if merger.config.merger_type != "simple" else 0.0
+    total = linear_flops(merger.feature_proj, tokens) + linear_flops(merger.similarity_proj, tokens) + on_question
+    if merger.config.merger_type != "fixed_pooling":
+        total += linear_flops(merger.scorer, tokens)
+    if merger.config.merger_type == "question_aware":
+        total += question_attention_flops(size, tokens, question)
+    return total + 2 * tokens * kept * size + 2 * tokens * kept * features
+
+
+def pruner_head_flops(pruner, tokens: float, question: float) -> float:
+    """FLOPs of one `LayerPruner` head on one image."""
+    config = pruner.config
+    size, width = config.internal_size, config.hidden_size
+    total = 2 * tokens * (width * size + size * size + size)
+    if config.pruner_type == "cross_attention":
+        total += 2 * question * width * size + question_attention_flops(size, tokens, question)
+    return total
+
+
+def question_attention_flops(size: int, tokens: float, question: float) -> float:
+    """Query and output projections on the tokens, keys and values on the question, scores and values."""
+    return 4 * tokens * size**2 + 4 * question * size**2 + 4 * tokens * question * size
+
+
+def kv_cache_bytes(config, tokens_per_layer: Sequence[float], bytes_per_value: int) -> float:
+    """Bytes of keys and values for one row."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_values = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
+    return 2.0 * key_values * bytes_per_value * sum(tokens_per_layer)

@@ -1,0 +1,39 @@
+"""Greedy answers of a VLM to VQA rows, the way a user would get them: `model.generate`."""
+
+from collections.abc import Callable
+
+import torch
+
+
+@torch.no_grad()
+def generate_answers(
+    model,
+    collator: Callable,
+    rows,
+    batch_size: int = 50,
+    max_new_tokens: int = 4,
+    on_batch: Callable[[dict], None] | None = None,
+) -> list[str]:
+    """Answers to the first question of every row.
+
+    Args:
+        model: anything with `generate(**inputs)`.
+        collator: a `VQACollator` with `answers=False` (left padding).
+        rows: VQA rows.
+        on_batch: called after each batch with its inputs, for example to collect token reports.
+    """
+    tokenizer = collator.processor.tokenizer  # type: ignore[attr-defined]
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    device = next(model.parameters()).device
+    for start in range(0, len(rows), batch_size):
+        batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        batch = {name: value.to(device) for name, value in batch.items()}
+        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        new = ids[:, batch["input_ids"].shape[1] :]
+        answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        if on_batch is not None:
+            on_batch(batch)
+    model.train(was_training)
+    return answers
