@@ -18,6 +18,9 @@ _LAZY |= {
     "TokComVAETrainingArguments": "trainers.tokcom",
     "DenoiserTrainer": "trainers.tokcom",
     "DenoiserTrainingArguments": "trainers.tokcom",
+    "VQGANTrainer": "trainers.vqgan",
+    "VQGANTrainingArguments": "trainers.vqgan",
+    "VQGANImageProcessor": "models.image_processing_vqgan",
 }
 
 __all__ = sorted(_LAZY)

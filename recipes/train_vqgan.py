@@ -1,0 +1,145 @@
+"""Trains a VQGAN: images to discrete codes and back, without codebook collapse.
+
+    accelerate launch recipes/train_vqgan.py                                   # procedural images, minutes on a CPU
+    accelerate launch recipes/train_vqgan.py --image_dir photos --model.image_size 128
+    accelerate launch recipes/train_vqgan.py --config recipes/configs/base/train_vqgan.yaml --dataset_name NAME
+    accelerate launch recipes/train_vqgan.py --resume                          # go on after an interruption
+
+Writes the model with its image processor and model card, `results.json`, `reconstructions.png`, `codebook.png` and
+`history.png` into output_dir. The discriminator is saved beside it in `discriminator/`.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import set_seed
+
+from tokcom_hf.cards import write_model_card
+from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.data.images import image_datasets
+from tokcom_hf.models.configuration_vqgan import VQGANConfig
+from tokcom_hf.models.configuration_vqgan_discriminator import VQGANDiscriminatorConfig
+from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
+from tokcom_hf.models.modeling_vqgan import VQGAN
+from tokcom_hf.models.modeling_vqgan_discriminator import VQGANDiscriminator
+from tokcom_hf.plots_vqgan import NO_MATPLOTLIB, plot_history, plot_usage
+from tokcom_hf.trainers.base import check_output_dir
+from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments, parameter_count
+from tokcom_hf.trainers.vqgan_pictures import reconstruction_grid
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_vqgan.yaml"
+
+
+@dataclass
+class RunArguments:
+    """What to train on and where to write."""
+
+    image_dir: str | None = field(default=None, metadata={"help": "Folder of images; unreadable files are skipped."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub data set with an image column."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    image_column: str = field(default="image", metadata={"help": "Column of the Hub data set."})
+    num_train: int = field(default=4096, metadata={"help": "Procedural training images."})
+    num_eval: int = field(default=512, metadata={"help": "Held-out images, at most."})
+    init_from: str | None = field(default=None, metadata={"help": "VQGAN folder or Hub id to start from."})
+    expand_codebook: int = field(default=0, metadata={"help": "With init_from: grow the codebook to this size."})
+    resume: bool = field(default=False, metadata={"help": "Resume from the newest complete checkpoint."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs the recipe and returns its results."""
+    values = parse_recipe(
+        __doc__,
+        {
+            "run": RunArguments,
+            "model": VQGANConfig,
+            "discriminator": VQGANDiscriminatorConfig,
+            "training": VQGANTrainingArguments,
+        },
+        DEFAULT_CONFIG,
+        argv,
+    )
+    run = RunArguments(**values["run"])
+    args = VQGANTrainingArguments(**{"output_dir": "outputs/train_vqgan", **values["training"]})
+    output = Path(args.output_dir)
+    if args.process_index == 0:
+        check_output_dir(output, run.overwrite, run.resume)
+    set_seed(args.seed)
+    model = VQGAN.from_pretrained(run.init_from) if run.init_from else VQGAN(VQGANConfig(**values["model"]))
+    if run.expand_codebook:
+        model.expand_codebook(run.expand_codebook)
+    config = model.config
+    discriminator = None
+    if args.adversarial_weight:
+        settings = {"in_channels": config.out_channels, **values["discriminator"]}
+        discriminator = VQGANDiscriminator(VQGANDiscriminatorConfig(**settings))
+    processor = VQGANImageProcessor(config.image_size, config.in_channels, size_divisor=config.downsample_factor)
+    train_set, eval_set = image_datasets(
+        processor, run.image_dir, run.dataset_name, run.num_train, run.num_eval, run.image_column, run.dataset_config
+    )
+    trainer = VQGANTrainer(
+        model,
+        args,
+        discriminator,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=processor,
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=True if run.resume else None)
+    minutes = (time.perf_counter() - started) / 60
+    trainer.use_averaged_weights()
+    trainer.average = None
+    metrics = trainer.evaluate()
+    trainer.save_model(str(output))
+    results = {
+        "data": run.image_dir or run.dataset_name or "procedural images",
+        "train_images": len(train_set),
+        "held_out_images": len(eval_set),
+        "skipped_files": len(getattr(getattr(train_set, "dataset", train_set), "skipped", [])),
+        "seed": args.seed,
+        "steps": trainer.state.global_step,
+        "minutes": round(minutes, 2),
+        "parameters": parameter_count(model),
+        "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()},
+    }
+    if trainer.is_world_process_zero():
+        write_results(trainer, results, output)
+        if discriminator is not None:
+            discriminator.save_pretrained(output / "discriminator")
+    return results
+
+
+def write_results(trainer: VQGANTrainer, results: dict, output: Path) -> None:
+    """Pictures, JSON, model card and a few printed lines."""
+    pair = trainer.held_out_pictures()
+    if pair is not None:
+        reconstruction_grid(*pair).save(output / "reconstructions.png")
+    drawn = plot_usage(trainer._sums["counts"], output / "codebook.png", "held-out codes")
+    if not (drawn and plot_history(trainer.state.log_history, output / "history.png")):
+        print(NO_MATPLOTLIB)
+    (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    config = trainer.unwrapped_model.config
+    write_model_card(
+        output,
+        "vqgan",
+        tags=["image-tokenizer", "vqgan", config.quantizer],
+        pipeline_tag="image-to-image",
+        config=config,
+        training=trainer.args,
+        results=results,
+    )
+    metrics = results["metrics"]
+    print(
+        f"held-out, {results['held_out_images']} images: utilization {100 * metrics['utilization']:.1f} % of "
+        f"{config.codebook_size} codes, normalized entropy {metrics['normalized_entropy']:.3f}, "
+        f"PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}; {results['steps']} steps in "
+        f"{results['minutes']} min"
+    )
+    print(f"reconstructions: {output / 'reconstructions.png'}")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

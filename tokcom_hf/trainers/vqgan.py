@@ -1,0 +1,279 @@
+"""Trainer of `VQGAN`: autoencoder and discriminator, codebook updates, live usage."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from tokcom_hf.metrics.codebook import CodebookMonitor, usage_of_counts, utilization_ceiling
+from tokcom_hf.metrics.image import ms_ssim, psnr, ssim
+from tokcom_hf.models.modeling_vqgan import VQGAN
+from tokcom_hf.models.modeling_vqgan_discriminator import VQGANDiscriminator
+from tokcom_hf.models.quantizers import EMAQuantizer
+
+from .adversary import Adversary, adaptive_weight
+from .base import CompressionTrainer, CompressionTrainingArguments
+from .perceptual import build_perceptual_loss
+from .vqgan_pictures import PictureCallback
+
+
+@dataclass
+class VQGANTrainingArguments(CompressionTrainingArguments):
+    """Training settings of the VQGAN; codebook settings live in `VQGANConfig`.
+
+    Shares ("of training") are fractions of all optimizer steps, so that they keep their meaning in short runs.
+    """
+
+    perceptual: str = field(
+        default="pyramid",
+        metadata={"help": "none, pyramid (MS-SSIM and gradients), random, lpips, or backbone:<name or folder>."},
+    )
+    perceptual_weight: float = field(default=0.005, metadata={"help": "Weight of the perceptual loss."})
+    adversarial_weight: float = field(default=0.4, metadata={"help": "Weight of the adversarial loss; 0 is none."})
+    adversarial_start: float = field(default=0.3, metadata={"help": "Share of training before the discriminator."})
+    adversarial_warmup: float = field(
+        default=0.1, metadata={"help": "Share of training over which the adversarial weight grows after its start."}
+    )
+    adaptive_weight: bool = field(
+        default=True, metadata={"help": "Scale the adversarial loss by the gradient ratio at the last decoder layer."}
+    )
+    adaptive_weight_limit: float = field(default=1.0, metadata={"help": "Largest adaptive weight."})
+    gan_loss: str = field(default="hinge", metadata={"help": "hinge or non_saturating."})
+    gan_regularizer: str = field(default="lecam", metadata={"help": "none, lecam or r1."})
+    gan_regularizer_weight: float = field(default=0.001, metadata={"help": "Weight of the regularizer (R1: about 1)."})
+    discriminator_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the discriminator; learning_rate where not given."}
+    )
+    commitment_warmup_epochs: float = field(
+        default=5.0, metadata={"help": "Epochs over which the commitment weight grows from 0."}
+    )
+    autoencoder_steps: int = field(
+        default=0, metadata={"help": "First steps without quantization; then the codebook is placed on the features."}
+    )
+    temperature_anneal: float = field(
+        default=0.5, metadata={"help": "Share of training over which the sampling temperature falls to 0."}
+    )
+    reset_stop: float = field(default=0.85, metadata={"help": "Share of training after which no code is reset."})
+    init_images: int = field(
+        default=1024, metadata={"help": "Training images that data and k-means init may look at."}
+    )
+    monitor_window: int = field(default=100, metadata={"help": "Optimizer steps in windowed codebook usage."})
+    num_pictures: int = field(default=16, metadata={"help": "Held-out images in the saved reconstruction grids."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fp16:
+            raise ValueError("fp16 cannot serve two optimizers with one gradient scaler; use bf16 or fp32.")
+        if self.gan_loss not in ("hinge", "non_saturating"):
+            raise ValueError(f"gan_loss must be hinge or non_saturating, got {self.gan_loss!r}.")
+        if self.gan_regularizer not in ("none", "lecam", "r1"):
+            raise ValueError(f"gan_regularizer must be none, lecam or r1, got {self.gan_regularizer!r}.")
+        for name in ("adversarial_start", "adversarial_warmup", "temperature_anneal", "reset_stop"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is a share of training and must be in [0, 1], got {getattr(self, name)}.")
+        for name in ("perceptual_weight", "adversarial_weight", "commitment_warmup_epochs", "autoencoder_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+
+class VQGANTrainer(CompressionTrainer):
+    """Trains a `VQGAN`, and a `VQGANDiscriminator` where one is given.
+
+    Per optimizer step the codebook is updated once, from statistics summed over micro-batches and ranks. `eval_psnr`,
+    `eval_utilization` and `eval_normalized_entropy` come from the whole held-out set.
+    """
+
+    args: VQGANTrainingArguments
+
+    def __init__(
+        self, model: VQGAN, args: VQGANTrainingArguments, discriminator: VQGANDiscriminator | None = None, **kw
+    ):
+        # Buffers are equal on all ranks by construction; broadcasting would only hide a fault.
+        args.ddp_broadcast_buffers = False
+        args.remove_unused_columns = False
+        super().__init__(model=model, args=args, **kw)
+        self.model_accepts_loss_kwargs = False
+        self.discriminator = discriminator
+        self.adversary: Adversary | None = None
+        self.perceptual = build_perceptual_loss(args.perceptual if args.perceptual_weight else "none")
+        if self.perceptual is not None:
+            self.perceptual.to(args.device)
+        self.monitor = CodebookMonitor(model.config.codebook_size, args.monitor_window)
+        self._fake: torch.Tensor | None = None
+        self._sums: dict[str, torch.Tensor] = {}
+        self.add_callback(PictureCallback(self))
+
+    # ---------------------------------------------------------------- schedules
+    @property
+    def progress(self) -> float:
+        """Share of training that is over, in [0, 1]."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def adversarial_scale(self) -> float:
+        """Present weight of the adversarial loss, 0 before its start."""
+        args = self.args
+        if self.discriminator is None or not args.adversarial_weight or self.progress < args.adversarial_start:
+            return 0.0
+        grown = (self.progress - args.adversarial_start) / max(args.adversarial_warmup, 1e-9)
+        first = 1.0 / max(1.0, args.adversarial_warmup * self.state.max_steps)
+        return args.adversarial_weight * min(1.0, grown + first)
+
+    def _set_schedules(self, model: VQGAN) -> None:
+        args, quantizer = self.args, model.quantizer
+        quantizer.update_in_forward = False
+        quantizer.enabled = self.state.global_step >= args.autoencoder_steps
+        epochs = self.state.epoch or 0.0
+        warm = args.commitment_warmup_epochs
+        model.commitment_scale = min(1.0, epochs / warm) if warm else 1.0
+        if isinstance(quantizer, EMAQuantizer):
+            left = 1.0 - self.progress / args.temperature_anneal if args.temperature_anneal else 0.0
+            quantizer.temperature = model.config.temperature * max(0.0, left)
+            if quantizer.enabled and not quantizer.initialized:
+                self.initialize_codebook(model)
+
+    @torch.no_grad()
+    def initialize_codebook(self, model: VQGAN) -> None:
+        """Places the codes on features of a fixed choice of training images, the same for any batch size or rank."""
+        number = min(self.args.init_images, len(self.train_dataset))
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(len(self.train_dataset), generator=generator)[:number].tolist()
+        quantizer, parts = model.quantizer, []
+        training = model.training
+        model.eval()
+        for start in range(0, number, 32):
+            rows = [self.train_dataset[index] for index in chosen[start : start + 32]]
+            pixels = self.data_collator(rows)["pixel_values"].to(self.args.device)
+            features = model.features(pixels).float()
+            parts.append(quantizer.prepare(quantizer.project_in(features).reshape(-1, quantizer.width)))
+        model.train(training)
+        quantizer.initialize(torch.cat(parts))
+
+    # ---------------------------------------------------------------- one step
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        pixels = inputs["pixel_values"]
+        target = inputs.get("labels", pixels)
+        network = self.unwrapped_model
+        if model.training:
+            self._set_schedules(network)
+        outputs = model(**inputs)
+        fake = outputs.reconstruction
+        logs = {name: outputs[name] for name in ("reconstruction_loss", "commitment_loss", "entropy_loss")}
+        loss, image_loss = outputs.loss, outputs.reconstruction_loss
+        if self.perceptual is not None:
+            logs["perceptual_loss"] = self.perceptual(fake.float(), target.float()).mean()
+            image_loss = image_loss + self.args.perceptual_weight * logs["perceptual_loss"]
+            loss = loss + self.args.perceptual_weight * logs["perceptual_loss"]
+        scale = self.adversarial_scale() if model.training else 0.0
+        self._fake = None
+        if scale and self.adversary is not None:
+            adversarial = self.adversary.generator_loss(fake)
+            weight = torch.ones((), device=fake.device)
+            if self.args.adaptive_weight:
+                last = network.decoder.conv_out.weight
+                weight = adaptive_weight(image_loss, adversarial, last, self.args.adaptive_weight_limit)
+            loss = loss + scale * weight * adversarial
+            logs |= {"adversarial_loss": adversarial, "adversarial_weight": scale * weight}
+            self._fake = fake.detach()
+        if model.training:
+            self.log_scalars("train", logs)
+        outputs.loss = loss
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.adversary is not None and self._fake is not None:
+            real = self._prepare_inputs(inputs)
+            real = real.get("labels", real["pixel_values"])
+            self.log_scalars("train", self.adversary.step(real, self._fake, self._rate_scale()))
+            self._fake = None
+        if self.accelerator.sync_gradients:
+            self._update_codebook()
+        return loss
+
+    def _rate_scale(self) -> float:
+        """The generator schedule's present factor, for the discriminator's learning rate."""
+        rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else self.args.learning_rate
+        return rate / self.args.learning_rate if self.args.learning_rate else 1.0
+
+    def _update_codebook(self) -> None:
+        model, step = self.unwrapped_model, self.state.global_step + 1
+        interval = model.config.reset_interval or self._steps_per_epoch()
+        due = step % interval == 0 and step <= self.args.reset_stop * self.state.max_steps
+        model.quantizer.update(allow_reset=due)
+        if model.quantizer.last_count is not None:
+            self.monitor.update(model.quantizer.last_count)
+
+    def _steps_per_epoch(self) -> int:
+        return max(1, round(self.state.max_steps / max(1e-9, self.state.num_train_epochs)))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {f"codebook/{name}": value for name, value in self.monitor.report().items()}
+        super().log(logs, start_time)
+
+    # ---------------------------------------------------------------- second player and checkpoints
+    def _start_auxiliary(self) -> None:
+        if self.discriminator is not None and self.args.adversarial_weight:
+            self.adversary = Adversary(self.discriminator, self.args, self.accelerator)
+        super()._start_auxiliary()
+
+    def auxiliary_state(self) -> dict:
+        state: dict = {"monitor": self.monitor}
+        if self.adversary is not None:
+            adversary = self.adversary
+            state |= {
+                "discriminator": adversary.network,
+                "discriminator_optimizer": adversary.optimizer,
+                "lecam": adversary.lecam,
+            }
+        return state
+
+    # ---------------------------------------------------------------- evaluation
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        target = inputs.get("labels", inputs["pixel_values"])
+        image = outputs.reconstruction.float().clamp(-1, 1)
+        counts = torch.bincount(outputs.codes.flatten(), minlength=self.unwrapped_model.config.codebook_size)
+        values = {"psnr": psnr(image, target), "ssim": ssim(image, target), "ms_ssim": ms_ssim(image, target)}
+        sums = {name: value.double().sum() for name, value in values.items()}
+        sums |= {"mse": (image - target).double().square().flatten(1).mean(1).sum(), "counts": counts}
+        sums["images"] = torch.tensor(len(image), device=image.device)
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._sums = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = {name: self.accelerator.reduce(value, "sum") for name, value in self._sums.items()}
+        if sums:
+            usage = usage_of_counts(sums["counts"])
+            number = float(sums["images"])
+            values = {name: float(sums[name]) / number for name in ("psnr", "ssim", "ms_ssim", "mse")} | usage
+            values["utilization_ceiling"] = utilization_ceiling(int(sums["counts"].sum()), sums["counts"].numel())
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        return output
+
+    def held_out_pictures(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The first held-out images and their reconstructions with the averaged weights, both on the CPU."""
+        dataset = self.eval_dataset
+        if not isinstance(dataset, Dataset) or not len(dataset):
+            return None
+        rows = [dataset[index] for index in range(min(self.args.num_pictures, len(dataset)))]
+        inputs = self._prepare_inputs(self.data_collator(rows))
+        model = self.unwrapped_model
+        training = model.training
+        model.eval()
+        with torch.no_grad(), self.averaged_weights():
+            images = model(inputs["pixel_values"]).reconstruction
+        model.train(training)
+        return inputs.get("labels", inputs["pixel_values"]).cpu(), images.float().cpu()
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
