@@ -1,0 +1,160 @@
+"""Seconds per generated row: TokCom against an autoregressive Llama of equal size with KV cache, in one run.
+
+    python recipes/benchmarks/generation_speed.py                                  # random weights: speed alone
+    python recipes/benchmarks/generation_speed.py --model outputs/tokcom --baseline outputs/ar_compute --train_file my.txt
+
+Runs alternate (A B A B ...) and medians are compared. With trained models the quality of the very rows that were timed
+(5-gram perplexity at its entropy) stands beside the speed; without, speed alone, which does not depend on the weights.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+
+from tokcom_hf import TokComConfig, TokComModel
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
+from tokcom_hf.metrics.compute import count_parameters, matching_llama_config
+from tokcom_hf.metrics.text import TextJudge
+from tokcom_hf.metrics.text_generation import CausalSampler, Sampler, TokComSampler
+
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "generation_speed.yaml"
+
+
+@dataclass
+class RunArguments:
+    """What is timed."""
+
+    model: str | None = field(default=None, metadata={"help": "TokCom folder; none builds one with random weights."})
+    baseline: str | None = field(default=None, metadata={"help": "Causal model; none builds a Llama of equal size."})
+    output_dir: str = field(default="outputs/generation_speed", metadata={"help": "Folder of the JSON."})
+    tokens: int = field(default=1024, metadata={"help": "Tokens per row."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Rows generated together."})
+    num_steps: list[int] = field(default_factory=lambda: [8, 16, 32], metadata={"help": "Flow steps per block."})
+    block_sizes: list[int] = field(
+        default_factory=lambda: [0, 64, 16], metadata={"help": "Chunks denoised together; 0 means the whole row."}
+    )
+    attention: str = field(
+        default="block_causal", metadata={"help": "Of a TokCom with random weights: bidirectional or block_causal."}
+    )
+    hidden_size: int = field(default=256, metadata={"help": "Width of a TokCom with random weights."})
+    num_layers: int = field(default=6, metadata={"help": "Denoiser layers of a TokCom with random weights."})
+    vocab_size: int = field(default=4097, metadata={"help": "Vocabulary of models with random weights."})
+    temperature: float = field(default=0.0, metadata={"help": "Decoder temperature of TokCom."})
+    repeats: int = field(
+        default=3, metadata={"help": "Timed runs of each, alternating; one run to warm up comes first."}
+    )
+
+
+def main() -> None:
+    values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource}, DEFAULT_CONFIG)
+    run, source = RunArguments(**values["run"]), TextSource(**values["data"])
+    for name in ("batch_sizes", "num_steps", "block_sizes"):
+        value = getattr(run, name)
+        setattr(run, name, value if isinstance(value, list) else [value])
+    if run.repeats < 1:
+        raise RecipeError(f"--repeats must be at least 1, got {run.repeats}.")
+    tokcom, baseline = load_models(run)
+    judge = load_judge(run, source, tokcom)
+    start_id = int(baseline.config.eos_token_id or 0)
+    sizes = {"TokCom": count_parameters(tokcom), "autoregressive": count_parameters(baseline)}
+    device = str(tokcom.device)
+    print(f"{sizes} parameters; {run.tokens} tokens per row; {device}, {torch.get_num_threads()} threads")
+    if run.model and tokcom.config.max_chunks * tokcom.config.vae.chunk_size < run.tokens:
+        print(f"note: TokCom was trained on rows of {tokcom.config.max_chunks * tokcom.config.vae.chunk_size} tokens")
+    rows = []
+    for batch in run.batch_sizes:
+        for block in run.block_sizes:
+            for steps in run.num_steps:
+                settings = {"num_steps": steps, "block_size": block or None, "temperature": run.temperature}
+                contestants: dict[str, Sampler] = {
+                    "autoregressive": CausalSampler(baseline, start_id, batch_size=batch),
+                    "TokCom": TokComSampler(tokcom, settings, batch_size=batch),
+                }
+                timed = alternate(contestants, batch, run.tokens, run.repeats)
+                row = {"batch": batch, "block_size": block, "num_steps": steps}
+                row |= {f"{name} seconds": statistics.median(seconds) for name, (seconds, _) in timed.items()}
+                row["speedup"] = row["autoregressive seconds"] / row["TokCom seconds"]
+                if judge is not None:
+                    for name, (_, samples) in timed.items():
+                        quality = judge.measure(np.concatenate(samples))
+                        for key in ("kn_perplexity_held_out", "entropy", "overlap_8"):
+                            row[f"{name} {key}"] = quality[key]
+                rows.append(row)
+                print("  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+    if judge is None:
+        print("Weights are random, so no quality stands beside the speed: give --model, --baseline and their text.")
+    out = Path(run.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"parameters": sizes, "device": device, "threads": torch.get_num_threads(), "rows": rows}
+    (out / "generation_speed.json").write_text(
+        json.dumps(result | {"settings": vars(run)}, indent=2), encoding="utf-8"
+    )
+    print(f"results in {out}")
+
+
+def load_models(run: RunArguments) -> tuple[Any, Any]:
+    """The two models, trained or of equal size with random weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if run.model is not None:
+        tokcom = AutoModel.from_pretrained(run.model)
+    else:
+        width = {
+            "hidden_size": run.hidden_size, "num_attention_heads": run.hidden_size // 64, "num_key_value_heads": 2,
+            "intermediate_size": 3 * run.hidden_size,
+        }  # fmt: skip
+        vae = width | {"vocab_size": run.vocab_size, "latent_size": 128, "num_hidden_layers": 2}
+        denoiser = width | {"num_hidden_layers": run.num_layers, "attention": run.attention, "self_conditioning": True}
+        tokcom = TokComModel(TokComConfig(vae=vae, denoiser=denoiser, standardize_latents=True, clean_prefix=True))
+    if run.baseline is not None:
+        baseline = AutoModelForCausalLM.from_pretrained(run.baseline)
+    else:
+        config = matching_llama_config(
+            count_parameters(tokcom), tokcom.config.vae.omni_token_id, head_dim=64, max_length=run.tokens + 1
+        )
+        config.eos_token_id = 0
+        baseline = LlamaForCausalLM(config)
+    return tokcom.eval().to(device), baseline.eval().to(device)
+
+
+def load_judge(run: RunArguments, source: TextSource, tokcom: Any) -> TextJudge | None:
+    """Scorers of the timed rows, where both models are trained."""
+    if run.model is None or run.baseline is None:
+        return None
+    data = load_source(source, tokcom.config.max_chunks * tokcom.config.vae.chunk_size, run.model)
+    train = np.asarray(data.train.token_ids, dtype=np.int64)
+    return TextJudge(train, full_rows(data.validation), len(data.tokenizer) + 1)
+
+
+def alternate(
+    contestants: dict[str, Sampler], batch: int, tokens: int, repeats: int
+) -> dict[str, tuple[list[float], list[np.ndarray]]]:
+    """Times each contestant in turn, `repeats` times, after one short run to warm up; seconds and rows of each."""
+    timed: dict[str, tuple[list[float], list[np.ndarray]]] = {name: ([], []) for name in contestants}
+    for sampler in contestants.values():
+        sampler.rows(batch, min(tokens, 32), seed=0)
+    for repeat in range(repeats):
+        for name, sampler in contestants.items():
+            synchronize()
+            started = time.perf_counter()
+            rows = sampler.rows(batch, tokens, seed=repeat)
+            synchronize()
+            timed[name][0].append(time.perf_counter() - started)
+            timed[name][1].append(rows)
+    return timed
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    run_recipe(main)

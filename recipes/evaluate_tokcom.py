@@ -1,0 +1,308 @@
+"""Evaluates a trained TokCom folder: reconstruction, denoising, generated text, with anchors and baselines beside it.
+
+    python recipes/evaluate_tokcom.py --model outputs/tokcom
+    python recipes/evaluate_tokcom.py --model outputs/tokcom --train_file my.txt \
+        --baselines outputs/ar_compute outputs/ar_tokens --output_dir outputs/evaluation
+    python recipes/evaluate_tokcom.py --model outputs/tokcom --variants outputs/tokcom_paper --num_samples 256
+
+Name the same text (and --split_seed) as in training. Prints the tables, writes `evaluation.json`, `samples.txt`, and, with
+matplotlib, `accuracy_against_noise.png`, `denoising.png` and `frontier.png`. No number stands alone: perplexity is read at
+its entropy, every metric beside held-out text, and 5-gram perplexity under one scorer fitted on train, one on held-out text.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
+from tokcom_hf.metrics.compute import count_parameters
+from tokcom_hf.metrics.latent_path import sampling_path
+from tokcom_hf.metrics.reconstruction import denoising_metrics
+from tokcom_hf.metrics.text import KneserNey, TextJudge, detailed_reconstruction
+from tokcom_hf.metrics.text_generation import (
+    CausalSampler,
+    KneserNeySampler,
+    Sampler,
+    ShuffledChunkSampler,
+    TokComSampler,
+)
+from tokcom_hf.metrics.text_protocol import (
+    frontier,
+    held_out_prefixes,
+    measure_sampler,
+    ratio_at_equal_entropy,
+    summarize,
+)
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "evaluate_tokcom.yaml"
+COLUMNS = {
+    "brier_lm": "BrierLM", "kn_perplexity": "KN train", "kn_perplexity_held_out": "KN held-out", "entropy": "entropy",
+    "distinct_2": "dist-2", "self_bleu": "selfBLEU", "js_1": "JS-1", "js_2": "JS-2", "auc": "AUC", "overlap_8": "8-gram",
+    "longest_match": "longest", "tokens_per_second": "tok/s",
+}  # fmt: skip
+
+
+@dataclass
+class RunArguments:
+    """What is evaluated, and how thoroughly."""
+
+    model: str = field(default="outputs/tokcom", metadata={"help": "TokCom folder."})
+    variants: list[str] = field(default_factory=list, metadata={"help": "More TokCom folders of the same tokenizer."})
+    baselines: list[str] = field(default_factory=list, metadata={"help": "Causal language models, same tokenizer."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder of tables and figures."})
+    num_samples: int = field(default=64, metadata={"help": "Generated rows per seed."})
+    length: int | None = field(default=None, metadata={"help": "Tokens per row; none takes the training length."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Sampling seeds."})
+    num_steps: int = field(default=16, metadata={"help": "Flow steps of the TokCom rows."})
+    temperature: float = field(default=0.0, metadata={"help": "Decoder temperature of the TokCom rows."})
+    sampler: str = field(default="euler", metadata={"help": "euler, renoise or heun."})
+    time_grid: str = field(default="uniform", metadata={"help": "uniform, quadratic or cosine."})
+    block_size: int | None = field(default=None, metadata={"help": "Chunks denoised together; none means all."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance on the prompt."})
+    num_prefixes: int = field(default=300, metadata={"help": "Prefixes of BrierLM."})
+    prefix_length: int = field(default=64, metadata={"help": "Tokens per prefix, a multiple of the chunk size."})
+    continuation_length: int = field(default=16, metadata={"help": "Tokens generated after a prefix (4 are scored)."})
+    draws: int = field(default=2, metadata={"help": "Independent continuations per prefix, at least 2."})
+    frontier_steps: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32, 50], metadata={"help": "Flow steps of the frontier."}
+    )
+    frontier_temperatures: list[float] = field(
+        default_factory=lambda: [0.0, 0.7, 1.0], metadata={"help": "Decoder temperatures of the frontier."}
+    )
+    baseline_temperatures: list[float] = field(
+        default_factory=lambda: [0.7, 0.8, 0.9, 1.0], metadata={"help": "Temperatures of the baselines' frontier."}
+    )
+    frontier_samples: int = field(default=32, metadata={"help": "Rows per point of the frontier."})
+    block_sizes: list[int] = field(
+        default_factory=list, metadata={"help": "Rows of the block_size dial; 0 means the whole sequence."}
+    )
+    accuracy_rows: int = field(default=64, metadata={"help": "Held-out rows of the reconstruction metrics."})
+
+
+def main() -> None:
+    values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource}, DEFAULT_CONFIG)
+    run, source = RunArguments(**values["run"]), TextSource(**values["data"])
+    for name in ("variants", "baselines", "seeds", "frontier_steps", "frontier_temperatures", "baseline_temperatures",
+                 "block_sizes"):  # fmt: skip
+        value = getattr(run, name)
+        setattr(run, name, value if isinstance(value, list) else [] if value is None else [value])
+    if not run.seeds:
+        raise RecipeError("--seeds needs at least one seed.")
+    model = load_tokcom(run.model)
+    chunk = model.config.vae.chunk_size
+    if run.prefix_length % chunk or run.prefix_length < chunk:
+        raise RecipeError(
+            f"--prefix_length must be a positive multiple of the chunk size {chunk}, got {run.prefix_length}."
+        )
+    length = run.length or model.config.max_chunks * chunk
+    data = load_source(source, length, run.model)
+    if len(data.tokenizer) != model.config.vae.omni_token_id:
+        raise RecipeError(
+            f"The tokenizer of {run.model!r} has {len(data.tokenizer)} tokens, the model {model.config.vae.omni_token_id}."
+        )
+    out = Path(run.output_dir)
+    train, held_out = np.asarray(data.train.token_ids, dtype=np.int64), full_rows(data.validation)
+    vocabulary = len(data.tokenizer) + 1
+    judge = TextJudge(train, held_out, vocabulary)
+    results: dict[str, Any] = {
+        "settings": vars(run) | {"data": vars(source), "length": length},
+        "started": time.ctime(),
+    }
+
+    results["reconstruction"], results["denoising"] = accuracies(model, data, train, vocabulary, run)
+    results["sampling_path"] = sampling_path(model, 8, length // chunk, run.num_steps)
+    print_accuracies(results)
+
+    prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, run.prefix_length)
+    rows = results["rows"] = {"held-out text": real_text(judge, run)}
+    print_row("held-out text", rows["held-out text"], header=True)
+    samplers, parameters = all_samplers(run, model, data, judge, train, vocabulary, chunk)
+    results["parameters"] = parameters
+    for name, sampler in samplers.items():
+        seeds = run.seeds
+        rows[name] = measure_sampler(
+            sampler, judge, seeds, run.num_samples, length, prefixes, run.draws, run.continuation_length
+        )
+        print_row(name, rows[name])
+
+    curves = results["frontier"] = frontiers(run, model, data, judge, length)
+    results["comparisons"] = compare(rows, curves, [name for name in samplers if name.startswith("autoregressive")])
+    for line in results["comparisons"]["lines"]:
+        print(line)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_samples(out, samplers, data, held_out, run, length)
+    draw(out, results)
+    print(f"\nresults in {out}")
+
+
+def load_tokcom(folder: str) -> Any:
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise RecipeError(f"No trained model in {folder!r}; run recipes/train_tokcom.py --output_dir {folder} first.")
+    model = AutoModel.from_pretrained(folder)
+    if model.config.model_type != "tokcom":
+        raise RecipeError(f"{folder!r} holds a {model.config.model_type!r} model, not a TokCom model.")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def accuracies(model, data, train: np.ndarray, vocabulary: int, run: RunArguments) -> tuple[dict, dict]:
+    """Reconstruction and denoising accuracy on held-out rows."""
+    batch = [data.validation[i] for i in range(min(run.accuracy_rows, len(data.validation)))]
+    ids = torch.stack([row["input_ids"] for row in batch])
+    mask = torch.stack([row["attention_mask"] for row in batch])
+    counts = torch.from_numpy(np.bincount(train, minlength=vocabulary))
+    reconstruction = detailed_reconstruction(model.vae, ids, mask, counts)
+    denoising = denoising_metrics(model, ids[:32], mask[:32], (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+    return reconstruction, denoising
+
+
+def all_samplers(
+    run, model, data, judge, train, vocabulary: int, chunk: int
+) -> tuple[dict[str, Sampler], dict[str, int]]:
+    """Every generator of the table, anchors first, and the parameters of the networks among them."""
+    settings = {
+        "num_steps": run.num_steps, "temperature": run.temperature, "sampler": run.sampler, "time_grid": run.time_grid,
+        "block_size": run.block_size, "guidance_scale": run.guidance_scale,
+    }  # fmt: skip
+    samplers: dict[str, Sampler] = {
+        "unigram": KneserNeySampler(KneserNey(train, vocabulary, order=1)),
+        "Kneser-Ney 5-gram": KneserNeySampler(judge.train_scorer),
+        "shuffled train chunks": ShuffledChunkSampler(train, chunk),
+        "TokCom, one step": TokComSampler(model, settings | {"num_steps": 1}),
+        f"TokCom, {run.num_steps} steps": TokComSampler(model, settings),
+    }
+    parameters = {"TokCom": count_parameters(model)}
+    for size in run.block_sizes:
+        samplers[f"TokCom, block {size or 'all'}"] = TokComSampler(model, settings | {"block_size": size or None})
+    for folder in run.variants:
+        variant = load_tokcom(folder)
+        parameters[folder] = count_parameters(variant)
+        samplers[f"variant {Path(folder).name}"] = TokComSampler(variant, settings)
+    for folder in run.baselines:
+        baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
+        parameters[folder] = count_parameters(baseline)
+        samplers[f"autoregressive {Path(folder).name}"] = CausalSampler(baseline, data.tokenizer.eos_token_id)
+    return samplers, parameters
+
+
+def real_text(judge: TextJudge, run: RunArguments) -> dict[str, dict[str, float]]:
+    """Held-out rows, as many as are generated; other rows for every seed where there are enough."""
+    runs = []
+    for seed in run.seeds:
+        order = np.random.default_rng(seed).permutation(len(judge.held_out_rows))
+        runs.append(judge.measure(judge.held_out_rows[order[: run.num_samples]]))
+    return summarize(runs)
+
+
+def frontiers(run: RunArguments, model, data, judge, length: int) -> dict[str, list[dict[str, Any]]]:
+    """Perplexity and entropy over steps × temperature for TokCom, over temperature for the baselines."""
+    report = lambda point: print("  " + "  ".join(f"{k} {v:.4g}" for k, v in point.items()), flush=True)  # noqa: E731
+    arguments = {
+        "judge": judge,
+        "count": run.frontier_samples,
+        "length": length,
+        "seed": run.seeds[0],
+        "report": report,
+    }
+    common = {"sampler": run.sampler, "time_grid": run.time_grid, "block_size": run.block_size}
+    grid = [
+        {"temperature": heat, "num_steps": steps}
+        for heat, steps in product(run.frontier_temperatures, run.frontier_steps)
+    ]
+    print("\nfrontier of TokCom")
+    curves = {"TokCom": frontier(lambda **point: TokComSampler(model, common | point), grid, **arguments)}
+    for folder in run.baselines:
+        baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
+        name = f"autoregressive {Path(folder).name}"
+        print(f"frontier of {name}")
+        heats = [{"temperature": heat} for heat in run.baseline_temperatures]
+        make = lambda net: lambda **point: CausalSampler(net, data.tokenizer.eos_token_id, **point)  # noqa: E731
+        curves[name] = frontier(make(baseline), heats, **arguments)
+    return curves
+
+
+def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
+    """TokCom against each baseline at equal entropy, few steps against many, copying against held-out text."""
+    found: dict[str, Any] = {"equal_entropy": {}, "steps": {}}
+    lines = ["\ncomparisons"]
+    for name, target in ((key, point) for key in baselines for point in curves[key]):
+        label = f"{name} at temperature {target['temperature']:g} (entropy {target['entropy']:.2f})"
+        found["equal_entropy"][label] = {}
+        for scorer, key in (("train", "kn_perplexity"), ("held-out", "kn_perplexity_held_out")):
+            best = found["equal_entropy"][label][scorer] = ratio_at_equal_entropy(curves["TokCom"], target, key=key)
+            text = "no TokCom point within 0.1 nats of its entropy"
+            if best is not None:
+                text = f"TokCom's perplexity is {best['ratio']:.3g} x ({best['num_steps']} steps, {best['temperature']:g})"
+            lines.append(f"  {label}, {scorer} scorer: {text}")
+    for heat in sorted({point["temperature"] for point in curves["TokCom"]}):
+        at = {p["num_steps"]: p["kn_perplexity_held_out"] for p in curves["TokCom"] if p["temperature"] == heat}
+        if 16 in at and 50 in at:
+            found["steps"][f"temperature {heat:g}"] = at[16] / at[50]
+            lines.append(f"  16 steps / 50 steps at temperature {heat:g}: perplexity ratio {at[16] / at[50]:.3f}")
+    tokcom = next(name for name in rows if name.startswith("TokCom, ") and "one step" not in name)
+    excess = rows[tokcom]["overlap_8"]["mean"] - rows["held-out text"]["overlap_8"]["mean"]
+    found["overlap_8_above_held_out"] = excess
+    lines.append(f"  8-gram overlap with train, above held-out text: {100 * excess:+.2f} points")
+    return found | {"lines": lines}
+
+
+def print_accuracies(results: dict[str, Any]) -> None:
+    print("\nheld-out reconstruction")
+    for name, value in results["reconstruction"].items():
+        print(f"  {name:28} {value:.5g}")
+    print("held-out denoising, one prediction")
+    for name, value in results["denoising"].items():
+        print(f"  {name:28} {value:.4f}")
+    norms = "  ".join(
+        f"{t:.2f}:{norm:.3f}" for t, norm in zip(results["sampling_path"]["t"], results["sampling_path"]["rms"])
+    )
+    print(f"root mean square of x along the sampling path (t:rms)  {norms}\n")
+
+
+def print_row(name: str, row: dict[str, dict[str, float]], header: bool = False) -> None:
+    if header:
+        print(f"{'mean ± std over seeds':26}" + "".join(f"{title:>17}" for title in COLUMNS.values()))
+    cells = [f"{row[key]['mean']:.4g} ± {row[key]['std']:.2g}" if key in row else "-" for key in COLUMNS]
+    print(f"{name:26}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+
+
+def write_samples(out: Path, samplers, data, held_out: np.ndarray, run: RunArguments, length: int) -> None:
+    """One row of every generator, to be read."""
+    texts = [("held-out text", held_out[0])]
+    texts += [(name, sampler.rows(1, length, run.seeds[0])[0]) for name, sampler in samplers.items()]
+    text = "\n\n".join(f"=== {name}\n{data.tokenizer.decode(ids)}" for name, ids in texts)
+    (out / "samples.txt").write_text(text + "\n", encoding="utf-8")
+
+
+def draw(out: Path, results: dict[str, Any]) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print('No figures: matplotlib is not installed (pip install "tokcom_hf[plots]").')
+        return
+    from tokcom_hf.text_plots import plot_accuracy_against_noise, plot_denoising_against_time, plot_frontier
+
+    plot_accuracy_against_noise(results["reconstruction"], out / "accuracy_against_noise.png")
+    plot_denoising_against_time(results["denoising"], out / "denoising.png")
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for name, points in results["frontier"].items():
+        for point in points:
+            line = f"TokCom, temperature {point['temperature']:g}" if name == "TokCom" else name
+            label = point["num_steps"] if name == "TokCom" else f"T={point['temperature']:g}"
+            curves.setdefault(line, []).append({**point, "label": label})
+    shown = ("held-out text", "unigram", "Kneser-Ney 5-gram", "shuffled train chunks")
+    keys = ("entropy", "kn_perplexity_held_out")
+    anchors = {name: {key: results["rows"][name][key]["mean"] for key in keys} for name in shown}
+    plot_frontier(curves, anchors, out / "frontier.png")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,132 @@
+"""Prefixes, samplers and comparisons of the text evaluation."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tokcom_hf import TokComConfig, TokComModel
+from tokcom_hf.metrics.compute import matching_llama_config
+from tokcom_hf.metrics.latent_path import sampling_path
+from tokcom_hf.metrics.text import KneserNey, TextJudge, detailed_reconstruction
+from tokcom_hf.metrics.text_generation import CausalSampler, KneserNeySampler, ShuffledChunkSampler, TokComSampler
+from tokcom_hf.metrics.text_protocol import frontier, held_out_prefixes, measure_sampler, ratio_at_equal_entropy
+
+VOCABULARY = 31
+
+
+@pytest.fixture(scope="module")
+def tokcom():
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 48,
+    }  # fmt: skip
+    config = TokComConfig(
+        vae=shape | {"vocab_size": VOCABULARY, "latent_size": 8}, denoiser=dict(shape), eos_token_id=0, max_chunks=8
+    )
+    return TokComModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def samplers(tokcom):
+    torch.manual_seed(1)
+    causal = LlamaForCausalLM(matching_llama_config(30_000, VOCABULARY, num_layers=1, head_dim=16)).eval()
+    train = np.random.default_rng(0).integers(0, VOCABULARY - 1, 800)
+    return {
+        "tokcom": TokComSampler(tokcom, {"num_steps": 2, "temperature": 1.0}, batch_size=3),
+        "causal": CausalSampler(causal, start_id=0, batch_size=3),
+        "kneser_ney": KneserNeySampler(KneserNey(train, VOCABULARY, 3)),
+        "shuffled": ShuffledChunkSampler(train, 4),
+    }
+
+
+@pytest.mark.parametrize("name", ["tokcom", "causal", "kneser_ney", "shuffled"])
+def test_every_sampler_keeps_shapes_and_seeds(samplers, name):
+    sampler = samplers[name]
+    rows = sampler.rows(5, 16, seed=1)
+    assert rows.shape == (5, 16) and rows.min() >= 0 and rows.max() < VOCABULARY
+    assert np.array_equal(rows, sampler.rows(5, 16, seed=1))
+    assert not np.array_equal(rows, sampler.rows(5, 16, seed=2))
+    prefixes = np.random.default_rng(0).integers(0, VOCABULARY - 1, (4, 8))
+    state = torch.random.get_rng_state()
+    continued = sampler.continuations(prefixes, 2, 6, seed=1)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert continued.shape == (4, 2, 6)
+    assert not np.array_equal(continued[:, 0], continued[:, 1])
+
+
+def test_causal_continuations_follow_their_own_prefix(samplers):
+    greedy = CausalSampler(samplers["causal"].model, start_id=0, temperature=0.0, batch_size=3)
+    prefixes = np.random.default_rng(3).integers(0, VOCABULARY - 1, (4, 8))
+    both = greedy.continuations(prefixes, 2, 5, seed=0)
+    assert np.array_equal(both[:, 0], both[:, 1])
+    with torch.no_grad():
+        following = samplers["causal"].model(torch.tensor(prefixes)).logits[:, -1].argmax(-1)
+    assert both[:, 0, 0].tolist() == following.tolist()
+
+
+def test_tokcom_rows_do_not_stop_at_eos_and_the_setting_survives(tokcom):
+    before = tokcom.config.eos_token_id
+    rows = TokComSampler(tokcom, {"num_steps": 1, "temperature": 5.0}).rows(40, 32, seed=0)
+    after_end = [row[row.tolist().index(0) + 1 :] for row in rows if 0 in row[:16]]
+    assert after_end and any(part.any() for part in after_end)
+    assert tokcom.config.eos_token_id == before == 0
+
+
+def test_shuffled_chunks_are_training_chunks():
+    train = np.arange(40)
+    rows = ShuffledChunkSampler(train, 4).rows(3, 8, seed=0).reshape(-1, 4)
+    assert (rows[:, 0] % 4 == 0).all() and (np.diff(rows, axis=1) == 1).all()
+
+
+def test_prefixes_are_followed_by_their_true_continuation():
+    tokens = np.arange(100)
+    prefixes, targets = held_out_prefixes(tokens, 10, prefix_length=8)
+    assert prefixes.shape == (10, 8) and targets.shape == (10, 4)
+    assert (targets[:, 0] == prefixes[:, -1] + 1).all() and targets[-1, -1] == 99 and prefixes[0, 0] == 0
+    assert len(held_out_prefixes(tokens[:14], 10, 8)[0]) == 3
+    with pytest.raises(ValueError, match="need 12"):
+        held_out_prefixes(tokens[:11], 10, 8)
+
+
+def test_measured_rows_hold_mean_and_spread_and_the_frontier_its_settings(samplers):
+    generator = np.random.default_rng(5)
+    judge = TextJudge(generator.integers(0, VOCABULARY, 2000), generator.integers(0, VOCABULARY, (20, 16)), VOCABULARY)
+    prefixes = held_out_prefixes(judge.reference.reshape(-1), 6, 8)
+    row = measure_sampler(samplers["tokcom"], judge, [0, 1], 6, 16, prefixes, continuation_length=8)
+    assert {"brier_lm", "kn_perplexity", "entropy", "auc", "overlap_8", "tokens_per_second"} <= set(row)
+    assert row["kn_perplexity"]["std"] > 0 and row["tokens"]["mean"] == 96
+    settings = [{"temperature": 0.5}, {"temperature": 2.0}]
+    causal = samplers["causal"].model
+    points = frontier(lambda **point: CausalSampler(causal, 0, **point), settings, judge, 6, 16)
+    assert [point["temperature"] for point in points] == [0.5, 2.0]
+    assert points[0]["entropy"] < points[1]["entropy"]
+
+
+def test_ratio_is_taken_only_at_equal_entropy():
+    baseline = {"entropy": 5.0, "kn_perplexity": 100.0}
+    points = [
+        {"entropy": 4.0, "kn_perplexity": 10.0},
+        {"entropy": 4.95, "kn_perplexity": 150.0},
+        {"entropy": 5.08, "kn_perplexity": 130.0},
+    ]
+    assert ratio_at_equal_entropy(points, baseline, key="kn_perplexity")["ratio"] == pytest.approx(1.3)
+    assert ratio_at_equal_entropy(points[:1], baseline, key="kn_perplexity") is None
+
+
+def test_the_sampling_path_starts_at_the_noise(tokcom):
+    path = sampling_path(tokcom, batch_size=16, num_chunks=8, num_steps=4)
+    assert path["t"] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+    assert path["rms"][0] == pytest.approx(tokcom.config.noise_std, rel=0.1)
+    # The last Euler step lands on the prediction.
+    assert path["rms"][-1] == pytest.approx(path["predicted_rms"][-1])
+
+
+def test_detailed_reconstruction_reports_every_number(tokcom):
+    ids = torch.randint(VOCABULARY - 1, (4, 32))
+    result = detailed_reconstruction(tokcom.vae, ids, torch.ones_like(ids), torch.ones(VOCABULARY), (0.0, 0.5))
+    # Every token is rare here, so both accuracies are the same one.
+    assert result["rare_token_accuracy"] == pytest.approx(result["token_accuracy"])
+    assert result["rare_token_share"] == 1.0 and 0 <= result["sequence_accuracy"] <= result["chunk_accuracy"] <= 1
+    assert {"token_accuracy_sigma_0.5", "random_chunk_accuracy", "active_dimensions"} <= set(result)

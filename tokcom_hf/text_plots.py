@@ -1,0 +1,72 @@
+"""Figures of the text evaluation (matplotlib, extra "plots")."""
+
+from pathlib import Path
+from typing import Any
+
+
+def plot_accuracy_against_noise(reconstruction: dict[str, float], path: Path) -> None:
+    """Token and chunk accuracy of the VAE against latent noise σ (in latent standard deviations)."""
+    figure, axes = _axes("latent noise σ / latent std", "held-out accuracy", "Decoding noisy latents")
+    for name, label in (("token_accuracy", "token"), ("chunk_accuracy", "whole chunk")):
+        points = {0.0: reconstruction[name]}
+        prefix = f"{name}_sigma_"
+        points |= {float(key.removeprefix(prefix)): v for key, v in reconstruction.items() if key.startswith(prefix)}
+        sigmas = sorted(points)
+        axes.plot(sigmas, [points[sigma] for sigma in sigmas], marker="o", label=label)
+    axes.axhline(0.995, color="0.7", linewidth=0.8, linestyle="--")
+    _save(figure, axes, path)
+
+
+def plot_denoising_against_time(denoising: dict[str, float], path: Path) -> None:
+    """Token accuracy of one denoiser prediction from x_t beside decoding x_t itself, against t."""
+    figure, axes = _axes("t (0 noise, 1 clean)", "held-out token accuracy", "Denoising")
+    for name, label in (("denoised", "after one denoiser prediction"), ("direct", "noisy latent decoded directly")):
+        prefix = f"{name}_accuracy_t_"
+        points = sorted((float(k.removeprefix(prefix)), v) for k, v in denoising.items() if k.startswith(prefix))
+        axes.plot([t for t, _ in points], [v for _, v in points], marker="o", label=label)
+    _save(figure, axes, path)
+
+
+def plot_frontier(curves: dict[str, list[dict[str, Any]]], anchors: dict[str, dict[str, float]], path: Path) -> None:
+    """Kneser–Ney perplexity against unigram entropy: one line per curve, one cross per anchor.
+
+    Args:
+        curves: name -> points with `entropy`, `kn_perplexity_held_out` and a `label` written beside them.
+        anchors: name -> dict with `entropy` and `kn_perplexity_held_out`.
+    """
+    figure, axes = _axes(
+        "unigram entropy, nats", "5-gram perplexity (scorer of held-out text)", "Quality and diversity"
+    )
+    for name, points in curves.items():
+        axes.plot(*_columns(points), marker="o", markersize=3, linewidth=1, label=name)
+        for point in points:
+            axes.annotate(str(point["label"]), (point["entropy"], point["kn_perplexity_held_out"]), fontsize=5)
+    for name, point in anchors.items():
+        axes.scatter(*_columns([point]), marker="x", label=name)
+    axes.set_yscale("log")
+    _save(figure, axes, path)
+
+
+def _columns(points: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [point["entropy"] for point in points], [point["kn_perplexity_held_out"] for point in points]
+
+
+def _axes(x: str, y: str, title: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _save(figure, axes, path: Path) -> None:
+    from matplotlib import pyplot
+
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
