@@ -55,7 +55,7 @@ class TextJudge:
         self.held_out_scorer = KneserNey(self.reference, vocab_size, order)
         self.index = TrainIndex(train)
 
-    def measure(self, sequences: Sequence[np.ndarray]) -> dict[str, float]:
+    def measure(self, sequences: Sequence[np.ndarray] | np.ndarray) -> dict[str, float]:
         """All unconditional metrics of samples (a list of 1-d id arrays, or (rows, length)).
 
         Returns:

@@ -120,7 +120,7 @@ class KneserNey:
 
     def _sample_next(self, window: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         rows, width = window.shape
-        token: np.ndarray = generator.integers(0, self.vocab_size, rows)
+        token = generator.integers(0, self.vocab_size, (rows,), dtype=np.int64)
         undecided = np.ones(rows, dtype=bool)
         for n in range(min(self.order, width + 1), 0, -1):
             order = self.orders[n - 1]

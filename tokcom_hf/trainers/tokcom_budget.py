@@ -63,7 +63,13 @@ def _epochs(folder: Path) -> float:
 def _step_flops(model: Any, inputs: dict[str, torch.Tensor], rows: list[Any], draws: int) -> dict[str, float]:
     """Operations of one batch: VAE training step, encoding, denoiser training step (mean over draws)."""
     with tempfile.TemporaryDirectory() as scratch:
-        common = {"output_dir": scratch, "use_cpu": True, "report_to": "none", "sample_every": 0, "disable_tqdm": True}
+        common: dict[str, Any] = {
+            "output_dir": scratch,
+            "use_cpu": True,
+            "report_to": "none",
+            "sample_every": 0,
+            "disable_tqdm": True,
+        }
         vae_trainer = TokComVAETrainer(model=model.vae, args=TokComVAETrainingArguments(**common))
         model.vae.train().requires_grad_(True)
         vae = count_training_flops(lambda: vae_trainer.compute_loss(model.vae, inputs))
