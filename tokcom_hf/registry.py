@@ -69,14 +69,15 @@ def load(module: str, name: str):
 
 def register_all() -> None:
     """Registers models, processors and pipelines; safe to call twice."""
-    configs, models = {}, {}
+    configs, auto_classes = {}, {}
     for row in MODELS:
         config_class = configs[row.config] = load(f"configuration_{row.stem}", row.config)
-        model_class = models[row.model] = load(f"modeling_{row.stem}", row.model)
+        model_class = load(f"modeling_{row.stem}", row.model)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         config_class.register_for_auto_class()
-        for auto_class in row.auto_classes:
-            getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
+        auto_classes[row.model] = tuple(getattr(transformers, name) for name in row.auto_classes)
+        for auto_class in auto_classes[row.model]:
+            auto_class.register(config_class, model_class, exist_ok=True)
         model_class.register_for_auto_class(row.auto_classes[0])
     for row in PROCESSORS:
         processor_class = load(row.stem, row.processor)
@@ -91,6 +92,7 @@ def register_all() -> None:
             PIPELINE_REGISTRY.register_pipeline(
                 row.task,
                 pipeline_class=load(f"pipeline_{row.stem}", row.pipeline),
-                pt_model=models[row.model],
+                # A pipeline saved with its code names Auto classes: transformers looks the names up in itself.
+                pt_model=auto_classes[row.model],
                 type=row.kind,
             )

@@ -257,3 +257,18 @@ def test_guidance_scale_one_is_off_and_others_change_the_output():
         return model.generate(prompt, num_generate_chunks=6, num_steps=4, guidance_scale=scale, generator=generator)
 
     assert torch.equal(run(1.0), run(1.0)) and not torch.equal(run(1.0), run(4.0))
+
+
+def test_parameter_counts_at_the_documented_size():
+    """24 layers of 896: counted by hand from the documented shapes, built on the meta device."""
+    with torch.device("meta"):
+        model = TokComModel(TokComConfig())
+    size, kv, mlp = 896, 128, 4864
+    attention = 2 * size * size + 2 * size * kv + size + 2 * kv
+    block = attention + 3 * size * mlp + 2 * size
+    vae = 32017 * size + 2 * (24 * block + size)
+    adaptive = block + 2 * (2 * size * size + 2 * size)
+    time = size * 4 * size + 4 * size + 4 * size * size + size
+    denoiser = 24 * adaptive + size + time + size * size + size
+    assert sum(p.numel() for p in model.vae.parameters()) == vae
+    assert sum(p.numel() for p in model.denoiser.parameters()) == denoiser
