@@ -26,7 +26,7 @@ from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.metrics.compute import count_parameters
 from tokcom_hf.metrics.latent_path import sampling_path
 from tokcom_hf.metrics.reconstruction import denoising_metrics
-from tokcom_hf.metrics.text import KneserNey, TextJudge, detailed_reconstruction
+from tokcom_hf.metrics.text import KneserNey, TextJudge, denoise_reconstruct_accuracy, detailed_reconstruction
 from tokcom_hf.metrics.text_generation import (
     CausalSampler,
     KneserNeySampler,
@@ -161,6 +161,7 @@ def accuracies(model, data, train: np.ndarray, vocabulary: int, run: RunArgument
     counts = torch.from_numpy(np.bincount(train, minlength=vocabulary))
     reconstruction = detailed_reconstruction(model.vae, ids, mask, counts)
     denoising = denoising_metrics(model, ids[:32], mask[:32], (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+    denoising |= denoise_reconstruct_accuracy(model, ids[:32], mask[:32], num_steps=run.num_steps)
     return reconstruction, denoising
 
 
@@ -189,8 +190,15 @@ def all_samplers(
     for folder in run.baselines:
         baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
         parameters[folder] = count_parameters(baseline)
-        samplers[f"autoregressive {Path(folder).name}"] = CausalSampler(baseline, data.tokenizer.eos_token_id)
+        samplers[baseline_name(folder)] = CausalSampler(baseline, data.tokenizer.eos_token_id)
     return samplers, parameters
+
+
+def baseline_name(folder: str) -> str:
+    """ "autoregressive ar (equal compute)", where recipes/train_ar_baseline.py left its budget."""
+    file = Path(folder) / "budget.json"
+    matched = json.loads(file.read_text(encoding="utf-8")).get("matched") if file.is_file() else None
+    return f"autoregressive {Path(folder).name}" + (f" (equal {matched})" if matched else "")
 
 
 def real_text(judge: TextJudge, run: RunArguments) -> dict[str, dict[str, float]]:
@@ -221,7 +229,7 @@ def frontiers(run: RunArguments, model, data, judge, length: int) -> dict[str, l
     curves = {"TokCom": frontier(lambda **point: TokComSampler(model, common | point), grid, **arguments)}
     for folder in run.baselines:
         baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
-        name = f"autoregressive {Path(folder).name}"
+        name = baseline_name(folder)
         print(f"frontier of {name}")
         heats = [{"temperature": heat} for heat in run.baseline_temperatures]
         make = lambda net: lambda **point: CausalSampler(net, data.tokenizer.eos_token_id, **point)  # noqa: E731
@@ -258,7 +266,7 @@ def print_accuracies(results: dict[str, Any]) -> None:
     print("\nheld-out reconstruction")
     for name, value in results["reconstruction"].items():
         print(f"  {name:28} {value:.5g}")
-    print("held-out denoising, one prediction")
+    print("held-out denoising: noisy latents decoded, after one prediction, after the whole flow (reconstructed)")
     for name, value in results["denoising"].items():
         print(f"  {name:28} {value:.4f}")
     norms = "  ".join(
@@ -269,9 +277,9 @@ def print_accuracies(results: dict[str, Any]) -> None:
 
 def print_row(name: str, row: dict[str, dict[str, float]], header: bool = False) -> None:
     if header:
-        print(f"{'mean ± std over seeds':26}" + "".join(f"{title:>17}" for title in COLUMNS.values()))
+        print(f"{'mean ± std over seeds':40}" + "".join(f"{title:>20}" for title in COLUMNS.values()))
     cells = [f"{row[key]['mean']:.4g} ± {row[key]['std']:.2g}" if key in row else "-" for key in COLUMNS]
-    print(f"{name:26}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+    print(f"{name:40}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
 
 
 def write_samples(out: Path, samplers, data, held_out: np.ndarray, run: RunArguments, length: int) -> None:

@@ -18,9 +18,13 @@ def plot_accuracy_against_noise(reconstruction: dict[str, float], path: Path) ->
 
 
 def plot_denoising_against_time(denoising: dict[str, float], path: Path) -> None:
-    """Token accuracy of one denoiser prediction from x_t beside decoding x_t itself, against t."""
+    """Token accuracy of one denoiser prediction and of the whole flow from x_t, beside decoding x_t itself, against t."""
     figure, axes = _axes("t (0 noise, 1 clean)", "held-out token accuracy", "Denoising")
-    for name, label in (("denoised", "after one denoiser prediction"), ("direct", "noisy latent decoded directly")):
+    for name, label in (
+        ("reconstructed", "after the whole flow"),
+        ("denoised", "after one denoiser prediction"),
+        ("direct", "noisy latent decoded directly"),
+    ):
         prefix = f"{name}_accuracy_t_"
         points = sorted((float(k.removeprefix(prefix)), v) for k, v in denoising.items() if k.startswith(prefix))
         axes.plot([t for t, _ in points], [v for _, v in points], marker="o", label=label)

@@ -122,14 +122,14 @@ def test_the_evaluation_prints_and_writes_every_row(tmp_path, tokcom, baseline, 
     result = json.loads((out / "evaluation.json").read_text())
     assert list(result["rows"]) == [
         "held-out text", "unigram", "Kneser-Ney 5-gram", "shuffled train chunks", "TokCom, one step", "TokCom, 16 steps",
-        "TokCom, block 2", "TokCom, block all", "autoregressive ar",
+        "TokCom, block 2", "TokCom, block all", "autoregressive ar (equal compute)",
     ]  # fmt: skip
     held_out, unigram = (result["rows"][name]["kn_perplexity"]["mean"] for name in ("held-out text", "unigram"))
     assert held_out < unigram
     # The dial's end is the parallel row itself: same seeds, same model, same settings.
     parallel, dial = (result["rows"][name]["entropy"] for name in ("TokCom, 16 steps", "TokCom, block all"))
     assert parallel == dial
-    assert len(result["frontier"]["TokCom"]) == 6 and len(result["frontier"]["autoregressive ar"]) == 4
+    assert len(result["frontier"]["TokCom"]) == 6 and len(result["frontier"]["autoregressive ar (equal compute)"]) == 4
     assert set(result["comparisons"]["steps"]) == {"temperature 0", "temperature 1"}
     for name in ("accuracy_against_noise.png", "denoising.png", "frontier.png", "samples.txt"):
         assert (out / name).stat().st_size > 500

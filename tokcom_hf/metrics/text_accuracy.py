@@ -54,6 +54,25 @@ def detailed_reconstruction(
     return metrics | {f"random_{name}": value for name, value in accuracies.items()}
 
 
+@torch.no_grad()
+def denoise_reconstruct_accuracy(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    num_steps: int = 16,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Token accuracy after the whole flow from t = noise_level (0 noise, 1 clean): `reconstructed_accuracy_t_0.5` ..."""
+    result = {}
+    for level in noise_levels:
+        generator = torch.Generator().manual_seed(seed)
+        ids = model.denoise_reconstruct(input_ids.to(model.device), level, num_steps, generator=generator).cpu()
+        accuracies = token_and_chunk_accuracy(ids, input_ids, attention_mask, model.config.vae.chunk_size)
+        result[f"reconstructed_accuracy_t_{level:g}"] = accuracies["token_accuracy"]
+    return result
+
+
 def _round_trip(vae: Any, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
     device = next(vae.parameters()).device
     return torch.cat([vae.decode(vae.encode(rows.to(device))).cpu() for rows in ids.split(batch_size)])
