@@ -2,24 +2,26 @@
 
 import ast
 import json
+import os
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
 
+from .packing import PackedTextDataset, pack, spread_offsets
 from .tokenizers import load_tokenizer, train_tokenizer
 
 # About as much English as the smallest common Python carries; enough to train the tiny recipe on.
 EMBEDDED_BYTES = 2_000_000
 FALLBACK_PACKAGES = ("torch", "transformers", "numpy", "accelerate", "datasets", "huggingface_hub")
+# Documents of a stream that a new tokenizer is trained on.
+TOKENIZER_DOCUMENTS = 20_000
 
 
 def embedded_documents(max_bytes: int = EMBEDDED_BYTES) -> list[str]:
@@ -40,18 +42,25 @@ def embedded_documents(max_bytes: int = EMBEDDED_BYTES) -> list[str]:
     for package in FALLBACK_PACKAGES:
         spec = find_spec(package)
         roots += [Path(location) for location in (spec.submodule_search_locations or [])] if spec else []
-    for root in roots:
-        for file in sorted(root.rglob("*.py")):
+    with tqdm(total=max_bytes, initial=size, desc="reading docstrings", unit="B", unit_scale=True, delay=2) as bar:
+        for file in chain.from_iterable(map(_source_files, roots)):
             if size >= max_bytes:
-                return documents
-            relative = file.relative_to(root).parts
-            if "site-packages" in relative or "test" in relative or "tests" in relative:
-                continue
+                break
             text = "\n\n".join(_docstrings(file))
             if len(text) > 200:
                 documents.append(text)
                 size += len(text)
+                bar.update(len(text))
     return documents
+
+
+def _source_files(root: Path) -> list[Path]:
+    """Python files below `root` in a fixed order, without tests and installed packages."""
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in ("site-packages", "test", "tests")]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def _docstrings(file: Path) -> Iterator[str]:
@@ -66,7 +75,7 @@ def _docstrings(file: Path) -> Iterator[str]:
                 yield text
 
 
-def load_documents(
+def iterate_documents(
     train_file: str | None = None,
     dataset_name: str | None = None,
     dataset_config: str | None = None,
@@ -74,45 +83,65 @@ def load_documents(
     split: str = "train",
     streaming: bool = False,
     max_documents: int | None = None,
-) -> list[str]:
-    """Reads documents; with neither a file nor a data set, the embedded ones.
+) -> Iterator[str]:
+    """Yields documents; with neither a file nor a data set, the embedded ones. Blank documents are left out.
 
     A `.jsonl` file gives one document per line (its `text_column`), any other file is text whose documents are separated
-    by two or more blank lines, or is one document.
+    by two or more blank lines, or is one document. `streaming` reads a Hub data set without downloading all of it.
 
     Raises:
-        ValueError: both sources given, no text at all, or a JSON line that is broken or lacks the field.
-        OSError: a file that cannot be read.
+        ValueError: both sources given, a `max_documents` below 1, text that is not UTF-8, a JSON line that is broken or
+            lacks the field, or a data set without the column.
+        OSError: a file or data set that cannot be read.
     """
     if train_file and dataset_name:
         raise ValueError("Give either train_file or dataset_name, not both.")
+    if max_documents is not None and max_documents < 1:
+        raise ValueError(f"max_documents must be at least 1, got {max_documents}.")
     documents: Iterable[str]
     if train_file:
-        documents = _file_documents(Path(train_file), text_column)
+        path = Path(train_file)
+        documents = read_json_lines(path, text_column) if path.suffix == ".jsonl" else _split_blank(read_text(path))
     elif dataset_name:
-        from datasets import load_dataset
-
-        rows = load_dataset(dataset_name, dataset_config, split=split, streaming=streaming)
-        documents = _column(rows, text_column, dataset_name)
+        documents = _hub_documents(dataset_name, dataset_config, text_column, split, streaming)
     else:
         documents = embedded_documents()
-    found = [text for text in islice(documents, max_documents) if text.strip()]
+    return (text for text in islice(documents, max_documents) if text.strip())
+
+
+def load_documents(train_file: str | None = None, dataset_name: str | None = None, **options: Any) -> list[str]:
+    """The documents of `iterate_documents` (same arguments, same errors) as a list.
+
+    Raises:
+        ValueError: no text at all.
+    """
+    found = list(iterate_documents(train_file, dataset_name, **options))
     if not found:
         raise ValueError(f"The corpus is empty: {train_file or dataset_name or 'this Python'} holds no text.")
     return found
 
 
-def _file_documents(path: Path, text_column: str) -> Iterator[str]:
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        OSError: no such file, a folder, or no permission.
+        ValueError: not UTF-8.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; name a text file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"Text file {str(path)!r} does not exist.")
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
-    if path.suffix != ".jsonl":
-        yield from _split_blank(text)
-        return
-    for number, line in enumerate(text.splitlines(), 1):
+
+
+def read_json_lines(path: Path, text_column: str = "text") -> Iterator[str]:
+    """The field `text_column` of every line of a JSON lines file; errors name the line."""
+    # Not splitlines(): a JSON string may hold a line separator (U+2028) as it is.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -129,49 +158,23 @@ def _split_blank(text: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
-def _column(rows: Iterable[dict[str, Any]], text_column: str, name: str) -> Iterator[str]:
+def _hub_documents(name: str, config: str | None, text_column: str, split: str, streaming: bool) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split, streaming=streaming)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"Data set {name!r} cannot be loaded: {reason}") from None
     for row in rows:
         if text_column not in row:
             raise ValueError(f"Data set {name!r} has no column {text_column!r}; it has {', '.join(row)}.")
+        if not isinstance(row[text_column], str):
+            kind = type(row[text_column]).__name__
+            raise ValueError(
+                f"Column {text_column!r} of data set {name!r} holds {kind}, not text; name another column."
+            )
         yield row[text_column]
-
-
-class PackedTextDataset(torch.utils.data.Dataset):
-    """Documents joined with EOS and cut into rows of `length` tokens.
-
-    Items are `input_ids (length,)` and `attention_mask (length,)`; only the last row may hold padding (mask 0).
-    """
-
-    def __init__(self, token_ids: np.ndarray, length: int, pad_token_id: int):
-        self.token_ids, self.length, self.pad_token_id = token_ids, length, pad_token_id
-
-    def __len__(self) -> int:
-        return -(-len(self.token_ids) // self.length)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        row = torch.from_numpy(self.token_ids[index * self.length : (index + 1) * self.length].astype(np.int64))
-        missing = self.length - len(row)
-        mask = torch.ones(self.length, dtype=torch.long)
-        if missing:
-            mask[-missing:] = 0
-            row = torch.nn.functional.pad(row, (0, missing), value=self.pad_token_id)
-        return {"input_ids": row, "attention_mask": mask}
-
-
-def pack(documents: list[str], tokenizer: Any, length: int, description: str = "tokenizing") -> PackedTextDataset:
-    """Tokenizes documents, puts EOS after each, and cuts them into rows of `length` tokens."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(f"The tokenizer {tokenizer.name_or_path!r} has no EOS token to put between documents.")
-    pieces: list[np.ndarray] = []
-    batches = range(0, len(documents), 256)
-    for start in tqdm(batches, desc=description, unit="batch", disable=len(documents) < 1000):
-        encoded = tokenizer(documents[start : start + 256], add_special_tokens=False, verbose=False).input_ids
-        pieces += [np.asarray([*ids, eos], dtype=np.int32) for ids in encoded if ids]
-    ids = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
-    return PackedTextDataset(ids, length, eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 @dataclass
@@ -184,9 +187,15 @@ class TextRows:
 
 
 def split_documents(documents: list[str], validation_share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Seeded split by documents; a corpus of fewer than 20 is cut at paragraphs first."""
-    if not 0 < validation_share < 1:
-        raise ValueError(f"validation_share must be in (0, 1), got {validation_share}.")
+    """Seeded split by documents; a corpus of fewer than 20 documents is first cut into about 200 pieces.
+
+    Returns:
+        (training documents, held-out documents), each in the order of the corpus.
+
+    Raises:
+        ValueError: `validation_share` outside (0, 1).
+    """
+    _check_share(validation_share)
     if len(documents) < 20:
         text = "\n\n".join(documents)
         size = max(1, len(text) // 200)
@@ -197,6 +206,22 @@ def split_documents(documents: list[str], validation_share: float, seed: int) ->
     held = set(order[:count])
     train = [text for index, text in enumerate(documents) if index not in held]
     return train, [documents[index] for index in sorted(held)]
+
+
+def split_stream(documents: Iterable[str], validation_share: float, seed: int, held_out: list[str]) -> Iterator[str]:
+    """Yields the training documents of a stream and appends the others to `held_out`; the seed decides which."""
+    _check_share(validation_share)
+    draw = random.Random(seed)
+    for text in documents:
+        if draw.random() < validation_share:
+            held_out.append(text)
+        else:
+            yield text
+
+
+def _check_share(validation_share: float) -> None:
+    if not 0 < validation_share < 1:
+        raise ValueError(f"validation_share must be in (0, 1), got {validation_share}.")
 
 
 def load_text_rows(
@@ -212,23 +237,37 @@ def load_text_rows(
     chunk_size: int = 4,
     validation_share: float = 0.05,
     seed: int = 0,
+    offset_copies: int = 1,
 ) -> TextRows:
     """Documents → tokenizer (loaded by name, or trained on the training documents) → packed rows.
+
+    With `streaming` the documents are tokenized as they arrive and only their ids (4 bytes per token) and the held-out
+    documents are kept; `max_documents` ends the stream. A new tokenizer is then trained on its first 20,000 documents.
+    `offset_copies` > 1 gives the training text that many times, cut at other places (`packing.spread_offsets`).
 
     Raises:
         ValueError: `chunk_size` does not divide `length`, empty corpus, or less text than one chunk.
         OSError: unknown tokenizer, unreadable file.
     """
-    if length < 1 or length % chunk_size:
+    if chunk_size < 1 or length < 1 or length % chunk_size:
         raise ValueError(f"The row length must be a positive multiple of chunk_size={chunk_size}, got {length}.")
-    documents = load_documents(
-        train_file, dataset_name, dataset_config, text_column, streaming=streaming, max_documents=max_documents
-    )
-    train, validation = split_documents(documents, validation_share, seed)
-    loaded = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(train, vocab_size)
+    options: dict[str, Any] = {"dataset_config": dataset_config, "text_column": text_column}
+    options |= {"streaming": streaming, "max_documents": max_documents}
+    offsets = spread_offsets(offset_copies, length, chunk_size, seed)
+    held_out: list[str]
+    train: Iterable[str]
+    if streaming and dataset_name:
+        held_out = []
+        train = split_stream(iterate_documents(train_file, dataset_name, **options), validation_share, seed, held_out)
+        sample = [] if tokenizer else list(islice(train, TOKENIZER_DOCUMENTS))
+        train = chain(sample, train)
+    else:
+        sample, held_out = split_documents(load_documents(train_file, dataset_name, **options), validation_share, seed)
+        train = sample
+    loaded = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(sample, vocab_size)
     rows = TextRows(
-        pack(train, loaded, length, "tokenizing training text"),
-        pack(validation, loaded, length, "tokenizing held-out text"),
+        pack(train, loaded, length, "tokenizing training text", offsets),
+        pack(held_out, loaded, length, "tokenizing held-out text"),
         loaded,
     )
     for name, part in (("training", rows.train), ("held-out", rows.validation)):

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 EOS_TOKEN = "<|endoftext|>"
@@ -26,7 +27,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    with tqdm(documents, desc="training the tokenizer", unit=" documents", delay=2) as bar:
+        tokenizer.train_from_iterator(bar, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
 
 
@@ -38,9 +40,22 @@ def load_tokenizer(name_or_path: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
         raise OSError(
             f"Tokenizer {name_or_path!r} cannot be loaded; give a folder with a saved tokenizer, or a Hub name that is "
             f"reachable from here ({reason})."
         ) from None
+
+
+def check_tokenizer(tokenizer: Any, vae_config: Any) -> None:
+    """Compares a tokenizer with the vocabulary a VAE was trained on: its omni token is the first id after the tokenizer's.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    if len(tokenizer) != vae_config.omni_token_id:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens but the model was trained with "
+            f"{vae_config.omni_token_id}; use the tokenizer saved beside the model."
+        )
