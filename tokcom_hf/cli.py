@@ -89,7 +89,8 @@ def _split(argv: list[str], config: str | Path | None) -> tuple[str | Path | Non
         token = argv[position]
         if not token.startswith("--"):
             raise RecipeError(f"Unexpected argument {token!r}; options look like --name value.")
-        name, has_value, value = token[2:].partition("=")
+        name, has_value, inline = token[2:].partition("=")
+        value: str | list[str] = inline
         position += 1
         if not has_value:
             words = []
@@ -99,7 +100,7 @@ def _split(argv: list[str], config: str | Path | None) -> tuple[str | Path | Non
             # A flag alone means true; several words mean a list, as argparse's nargs="+".
             value = "true" if not words else words[0] if len(words) == 1 else words
         if name == "config":
-            config = value
+            config = str(value)
         else:
             overrides.append((name, value))
     return config, overrides

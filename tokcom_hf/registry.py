@@ -79,20 +79,20 @@ def register_all() -> None:
         for auto_class in auto_classes[row.model]:
             auto_class.register(config_class, model_class, exist_ok=True)
         model_class.register_for_auto_class(row.auto_classes[0])
-    for row in PROCESSORS:
-        processor_class = load(row.stem, row.processor)
-        if row.auto_class == "AutoImageProcessor":
+    for processor in PROCESSORS:
+        processor_class = load(processor.stem, processor.processor)
+        if processor.auto_class == "AutoImageProcessor":
             # The keyword was renamed between 5.x releases; the positional slot is the processor class in all of them.
-            transformers.AutoImageProcessor.register(configs[row.config], processor_class, exist_ok=True)
+            transformers.AutoImageProcessor.register(configs[processor.config], processor_class, exist_ok=True)
         else:
-            AutoProcessor.register(configs[row.config], processor_class, exist_ok=True)
-        processor_class.register_for_auto_class(row.auto_class)
-    for row in PIPELINES:
-        if row.task not in PIPELINE_REGISTRY.supported_tasks:
+            AutoProcessor.register(configs[processor.config], processor_class, exist_ok=True)
+        processor_class.register_for_auto_class(processor.auto_class)
+    for task in PIPELINES:
+        if task.task not in PIPELINE_REGISTRY.supported_tasks:
             PIPELINE_REGISTRY.register_pipeline(
-                row.task,
-                pipeline_class=load(f"pipeline_{row.stem}", row.pipeline),
+                task.task,
+                pipeline_class=load(f"pipeline_{task.stem}", task.pipeline),
                 # A pipeline saved with its code names Auto classes: transformers looks the names up in itself.
-                pt_model=auto_classes[row.model],
-                type=row.kind,
+                pt_model=auto_classes[task.model],
+                type=task.kind,
             )

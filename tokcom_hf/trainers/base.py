@@ -6,7 +6,7 @@ Everything else (Accelerate, resume, RNG, callbacks, trackers, Hub pushes) is `T
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ class CompressionTrainer(Trainer):
         """Objects with `state_dict`/`load_state_dict` that a checkpoint must hold beside the model's own state."""
         return {}
 
-    def log_scalars(self, prefix: str, values: dict[str, torch.Tensor | float]) -> None:
+    def log_scalars(self, prefix: str, values: Mapping[str, torch.Tensor | float]) -> None:
         """Remembers batch values; the next training log line holds their mean as `prefix/name`."""
         for name, value in values.items():
             self._scalars[f"{prefix}/{name}"].append(torch.as_tensor(value).detach().float())
@@ -212,10 +212,10 @@ def _warmed_up(decay: float):
     return update
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path | None) -> str | None:
     """The newest `checkpoint-N` whose saving was finished, or None; a killed run may leave an unfinished one."""
     found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
+    for folder in Path(output_dir or ".").glob("checkpoint-*"):
         step = folder.name.removeprefix("checkpoint-")
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
