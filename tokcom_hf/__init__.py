@@ -21,6 +21,8 @@ _LAZY |= {
     "VQGANTrainer": "trainers.vqgan",
     "VQGANTrainingArguments": "trainers.vqgan",
     "VQGANImageProcessor": "models.image_processing_vqgan",
+    "TokenPruningTrainer": "trainers.token_pruning",
+    "TokenPruningTrainingArguments": "trainers.token_pruning",
 }
 
 __all__ = sorted(_LAZY)

@@ -56,6 +56,9 @@ MODELS: tuple[ModelRow, ...] = (
 PIPELINES: tuple[PipelineRow, ...] = (
     PipelineRow("vq-reconstruction", "vqgan", "VQReconstructionPipeline", "VQGAN", "image"),
     PipelineRow("vq-tokenize", "vqgan", "VQTokenizePipeline", "VQGAN", "image"),
+    PipelineRow(
+        "pruned-image-text-to-text", "pruned_vlm", "PrunedImageTextToTextPipeline", "PrunedVLM", "multimodal"
+    ),
 )
 PROCESSORS: tuple[ProcessorRow, ...] = (
     ProcessorRow("image_processing_vqgan", "VQGANImageProcessor", "VQGANConfig", "AutoImageProcessor"),

@@ -50,8 +50,10 @@ class TokenMerger(PreTrainedModel):
         size = config.internal_size
         self.feature_norm = nn.LayerNorm(config.feature_size)
         self.feature_proj = nn.Linear(config.feature_size, size)
-        self.question_proj = nn.Linear(config.question_size, size)
-        self.question_norm = nn.LayerNorm(size)
+        # Built only where used: an unused parameter would stop distributed training.
+        if config.merger_type != "simple" or config.question_dependent_ratio:
+            self.question_proj = nn.Linear(config.question_size, size)
+            self.question_norm = nn.LayerNorm(size)
         if config.merger_type == "question_aware":
             self.question_attention = QuestionAttention(size, config.num_attention_heads)
         if config.merger_type == "fixed_pooling":
@@ -156,6 +158,8 @@ class TokenMerger(PreTrainedModel):
         if embeddings is None:
             if self.config.merger_type != "simple" or self.ratio_head is not None:
                 raise ValueError(f"merger_type {self.config.merger_type!r} needs question_embeddings.")
+            return None, None
+        if not hasattr(self, "question_proj"):
             return None, None
         question = self.question_norm(self.question_proj(embeddings))
         mask = torch.ones(question.shape[:2], device=question.device) if mask is None else mask

@@ -41,7 +41,7 @@ def token_merger_flops(merger, tokens: int, kept: float, question: float) -> flo
     if merger is None:
         return 0.0
     size, features = merger.config.internal_size, merger.config.feature_size
-    on_question = linear_flops(merger.question_proj, question) if merger.config.merger_type != "simple" else 0.0
+    on_question = linear_flops(getattr(merger, "question_proj", None), question)
     total = linear_flops(merger.feature_proj, tokens) + linear_flops(merger.similarity_proj, tokens) + on_question
     if merger.config.merger_type != "fixed_pooling":
         total += linear_flops(merger.scorer, tokens)

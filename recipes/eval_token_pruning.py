@@ -1,0 +1,113 @@
+"""Evaluates a pruned VLM in every mode, or a training-free strategy on any VLM.
+
+    python recipes/eval_token_pruning.py                                         # outputs/token_pruning
+    python recipes/eval_token_pruning.py --model outputs/small_vlm --strategy divprune --keep 16
+    python recipes/eval_token_pruning.py --model llava-hf/llava-1.5-7b-hf --strategy visionzip --keep 192 \
+        --eval_file val.jsonl --prompt "USER: <image>\n{question} ASSISTANT:"
+
+Prints and saves accuracy per question type, BLEU, tokens per layer, FLOPs with the heads' own, prefill and decode time
+side by side with the unpruned model, KV memory, and pictures of the patches each layer keeps.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from tokcom_hf import PrunedVLM
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.vqa import VQACollator
+from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
+from tokcom_hf.metrics.prefill import time_modes
+from tokcom_hf.pruning_plots import plot_kept_patches
+from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "eval_token_pruning.yaml"
+
+
+@dataclass
+class RunArguments:
+    """What is evaluated."""
+
+    model: str = field(default="outputs/token_pruning", metadata={"help": "Pruned VLM, or any VLM with --strategy."})
+    processor: str | None = field(default=None, metadata={"help": "Processor, where it is not beside the model."})
+    output_dir: str = field(default="outputs/eval_token_pruning", metadata={"help": "Folder of the reports."})
+    strategy: str | None = field(default=None, metadata={"help": "Training-free strategy on an unpruned VLM."})
+    keep: int | None = field(default=None, metadata={"help": "Vision tokens per image that the strategy keeps."})
+    max_new_tokens: int = field(default=4, metadata={"help": "Longest answer."})
+    batch_size: int = field(default=50, metadata={"help": "Questions per batch."})
+    pictures: int = field(default=4, metadata={"help": "Images drawn with the patches that each layer keeps."})
+    repeats: int = field(default=5, metadata={"help": "Repetitions of the time measurement."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32 or bfloat16."})
+
+
+def main() -> None:
+    values = parse_recipe(__doc__, {"run": RunArguments, "data": VQASourceArguments}, DEFAULT_CONFIG)
+    run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
+    if run.model == RunArguments.model and not (Path(run.model) / "config.json").is_file():
+        raise RecipeError(f"{run.model} does not exist; run recipes/train_token_pruning.py first, or name a --model.")
+    model = load_model(run)
+    processor = AutoProcessor.from_pretrained(run.processor or run.model)
+    base_model = model.config.base_model_name_or_path or run.model
+    base_model = run.model if base_model == "base" else base_model
+    _, rows = load_vqa_rows(source, base_model, training=False)
+    collator = VQACollator(processor, source.prompt, answers=False)
+
+    modes = ["origin", "merge_only", "soft", "hard"] if model.layer_pruner is not None else ["origin", "hard"]
+    table = {m: evaluate_mode(model, collator, rows, m, run.max_new_tokens, run.batch_size) for m in modes}
+    batch = collator([rows[i] for i in range(min(run.batch_size, len(rows)))])
+    times = time_modes(model, batch, ["origin", "hard"], run.repeats)
+    print_table(table, times)
+    out = Path(run.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    results = {
+        "accuracy_baseline": table["origin"]["accuracy"]["all"],
+        "accuracy_hard": table["hard"]["accuracy"]["all"],
+        "avg_original_tokens": table["origin"]["vision_tokens"],
+        "avg_merged_tokens": table["hard"]["vision_tokens_per_layer"][0],
+        "keep_ratio_merge": table["hard"]["vision_tokens_per_layer"][0] / table["origin"]["vision_tokens"],
+        "modes": {m: {k: v for k, v in r.items() if k not in ("scores", "answers")} for m, r in table.items()},
+        "times": times,
+    }
+    if "soft" in table:
+        results["accuracy_soft"] = table["soft"]["accuracy"]["all"]
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    shown = [rows[i] for i in range(min(run.pictures, len(rows)))]
+    model.pruning_mode = "hard"
+    print(plot_kept_patches(model, collator, shown, out / "kept_patches.png"))
+
+
+def load_model(run: RunArguments) -> PrunedVLM:
+    """A saved PrunedVLM, or a VLM wrapped with a strategy."""
+    kind = AutoConfig.from_pretrained(run.model).model_type
+    if kind == "tokcom_pruned_vlm":
+        if run.strategy:
+            raise RecipeError(f"{run.model} is pruned already; --strategy needs an unpruned VLM.")
+        return AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype)
+    if not run.strategy or not run.keep:
+        raise RecipeError(f"{run.model} is an unpruned {kind}; name a --strategy and --keep.")
+    base = AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype)
+    return PrunedVLM.from_base(base.eval(), strategy=run.strategy, keep=run.keep).eval()
+
+
+def print_table(table: dict, times: dict) -> None:
+    kinds = list(table["origin"]["accuracy"])
+    print(f"{'mode':12s}" + "".join(f"{kind:>10s}" for kind in kinds) + f"{'FLOPs':>8s}{'seq.':>7s}{'KV':>7s}  tokens")
+    for mode, r in table.items():
+        accuracies = "".join(f"{100 * r['accuracy'][kind]:9.1f}%" for kind in kinds)
+        kv = r["kv_bytes"] / r["kv_bytes_origin"]
+        tokens = " ".join(f"{n:.0f}" for n in r["vision_tokens_per_layer"])
+        print(
+            f"{mode:12s}{accuracies}{100 * r['flops_ratio']:7.1f}%{100 * r['sequence_kept']:6.1f}%{100 * kv:6.1f}%  {tokens}"
+        )
+    for mode, seconds in times.items():
+        print(
+            f"{mode:12s} prefill {1000 * seconds['prefill']:.1f} ms, one decoded token {1000 * seconds['decode']:.2f} ms"
+        )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    run_recipe(main)

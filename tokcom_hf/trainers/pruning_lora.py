@@ -1,0 +1,39 @@
+"""LoRA inside the language model of a `PrunedVLM`, without changing the model's class."""
+
+import contextlib
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def add_lora(model, rank: int) -> None:
+    """Adds trainable adapters of `rank` to every attention and MLP projection of the language model."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, bias="none")
+    inject_adapter_in_model(config, model.adapter.text_model)
+
+
+def lora_layers(model) -> list[tuple[str, BaseTunerLayer]]:
+    return [(n, m) for n, m in model.adapter.text_model.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def adapters_disabled(model):
+    """Inside the block the base model is what it was before training."""
+    layers = lora_layers(model)
+    for _, layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for _, layer in layers:
+            layer._disable_adapters = False
+
+
+def merge_lora(model) -> None:
+    """Adds the adapters to the weights and puts the plain layers back."""
+    for name, layer in lora_layers(model):
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.adapter.text_model.get_submodule(parent), child, layer.get_base_layer())

@@ -1,0 +1,40 @@
+"""Losses and schedules of token pruning: tensors in, scalars out."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def annealed_temperature(progress: float, start: float, end: float, rate: float) -> float:
+    """Linear from `start` to `end` over the first `rate` of training; `progress` in [0, 1]."""
+    share = 1.0 if rate <= 0 else min(1.0, progress / rate)
+    return start + (end - start) * share
+
+
+def answer_kl(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean KL(teacher ‖ student) in nats over the positions that predict a label.
+
+    Args:
+        teacher, student: logits `(batch, length, vocab)`.
+        labels: `(batch, length)`, -100 where nothing is predicted.
+    """
+    predicts = labels[:, 1:] != -100
+    p = teacher[:, :-1][predicts].float().log_softmax(-1)
+    q = student[:, :-1][predicts].float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def keep_rate_loss(keep_rates: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Squared excess of the soft keep rate over the budget, mean over layers and rows."""
+    return torch.stack([rate.clamp(min=0).square().mean() for rate in keep_rates]).mean()
+
+
+def binarization_loss(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean of mask · (1 - mask): zero where every mask is 0 or 1."""
+    return torch.stack([(mask * (1.0 - mask)).mean() for mask in masks]).mean()
+
+
+def mask_statistics(mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Mean, standard deviation, minimum and maximum of a soft mask."""
+    mask = mask.detach().float()
+    return {"mean": mask.mean(), "std": mask.std(), "min": mask.min(), "max": mask.max()}

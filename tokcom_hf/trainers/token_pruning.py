@@ -1,0 +1,301 @@
+"""Trains the heads of a `PrunedVLM`: merger, layer pruners and, where asked for, a discriminator.
+
+The base model is frozen (or carries LoRA adapters). One step: the unpruned model gives the target distribution, the
+softly pruned one learns to match it under the token budget; then the discriminator learns to tell their hidden states
+apart. Evaluation removes tokens for real.
+
+Optimizers: merger and pruners are two groups of one AdamW, each with its own rate and schedule - AdamW acts on every
+number by itself, so this is two optimizers with one file to save. The discriminator has its own AdamW and schedule.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from ..models.modeling_pruned_vlm import PrunedVLM
+from ..models.modeling_pruning_discriminator import PruningDiscriminator
+from .base import CompressionTrainer, CompressionTrainingArguments
+from .pruning_evaluation import evaluate_mode
+from .pruning_lora import adapters_disabled, add_lora, merge_lora
+from .pruning_losses import annealed_temperature, answer_kl, binarization_loss, keep_rate_loss, mask_statistics
+
+
+@dataclass
+class TokenPruningTrainingArguments(CompressionTrainingArguments):
+    """Arguments of `TokenPruningTrainer`; the documented numbers are the defaults, KL and budget are added."""
+
+    merger_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the token merger."})
+    pruner_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the layer pruners."})
+    discriminator_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the discriminator."})
+    lora_learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of LoRA adapters."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters in the language model; 0 freezes it."})
+    task_weight: float = field(default=25.0, metadata={"help": "Weight of the answers' cross-entropy."})
+    adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the adversarial loss; 0 = none."})
+    merge_sparsity_weight: float = field(default=1e-4, metadata={"help": "Weight of the merger's sparsity loss."})
+    keep_rate_weight: float = field(default=10.0, metadata={"help": "Weight of the squared excess over the budget."})
+    binarization_weight: float = field(default=0.1, metadata={"help": "Weight of mask · (1 - mask)."})
+    kl_weight: float = field(default=25.0, metadata={"help": "Weight of the KL to the unpruned model's answers."})
+    loss_warmup: float = field(
+        default=0.0, metadata={"help": "Share of training over which all weights but the task's rise from 0."}
+    )
+    temperature_start: float = field(default=1.0, metadata={"help": "Temperature of the masks at the start."})
+    temperature_end: float = field(default=0.1, metadata={"help": "Temperature once annealed."})
+    temperature_anneal_rate: float = field(
+        default=0.5, metadata={"help": "Share of training over which the temperature falls, linearly."}
+    )
+    discriminator_reinit_probability: float = field(
+        default=0.0, metadata={"help": "Probability per step of drawing the discriminator's weights anew."}
+    )
+    flops_budget: float = field(
+        default=1.0, metadata={"help": "Best-model choice prefers models at or below this share of the FLOPs."}
+    )
+    eval_max_new_tokens: int = field(default=4, metadata={"help": "Answer length in evaluations."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fp16:
+            raise ValueError("Token pruning trains in bf16 or fp32: one fp16 loss scaler cannot serve two optimizers.")
+        if not 0.0 < self.temperature_end <= self.temperature_start:
+            raise ValueError(
+                f"Need 0 < temperature_end <= temperature_start, got {self.temperature_end}, {self.temperature_start}."
+            )
+        for name in ("temperature_anneal_rate", "loss_warmup", "discriminator_reinit_probability"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
+
+
+class TokenPruningTrainer(CompressionTrainer):
+    """Trainer of `PrunedVLM`.
+
+    Args:
+        model: a `PrunedVLM`.
+        discriminator: needed where `adversarial_weight` is above 0.
+        generation_collator: a `VQACollator` with `answers=False`, for evaluation by generated answers.
+        other arguments: as for `Trainer`; `eval_dataset` holds VQA rows.
+    """
+
+    args: TokenPruningTrainingArguments
+
+    def __init__(
+        self,
+        model: PrunedVLM,
+        *args,
+        discriminator: PruningDiscriminator | None = None,
+        generation_collator=None,
+        **kwargs,
+    ):
+        model.requires_grad_(False)
+        for head in (model.token_merger, model.layer_pruner):
+            if head is not None:
+                head.requires_grad_(True)
+        arguments = kwargs.get("args") or args[0]
+        if arguments.lora_r:
+            add_lora(model, arguments.lora_r)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("Nothing to train: give the model a token_merger or layer_pruner, or set lora_r.")
+        super().__init__(model, *args, **kwargs)
+        self.generation_collator = generation_collator
+        self.discriminator: Any = None
+        if self.args.adversarial_weight > 0:
+            if discriminator is None:
+                raise ValueError("adversarial_weight > 0 needs a discriminator; give one or set the weight to 0.")
+            self.discriminator = self.accelerator.prepare_model(discriminator.train())
+            self.discriminator_optimizer = torch.optim.AdamW(
+                discriminator.parameters(), lr=self.args.discriminator_learning_rate
+            )
+            self.discriminator_scheduler: LambdaLR | None = None
+
+    # ------------------------------------------------------------------ optimizers
+    def create_optimizer(self, *args, **kwargs):
+        """One AdamW, one group per part."""
+        if self.optimizer is None:
+            model = self.unwrapped_model
+            heads = {
+                "merger": (model.token_merger, self.args.merger_learning_rate),
+                "pruners": (model.layer_pruner, self.args.pruner_learning_rate),
+                "lora": (model.base, self.args.lora_learning_rate),
+            }
+            groups = []
+            for name, (part, rate) in heads.items():
+                parameters = [] if part is None else [p for p in part.parameters() if p.requires_grad]
+                if parameters:
+                    groups.append({"params": parameters, "lr": rate, "name": name})
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                weight_decay=self.args.weight_decay,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.discriminator is not None and self.discriminator_scheduler is None:
+            cosine = "cosine" in str(self.args.lr_scheduler_type)
+            make = get_cosine_schedule_with_warmup if cosine else get_linear_schedule_with_warmup
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.discriminator_scheduler = make(self.discriminator_optimizer, warmup, num_training_steps)
+        return scheduler
+
+    def auxiliary_state(self):
+        if self.discriminator is None:
+            return {}
+        state = {
+            "discriminator": self.accelerator.unwrap_model(self.discriminator),
+            "discriminator_optimizer": self.discriminator_optimizer,
+        }
+        if self.discriminator_scheduler is not None:
+            state["discriminator_scheduler"] = self.discriminator_scheduler
+        return state
+
+    # ------------------------------------------------------------------ one step
+    @property
+    def progress(self) -> float:
+        """Share of training done, in [0, 1]."""
+        return min(1.0, self.state.global_step / max(self.state.max_steps, 1))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, pruned = self.args, self.unwrapped_model
+        temperature = annealed_temperature(
+            self.progress, args.temperature_start, args.temperature_end, args.temperature_anneal_rate
+        )
+        pruned.temperature = temperature
+        adversarial = self.discriminator is not None and model.training
+        teacher = None
+        if args.kl_weight > 0 or adversarial:
+            with torch.no_grad(), adapters_disabled(pruned):
+                teacher = pruned(**inputs, pruning_mode="origin", output_hidden_states=adversarial)
+        output = model(**inputs, pruning_mode="soft", output_hidden_states=adversarial)
+        labels = inputs["labels"]
+        ramp = 1.0 if args.loss_warmup == 0 else min(1.0, self.progress / args.loss_warmup)
+        losses = {"task_loss": output.loss}
+        weights = {"task_loss": args.task_weight}
+        if teacher is not None and args.kl_weight > 0:
+            losses["kl_loss"] = answer_kl(teacher.logits, output.logits, labels)
+            weights["kl_loss"] = ramp * args.kl_weight
+        if output.merge_sparsity_loss is not None:
+            losses["merge_sparsity_loss"] = output.merge_sparsity_loss
+            weights["merge_sparsity_loss"] = ramp * args.merge_sparsity_weight
+        if output.soft_masks is not None:
+            losses["keep_rate_loss"] = keep_rate_loss(output.keep_rates)
+            losses["binarization_loss"] = binarization_loss(output.soft_masks)
+            weights["keep_rate_loss"] = ramp * args.keep_rate_weight
+            weights["binarization_loss"] = ramp * args.binarization_weight
+        if adversarial:
+            losses["adv_loss"] = self._adversarial(teacher, output, labels)
+            weights["adv_loss"] = ramp * args.adversarial_weight
+        loss = sum(weights[name] * value for name, value in losses.items())
+        if model.training:
+            self._log_losses(losses, output, temperature)
+        return (loss, output) if return_outputs else loss
+
+    def _log_losses(self, losses, output, temperature: float) -> None:
+        merger = {k: v for k, v in losses.items() if k == "merge_sparsity_loss"}
+        self.log_scalars("token_merger", merger)
+        self.log_scalars("layer_pruners", {k: v for k, v in losses.items() if k not in merger})
+        self.log_scalars("pruning", {"temperature": temperature})
+        tokens = {
+            f"tokens_layer_{n}": (index >= 0).sum(-1).float().mean() for n, index in enumerate(output.kept_index)
+        }
+        self.log_scalars("pruning", tokens)
+        for place, mask in enumerate(output.soft_masks or ()):
+            layer = self.unwrapped_model.layer_pruner.config.layers[place]
+            kept = output.keep_masks[place].sum(-1).float().mean()
+            self.log_scalars("pruning", {f"kept_from_layer_{layer}": kept})
+            self.log_scalars(f"mask_layer_{layer}", mask_statistics(mask))
+
+    def _states(self, output) -> list[torch.Tensor]:
+        layers = self.accelerator.unwrap_model(self.discriminator).config.layers
+        return [output.hidden_states[layer] for layer in layers]
+
+    def _adversarial(self, teacher, output, labels) -> torch.Tensor:
+        """Generator loss; remembers both sides for the discriminator's own step."""
+        critic = self.accelerator.unwrap_model(self.discriminator)
+        answers = labels != -100
+        fake = self._states(output)
+        critic.requires_grad_(False)
+        loss = F.softplus(-critic(fake, answers)).mean()
+        critic.requires_grad_(True)
+        self._pair = (
+            [torch.cat([real.detach(), f.detach()]) for real, f in zip(self._states(teacher), fake)],
+            torch.cat([answers, answers]),
+        )
+        return loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.discriminator is not None:
+            self._discriminator_step()
+        return loss
+
+    def _discriminator_step(self) -> None:
+        states, answers = self._pair
+        half = len(answers) // 2
+        sync = self.accelerator.sync_gradients
+        with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.discriminator):
+            logits = self.discriminator(states, answers)
+            real, fake = F.softplus(-logits[:half]).mean(), F.softplus(logits[half:]).mean()
+            ((real + fake) / self.args.gradient_accumulation_steps).backward()
+        if sync:
+            torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.max_grad_norm or float("inf"))
+            self.discriminator_optimizer.step()
+            self.discriminator_scheduler.step()  # type: ignore[union-attr]
+            self.discriminator_optimizer.zero_grad()
+            # Drawn from the step number, so that all ranks and a resumed run agree.
+            draw = torch.rand((), generator=torch.Generator().manual_seed(self.args.seed + self.state.global_step))
+            if draw < self.args.discriminator_reinit_probability:
+                self._reinitialize_discriminator()
+        probability = logits.detach().sigmoid()
+        values = {"real_loss": real, "fake_loss": fake}
+        values |= {"prob_real": probability[:half].mean(), "prob_fake": probability[half:].mean()}
+        self.log_scalars("discriminator", values)
+
+    def _reinitialize_discriminator(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed + self.state.global_step)
+            self.accelerator.unwrap_model(self.discriminator).reinitialize()
+        self.discriminator_optimizer.state.clear()
+
+    def _issue_warnings_after_load(self, load_result):
+        # Frozen base weights are not in the checkpoint by design; only missing heads are worth a word.
+        missing = [key for key in load_result.missing_keys if not key.startswith("base.")]
+        load_result.missing_keys[:] = missing
+        super()._issue_warnings_after_load(load_result)
+
+    # ------------------------------------------------------------------ evaluation and the end
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        """Generated answers with tokens really removed.
+
+        Returns:
+            `accuracy_hard`, one accuracy per question type, `flops_ratio`, `sequence_kept`, and
+            `accuracy_under_budget`: the accuracy where `flops_ratio <= flops_budget`, else minus the excess.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.generation_collator is None:
+            raise ValueError("Evaluation needs generation_collator, a VQACollator with answers=False.")
+        with self.averaged_weights():
+            run = partial(evaluate_mode, self.unwrapped_model, self.generation_collator)
+            result = run(rows, mode="hard", max_new_tokens=self.args.eval_max_new_tokens)
+        accuracy, ratio = result["accuracy"]["all"], result["flops_ratio"]
+        over = ratio - self.args.flops_budget
+        metrics = {
+            "accuracy_hard": accuracy,
+            "accuracy_under_budget": accuracy if over <= 1e-6 else -over,
+            "flops_ratio": ratio,
+            "sequence_kept": result["sequence_kept"],
+        }
+        metrics |= {f"accuracy_{kind}": value for kind, value in result["accuracy"].items() if kind != "all"}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def merge_lora(self) -> None:
+        """Adds the adapters into the base weights for good; save with `include_base=True` afterwards."""
+        merge_lora(self.unwrapped_model)
