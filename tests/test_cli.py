@@ -1,0 +1,82 @@
+"""Recipe arguments: YAML sections, command-line overrides, and errors that help."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from tokcom_hf.cli import RecipeError, parse_recipe, read_yaml, run_recipe
+
+
+@dataclass
+class Model:
+    width: int = 8
+    rate: float = 0.1
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    seed: int = 0
+    width: int = 3
+    path: str | None = field(default=None, metadata={"help": "Where to read."})
+    fast: bool = False
+
+
+SECTIONS = {"model": Model, "run": Run}
+
+
+def parse(*argv, config=None):
+    return parse_recipe("Doc.", SECTIONS, config, list(argv))
+
+
+def test_command_line_overrides_the_file_and_a_plain_name_reaches_every_section(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model:\n  width: 16\n  rate: 5e-4\nrun:\n  seed: 7\n")
+    assert parse(config=file) == {"model": {"width": 16, "rate": 5e-4}, "run": {"seed": 7}}
+    values = parse("--width", "4", "--model.rate=1e-2", "--fast", "--path", "123", config=file)
+    assert values == {"model": {"width": 4, "rate": 0.01}, "run": {"seed": 7, "width": 4, "fast": True, "path": "123"}}
+    assert parse("--config", str(file), "--model.names", "a", "b")["model"]["names"] == ["a", "b"]
+
+
+def test_scientific_notation_is_a_number():
+    assert read_yaml("5e-4") == 5e-4 and read_yaml("1e5") == 1e5 and read_yaml("-2.5E+3") == -2500.0
+    assert read_yaml("e5") == "e5" and read_yaml("12") == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--widht", "3"], "Did you mean width"),
+        (["--modl.width", "3"], "unknown section 'modl'"),
+        (["--model.seed", "3"], "no such option"),
+        (["--seed", "x"], "expected int, got 'x'"),
+        (["--fast", "maybe"], "expected bool"),
+        (["positional"], "Unexpected argument"),
+        (["--config", "missing.yaml"], "does not exist"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        parse(*arguments)
+
+
+def test_unknown_section_in_a_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("modell:\n  width: 1\n")
+    with pytest.raises(RecipeError, match="unknown section 'modell'"):
+        parse(config=tmp_path / "config.yaml")
+
+
+def test_help_shows_every_field(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    assert "Doc." in text and "--width (default 8)" in text and "Where to read." in text
+
+
+def test_a_users_mistake_is_one_line(capsys):
+    def main():
+        raise ValueError("Too small.")
+
+    with pytest.raises(SystemExit) as stop:
+        run_recipe(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: Too small.\n"

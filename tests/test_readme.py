@@ -1,0 +1,72 @@
+"""README: every command names recipes, options and configurations that exist, and its Python parses."""
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.split(" #")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+RECIPES = [command for command in COMMANDS if "recipes/" in command]
+
+
+def test_the_first_screen_holds_the_two_commands():
+    assert COMMANDS[0] == "pip install -e . && accelerate launch recipes/train_tokcom.py"
+    assert COMMANDS[1] == 'pip install -e ".[test]" && pytest'
+
+
+def recipe_call(command: str) -> tuple[Path, list[str]]:
+    words = shlex.split(command.split("&&")[-1])
+    position = next(i for i, word in enumerate(words) if word.startswith("recipes/") and word.endswith(".py"))
+    return ROOT / words[position], words[position + 1 :]
+
+
+@pytest.mark.parametrize("command", RECIPES)
+def test_recipe_commands_name_existing_options(command, monkeypatch):
+    """Loads the recipe and lets its own parser read the command's options."""
+    import tokcom_hf.cli
+
+    path, arguments = recipe_call(command)
+    assert path.is_file(), path
+    for word in shlex.split(command):
+        if word.endswith(".yaml"):
+            assert (ROOT / word).is_file(), word
+    seen = {}
+    original = tokcom_hf.cli.parse_recipe
+
+    def parse_only(doc, sections, default_config=None, argv=None):
+        seen["values"] = original(doc, sections, default_config, argv)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(tokcom_hf.cli, "parse_recipe", parse_only)
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up there.
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "values" in seen
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_python_blocks_parse(block):
+    compile(block, "README.md", "exec")
+
+
+def test_linked_pictures_exist():
+    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
