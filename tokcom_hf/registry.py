@@ -54,6 +54,7 @@ MODELS: tuple[ModelRow, ...] = (
     ModelRow("pruned_vlm", "PrunedVLMConfig", "PrunedVLM", ("AutoModel", "AutoModelForImageTextToText")),
 )
 PIPELINES: tuple[PipelineRow, ...] = (
+    PipelineRow("tokcom-generation", "tokcom", "TokComGenerationPipeline", "TokComModel", "text"),
     PipelineRow("vq-reconstruction", "vqgan", "VQReconstructionPipeline", "VQGAN", "image"),
     PipelineRow("vq-tokenize", "vqgan", "VQTokenizePipeline", "VQGAN", "image"),
     PipelineRow(

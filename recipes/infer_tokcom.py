@@ -1,0 +1,269 @@
+"""Uses a trained TokCom model: generate, continue, reconstruct, denoise, or store text as latents and read it back.
+
+    python recipes/infer_tokcom.py --model outputs/tokcom --mode generate --num_chunks 32 --batch_size 2 --seed 1
+    python recipes/infer_tokcom.py --model outputs/tokcom --mode conditional --prompt "The function returns"
+    python recipes/infer_tokcom.py --model outputs/tokcom --mode reconstruct --input_file README.md
+    python recipes/infer_tokcom.py --model outputs/tokcom --mode denoise_reconstruct --text "Any text." --noise_level 0.5
+    python recipes/infer_tokcom.py --model outputs/tokcom --mode encode --text "Any text." --output_file a.safetensors
+    python recipes/infer_tokcom.py --model outputs/tokcom --mode decode --latents a.safetensors
+
+Text comes from --text (or --prompt) or from --input_file: a .jsonl file gives one text per line, any other file is one
+text. Results go to the terminal, and to --output_file where that is given (.jsonl: one result per line).
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModel
+
+from tokcom_hf import TokComModel, TokComVAE
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.latents import load_latents, save_latents
+from tokcom_hf.data.text import read_json_lines, read_text
+from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
+
+MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
+
+
+@dataclass
+class InferenceArguments:
+    """What to do, with which model."""
+
+    model: str = field(default="outputs/tokcom", metadata={"help": "Folder or Hub name of a trained model."})
+    mode: str = field(default="generate", metadata={"help": "One of " + ", ".join(MODES) + "."})
+    text: str | None = field(default=None, metadata={"help": "Text to reconstruct, denoise or encode."})
+    prompt: str | None = field(default=None, metadata={"help": "Beginning to continue (mode conditional)."})
+    input_file: str | None = field(default=None, metadata={"help": "File with texts or prompts."})
+    text_column: str = field(default="text", metadata={"help": "Field of a .jsonl input file."})
+    latents: str | None = field(default=None, metadata={"help": "File to decode, written by mode encode."})
+    num_chunks: int = field(default=256, metadata={"help": "Chunks to generate without a prompt."})
+    num_generate_chunks: int = field(default=64, metadata={"help": "Chunks to add to a prompt."})
+    num_steps: int = field(default=50, metadata={"help": "Flow steps."})
+    noise_level: float = field(default=0.5, metadata={"help": "Start of denoise_reconstruct: 0 pure noise, 1 clean."})
+    batch_size: int = field(default=1, metadata={"help": "Texts to generate; otherwise rows per forward pass."})
+    temperature: float = field(default=0.0, metadata={"help": "Of the decoder's token distribution; 0 is greedy."})
+    sampler: str = field(default="euler", metadata={"help": "euler, renoise or heun."})
+    seed: int | None = field(default=None, metadata={"help": "Makes the output reproducible."})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the best there is."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where the model's folder has none."})
+    output_file: str | None = field(default=None, metadata={"help": "File for the result; latents in mode encode."})
+
+
+def main() -> None:
+    run = InferenceArguments(**parse_recipe(__doc__, {"run": InferenceArguments})["run"])
+    check_arguments(run)
+    texts = [] if run.mode in ("generate", "decode") else read_texts(run)
+    model = load_model(run)
+    tokenizer = load_tokenizer(run.tokenizer or run.model)
+    check_tokenizer(tokenizer, vae_config(model))
+    if run.mode == "generate":
+        results = generate(model, tokenizer, run)
+    elif run.mode == "conditional":
+        results = continue_texts(model, tokenizer, texts, run)
+    elif run.mode == "encode":
+        results = encode(model, tokenizer, texts, run)
+    elif run.mode == "decode":
+        results = decode(model, tokenizer, run)
+    else:
+        results = reconstruct(model, tokenizer, texts, run)
+    show(results, run)
+
+
+def check_arguments(run: InferenceArguments) -> None:
+    """Refuses bad values before anything is loaded or written."""
+    if run.mode not in MODES:
+        raise RecipeError(f"--mode must be one of {', '.join(MODES)}, got {run.mode!r}.")
+    for name in ("num_chunks", "num_generate_chunks", "num_steps", "batch_size"):
+        if getattr(run, name) < 1:
+            raise RecipeError(f"--{name} must be at least 1, got {getattr(run, name)}.")
+    if not 0 <= run.noise_level <= 1:
+        raise RecipeError(f"--noise_level must be in [0, 1], got {run.noise_level:g}.")
+    if run.temperature < 0:
+        raise RecipeError(f"--temperature must not be negative, got {run.temperature:g}.")
+    if run.mode == "encode" and run.output_file is None:
+        raise RecipeError("--mode encode needs --output_file, for example --output_file latents.safetensors.")
+    if run.mode == "decode" and run.latents is None:
+        raise RecipeError("--mode decode needs --latents, a file written by --mode encode.")
+
+
+def read_texts(run: InferenceArguments) -> list[str]:
+    """The texts of --text, --prompt or --input_file; exactly one of them must be given."""
+    flag = "prompt" if run.mode == "conditional" else "text"
+    direct = getattr(run, flag)
+    if (direct is None) == (run.input_file is None):
+        raise RecipeError(f"--mode {run.mode} needs either --{flag} or --input_file.")
+    if direct is not None:
+        texts = [direct]
+    else:
+        path = Path(run.input_file)
+        texts = list(read_json_lines(path, run.text_column)) if path.suffix == ".jsonl" else [read_text(path)]
+    if not texts or not all(texts):
+        raise RecipeError(f"--mode {run.mode} needs text, but {run.input_file or '--' + flag} holds an empty one.")
+    return texts
+
+
+def load_model(run: InferenceArguments) -> Any:
+    """The model on its device; a `TokComVAE` alone is enough to reconstruct, encode and decode."""
+    try:
+        model = AutoModel.from_pretrained(run.model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"Model {run.model!r} cannot be loaded: {reason}") from None
+    allowed: tuple[type, ...] = (TokComModel,)
+    if run.mode in ("reconstruct", "encode", "decode"):
+        allowed = (TokComModel, TokComVAE)
+    if not isinstance(model, allowed):
+        names = " or ".join(kind.__name__ for kind in allowed)
+        raise RecipeError(f"--mode {run.mode} needs a {names}, but {run.model!r} holds a {type(model).__name__}.")
+    device = run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {run.device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def vae_config(model: Any) -> Any:
+    return getattr(model, "vae", model).config
+
+
+def sampling(run: InferenceArguments) -> dict[str, Any]:
+    generator = torch.Generator()
+    if run.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(run.seed)
+    return {"num_steps": run.num_steps, "sampler": run.sampler, "generator": generator}
+
+
+def to_text(tokenizer: Any, ids: Any) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def generate(model: TokComModel, tokenizer: Any, run: InferenceArguments) -> list[dict[str, Any]]:
+    """`batch_size` texts from nothing."""
+    ids = model.generate(
+        num_chunks=run.num_chunks, batch_size=run.batch_size, temperature=run.temperature, **sampling(run)
+    )
+    return [{"text": to_text(tokenizer, row)} for row in ids]
+
+
+def continue_texts(
+    model: TokComModel, tokenizer: Any, prompts: list[str], run: InferenceArguments
+) -> list[dict[str, Any]]:
+    """Each prompt with its continuation, `batch_size` prompts at a time."""
+    options, results = sampling(run), []
+    for start in tqdm(range(0, len(prompts), run.batch_size), desc="continuing", unit="batch", delay=2):
+        rows = tokenizer(prompts[start : start + run.batch_size], add_special_tokens=False).input_ids
+        lengths = torch.tensor([len(row) for row in rows])
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        ids = model.generate(
+            padded,
+            num_generate_chunks=run.num_generate_chunks,
+            temperature=run.temperature,
+            prompt_mask=mask,
+            **options,
+        )
+        results += [
+            {"text": to_text(tokenizer, row), "prompt_tokens": int(length)} for row, length in zip(ids, lengths)
+        ]
+    return results
+
+
+def windows(model: Any, tokenizer: Any, text: str) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    """A text's ids (tokens,), and the same filled with EOS to whole chunks and cut into the model's training lengths."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    if len(ids) == 0:
+        raise RecipeError("The text makes no token; give more text.")
+    chunk = vae_config(model).chunk_size
+    filled = torch.nn.functional.pad(ids, (0, -len(ids) % chunk), value=tokenizer.eos_token_id)
+    size = chunk * getattr(model.config, "max_chunks", 256)
+    return ids, list(filled.split(size)), len(ids)
+
+
+def batches(pieces: list[torch.Tensor], batch_size: int, description: str):
+    """Stacks neighbouring windows of one length, `batch_size` at a time; only the last window may be shorter."""
+    with tqdm(total=len(pieces), desc=description, unit="window", delay=2) as bar:
+        while pieces:
+            count = 1
+            while count < min(batch_size, len(pieces)) and len(pieces[count]) == len(pieces[0]):
+                count += 1
+            yield torch.stack(pieces[:count])
+            pieces = pieces[count:]
+            bar.update(count)
+
+
+@torch.no_grad()
+def reconstruct(model: Any, tokenizer: Any, texts: list[str], run: InferenceArguments) -> list[dict[str, Any]]:
+    """Each text through the latents and back, after noise and denoising in mode denoise_reconstruct."""
+    options, vae, results = sampling(run), getattr(model, "vae", model), []
+    for text in texts:
+        ids, pieces, count = windows(model, tokenizer, text)
+        parts = []
+        for batch in batches(pieces, run.batch_size, run.mode.replace("_", " ")):
+            batch = batch.to(model.device)
+            if run.mode == "reconstruct":
+                parts.append(vae.decode(vae.encode(batch)))
+            else:
+                parts.append(model.denoise_reconstruct(batch, noise_level=run.noise_level, **options))
+        output = torch.cat([part.flatten() for part in parts]).cpu()[:count]
+        accuracy = (output == ids).float().mean().item()
+        results.append({"text": to_text(tokenizer, output), "tokens": count, "token_accuracy": accuracy})
+    return results
+
+
+@torch.no_grad()
+def encode(model: Any, tokenizer: Any, texts: list[str], run: InferenceArguments) -> list[dict[str, Any]]:
+    """Writes the latents of the texts to --output_file."""
+    latents, counts = [], []
+    for text in texts:
+        _, pieces, count = windows(model, tokenizer, text)
+        parts = [
+            model.encode(batch.to(model.device)).flatten(0, 1) for batch in batches(pieces, run.batch_size, "encoding")
+        ]
+        latents.append(torch.cat(parts))
+        counts.append(count)
+    save_latents(run.output_file, latents, counts, model)
+    return [{"tokens": count, "latents": list(latent.shape)} for count, latent in zip(counts, latents)]
+
+
+@torch.no_grad()
+def decode(model: Any, tokenizer: Any, run: InferenceArguments) -> list[dict[str, Any]]:
+    """Texts of the latents in --latents."""
+    results = []
+    for latents, count in zip(*load_latents(run.latents, model)):
+        ids = model.decode(latents.unsqueeze(0).to(model.device, model.dtype))[0, :count]
+        results.append({"text": to_text(tokenizer, ids), "tokens": count})
+    return results
+
+
+def show(results: list[dict[str, Any]], run: InferenceArguments) -> None:
+    """Prints the results and writes the texts to --output_file."""
+    for result in results:
+        if "token_accuracy" in result:
+            print(f"token accuracy {result['token_accuracy']:.4%} over {result['tokens']:,} tokens")
+        if run.mode == "encode":
+            print(f"{result['tokens']:,} tokens in {result['latents'][0]:,} latents of {result['latents'][1]}")
+        else:
+            print(result["text"], end="\n\n" if len(results) > 1 else "\n")
+    if run.output_file is None:
+        return
+    path = Path(run.output_file)
+    if run.mode != "encode":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jsonl":
+            lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
+            path.write_text("".join(lines), encoding="utf-8")
+        else:
+            path.write_text("\n\n\n".join(result["text"] for result in results), encoding="utf-8")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,98 @@
+"""Latents of texts in a safetensors file that knows which model wrote it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FORMAT = "tokcom-latents-1"
+
+
+def save_latents(path: str | Path, latents: list[torch.Tensor], token_counts: list[int], model: Any) -> Path:
+    """Writes the latents of one or more texts.
+
+    Args:
+        path: file to write; replaced in one move, so an interrupted write leaves nothing half-written.
+        latents: one (chunks, latent) tensor per text, not standardised, as `model.encode` returns them.
+        token_counts: tokens of each text; what its last chunk holds beyond them is filling.
+        model: the `TokComModel` or `TokComVAE` that encoded them.
+
+    Raises:
+        ValueError: a text whose tokens do not fill its chunks.
+    """
+    config = _vae(model).config
+    for latent, count in zip(latents, token_counts, strict=True):
+        if -(-count // config.chunk_size) != len(latent):
+            raise ValueError(
+                f"{count} tokens make {-(-count // config.chunk_size)} chunks, got {len(latent)} latents."
+            )
+    metadata = {
+        "format": FORMAT,
+        "model": str(getattr(model, "name_or_path", "") or ""),
+        "fingerprint": vae_fingerprint(model),
+        "chunk_size": str(config.chunk_size),
+        "latent_size": str(config.latent_size),
+        "token_count": json.dumps(list(token_counts)),
+    }
+    tensors = {f"latents.{i}": latent.detach().float().cpu().contiguous() for i, latent in enumerate(latents)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, unfinished, metadata=metadata)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def load_latents(path: str | Path, model: Any) -> tuple[list[torch.Tensor], list[int]]:
+    """Reads what `save_latents` wrote: one float32 (chunks, latent) tensor per text, and the token counts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated or foreign file, or latents of another model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Latents file {str(path)!r} does not exist.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); encode the text again.") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no TokCom latents; write one with --mode encode.")
+    config = _vae(model).config
+    for name in ("chunk_size", "latent_size"):
+        if int(metadata[name]) != getattr(config, name):
+            raise ValueError(
+                f"{path} was written by another model ({metadata['model'] or 'unnamed'}): its {name} is "
+                f"{metadata[name]}, this model's is {getattr(config, name)}."
+            )
+    if metadata["fingerprint"] != vae_fingerprint(model):
+        raise ValueError(
+            f"{path} was written by another model ({metadata['model'] or 'unnamed'}): the weights of its VAE differ from "
+            "this model's; decode with the model that encoded it."
+        )
+    counts = json.loads(metadata["token_count"])
+    return [tensors[f"latents.{index}"] for index in range(len(counts))], counts
+
+
+def vae_fingerprint(model: Any) -> str:
+    """SHA-256 over the VAE's weights, rounded to bfloat16: the same for a model loaded in float32 or bfloat16."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(_vae(model).named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _vae(model: Any) -> Any:
+    return getattr(model, "vae", model)
