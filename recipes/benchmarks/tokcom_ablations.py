@@ -98,6 +98,7 @@ def train(row: dict[str, Any], run: RunArguments, source: TextSource, out: Path)
     for name in ("train_file", "dataset_name", "dataset_config", "text_column", "max_documents"):
         if getattr(source, name) is not None:
             command += [f"--run.{name}", str(getattr(source, name))]
+    command += ["--run.streaming", str(source.streaming).lower()]
     if stage == "denoiser":
         command += ["--run.tokenizer", str(out / "start")]
     for key, value in (run.start | overrides).items():

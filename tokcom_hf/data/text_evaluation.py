@@ -20,6 +20,7 @@ class TextSource:
     text_column: str = field(default="text", metadata={"help": "Field of JSON lines and Hub data sets."})
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    streaming: bool = field(default=False, metadata={"help": "Read the Hub data set as a stream, if training did."})
     max_documents: int | None = field(default=None, metadata={"help": "Stop reading after so many documents."})
     validation_share: float = field(default=0.05, metadata={"help": "Share of the documents held out."})
     split_seed: int = field(default=42, metadata={"help": "The --seed of the training run, which drew the split."})
@@ -35,6 +36,7 @@ def load_source(source: TextSource, length: int, tokenizer: str | None, vocab_si
             dataset_name=source.dataset_name,
             dataset_config=source.dataset_config,
             text_column=source.text_column,
+            streaming=source.streaming,
             max_documents=source.max_documents,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
@@ -44,13 +46,9 @@ def load_source(source: TextSource, length: int, tokenizer: str | None, vocab_si
             seed=source.split_seed,
         )
     loaded = load_tokenizer(str(tokenizer))
-    train = load_documents(
-        source.train_file,
-        source.dataset_name,
-        source.dataset_config,
-        source.text_column,
-        max_documents=source.max_documents,
-    )
+    options: dict[str, Any] = {"text_column": source.text_column, "max_documents": source.max_documents}
+    options |= {"dataset_config": source.dataset_config, "streaming": source.streaming}
+    train = load_documents(source.train_file, source.dataset_name, **options)
     held_out = load_documents(source.validation_file, text_column=source.text_column)
     return TextRows(pack(train, loaded, length), pack(held_out, loaded, length), loaded)
 
