@@ -1,5 +1,6 @@
 """The baseline, the evaluation, the speed benchmark and the ablations, end to end at toy size on a saved tiny model."""
 
+import inspect
 import json
 import random
 import runpy
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tokcom_hf import TokComConfig, TokComModel
-from tokcom_hf.cli import RecipeError
+from tokcom_hf.cli import RecipeError, parse_recipe, read_yaml
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.data.tokenizers import train_tokenizer
 
@@ -179,6 +180,25 @@ run:
     capsys.readouterr()
     call("benchmarks/tokcom_ablations.py", *arguments)
     assert "training" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["tiny", "base"])
+def test_every_ablation_row_names_options_that_exist(size):
+    """Overrides must parse for train_tokcom, build its configs, and be arguments of `generate`."""
+    training = runpy.run_path(str(RECIPES / "train_tokcom.py"), run_name="recipe")
+    ablations = read_yaml((RECIPES / "configs" / size / "tokcom_ablations.yaml").read_text())["run"]
+    assert (RECIPES.parent / ablations["train_config"]).is_file()
+    names = [row["name"] for row in ablations["rows"]]
+    assert len(names) == len(set(names)) >= 20
+    known = set(inspect.signature(TokComModel.generate).parameters)
+    for row in [{"name": "start"}, *ablations["rows"]]:
+        assert set(row) <= {"name", "train", "generate"}
+        assert set(ablations["generate"] | row.get("generate", {})) <= known, row["name"]
+        overrides = ablations["start"] | row.get("train", {})
+        flags = [text for key, value in overrides.items() for text in (f"--{key}", str(value).lower())]
+        values = parse_recipe("", training["SECTIONS"], RECIPES.parent / ablations["train_config"], flags)
+        vae = TokComConfig().vae.__class__(**values["vae"])
+        TokComConfig(**values["flow"] | {"vae": vae.to_dict(), "denoiser": values["denoiser"]})
 
 
 def test_a_validation_file_of_its_own(tmp_path, tokcom, corpus):
