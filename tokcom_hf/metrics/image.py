@@ -36,9 +36,19 @@ def _window(size: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
 
 
 def _blur(x: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-    channels = x.shape[1]
-    x = F.conv2d(x, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(x, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    channels, (height, width) = x.shape[1], x.shape[-2:]
+    if max(height, width) > 512:
+        x = F.conv2d(x, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+        return F.conv2d(x, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    # Two products with a band matrix: several times faster than a depthwise convolution on a CPU.
+    return _band(window, height).t() @ x @ _band(window, width)
+
+
+def _band(window: torch.Tensor, side: int) -> torch.Tensor:
+    valid = side - len(window) + 1
+    offset = torch.arange(side, device=window.device)[:, None] - torch.arange(valid, device=window.device)
+    inside = (offset >= 0) & (offset < len(window))
+    return torch.where(inside, window[offset.clamp(0, len(window) - 1)], 0.0)
 
 
 def _ssim_terms(x: torch.Tensor, y: torch.Tensor, data_range: float) -> tuple[torch.Tensor, torch.Tensor]:

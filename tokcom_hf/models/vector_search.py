@@ -77,7 +77,14 @@ def kmeans(
         centres `(k, d)` and the number of vectors of each `(k,)`.
     """
     number, width = vectors.shape
-    centres = vectors[sample_rows(vectors.new_ones(number), codebook_size, seed)]
+    # k-means++ in rounds: later starts are drawn in proportion to their distance from the earlier ones.
+    round_size = max(1, codebook_size // 4)
+    centres = vectors[sample_rows(vectors.new_ones(number), round_size if codebook_size > 8 else 1, seed)]
+    while len(centres) < min(codebook_size, number):
+        error = (vectors - centres[nearest_codes(vectors, centres)]).square().sum(1) + 1e-12
+        step_size = min(codebook_size, number) - len(centres)
+        chosen = sample_rows(error, min(step_size, round_size), seed + 100 + len(centres))
+        centres = torch.cat([centres, vectors[chosen]])
     if number < codebook_size:
         generator = torch.Generator().manual_seed(seed + 1)
         extra = torch.randint(number, (codebook_size - number,), generator=generator).to(vectors.device)

@@ -1,0 +1,235 @@
+"""The quantizers do what their settings say."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokcom_hf.models.configuration_vqgan import VQGANConfig, default_fsq_levels
+from tokcom_hf.models.quantizers import EMAQuantizer, build_quantizer, rotate_to
+from tokcom_hf.models.vector_search import kmeans, nearest_codes
+
+QUIET = {"temperature": 0.0, "entropy_weight": 0.0, "reset_fraction": 0.0}
+
+
+def make(size=16, width=8, **settings) -> EMAQuantizer:
+    torch.manual_seed(0)
+    config = VQGANConfig(codebook_size=size, codebook_dim=width, **(QUIET | settings))
+    return build_quantizer(config, width).train()
+
+
+def placed(quantizer, vectors):
+    quantizer.initialize(vectors)
+    return quantizer
+
+
+def test_nearest_codes_agree_with_distances_whatever_the_chunk():
+    vectors, codebook = torch.randn(257, 5), torch.randn(33, 5)
+    expected = torch.cdist(vectors.double(), codebook.double()).argmin(1)
+    assert torch.equal(nearest_codes(vectors, codebook), expected)
+    assert torch.equal(nearest_codes(vectors, codebook, max_scores=100), expected)
+
+
+@pytest.mark.parametrize("kind", ["ema", "fsq", "lfq"])
+def test_lookup_of_codes_equals_forward(kind):
+    quantizer = make(64, 8, quantizer=kind).eval()
+    features = torch.randn(2, 4, 4, 8)
+    output = quantizer(features)
+    assert output.codes.shape == (2, 4, 4) and output.codes.max() < 64
+    torch.testing.assert_close(quantizer.lookup(output.codes), output.embeddings, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fsq", "lfq"])
+def test_every_implicit_code_maps_to_itself(kind):
+    config = VQGANConfig(codebook_size=64, quantizer=kind, **QUIET)
+    quantizer = build_quantizer(config, 8)
+    codes = torch.arange(64)
+    vectors = quantizer.vectors_of(codes)
+    if kind == "fsq":
+        vectors = vectors * torch.tensor([level // 2 for level in quantizer.levels])
+    assert torch.equal(quantizer.assign(vectors)[0], codes)
+
+
+@pytest.mark.parametrize("kind", ["ema", "fsq", "lfq"])
+def test_features_receive_a_gradient(kind):
+    quantizer = make(64, 8, quantizer=kind)
+    features = torch.randn(32, 8, requires_grad=True)
+    quantizer(features).embeddings.square().sum().backward()
+    assert features.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["ema", "fsq", "lfq"])
+def test_codes_are_the_same_under_bf16_autocast(kind):
+    quantizer = make(1024, 16, quantizer=kind, codebook_init="data").eval()
+    features = torch.randn(512, 16)
+    plain = quantizer(features).codes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer(features).codes, plain)
+
+
+def test_ema_codes_are_the_means_of_their_vectors_after_bias_correction():
+    quantizer = make(2, 1, codebook_init="uniform", ema_decay=0.9)
+    quantizer.codebook.copy_(torch.tensor([[-1.0], [1.0]]))
+    quantizer(torch.tensor([[-3.0], [-5.0], [4.0]]))
+    torch.testing.assert_close(quantizer.codebook, torch.tensor([[-4.0], [4.0]]))
+
+
+def test_without_bias_correction_the_start_is_remembered():
+    quantizer = make(2, 1, codebook_init="uniform", ema_decay=0.9, ema_bias_correction=False)
+    quantizer.codebook.copy_(torch.tensor([[-1.0], [1.0]]))
+    quantizer._restart_average(torch.full((2,), 0.5), known=True)
+    quantizer(torch.tensor([[-4.0], [4.0]]))
+    torch.testing.assert_close(quantizer.codebook, torch.tensor([[-1.3], [1.3]]))
+
+
+def test_temperature_changes_the_distribution_of_codes_in_training_only():
+    vectors = torch.randn(4000, 8)
+    spread = {}
+    for temperature in (0.0, 0.05, 5.0):
+        quantizer = make(16, 8, temperature=temperature, freeze_codebook=True, codebook_init="uniform")
+        quantizer.codebook.copy_(torch.randn(16, 8))
+        nearest = nearest_codes(vectors, quantizer.codebook)
+        spread[temperature] = (quantizer(vectors).codes != nearest).float().mean().item()
+        assert torch.equal(quantizer.eval()(vectors).codes, nearest)
+    assert spread[0.0] == 0 and 0 < spread[0.05] < spread[5.0] and spread[5.0] > 0.5
+
+
+def test_sampled_codes_follow_the_softmax():
+    quantizer = make(4, 2, temperature=1.0, freeze_codebook=True)
+    quantizer.codebook.copy_(torch.randn(4, 2))
+    vector = torch.randn(1, 2)
+    probability = (-torch.cdist(vector, quantizer.codebook).square() / math.sqrt(2)).softmax(1)[0]
+    drawn = torch.bincount(quantizer.sample_codes(vector.expand(40000, 2)), minlength=4) / 40000
+    torch.testing.assert_close(drawn, probability, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["ema", "lfq"])
+def test_entropy_term_has_a_gradient_that_spreads_codes(kind):
+    quantizer = make(16, 4, quantizer=kind, entropy_weight=1.0, codebook_init="uniform", freeze_codebook=True)
+    if kind == "ema":
+        quantizer.codebook.copy_(torch.randn(16, 4))
+    vectors = (torch.randn(64, quantizer.width) * 0.1 + 0.5).requires_grad_()
+    before = quantizer.entropy_loss(vectors)
+    (gradient,) = torch.autograd.grad(before, vectors)
+    assert gradient.abs().sum() > 0
+    after = quantizer.entropy_loss(vectors.detach() - 0.1 * gradient / gradient.norm())
+    assert -1 <= after < before
+
+
+def test_reset_never_touches_a_live_code_and_keeps_to_its_limit():
+    quantizer = placed(
+        make(64, 4, codebook_init="data", dead_code_unit="mean", reset_fraction=0.1), torch.randn(640, 4)
+    )
+    quantizer.code_share.fill_(1 / 64)
+    quantizer.code_share[:20] = 1e-6
+    quantizer.code_share[3] = 0.0
+    before = quantizer.codebook.clone()
+    pool = torch.cat([torch.randn(100, 4), torch.rand(100, 1)], dim=1)
+    quantizer.config.dead_code_threshold = 0.1
+    assert quantizer.reset_dead_codes(pool, 640) == 6
+    moved = (quantizer.codebook != before).any(1)
+    assert moved.sum() == 6 and moved[3] and not moved[20:].any()
+    rows = quantizer.codebook[moved]
+    assert (rows[:, None] == pool[None, :, :4]).all(2).any(1).all()
+    assert len(rows.unique(dim=0)) == 6
+    torch.testing.assert_close(quantizer.code_sum[moved], rows * quantizer.code_share[moved][:, None])
+
+
+def test_resets_revive_a_collapsed_codebook():
+    settings = {"codebook_init": "uniform", "dead_code_unit": "mean", "dead_code_threshold": 0.1, "ema_decay": 0.5}
+    used = {}
+    for fraction in (0.0, 0.3):
+        quantizer = make(64, 8, **settings, reset_fraction=fraction, reset_interval=1)
+        for step in range(30):
+            torch.manual_seed(step)
+            quantizer(3 + torch.randn(512, 8))
+        used[fraction] = len(quantizer.eval()(3 + torch.randn(4096, 8)).codes.unique())
+    assert used[0.0] < 32 and used[0.3] >= 62
+
+
+def test_one_update_per_step_whatever_the_accumulation():
+    vectors = torch.randn(32, 8)
+    whole, parts = (
+        placed(make(8, 8, codebook_init="data", reset_fraction=0.5, dead_code_threshold=3.0), vectors) for _ in "ab"
+    )
+    for quantizer, pieces in ((whole, [vectors]), (parts, vectors.split(8))):
+        quantizer.update_in_forward = False
+        for _ in range(3):
+            for piece in pieces:
+                quantizer(piece)
+            quantizer.update()
+    assert int(whole.num_updates) == int(parts.num_updates) == 3
+    torch.testing.assert_close(whole.codebook, parts.codebook, atol=1e-5, rtol=0)
+
+
+def test_freeze_keeps_every_code():
+    quantizer = make(16, 8, freeze_codebook=True, reset_fraction=0.5, reset_interval=1)
+    before = quantizer.codebook.clone()
+    quantizer(torch.randn(64, 8))
+    assert torch.equal(quantizer.codebook, before)
+
+
+def test_expansion_keeps_old_codes():
+    quantizer = placed(make(16, 8, codebook_init="kmeans"), torch.randn(256, 8))
+    before = quantizer.codebook.clone()
+    quantizer.expand(40)
+    assert quantizer.codebook.shape == (40, 8) and torch.equal(quantizer.codebook[:16], before)
+    assert len(quantizer.codebook.unique(dim=0)) == 40
+    quantizer(torch.randn(64, 8))
+
+
+@pytest.mark.parametrize("init", ["data", "kmeans"])
+def test_codes_start_on_the_data_on_the_first_batch(init):
+    quantizer = make(32, 8, codebook_init=init)
+    codes = quantizer(50 + torch.randn(512, 8)).codes
+    assert len(codes.unique()) == 32 and (quantizer.codebook.mean() - 50).abs() < 1
+
+
+def test_kmeans_finds_separate_clusters_and_more_codes_than_vectors_work():
+    centres = 10 * torch.randn(6, 3)
+    vectors = centres.repeat_interleave(20, 0) + 0.01 * torch.randn(120, 3)
+    found, count = kmeans(vectors, 6, iterations=20)
+    assert torch.cdist(centres, found).min(1).values.max() < 0.1 and count.sum() == 120
+    assert kmeans(torch.randn(3, 2), 8)[0].shape == (8, 2)
+
+
+def test_rotation_carries_the_gradient_by_an_orthogonal_map():
+    vectors, chosen = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+    rotated = rotate_to(vectors, chosen)
+    torch.testing.assert_close(rotated, chosen, atol=1e-5, rtol=1e-4)
+    (gradient,) = torch.autograd.grad((rotated * chosen).sum(), vectors)
+    lengths = chosen.norm(dim=1) / vectors.norm(dim=1) * chosen.norm(dim=1)
+    torch.testing.assert_close(gradient.norm(dim=1), lengths, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(F.cosine_similarity(gradient, vectors), torch.ones(5), atol=1e-4, rtol=0)
+
+
+def test_wrong_codes_are_refused():
+    quantizer = make()
+    with pytest.raises(ValueError, match=r"\[0, 16\)"):
+        quantizer.lookup(torch.tensor([16]))
+    with pytest.raises(TypeError, match="integers"):
+        quantizer.lookup(torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantizer": "lfq", "codebook_size": 48}, "power of two"),
+        ({"quantizer": "fsq", "fsq_levels": [8, 5]}, "product"),
+        ({"gradient_estimator": "rotation"}, "temperature=0"),
+        ({"codebook_init": "pca"}, "codebook_init"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"image_size": 100}, "multiple"),
+        ({"channel_multipliers": [1, 2]}, "4 entries"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VQGANConfig(**settings)
+
+
+def test_default_fsq_levels():
+    assert math.prod(default_fsq_levels(8192)) == 8192
+    with pytest.raises(ValueError, match="fsq_levels"):
+        default_fsq_levels(1000)
