@@ -84,22 +84,19 @@ class TokenPruningTrainer(CompressionTrainer):
 
     def __init__(
         self,
-        model: PrunedVLM,
-        *args,
+        model: PrunedVLM | None = None,
+        args: TokenPruningTrainingArguments | None = None,
+        *,
         discriminator: PruningDiscriminator | None = None,
         generation_collator=None,
         **kwargs,
     ):
-        model.requires_grad_(False)
-        for head in (model.token_merger, model.layer_pruner):
-            if head is not None:
-                head.requires_grad_(True)
-        arguments = kwargs.get("args") or args[0]
-        if arguments.lora_r:
-            add_lora(model, arguments.lora_r)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError("Nothing to train: give the model a token_merger or layer_pruner, or set lora_r.")
-        super().__init__(model, *args, **kwargs)
+        if args is None:
+            raise ValueError("TokenPruningTrainer needs args, a TokenPruningTrainingArguments.")
+        self._lora_r = args.lora_r
+        if model is not None:
+            self._make_trainable(model)
+        super().__init__(model, args, **kwargs)
         self.generation_collator = generation_collator
         self.discriminator: Any = None
         if self.args.adversarial_weight > 0:
@@ -110,6 +107,21 @@ class TokenPruningTrainer(CompressionTrainer):
                 discriminator.parameters(), lr=self.args.discriminator_learning_rate
             )
             self.discriminator_scheduler: LambdaLR | None = None
+
+    def _make_trainable(self, model: PrunedVLM) -> PrunedVLM:
+        """Freezes the base, frees the heads and adds LoRA adapters where asked for."""
+        model.requires_grad_(False)
+        for head in (model.token_merger, model.layer_pruner):
+            if head is not None:
+                head.requires_grad_(True)
+        if self._lora_r:
+            add_lora(model, self._lora_r)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("Nothing to train: give the model a token_merger or layer_pruner, or set lora_r.")
+        return model
+
+    def call_model_init(self, trial=None):
+        return self._make_trainable(super().call_model_init(trial))
 
     # ------------------------------------------------------------------ optimizers
     def create_optimizer(self, *args, **kwargs):

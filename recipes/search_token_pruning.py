@@ -1,0 +1,91 @@
+"""Searches learning rates and loss weights of token pruning with Optuna, through `Trainer.hyperparameter_search`.
+
+    python recipes/search_token_pruning.py                       # 6 trials on the small VLM; needs tokcom_hf[search]
+    python recipes/search_token_pruning.py --trials 30 --max_steps 500 --storage sqlite:///search.db
+
+The objective is accuracy in hard mode under `flops_budget`. Prints and saves the best trial; its values can be passed
+to recipes/train_token_pruning.py as they stand.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train_token_pruning import DEFAULT_CONFIG, SECTIONS, build_model, ensure_small_vlm
+from train_token_pruning import RunArguments as TrainArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+from tokcom_hf import TokenPruningTrainer, TokenPruningTrainingArguments
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.vqa import VQACollator
+from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
+
+
+@dataclass
+class RunArguments(TrainArguments):
+    """What is searched."""
+
+    output_dir: str = field(default="outputs/search_token_pruning", metadata={"help": "Folder of best.json."})
+    trials: int = field(default=6, metadata={"help": "Number of trials."})
+    storage: str | None = field(default=None, metadata={"help": "Optuna storage, to go on with a search."})
+
+
+def main() -> None:
+    values = parse_recipe(__doc__, SECTIONS | {"run": RunArguments}, DEFAULT_CONFIG)
+    run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise RecipeError("The search needs Optuna: pip install 'tokcom_hf[search]'.") from error
+    ensure_small_vlm(run.base_model)
+    processor = AutoProcessor.from_pretrained(run.base_model)
+    train, held_out = load_vqa_rows(source, run.base_model)
+    fixed = {
+        "output_dir": run.output_dir,
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+    }
+    args = TokenPruningTrainingArguments(**values["training"] | fixed | {"seed": run.seed, "adversarial_weight": 0.0})
+
+    def fresh_model(trial=None):
+        set_seed(run.seed)
+        return build_model(AutoModelForImageTextToText.from_pretrained(run.base_model, dtype=run.dtype), run, values)
+
+    trainer = TokenPruningTrainer(
+        model_init=fresh_model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=VQACollator(processor, source.prompt),
+        generation_collator=VQACollator(processor, source.prompt, answers=False),
+    )
+    best = trainer.hyperparameter_search(
+        hp_space=search_space,
+        compute_objective=lambda metrics: metrics["eval_accuracy_under_budget"],
+        n_trials=run.trials,
+        direction="maximize",
+        backend="optuna",
+        study_name="token_pruning",
+        storage=run.storage,
+        load_if_exists=run.storage is not None,
+    )
+    out = Path(run.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"value": best.objective, "parameters": best.hyperparameters, "trials": run.trials}
+    (out / "best.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+def search_space(trial) -> dict[str, float]:
+    """Rates and weights, all on a logarithmic scale."""
+    return {
+        "merger_learning_rate": trial.suggest_float("merger_learning_rate", 1e-5, 1e-2, log=True),
+        "pruner_learning_rate": trial.suggest_float("pruner_learning_rate", 1e-5, 1e-2, log=True),
+        "kl_weight": trial.suggest_float("kl_weight", 0.1, 30.0, log=True),
+        "task_weight": trial.suggest_float("task_weight", 0.1, 30.0, log=True),
+    }
+
+
+if __name__ == "__main__":
+    run_recipe(main)
