@@ -112,6 +112,18 @@ def test_denoiser_trains_only_the_denoiser_and_logs_its_losses(tmp_path, attenti
     assert mean[1] < mean[0]
 
 
+def test_a_batch_that_counts_nowhere_costs_nothing(tmp_path):
+    trainer = denoiser_trainer(tmp_path)
+    tokcom = trainer.model
+    clean, ids = torch.randn(2, 4, 16), torch.randint(0, 50, (2, 16))
+    predicted = clean.clone().requires_grad_(True)
+    nowhere = torch.zeros(2, 4, dtype=torch.bool)
+    loss, parts = trainer.losses(tokcom, predicted, clean, torch.full((2, 4), 0.5), nowhere, ids)
+    loss.backward()
+    assert loss.item() == 0 and predicted.grad.abs().sum() == 0
+    assert all(torch.isfinite(value) for value in parts.values())
+
+
 def test_latents_on_disk_equal_the_encoder_and_are_reused(tmp_path):
     vae = model().vae.eval()
     rows = encode_rows(vae, Rows(), tmp_path / "latents.npy", batch_size=5)

@@ -161,7 +161,7 @@ class DenoiserTrainer(_TokComTrainer):
             weighted = (velocity_weight(times) * error).sum() / count
             loss = loss + config.mse_weight * weighted
             parts["batch_velocity_loss"] = weighted
-        if config.cross_entropy_weight > 0:
+        if config.cross_entropy_weight > 0 and bool(counted.any()):
             latents = tokcom.unstandardize(predicted)[counted]
             hidden_states = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype))
             labels = input_ids.view(*counted.shape, -1)[counted]
