@@ -1,0 +1,161 @@
+"""Reads the documented TokCom checkpoint (`best_vae.pt`, `best_diffusion.pt`) into this package's models.
+
+Such a file is a dictionary with `epoch, stage, val_loss, model_args, config, vae_model_state_dict,
+denoised_model_state_dict`. Apart from rotary tables and copies of shared tensors its weights have our names.
+"""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from ..models.configuration_tokcom import TokComConfig
+from ..models.configuration_tokcom_vae import TokComVAEConfig
+from ..models.layers import rotary_embeddings
+from ..models.modeling_tokcom import TokComModel
+from ..models.modeling_tokcom_vae import TokComVAE
+
+StateDict = dict[str, torch.Tensor]
+
+SHAPE_KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "rms_norm_eps", "rope_theta",
+)  # fmt: skip
+ROTARY = ".self_attn.rope."
+# The embedding is stored once per user; the head is tied to it.
+COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.lm_head.weight")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Loads the file with `weights_only=True` and checks that it is what the format says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, not a PyTorch file, holding code, or another kind of checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Checkpoint {str(path)!r} does not exist.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        reason = str(error).splitlines()[0][:160]
+        raise ValueError(
+            f"{path} is no PyTorch checkpoint of plain tensors, or is damaged; nothing but tensors, numbers and text is "
+            f"read from it ({reason})."
+        ) from None
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ValueError(f"{path} is truncated or no PyTorch checkpoint ({reason}); copy it again.") from None
+    needed = ("model_args", "vae_model_state_dict")
+    missing = [key for key in needed if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)]
+    if missing:
+        found = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} is no TokCom checkpoint: it lacks {' and '.join(missing)} (it has {found[:160]}).")
+    absent = [key for key in (*SHAPE_KEYS, "vocab_size", "omni_token_id") if key not in checkpoint["model_args"]]
+    if absent:
+        raise ValueError(f"{path} is no TokCom checkpoint: its model_args lack {', '.join(absent)}.")
+    return checkpoint
+
+
+def convert_checkpoint(checkpoint: dict[str, Any], eos_token_id: int | None = None) -> TokComModel | TokComVAE:
+    """The models of a checkpoint: a `TokComModel`, or a `TokComVAE` where it has no denoiser yet (stage one).
+
+    Raises:
+        ValueError: weights missing, left over, or of another shape than `model_args` say; a head that is not tied.
+    """
+    arguments, settings = checkpoint["model_args"], checkpoint.get("config") or {}
+    shape = {key: arguments[key] for key in SHAPE_KEYS}
+    chunk_size = settings.get("chunk_size", arguments.get("chunk_size", 4))
+    length = settings.get("max_length", settings.get("max_seq_len", 1024))
+    vae_weights = vae_state(checkpoint["vae_model_state_dict"], shape)
+    # Some files count the omni token in vocab_size, some do not; the embedding knows.
+    rows = len(vae_weights["embed_tokens.weight"])
+    if rows - arguments["vocab_size"] not in (0, 1):
+        raise ValueError(
+            f"embed_tokens.weight has {rows} rows, but model_args.vocab_size is {arguments['vocab_size']}."
+        )
+    vae_config = TokComVAEConfig(
+        **shape, vocab_size=rows, omni_token_id=arguments["omni_token_id"], chunk_size=chunk_size
+    )
+    if not checkpoint.get("denoised_model_state_dict"):
+        return fill(TokComVAE(vae_config), vae_weights, "vae_model_state_dict").eval()
+    config = TokComConfig(
+        vae=vae_config,
+        denoiser=shape,
+        noise_std=settings.get("noise_std", 0.05),
+        max_chunks=length // chunk_size,
+        eos_token_id=eos_token_id,
+    )
+    model = TokComModel(config)
+    fill(model.vae, vae_weights, "vae_model_state_dict")
+    fill(model.denoiser, drop_rotary(checkpoint["denoised_model_state_dict"], shape), "denoised_model_state_dict")
+    return model.eval()
+
+
+def vae_state(state: StateDict, shape: dict[str, Any]) -> StateDict:
+    """Documented VAE weights → ours: rotary tables and copies of the embedding left out, the head named `lm_head`.
+
+    Raises:
+        ValueError: the copies differ from the embedding.
+    """
+    state = drop_rotary(state, shape)
+    embedding = state.get("embed_tokens.weight", state.get("encoder.embed_tokens.weight"))
+    if embedding is None:
+        raise ValueError("vae_model_state_dict has no embed_tokens.weight; is this a TokCom checkpoint?")
+    for name in COPIES_OF_EMBEDDING:
+        copy = state.pop(name, embedding)
+        if copy is not embedding and not torch.equal(copy, embedding):
+            raise ValueError(f"{name} differs from embed_tokens.weight, but in TokCom they are one tied tensor.")
+    return state | {"embed_tokens.weight": embedding, "lm_head.weight": embedding}
+
+
+def drop_rotary(state: StateDict, shape: dict[str, Any]) -> StateDict:
+    """Leaves out the stored rotary tables, after checking that they are the ones our layers compute.
+
+    Raises:
+        ValueError: tables of another base or another order of dimensions; converted weights would give other numbers.
+    """
+    head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+    checked: set[str] = set()
+    for name, table in state.items():
+        kind = name.rpartition(ROTARY)[2]
+        if ROTARY not in name or kind in checked:
+            continue
+        checked.add(kind)
+        table = table.float().reshape(-1, table.shape[-1])
+        positions = torch.arange(len(table)).unsqueeze(0)
+        cos, sin = rotary_embeddings(positions, head_dim, float(shape["rope_theta"]), torch.float32)
+        frequencies = float(shape["rope_theta"]) ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+        expected = {"cos_cached": cos[0], "sin_cached": sin[0], "inv_freq": frequencies.unsqueeze(0)}.get(kind)
+        # Half tables are as good: both halves of ours are equal.
+        if expected is not None and kind != "inv_freq":
+            expected = expected[:, : table.shape[-1]]
+        if expected is not None and (expected.shape != table.shape or (expected - table).abs().max() > 1e-3):
+            raise ValueError(
+                f"{name} is not the rotary table of rope_theta={shape['rope_theta']:g} in half-and-half order; this "
+                "checkpoint was written by another architecture."
+            )
+    return {name: tensor for name, tensor in state.items() if ROTARY not in name}
+
+
+def fill(model: Any, state: StateDict, where: str) -> Any:
+    """Loads every weight into the model and returns it.
+
+    Raises:
+        ValueError: a weight missing, left over, or of another shape.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    for names, what in ((missing, "lacks"), (unexpected, "has the unknown")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{where} {what} {', '.join(names[:3])}{more}; it does not fit its model_args.")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, model_args ask for {tuple(own[name].shape)}."
+            )
+    model.load_state_dict(state)
+    return model
