@@ -8,11 +8,16 @@ def plot_accuracy_against_noise(reconstruction: dict[str, float], path: Path) ->
     """Token and chunk accuracy of the VAE against latent noise σ (in latent standard deviations)."""
     figure, axes = _axes("latent noise σ / latent std", "held-out accuracy", "Decoding noisy latents")
     for name, label in (("token_accuracy", "token"), ("chunk_accuracy", "whole chunk")):
-        points = {0.0: reconstruction[name]}
-        prefix = f"{name}_sigma_"
-        points |= {float(key.removeprefix(prefix)): v for key, v in reconstruction.items() if key.startswith(prefix)}
-        sigmas = sorted(points)
-        axes.plot(sigmas, [points[sigma] for sigma in sigmas], marker="o", label=label)
+        axes.plot(*_against_noise(reconstruction, name), marker="o", label=label)
+    axes.axhline(0.995, color="0.7", linewidth=0.8, linestyle="--")
+    _save(figure, axes, path)
+
+
+def plot_noise_curves(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Token accuracy against latent noise, one curve per VAE."""
+    figure, axes = _axes("latent noise σ / latent std", "held-out token accuracy", "Decoding noisy latents")
+    for name, row in rows.items():
+        axes.plot(*_against_noise(row, "token_accuracy"), marker="o", markersize=3, label=name)
     axes.axhline(0.995, color="0.7", linewidth=0.8, linestyle="--")
     _save(figure, axes, path)
 
@@ -49,6 +54,13 @@ def plot_frontier(curves: dict[str, list[dict[str, Any]]], anchors: dict[str, di
         axes.scatter(*_columns([point]), marker="x", label=name)
     axes.set_yscale("log")
     _save(figure, axes, path)
+
+
+def _against_noise(row: dict[str, float], name: str) -> tuple[list[float], list[float]]:
+    prefix = f"{name}_sigma_"
+    points = {0.0: row[name]}
+    points |= {float(key.removeprefix(prefix)): value for key, value in row.items() if key.startswith(prefix)}
+    return sorted(points), [points[sigma] for sigma in sorted(points)]
 
 
 def _columns(points: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

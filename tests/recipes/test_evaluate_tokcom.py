@@ -182,6 +182,22 @@ run:
     assert "training" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_compression_rows_differ_in_chunk_size_alone(tmp_path, corpus, tokcom, capsys):
+    options = [f"vae.{name}" for name in ("hidden_size=32", "intermediate_size=64", "latent_size=16")]
+    options += ["use_cpu=true", "per_device_train_batch_size=4", "save_steps=2"]
+    call("benchmarks/vae_compression.py", "--train_file", corpus, "--chunk_sizes", 2, 8, "--tokenizers", tokcom,
+         "--length", 32, "--max_steps", 2, "--output_dir", tmp_path, "--options", *options)  # fmt: skip
+    table = json.loads((tmp_path / "vae_compression.json").read_text())
+    assert [row["chunk_size"] for row in table.values()] == [2, 8]
+    assert len({row["vocabulary"] for row in table.values()}) == 1
+    for row in table.values():
+        assert {"token_accuracy_sigma_0.5", "rare_token_accuracy", "random_token_accuracy"} <= set(row)
+    assert (tmp_path / "accuracy_against_noise.png").stat().st_size > 1000
+    with pytest.raises(RecipeError, match="got 32 and 5"):
+        call("benchmarks/vae_compression.py", "--chunk_sizes", 5, "--length", 32, "--output_dir", tmp_path)
+
+
 @pytest.mark.parametrize("size", ["tiny", "base"])
 def test_every_ablation_row_names_options_that_exist(size):
     """Overrides must parse for train_tokcom, build its configs, and be arguments of `generate`."""
