@@ -155,7 +155,7 @@ class PrunedVLM(PreTrainedModel, GenerationMixin):
         return load_pruned_vlm(cls, pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory, include_base: bool = False, **kwargs):
-        """Saves the heads (and base weights that were trained) and the reference to the base.
+        """Saves the heads and the reference to the base.
 
         Args:
             save_directory: folder.

@@ -1,5 +1,6 @@
 """Saving and loading `PrunedVLM`: the heads, and the base model by reference or in a subfolder."""
 
+import json
 import os
 from pathlib import Path
 
@@ -29,12 +30,8 @@ def save_pruned_vlm(model, save, folder, include_base: bool, state_dict=None, **
     reference = config.base_model_name_or_path
     include_base = include_base or reference is None
     weights = model.state_dict() if state_dict is None else state_dict
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    kept = {
-        name: value
-        for name, value in weights.items()
-        if not name.startswith("base.") or (name in trained and not include_base)
-    }
+    # Adapters that are still being trained belong to the checkpoint; `merge_lora` makes them part of the base.
+    kept = {name: value for name, value in weights.items() if not name.startswith("base.") or ".lora_" in name}
     if not kept:
         # Safetensors needs at least one tensor; a training-free strategy has none.
         kept = {"no_heads": torch.zeros(1)}
@@ -43,12 +40,25 @@ def save_pruned_vlm(model, save, folder, include_base: bool, state_dict=None, **
     elif os.path.isdir(reference):
         config.base_model_name_or_path = os.path.abspath(reference)
     try:
-        save(folder, state_dict=kept, **kwargs)
+        # Names stay as they are: the renaming some VLMs do on saving would not be undone for a part of the weights.
+        save(folder, state_dict=kept, **kwargs | {"save_original_format": False})
     finally:
         config.base_model_name_or_path = reference
-    if include_base and kwargs.get("is_main_process", True):
+    main = kwargs.get("is_main_process", True)
+    if main:
+        _add_auto_class(Path(folder) / "config.json")
+    if include_base and main:
         inner = {n.removeprefix("base."): v for n, v in weights.items() if n.startswith("base.")}
         model.base.save_pretrained(Path(folder) / INCLUDED, state_dict=inner)
+
+
+def _add_auto_class(path: Path) -> None:
+    """Remote code is announced for one Auto class only; this model answers to a second one."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    classes = values.get("auto_map", {})
+    if "AutoModel" in classes:
+        classes["AutoModelForImageTextToText"] = classes["AutoModel"]
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_pruned_vlm(cls, name, config=None, state_dict=None, **kwargs):
