@@ -119,6 +119,7 @@ def main() -> None:
 
     results["reconstruction"], results["denoising"] = accuracies(model, data, train, vocabulary, run)
     results["sampling_path"] = sampling_path(model, 8, length // chunk, run.num_steps)
+    results["latent_std_per_dimension"] = sorted(model.latent_std.tolist())
     print_accuracies(results)
 
     prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, run.prefix_length)
@@ -269,6 +270,8 @@ def print_accuracies(results: dict[str, Any]) -> None:
     print("held-out denoising: noisy latents decoded, after one prediction, after the whole flow (reconstructed)")
     for name, value in results["denoising"].items():
         print(f"  {name:28} {value:.4f}")
+    std = results["latent_std_per_dimension"]
+    print(f"standard deviation per latent dimension: {std[0]:.3f} ... {std[len(std) // 2]:.3f} ... {std[-1]:.3f}")
     norms = "  ".join(
         f"{t:.2f}:{norm:.3f}" for t, norm in zip(results["sampling_path"]["t"], results["sampling_path"]["rms"])
     )
