@@ -41,14 +41,14 @@ NETWORK = {
     "mse_weight": 1.0,
 }
 OURS = {
-    "codebook_dim": 16,
+    "codebook_dim": 12,
     "codebook_similarity": "euclidean",
     "commitment_weight": 0.25,
     "entropy_weight": 0.0,
     "temperature": 0.0,
     "codebook_init": "kmeans",
-    "ema_decay": 0.95,
-    "dead_code_threshold": 0.2,
+    "ema_decay": 0.9,
+    "dead_code_threshold": 0.7,
     "dead_code_unit": "mean",
     "reset_interval": 1,
 }
@@ -120,7 +120,7 @@ def build(method: str, size: int) -> VQGAN:
     """The common network with the quantizer of one row."""
     own = {"ours": OURS, "ours_cosine": OURS | {"codebook_similarity": "cosine"}, "paper": PAPER}
     own["ours_fsq"] = OURS | {"quantizer": "fsq"}
-    own["ours_lfq"] = OURS | {"quantizer": "lfq", "entropy_weight": 0.1}
+    own["ours_lfq"] = OURS | {"quantizer": "lfq", "entropy_weight": 0.3, "entropy_temperature": 0.3}
     own["ours_no_warmup"] = OURS
     own["paper_no_remedies"] = PAPER | NO_REMEDIES
     if method in own:
