@@ -20,6 +20,7 @@ class LayerPrunerConfig(PreTrainedConfig):
         selection: `topk` keeps exactly the budget; `threshold` keeps what has probability > 0.5, so that easy images
             keep less, with at least `min_tokens`.
         internal_size, num_attention_heads: shape of the heads.
+        gumbel_noise: draw the masks at random, around the logits, while training.
     """
 
     model_type = "tokcom_layer_pruner"
@@ -33,6 +34,7 @@ class LayerPrunerConfig(PreTrainedConfig):
     min_tokens: int = 1
     internal_size: int = 512
     num_attention_heads: int = 4
+    gumbel_noise: bool = True
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):

@@ -23,6 +23,8 @@ class TokenMergerConfig(PreTrainedConfig):
     Shape:
         internal_size, num_attention_heads: of the scorer and of the similarity space.
         max_tokens: learned queries that `fixed_pooling` holds.
+        initial_scale: of the cosine similarities that spread tokens over centres.
+        gumbel_noise: draw the centres at random, around the scores, while training.
     """
 
     model_type = "tokcom_token_merger"
@@ -39,6 +41,7 @@ class TokenMergerConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     max_tokens: int = 576
     initial_scale: float | int = 20.0
+    gumbel_noise: bool = True
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):

@@ -95,7 +95,7 @@ class LayerPruner(PreTrainedModel):
         images = torch.zeros_like(logits, dtype=torch.long) if images is None else images
         temperature = max(float(temperature), 1e-6)
         noisy = logits
-        if self.training:
+        if self.training and self.config.gumbel_noise:
             # The difference of two Gumbel variables is logistic: one per token decides keep against drop.
             uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
             noisy = logits + temperature * (uniform.log() - (-uniform).log1p())

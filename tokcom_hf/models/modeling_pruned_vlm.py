@@ -184,8 +184,8 @@ class PrunedVLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.base.get_output_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, *args, **kwargs):
+        self.base.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self):
         self.base.gradient_checkpointing_disable()

@@ -123,7 +123,7 @@ class TokenMerger(PreTrainedModel):
                 raise ValueError("attention_guided=True needs attention_scores from the vision tower.")
             scores = scores + self.attention_weight * attention_scores.float().add(1e-6).log()
         noisy = scores
-        if self.training:
+        if self.training and config.gumbel_noise:
             noisy = scores - temperature * torch.empty_like(scores).exponential_().log()
         ranked = noisy.argsort(-1, descending=True)
         index, order = ranked[:, :count].sort(-1)

@@ -30,8 +30,9 @@ def keep_rate_loss(keep_rates: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def binarization_loss(masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean of mask · (1 - mask): zero where every mask is 0 or 1."""
-    return torch.stack([(mask * (1.0 - mask)).mean() for mask in masks]).mean()
+    """Mean of mask · (1 - mask) over the tokens in question (mask below 1): zero where every mask is 0 or 1."""
+    per_row = [(mask * (1.0 - mask)).sum(-1) / (mask < 1).sum(-1).clamp(min=1) for mask in masks]
+    return torch.stack([values.mean() for values in per_row]).mean()
 
 
 def mask_statistics(mask: torch.Tensor) -> dict[str, torch.Tensor]:

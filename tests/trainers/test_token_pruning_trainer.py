@@ -1,0 +1,121 @@
+"""TokenPruningTrainer: what moves, what is logged, resume after kill -9, two ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokcom_hf import TokenPruningTrainingArguments
+from tokcom_hf.trainers.pruning_losses import annealed_temperature, answer_kl, binarization_loss, keep_rate_loss
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pruning_run import fingerprint, make_trainer
+
+SCRIPT = Path(__file__).parent / "pruning_run.py"
+LOGGED = [
+    "token_merger/merge_sparsity_loss",
+    "layer_pruners/adv_loss",
+    "layer_pruners/task_loss",
+    "layer_pruners/keep_rate_loss",
+    "discriminator/real_loss",
+    "discriminator/fake_loss",
+    "discriminator/prob_real",
+    "discriminator/prob_fake",
+    "pruning/temperature",
+    "pruning/kept_from_layer_1",
+    "mask_layer_1/mean",
+    "mask_layer_3/max",
+]
+
+
+def test_losses_on_numbers_worked_out_by_hand():
+    assert annealed_temperature(0.0, 1.0, 0.1, 0.5) == 1.0
+    assert annealed_temperature(0.25, 1.0, 0.1, 0.5) == pytest.approx(0.55)
+    assert annealed_temperature(0.9, 1.0, 0.1, 0.5) == pytest.approx(0.1)
+    assert keep_rate_loss([torch.tensor([0.5, -1.0])]) == pytest.approx(0.125)
+    assert binarization_loss([torch.tensor([[0.0, 1.0, 0.5]])]) == pytest.approx(0.25 / 2)
+    teacher, student = torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)
+    student[0, 1] = torch.tensor([0.0, 5.0])
+    teacher[0, 0] = torch.tensor([9.0, 0.0])
+    labels = torch.tensor([[-100, -100, 1]])
+    expected = torch.log(torch.tensor(0.5)) - 0.5 * student[0, 1].log_softmax(-1).sum()
+    assert answer_kl(teacher, student, labels) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_heads_and_discriminator_learn_and_the_base_does_not(tmp_path):
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=3, discriminator_reinit_probability=0.0)
+    heads = fingerprint(trainer)
+    frozen = {n: p.clone() for n, p in trainer.model.base.named_parameters()}
+    trainer.train()
+    assert all(not torch.equal(value, heads[name]) for name, value in fingerprint(trainer).items())
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.base.named_parameters())
+    line = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert not [name for name in LOGGED if name not in line]
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert len(rates) == 2
+    metrics = trainer.evaluate()
+    assert {"eval_accuracy_hard", "eval_accuracy_under_budget", "eval_flops_ratio"} <= set(metrics)
+    assert trainer.unwrapped_model.token_report()["vision_tokens_per_layer"] == pytest.approx(
+        [10, 6, 6, 3, 3], abs=1e-4
+    )
+
+
+def test_lora_learns_and_merges_without_changing_the_answer(tmp_path):
+    trainer = make_trainer(tmp_path, lora_r=2, adversarial_weight=0.0, max_steps=3, gradient_checkpointing=True)
+    trainer.train()
+    model = trainer.unwrapped_model.eval()
+    inputs = trainer.data_collator([trainer.eval_dataset[i] for i in range(3)])
+    with torch.no_grad():
+        before = model(**inputs).logits
+        trainer.merge_lora()
+        assert torch.allclose(model(**inputs).logits, before, atol=1e-5)
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+def test_best_model_prefers_those_under_budget(tmp_path):
+    trainer = make_trainer(tmp_path, flops_budget=0.1)
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy_under_budget"] == pytest.approx(0.1 - metrics["eval_flops_ratio"])
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="temperature_end"):
+        TokenPruningTrainingArguments(output_dir=str(tmp_path), temperature_end=2.0)
+    with pytest.raises(ValueError, match="share between 0 and 1"):
+        TokenPruningTrainingArguments(output_dir=str(tmp_path), loss_warmup=3.0)
+    arguments = TokenPruningTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments.fp16 = True
+    with pytest.raises(ValueError, match="bf16 or fp32"):
+        arguments.__post_init__()
+
+
+def launch(*command, check=True):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done.returncode
+
+
+@pytest.mark.slow
+def test_resume_after_kill_ends_where_an_undisturbed_run_does(tmp_path):
+    launch(SCRIPT, tmp_path / "whole")
+    assert launch(SCRIPT, tmp_path / "killed", "--kill", check=False) == -9
+    launch(SCRIPT, tmp_path / "killed", "resume")
+    whole, killed = (torch.load(tmp_path / name / "end.pt") for name in ("whole", "killed"))
+    for name, value in whole["weights"].items():
+        assert torch.equal(value, killed["weights"][name]), name
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_process_learns_from_the_same_rows(tmp_path):
+    """Without random masks: noise is drawn per rank, the gradient of the same rows is not."""
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    launch(*two, SCRIPT, tmp_path / "two", "quiet")
+    launch(SCRIPT, tmp_path / "one", "quiet")
+    one, ranks = (torch.load(tmp_path / name / "end.pt") for name in ("one", "two"))
+    assert one["world"] == 1 and ranks["world"] == 2
+    for name, value in one["weights"].items():
+        assert torch.allclose(value, ranks["weights"][name], atol=2e-4), name
