@@ -4,6 +4,7 @@ Such a file is a dictionary with `epoch, stage, val_loss, model_args, config, va
 denoised_model_state_dict`. Apart from rotary tables and copies of shared tensors its weights have our names.
 """
 
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,7 +39,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"Checkpoint {str(path)!r} does not exist.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, the full-size file (about 4.7 GB) is not held in memory beside the model it fills.
+        mapped = zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
         reason = str(error).splitlines()[0][:160]
         raise ValueError(

@@ -1,6 +1,5 @@
 """`pipeline("tokcom-generation")`: text from prompts, or from nothing."""
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -8,13 +7,16 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 TASK = "tokcom-generation"
-# What a model folder must say for `pipeline(task, model=folder, trust_remote_code=True)` to find this file. The "pt" class
-# is looked up in transformers itself, so it cannot be TokComModel.
-CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_tokcom.TokComGenerationPipeline", "pt": ["AutoModel"], "type": "text"}}
 FORWARD_ARGUMENTS = (
     "num_chunks", "num_generate_chunks", "num_steps", "temperature", "sampler", "time_grid", "block_size",
     "guidance_scale", "final_clean_pass", "generator", "num_return_sequences",
 )  # fmt: skip
+
+
+def custom_pipelines() -> dict[str, dict[str, Any]]:
+    """What a folder's config.json must say for `pipeline(task, model=folder, trust_remote_code=True)` to find this file."""
+    # The "pt" class is looked up in transformers itself, so it cannot be TokComModel.
+    return {TASK: {"impl": "pipeline_tokcom.TokComGenerationPipeline", "pt": ["AutoModel"], "type": "text"}}
 
 
 class TokComGenerationPipeline(Pipeline):
@@ -124,5 +126,5 @@ class TokComGenerationPipeline(Pipeline):
         """Saves model, tokenizer and this file, so that the folder works where tokcom_hf is not installed."""
         super().save_pretrained(save_directory, **kwargs)
         custom_object_save(self, save_directory)
-        self.model.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
+        self.model.config.custom_pipelines = custom_pipelines()
         self.model.config.save_pretrained(save_directory)
