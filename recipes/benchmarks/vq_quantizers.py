@@ -77,9 +77,9 @@ class BenchmarkArguments:
 class Library(nn.Module):
     """A quantizer of vector-quantize-pytorch behind this package's interface."""
 
-    def __init__(self, quantizer: nn.Module, codes_first: bool = False):
+    def __init__(self, quantizer: nn.Module):
         super().__init__()
-        self.quantizer, self.fsq = quantizer, codes_first
+        self.quantizer = quantizer
         self.enabled, self.update_in_forward = True, True
 
     def forward(self, features: torch.Tensor) -> QuantizerOutput:

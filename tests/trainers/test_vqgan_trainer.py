@@ -155,6 +155,11 @@ def test_resume_continues_both_players_exactly(tmp_path, regularizer):
     assert whole.monitor.report() == again.monitor.report()
 
 
+def test_a_run_that_would_never_quantize_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="autoencoder_steps"):
+        trainer(tmp_path, autoencoder_steps=4).train()
+
+
 def test_bf16_trains_and_fp16_is_refused(tmp_path):
     run = trainer(tmp_path, bf16=True, max_steps=2)
     run.train()

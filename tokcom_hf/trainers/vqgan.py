@@ -214,6 +214,11 @@ class VQGANTrainer(CompressionTrainer):
 
     # ---------------------------------------------------------------- second player and checkpoints
     def _start_auxiliary(self) -> None:
+        if self.args.autoencoder_steps >= self.state.max_steps:
+            raise ValueError(
+                f"autoencoder_steps ({self.args.autoencoder_steps}) must be below the {self.state.max_steps} steps of "
+                "this run, or the codebook would never be used."
+            )
         if self.discriminator is not None and self.args.adversarial_weight:
             self.adversary = Adversary(self.discriminator, self.args, self.accelerator)
         super()._start_auxiliary()
