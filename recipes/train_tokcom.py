@@ -37,6 +37,7 @@ from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latent_rows import encode_rows
 from tokcom_hf.data.text import load_text_rows
+from tokcom_hf.hub import push_folder
 from tokcom_hf.metrics.reconstruction import denoising_metrics, reconstruction_metrics
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 
@@ -88,6 +89,8 @@ def main() -> None:
     run = RunArguments(**values["run"])
     if run.stage not in ("vae", "denoiser", "both"):
         raise RecipeError(f"--stage must be vae, denoiser or both, got {run.stage!r}.")
+    if values["denoiser_training"].get("push_to_hub") and not values["denoiser_training"].get("hub_model_id"):
+        raise RecipeError("--push_to_hub needs --hub_model_id user/name.")
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume or run.stage == "denoiser")
     state = PartialState()
@@ -125,6 +128,9 @@ def main() -> None:
     if state.is_main_process:
         results["seconds"] = round(time.time() - started, 1)
         report(out, model, data, run, results)
+        wanted = values["denoiser_training"]
+        if wanted.get("push_to_hub"):
+            print("pushed to", push_folder(out, wanted.get("hub_model_id") or "", wanted.get("hub_private_repo")))
 
 
 def train_vae(out: Path, values, run: RunArguments, data, resume: bool) -> tuple[TokComVAE, dict[str, Any]]:
@@ -195,8 +201,6 @@ def train_denoiser(out: Path, values, run: RunArguments, data, vae: TokComVAE, r
     metrics = denoising_metrics(model, ids, mask, TIMES) if trainer.is_world_process_zero() else {}
     trainer.save_model(str(out))
     metrics = {"parameters": parameters, "steps": trainer.state.global_step, **metrics}
-    if arguments.push_to_hub:
-        trainer.push_to_hub()
     return model, metrics
 
 
@@ -248,7 +252,9 @@ def load_vae(folder: Path, tokenizer) -> TokComVAE:
 
 def training_values(values, section: str, folder: Path, run: RunArguments) -> dict[str, Any]:
     """A section of TrainingArguments, with what the run decides for both stages."""
-    own = {k: v for k, v in values[section].items() if k != "resume_from_checkpoint"}
+    # The whole folder is pushed once, when it is finished.
+    elsewhere = ("resume_from_checkpoint", "push_to_hub", "hub_model_id")
+    own = {k: v for k, v in values[section].items() if k not in elsewhere}
     return own | {"output_dir": str(folder), "seed": run.seed, "remove_unused_columns": False}
 
 

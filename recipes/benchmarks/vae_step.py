@@ -4,7 +4,9 @@
 
 Both run the same blocks on the same weights. "plain" loops over the chunks of a row, decodes each on its own, stacks all
 logits and takes `torch.nn.functional.cross_entropy` of them, as one would write it down first. "folded" is `TokComVAE`: the
-chunks are the batch, and the loss never holds all logits. Each runs in a process of its own, A B A B; medians.
+chunks are the batch, and the loss never holds all logits. "row by row" is the same step with gradients accumulated over
+the rows (`--gradient_accumulation_steps`): chunks are independent, so it computes the same gradient with the activations
+of one row. Each runs in a process of its own, in turn; medians of the steps after the first.
 """
 
 import json
@@ -32,6 +34,7 @@ class BenchmarkArguments:
     vocab_size: int = field(default=32000, metadata={"help": "Vocabulary."})
     batch: int = field(default=8, metadata={"help": "Rows."})
     length: int = field(default=1024, metadata={"help": "Tokens per row."})
+    steps: int = field(default=2, metadata={"help": "Timed steps per process, after a first one that is not."})
     repeats: int = field(default=2, metadata={"help": "Processes per implementation."})
     variant: str | None = field(default=None, metadata={"help": "Run one implementation in this process (internal)."})
     output: str = field(default="outputs/benchmarks/vae_step.json", metadata={"help": "Result file."})
@@ -50,7 +53,6 @@ def plain_loss(vae: TokComVAE, ids: torch.Tensor) -> torch.Tensor:
 def one_variant(arguments: BenchmarkArguments) -> None:
     """Times one implementation; prints one line of JSON."""
     torch.manual_seed(0)
-    torch.set_num_threads(2)
     config = TokComVAEConfig(
         vocab_size=arguments.vocab_size, hidden_size=arguments.hidden_size, num_hidden_layers=arguments.layers,
         num_attention_heads=8, num_key_value_heads=2, intermediate_size=arguments.hidden_size * 3,
@@ -61,10 +63,14 @@ def one_variant(arguments: BenchmarkArguments) -> None:
     optimizer.zero_grad()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
-    for _ in range(3):
+    parts = ids.split(1) if arguments.variant == "row by row" else [ids]
+    for _ in range(arguments.steps + 1):
         start = time.perf_counter()
-        loss = plain_loss(vae, ids) if arguments.variant == "plain" else vae(ids, labels=ids).loss
-        loss.backward()
+        total = 0.0
+        for part in parts:
+            loss = plain_loss(vae, part) if arguments.variant == "plain" else vae(part, labels=part).loss
+            (loss / len(parts)).backward()
+            total += loss.item() / len(parts)
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
@@ -75,7 +81,7 @@ def one_variant(arguments: BenchmarkArguments) -> None:
         "peak_bytes": peak * 1024,
         "step_bytes": (peak - before) * 1024,
     }
-    print(json.dumps({**result, "loss": loss.item()}))
+    print(json.dumps({**result, "loss": total}))
 
 
 def main() -> None:
@@ -83,7 +89,7 @@ def main() -> None:
     if arguments.variant:
         one_variant(arguments)
         return
-    runs: dict[str, list[dict]] = {"plain": [], "folded": []}
+    runs: dict[str, list[dict]] = {"plain": [], "folded": [], "row by row": []}
     for _ in range(arguments.repeats):
         for variant in runs:
             print(f"running {variant} …", flush=True)
@@ -97,13 +103,13 @@ def main() -> None:
         peak = statistics.median(result["peak_bytes"] for result in results)
         step = statistics.median(result["step_bytes"] for result in results)
         table[variant] = {"tokens_per_second": tokens / seconds, "peak_gib": peak / 2**30, "step_gib": step / 2**30}
-        print(f"{variant:>7}: {tokens / seconds:8.0f} tokens/s   peak {peak / 2**30:5.2f} GiB "
+        print(f"{variant:>10}: {tokens / seconds:8.0f} tokens/s   peak {peak / 2**30:5.2f} GiB "
               f"(of which the step {step / 2**30:5.2f} GiB)")  # fmt: skip
-    table["speed_ratio"] = table["folded"]["tokens_per_second"] / table["plain"]["tokens_per_second"]
-    table["memory_ratio"] = table["folded"]["peak_gib"] / table["plain"]["peak_gib"]
-    table["step_memory_ratio"] = table["folded"]["step_gib"] / table["plain"]["step_gib"]
-    print(f"folded / plain: speed × {table['speed_ratio']:.2f}, peak memory × {table['memory_ratio']:.2f}, "
-          f"step memory × {table['step_memory_ratio']:.2f}")  # fmt: skip
+    for variant in ("folded", "row by row"):
+        row, plain = table[variant], table["plain"]
+        row["speed_ratio"] = row["tokens_per_second"] / plain["tokens_per_second"]
+        row["memory_ratio"] = row["peak_gib"] / plain["peak_gib"]
+        print(f"{variant} / plain: speed x {row['speed_ratio']:.2f}, peak memory x {row['memory_ratio']:.2f}")
     path = Path(arguments.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"arguments": vars(arguments), **table}, indent=2), encoding="utf-8")
