@@ -209,6 +209,25 @@ def test_a_streamed_data_set_packs_every_document_once(tokenizer, workers):
         assert sum(1 for _ in rows) == sum(1 for _ in rows)
 
 
+def test_the_trainer_takes_a_streamed_data_set(tokenizer, tmp_path):
+    from tokcom_hf import TokComVAE, TokComVAEConfig, TokComVAETrainer, TokComVAETrainingArguments
+
+    config = TokComVAEConfig(
+        vocab_size=len(tokenizer) + 1, latent_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=16,
+    )  # fmt: skip
+    arguments = TokComVAETrainingArguments(
+        output_dir=str(tmp_path), max_steps=40, per_device_train_batch_size=4, use_cpu=True, save_strategy="no",
+        remove_unused_columns=False, sample_every=0, disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    rows = StreamedTextDataset(lambda: SENTENCES, tokenizer, 32)
+    trainer = TokComVAETrainer(model=TokComVAE(config), args=arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.global_step == 40
+    # Forty steps of four rows are more than one reading of the documents.
+    assert sum(1 for _ in rows) < 40 * 4
+
+
 def test_a_tokenizer_without_eos_is_refused(tokenizer):
     class Nameless:
         eos_token_id, name_or_path = None, "nameless"
