@@ -66,7 +66,7 @@ def test_the_folder_loads_in_a_fresh_process_with_and_without_the_package(traine
 import torch
 from transformers import AutoModel, AutoTokenizer
 model = AutoModel.from_pretrained({out!r}{remote})
-tokenizer = AutoTokenizer.from_pretrained({out!r})
+tokenizer = AutoTokenizer.from_pretrained({out!r}{remote})
 ids = model.generate(num_chunks=4, num_steps=2, generator=torch.Generator().manual_seed(0))
 assert model.config.vae.omni_token_id == len(tokenizer)
 print(type(model).__module__.split(".")[0], ids.tolist())
