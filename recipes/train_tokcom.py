@@ -15,6 +15,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,22 @@ def report(out: Path, model: TokComModel, data, run: RunArguments, results: dict
     card = {"parameters": parameters, "metrics": metrics, "samples": results["samples"], "data": describe(run)}
     write_model_card(out, "tokcom", tags=["text-generation", "flow-matching"], pipeline_tag="text-generation",
                      name="TokCom", config=model.config.to_dict(), **card)  # fmt: skip
+    plot(out, vae, denoiser)
     print(f"\nmodel, tokenizer, card and results in {out} after {results['seconds']:.0f} s; load it with\n"
           f"  AutoModel.from_pretrained({str(out)!r})")  # fmt: skip
+
+
+def plot(out: Path, vae: dict[str, Any], denoiser: dict[str, Any]) -> None:
+    """Two figures: accuracy against latent noise, and against t."""
+    if find_spec("matplotlib") is None:
+        print("\nno figures: matplotlib is not installed (pip install 'tokcom_hf[plots]')")
+        return
+    from tokcom_hf.text_plots import plot_accuracy_against_noise, plot_denoising_against_time
+
+    if "token_accuracy" in vae:
+        plot_accuracy_against_noise(vae, out / "accuracy_against_noise.png")
+    plot_denoising_against_time(denoiser, out / "denoising_against_time.png")
+    print(f"\nfigures: {out / 'accuracy_against_noise.png'}, {out / 'denoising_against_time.png'}")
 
 
 def load_vae(folder: Path, tokenizer) -> TokComVAE:
