@@ -13,8 +13,8 @@ from pruned_vlm_tools import FAMILIES, TOKENS, batch, tiny_vlm
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    torch.set_num_threads(1)
 
 
 def pruned(family, attention="sdpa", tokens=(9, 4), layers=(1, 3), **options):

@@ -1,0 +1,69 @@
+"""The families whose tokens come projected: Qwen2-VL and LLaVA-NeXT (several tiles and newline tokens per image)."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+from tokcom_hf import LayerPrunerConfig, PrunedVLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pruned_vlm_tools import IMAGE, TEXT, batch
+
+PRUNER = {"hidden_size": 32, "layers": [1, 2], "keep_tokens": [6, 3], "internal_size": 16}
+
+
+@torch.no_grad()
+def check(base, inputs, real):
+    model = PrunedVLM.from_base(base, layer_pruner=LayerPrunerConfig(**PRUNER)).eval()
+    assert torch.equal(model(**inputs, pruning_mode="origin").logits[real], base(**inputs).logits[real])
+    everything = PrunedVLM.from_base(
+        base, layer_pruner=LayerPrunerConfig(**PRUNER | {"keep_tokens": [500, 500]})
+    ).eval()
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(everything.generate(**inputs, **greedy), base.generate(**inputs, **greedy))
+    model.generate(**inputs, **greedy)
+    return model.token_report()
+
+
+def test_qwen2_vl():
+    torch.manual_seed(0)
+    vision = {
+        "depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2,
+        "spatial_merge_size": 2, "temporal_patch_size": 1,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = Qwen2VLConfig(
+        vision_config=vision, text_config=TEXT | {"rope_parameters": rope}, image_token_id=IMAGE, video_token_id=98,
+        vision_start_token_id=97, vision_end_token_id=96,
+    )  # fmt: skip
+    inputs = batch("qwen2_5_vl", images=(1, 2))
+    report = check(Qwen2VLForConditionalGeneration(config).eval(), inputs, inputs["attention_mask"].bool())
+    assert report["vision_tokens_per_layer"] == [24, 9, 4.5, 4.5]
+
+
+def test_llava_next():
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE,
+        image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+    )  # fmt: skip
+    base = LlavaNextForConditionalGeneration(config).eval()
+    images = {"pixel_values": torch.randn(1, 5, 3, 16, 16), "image_sizes": torch.tensor([[32, 32]])}
+    with torch.no_grad():
+        tokens = sum(len(f) for f in base.model.get_image_features(**images).pooler_output)
+    ids = torch.tensor([[1, 2, 3] + [IMAGE] * tokens + [4, 5, 6]])
+    inputs = images | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    report = check(base, inputs, inputs["attention_mask"].bool())
+    assert report["vision_tokens_per_layer"] == [tokens, 6, 3, 3]
