@@ -44,9 +44,9 @@ from tokcom_hf.metrics.text_protocol import (
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "evaluate_tokcom.yaml"
 COLUMNS = {
-    "brier_lm": "BrierLM", "kn_perplexity": "KN train", "kn_perplexity_held_out": "KN held-out", "entropy": "entropy",
-    "distinct_2": "dist-2", "self_bleu": "selfBLEU", "js_1": "JS-1", "js_2": "JS-2", "auc": "AUC", "overlap_8": "8-gram",
-    "longest_match": "longest", "tokens_per_second": "tok/s",
+    "brier_lm": "BrierLM", "brier_1": "Brier-1", "kn_perplexity": "KN train", "kn_perplexity_held_out": "KN held-out",
+    "entropy": "entropy", "distinct_2": "dist-2", "self_bleu": "selfBLEU", "js_1": "JS-1", "js_2": "JS-2", "auc": "AUC",
+    "overlap_8": "8-gram", "longest_match": "longest", "tokens_per_second": "tok/s",
 }  # fmt: skip
 
 
