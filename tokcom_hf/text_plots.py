@@ -32,6 +32,8 @@ def plot_denoising_against_time(denoising: dict[str, float], path: Path) -> None
     ):
         prefix = f"{name}_accuracy_t_"
         points = sorted((float(k.removeprefix(prefix)), v) for k, v in denoising.items() if k.startswith(prefix))
+        if not points:
+            continue
         axes.plot([t for t, _ in points], [v for _, v in points], marker="o", label=label)
     _save(figure, axes, path)
 
