@@ -5,11 +5,8 @@ Stage 2 works inside it: before chosen layers a `LayerPruner` (or FastV) decides
 mode the others are removed from hidden states, masks and KV cache; positions of what stays do not change.
 """
 
-from dataclasses import dataclass
-
 import torch
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .configuration_layer_pruner import LayerPrunerConfig
 from .configuration_pruned_vlm import MODES, PrunedVLMConfig
@@ -18,39 +15,11 @@ from .modeling_layer_pruner import LayerPruner
 from .modeling_token_merger import TokenMerger
 from .pruned_decoder import decode, run_layers
 from .pruned_vlm_files import load_pruned_vlm, save_pruned_vlm
+from .pruned_vlm_output import PrunedVLMOutput
 from .token_removal import PrunedCache, Stream
 from .token_report import token_report
 from .token_selection import LAYER_STRATEGIES, STRATEGIES
 from .vlm_adapters import adapter_for
-
-
-@dataclass
-class PrunedVLMOutput(ModelOutput):
-    """Result of `PrunedVLM`; everything with a length axis is aligned with the input, removed places are zero.
-
-    Attributes:
-        loss: mean cross-entropy over the labels.
-        logits: `(batch, length, vocab)`.
-        past_key_values: the pruned cache.
-        hidden_states: per layer `(batch, length, hidden)`, with `output_hidden_states=True`.
-        soft_masks, keep_masks, keep_logits: per pruned layer `(batch, length)` over the tokens at that layer; 1 on text.
-        merge_weights: per group of equally large images `(images, n, m)`.
-        merge_sparsity_loss: scalar.
-        keep_rates: per pruned layer, soft share kept over the budget's share, `(batch,)`.
-        kept_index: per decoder layer, original places `(batch, tokens)` (-1 on padding).
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: PrunedCache | None = None
-    hidden_states: tuple | None = None
-    soft_masks: tuple | None = None
-    keep_masks: tuple | None = None
-    keep_logits: tuple | None = None
-    merge_weights: tuple | None = None
-    merge_sparsity_loss: torch.Tensor | None = None
-    keep_rates: tuple | None = None
-    kept_index: tuple | None = None
 
 
 class PrunedVLM(PreTrainedModel, GenerationMixin):
