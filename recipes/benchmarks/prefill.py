@@ -72,6 +72,7 @@ def main() -> None:
     model(**batch, pruning_mode="hard")
     report = model.token_report()
     speedup = times["origin"]["prefill"] / times["hard"]["prefill"]
+    processor = times["origin"]["prefill_cpu"] / times["hard"]["prefill_cpu"]
     results = {
         "layers": layers,
         "device": run.device,
@@ -82,6 +83,8 @@ def main() -> None:
         "predicted_speedup": 1 / report["flops_ratio"],
         "measured_speedup": speedup,
         "measured_over_predicted": speedup * report["flops_ratio"],
+        "processor_time_speedup": processor,
+        "processor_over_predicted": processor * report["flops_ratio"],
         "decode_speedup": times["origin"]["decode"] / times["hard"]["decode"],
         "kv_predicted": report["kv_bytes"] / report["kv_bytes_origin"],
         "kv_measured": times["hard"]["kv_bytes"] / times["origin"]["kv_bytes"],
@@ -90,7 +93,10 @@ def main() -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"{layers} layers of width {run.hidden_size}, {run.dtype} on {run.device}; tokens "
           f"{[int(n) for n in report['vision_tokens_per_layer']]}")  # fmt: skip
-    for name in ("predicted_speedup", "measured_speedup", "measured_over_predicted", "decode_speedup"):
+    names = ["predicted_speedup", "measured_speedup", "measured_over_predicted", "decode_speedup"]
+    if run.device == "cpu":
+        names += ["processor_time_speedup", "processor_over_predicted"]
+    for name in names:
         print(f"  {name:24s} {results[name]:.3f}")
     print(
         f"  {'KV predicted / measured':24s} {results['kv_predicted']:.4f} / {results['kv_measured']:.4f} of unpruned"
