@@ -43,6 +43,10 @@ def test_scientific_notation_is_a_number():
     assert read_yaml("e5") == "e5" and read_yaml("12") == 12
 
 
+def test_no_is_a_word_and_true_a_boolean():
+    assert [read_yaml(word) for word in ("no", "yes", "off", "true", "False")] == ["no", "yes", "off", True, False]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -35,6 +35,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+# Nor is `no` a boolean to anybody who writes `--eval_strategy no`.
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+
+
 def read_yaml(text: str) -> Any:
     """Parses YAML, reading `5e-4` as a float."""
     return yaml.load(text, Loader=_Loader)

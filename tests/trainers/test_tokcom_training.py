@@ -197,6 +197,18 @@ def test_stop_and_resume_ends_at_the_same_weights(tmp_path, stage):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("stage", ["vae", "denoiser"])
+def test_resuming_a_finished_run_changes_nothing(tmp_path, stage):
+    build = vae_trainer if stage == "vae" else denoiser_trainer
+    first = build(tmp_path, save_strategy="steps", save_steps=6, ema_decay=0.9)
+    first.train()
+    second = build(tmp_path, save_strategy="steps", save_steps=6, ema_decay=0.9)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 6
+    for (name, a), b in zip(first.model.state_dict().items(), second.model.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     vae_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()

@@ -105,6 +105,13 @@ class CompressionTrainer(Trainer):
                 raise ValueError(f"No complete checkpoint found in {self.args.output_dir}; nothing to resume from.")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        # A run resumed from its last checkpoint has nothing left to do; Trainer itself would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.stop_on_nonfinite_loss and not torch.isfinite(loss):
