@@ -109,17 +109,19 @@ def ensure_small_vlm(base_model: str) -> None:
     """Trains the small LLaVA where the default base model does not exist yet."""
     if base_model != SMALL_VLM or (Path(base_model) / "config.json").is_file():
         return
-    if PartialState().is_main_process:
-        print(f"{SMALL_VLM} does not exist yet; training it first (recipes/pretrain_vlm.py)")
-        sys.path.insert(0, str(Path(__file__).parent))
-        import pretrain_vlm
+    state = PartialState()
+    state.wait_for_everyone()
+    state.print(f"{SMALL_VLM} does not exist yet; training it first (recipes/pretrain_vlm.py)")
+    sys.path.insert(0, str(Path(__file__).parent))
+    import pretrain_vlm
 
-        before, sys.argv = sys.argv, ["pretrain_vlm.py", "--overwrite"]
-        try:
-            pretrain_vlm.main()
-        finally:
-            sys.argv = before
-    PartialState().wait_for_everyone()
+    # All ranks take part: the training is distributed like this one.
+    before, sys.argv = sys.argv, ["pretrain_vlm.py", "--overwrite"]
+    try:
+        pretrain_vlm.main()
+    finally:
+        sys.argv = before
+    state.wait_for_everyone()
 
 
 def build_model(base, run: RunArguments, values) -> PrunedVLM:
