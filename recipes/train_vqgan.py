@@ -1,6 +1,6 @@
 """Trains a VQGAN: images to discrete codes and back, without codebook collapse.
 
-    accelerate launch recipes/train_vqgan.py                                   # procedural images, minutes on a CPU
+    accelerate launch recipes/train_vqgan.py                                   # procedural images, small enough for a CPU
     accelerate launch recipes/train_vqgan.py --image_dir photos --model.image_size 128
     accelerate launch recipes/train_vqgan.py --config recipes/configs/base/train_vqgan.yaml --dataset_name NAME
     accelerate launch recipes/train_vqgan.py --resume                          # go on after an interruption
