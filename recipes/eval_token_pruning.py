@@ -21,7 +21,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
 from tokcom_hf.metrics.prefill import time_modes
-from tokcom_hf.pruning_plots import plot_kept_patches
+from tokcom_hf.plots_pruning import plot_kept_patches
 from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "eval_token_pruning.yaml"

@@ -299,7 +299,7 @@ def draw(out: Path, results: dict[str, Any]) -> None:
     except ImportError:
         print('No figures: matplotlib is not installed (pip install "tokcom_hf[plots]").')
         return
-    from tokcom_hf.text_plots import plot_accuracy_against_noise, plot_denoising_against_time, plot_frontier
+    from tokcom_hf.plots_text import plot_accuracy_against_noise, plot_denoising_against_time, plot_frontier
 
     plot_accuracy_against_noise(results["reconstruction"], out / "accuracy_against_noise.png")
     plot_denoising_against_time(results["denoising"], out / "denoising.png")

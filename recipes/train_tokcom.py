@@ -244,7 +244,7 @@ def plot(out: Path, vae: dict[str, Any], denoiser: dict[str, Any]) -> None:
     if find_spec("matplotlib") is None:
         print("\nno figures: matplotlib is not installed (pip install 'tokcom_hf[plots]')")
         return
-    from tokcom_hf.text_plots import plot_accuracy_against_noise, plot_denoising_against_time
+    from tokcom_hf.plots_text import plot_accuracy_against_noise, plot_denoising_against_time
 
     if "token_accuracy" in vae:
         plot_accuracy_against_noise(vae, out / "accuracy_against_noise.png")

@@ -124,7 +124,7 @@ def draw(out: Path, table: dict[str, dict[str, Any]]) -> None:
     except ImportError:
         print('No figure: matplotlib is not installed (pip install "tokcom_hf[plots]").')
         return
-    from tokcom_hf.text_plots import plot_noise_curves
+    from tokcom_hf.plots_text import plot_noise_curves
 
     plot_noise_curves(table, out / "accuracy_against_noise.png")
     print(f"table and figure in {out}")
