@@ -124,6 +124,18 @@ def test_a_batch_that_counts_nowhere_costs_nothing(tmp_path):
     assert all(torch.isfinite(value) for value in parts.values())
 
 
+def test_sample_tables_are_written_and_need_held_out_rows(tmp_path):
+    trainer = vae_trainer(tmp_path, sample_every=0.5, num_samples=2, max_steps=12)
+    trainer.train()
+    tables = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [table["epoch"] for table in tables] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert len(tables[0]["text"]) == len(tables[0]["reconstruction"]) == 2
+    trainer = vae_trainer(tmp_path / "none", sample_every=1, max_steps=6)
+    trainer.eval_dataset = None
+    trainer.train()
+    assert not (tmp_path / "none" / "samples.jsonl").exists()
+
+
 def test_latents_on_disk_equal_the_encoder_and_are_reused(tmp_path):
     vae = model().vae.eval()
     rows = encode_rows(vae, Rows(), tmp_path / "latents.npy", batch_size=5)

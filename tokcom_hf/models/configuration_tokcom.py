@@ -49,6 +49,10 @@ class TokComConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        # transformers runs the folder's own pipeline code, and asks for trust_remote_code, wherever a config names custom
+        # pipelines. Where the package is installed the registered pipeline serves, so the name is dropped here.
+        if not __name__.startswith("transformers_modules."):
+            kwargs.pop("custom_pipelines", None)
         if self.vae is None:
             self.vae = TokComVAEConfig()
         elif isinstance(self.vae, dict):

@@ -14,6 +14,7 @@ from .flow_matching import interpolate, sample, time_grid
 from .layers import KeyValue
 from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput
 from .modeling_tokcom_vae import TokComVAE
+from .pipeline_tokcom import custom_pipelines
 
 
 class TokComModel(PreTrainedModel):
@@ -41,6 +42,15 @@ class TokComModel(PreTrainedModel):
         if isinstance(module, TokComModel):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the folder also names its pipeline, whose code travels as one of this file's imports."""
+        self.config.custom_pipelines = custom_pipelines()
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            # Only the folder names it: a config in memory that did would make pipeline() look for remote code.
+            del self.config.custom_pipelines
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.vae.get_input_embeddings()

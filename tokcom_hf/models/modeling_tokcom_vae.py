@@ -207,7 +207,9 @@ class TokComVAE(PreTrainedModel):
             logits = self.decode_logits(part)
             if temperature > 0:
                 probabilities = (logits.float() / temperature).softmax(dim=-1).flatten(0, 1)
-                ids = torch.multinomial(probabilities, 1, generator=generator).view(logits.shape[:2])
+                # Drawn on the CPU, where the generator lives, so that a seed means the same on every device.
+                ids = torch.multinomial(probabilities.cpu(), 1, generator=generator)
+                ids = ids.view(logits.shape[:2]).to(logits.device)
             else:
                 ids = logits.argmax(dim=-1)
             pieces.append(ids)

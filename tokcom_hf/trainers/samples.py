@@ -26,7 +26,7 @@ class SampleTableCallback(TrainerCallback):
     def _maybe_show(self, args, state) -> None:
         if self._next is None:
             self._next = args.sample_every * (1 + int((state.epoch - 1e-6) / args.sample_every))
-        if state.epoch + 1e-6 < self._next or not state.is_world_process_zero:
+        if state.epoch + 1e-6 < self._next or not state.is_world_process_zero or self.trainer.eval_dataset is None:
             return
         self._next += args.sample_every
         trainer = self.trainer
