@@ -268,3 +268,17 @@ def test_lengths_that_cannot_work_are_refused(tmp_path, text, options, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_text_rows(str(file), **{"length": 32, "vocab_size": 300} | options)
+
+
+def test_a_folder_of_vocabulary_and_merges_is_a_tokenizer(tmp_path):
+    import json
+
+    trained = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 5], 280)
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]))
+    loaded = load_tokenizer(str(tmp_path))
+    text = "the quick dog — ümlaut"
+    assert loaded(text).input_ids == trained(text).input_ids
+    assert loaded.decode(loaded(text).input_ids) == text
+    assert len(loaded) == len(trained) and loaded.eos_token_id == trained.eos_token_id

@@ -1,6 +1,7 @@
 """Tokenizers: by name or folder, or a byte-level BPE trained on the corpus."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,10 +36,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 def load_tokenizer(name_or_path: str) -> Any:
     """`AutoTokenizer.from_pretrained` with one sentence instead of a page where the tokenizer is not there.
 
+    A folder that holds only `vocab.json` and `merges.txt` is read as a byte-level BPE of GPT-2's kind.
+
     Raises:
         OSError: nothing of that name on disk or (reachable) on the Hub, or a gated one without access.
     """
+    folder = Path(name_or_path)
+    parts = folder / "vocab.json", folder / "merges.txt"
+    configured = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "config.json"))
     try:
+        if not configured and all(part.is_file() for part in parts):
+            return _from_vocabulary_and_merges(*parts)
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -46,6 +54,14 @@ def load_tokenizer(name_or_path: str) -> Any:
             f"Tokenizer {name_or_path!r} cannot be loaded; give a folder with a saved tokenizer, or a Hub name that is "
             f"reachable from here ({reason})."
         ) from None
+
+
+def _from_vocabulary_and_merges(vocabulary: Path, merges: Path) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # EOS_TOKEN is GPT-2's own; a vocabulary without it gets it as its last id.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
 
 
 def check_tokenizer(tokenizer: Any, vae_config: Any) -> None:
