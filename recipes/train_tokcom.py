@@ -38,6 +38,7 @@ from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latent_rows import encode_rows
 from tokcom_hf.data.text import load_text_rows
+from tokcom_hf.data.tokenizers import check_tokenizer
 from tokcom_hf.hub import push_folder
 from tokcom_hf.metrics.reconstruction import denoising_metrics, reconstruction_metrics
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
@@ -257,11 +258,7 @@ def load_vae(folder: Path, tokenizer) -> TokComVAE:
     if not (folder / "config.json").is_file():
         raise RecipeError(f"No trained VAE in {str(folder)!r}; run --stage vae first.")
     vae = AutoModel.from_pretrained(folder)
-    if vae.config.omni_token_id != len(tokenizer):
-        raise RecipeError(
-            f"The tokenizer has {len(tokenizer)} tokens but the VAE in {str(folder)!r} was trained with "
-            f"{vae.config.omni_token_id}; use the tokenizer saved beside it."
-        )
+    check_tokenizer(tokenizer, vae.config)
     return vae
 
 

@@ -97,6 +97,16 @@ def test_resume_skips_what_is_finished_and_a_full_folder_needs_a_flag(trained, c
     assert "stage 1 is finished" in again.stdout
 
 
+@pytest.mark.slow
+def test_a_tokenizer_of_another_size_is_refused(trained, corpus):
+    out, _ = trained
+    before = sorted(path.name for path in out.rglob("*"))
+    arguments = ["--train_file", str(corpus), "--output_dir", str(out), "--stage", "denoiser"]
+    result = run(*TINY, *arguments, "--run.tokenizer_vocab_size", "290")
+    assert result.returncode == 2 and "has 290 tokens but the model was trained with 300" in result.stderr
+    assert sorted(path.name for path in out.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
