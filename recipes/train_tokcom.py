@@ -71,6 +71,12 @@ class RunArguments:
     length: int = field(default=1024, metadata={"help": "Tokens per row; a multiple of the chunk size."})
     validation_share: float = field(default=0.05, metadata={"help": "Share of the documents held out."})
     seed: int = field(default=42, metadata={"help": "Seed of data, initial weights and training."})
+    threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "CPU threads of a single process; all cores by default (accelerate launch alone gives one)."
+        },
+    )
     sample_chunks: int = field(default=32, metadata={"help": "Chunks of the samples shown at the end."})
     sample_steps: int = field(default=32, metadata={"help": "Flow steps of those samples."})
     prompt: str = field(default="The function returns", metadata={"help": "Prompt of the conditional sample."})
@@ -97,6 +103,8 @@ def main() -> None:
     out = check_output_dir(run.output_dir, run.overwrite, resume or run.stage == "denoiser")
     state = PartialState()
     state.wait_for_everyone()
+    if state.num_processes == 1 and state.device.type == "cpu":
+        torch.set_num_threads(run.threads or available_cores())
     started = time.time()
     set_seed(run.seed)
 
@@ -278,6 +286,11 @@ def held_out(data, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(run: RunArguments) -> str:
