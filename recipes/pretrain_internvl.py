@@ -1,0 +1,105 @@
+"""Trains a small InternVL from scratch on procedural scenes, for machines where none can be downloaded.
+
+    accelerate launch recipes/pretrain_internvl.py
+    accelerate launch recipes/pretrain_internvl.py --max_steps 200 --output_dir outputs/quick_internvl
+    accelerate launch recipes/pretrain_internvl.py --resume_from_checkpoint true
+
+Leaves a folder in the format of `OpenGVLab/InternVL3-1B-hf`: model, tokenizer, image processor and `results.json` with the
+held-out accuracy. `recipes/train_joint_lfq.py` takes that folder, or a real checkpoint, as `--base`.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import InternVLVisionConfig, Qwen2Config, set_seed
+
+from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.data.captions import SceneArguments
+from tokcom_hf.data.small_internvl import build_small_internvl
+from tokcom_hf.data.vqa import VQACollator, scene_rows
+from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
+from tokcom_hf.trainers.base import (
+    CompressionTrainer,
+    CompressionTrainingArguments,
+    check_output_dir,
+    last_complete_checkpoint,
+)
+from tokcom_hf.trainers.vqa_generation import generate_answers
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "pretrain_internvl.yaml"
+
+
+@dataclass
+class RunArguments:
+    """Size and output of the run."""
+
+    output_dir: str = field(default="outputs/small_internvl", metadata={"help": "Folder of model and processor."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'true' goes on from a checkpoint."})
+    train_images: int = field(default=8000, metadata={"help": "Scenes to train on."})
+    questions_per_image: int = field(default=5, metadata={"help": "Questions about each scene, in one sequence."})
+    eval_questions: int = field(default=500, metadata={"help": "Held-out questions with balanced answers."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
+    seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
+
+
+SECTIONS = {
+    "run": RunArguments,
+    "scenes": SceneArguments,
+    "vision": InternVLVisionConfig,
+    "text": Qwen2Config,
+    "training": CompressionTrainingArguments,
+}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Trains, saves and returns the results (empty on all ranks but the first)."""
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
+    run, scenes = RunArguments(**values["run"]), SceneArguments(**values["scenes"])
+    resume = run.resume_from_checkpoint not in (None, "false")
+    out = check_output_dir(run.output_dir, run.overwrite, resume)
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.num_processes == 1 and state.device.type == "cpu":
+        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    set_seed(run.seed)
+    started = time.time()
+    model, processor = build_small_internvl(values["vision"], values["text"])
+    train = scene_rows(
+        run.train_images, run.seed, questions_per_image=run.questions_per_image, captions=True, **scenes.options()
+    )
+    state.print(f"{len(train):,} scenes, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
+    trainer = CompressionTrainer(
+        model=model,
+        args=CompressionTrainingArguments(**arguments),
+        train_dataset=train,
+        data_collator=VQACollator(processor),
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if resume else None)
+    trainer.use_averaged_weights()
+    trainer.save_model(str(out))
+    if not trainer.is_world_process_zero():
+        return {}
+    processor.save_pretrained(out)
+    held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, **scenes.options())
+    answers = generate_answers(trainer.unwrapped_model, VQACollator(processor, answers=False), held_out)
+    scores = vqa_accuracy(answers, [row["answers"][0] for row in held_out])
+    accuracy = accuracy_by_type(scores, [row["types"][0] for row in held_out])
+    results = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed}
+    results |= {"steps": trainer.state.global_step, "seconds": round(time.time() - started, 1)}
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"held-out accuracy on {len(held_out)} questions, {results['seconds']:.0f} s")
+    for kind, value in accuracy.items():
+        print(f"  {kind:10s} {100 * value:5.1f} %")
+    return results
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_recipe(main)
