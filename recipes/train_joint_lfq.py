@@ -1,0 +1,223 @@
+"""Trains a vision-language model to read and write images as LFQ tokens, beside a quantizer that makes them.
+
+    accelerate launch recipes/train_joint_lfq.py                                   # small InternVL, procedural scenes, CPU
+    accelerate launch recipes/train_joint_lfq.py --image_text_file train.jsonl --eval_file val.jsonl \
+        --config recipes/configs/base/train_joint_lfq.yaml --base OpenGVLab/InternVL3-1B-hf
+    accelerate launch recipes/train_joint_lfq.py --tune_llm false                  # quantizer and new rows only
+    accelerate launch recipes/train_joint_lfq.py --resume_from_checkpoint true
+
+Lines of a JSONL file: {"image": "a.png", "caption": "...", "question": "...", "answer": "..."}; the last two are optional.
+Without `--base` the small InternVL of `recipes/pretrain_internvl.py` is used, and trained first where it is missing.
+Leaves in the output folder: `quantizer/` and `model/` (`AutoModel.from_pretrained`) with their cards, `results.json` and
+`joint_training.png`.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForImageTextToText, set_seed
+
+from tokcom_hf import JointLFQTrainer, JointLFQTrainingArguments, LFQConfig, LFQExpandedModel, LFQQuantizer
+from tokcom_hf.cards import write_model_card
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.captions import JointLFQCollator, SceneArguments, read_image_text_jsonl, scene_caption_rows
+from tokcom_hf.data.small_internvl import TileProcessor
+from tokcom_hf.data.vqa import VQACollator
+from tokcom_hf.hub import push_folder
+from tokcom_hf.plots_lfq import plot_joint_training
+from tokcom_hf.plots_vqgan import NO_MATPLOTLIB
+from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
+from tokcom_hf.trainers.joint_lfq_evaluation import evaluate_joint
+from tokcom_hf.trainers.joint_lfq_model import JointLFQModel
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_joint_lfq.yaml"
+SMALL_INTERNVL = "outputs/small_internvl"
+
+
+@dataclass
+class RunArguments:
+    """What is trained on what, and where it goes."""
+
+    base: str = field(default=SMALL_INTERNVL, metadata={"help": "InternVL by Hub name or folder."})
+    output_dir: str = field(default="outputs/joint_lfq", metadata={"help": "Folder of models and reports."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'true' goes on from a checkpoint."})
+    image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
+    eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder of the images; the file's own if not set."})
+    train_images: int = field(default=4000, metadata={"help": "Procedural scenes to train on."})
+    eval_images: int = field(default=400, metadata={"help": "Held-out procedural scenes, one question each."})
+    questions_per_image: int = field(default=5, metadata={"help": "Questions about each training scene."})
+    prompt: str = field(default="<image> {question}", metadata={"help": "Prompt of a question."})
+    caption_prompt: str = field(default="{caption}", metadata={"help": "Prompt of an image to be drawn."})
+    embedding_init_method: str = field(
+        default="mean", metadata={"help": "Start of the new rows: mean, random, zeros."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32 or bfloat16."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
+    seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
+
+
+SECTIONS = {"run": RunArguments, "quantizer": LFQConfig, "training": JointLFQTrainingArguments}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains, evaluates, saves; returns the results (empty on all ranks but the first)."""
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
+    run = RunArguments(**values["run"])
+    resume = run.resume_from_checkpoint not in (None, "false")
+    if bool(run.image_text_file) != bool(run.eval_file):
+        raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
+    if values["training"].get("push_to_hub") and not values["training"].get("hub_model_id"):
+        raise RecipeError("--push_to_hub needs --hub_model_id user/name.")
+    out = check_output_dir(run.output_dir, run.overwrite, resume)
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.num_processes == 1 and state.device.type == "cpu":
+        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    started = time.time()
+    ensure_small_internvl(run.base, state)
+    pretraining = time.time() - started
+    set_seed(run.seed)
+    processor = TileProcessor.from_pretrained(run.base)
+    base = AutoModelForImageTextToText.from_pretrained(run.base, dtype=run.dtype)
+    model = build_model(base, processor, run, values["quantizer"])
+    train, held_out = load_rows(run)
+    sizes = {"quantizer": model.quantizer, "new rows": model.language_model.lfq_rows, "base": base}
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in sizes.items()}
+    state.print(f"{len(train):,} training and {len(held_out):,} held-out images; parameters: "
+                + ", ".join(f"{name} {count:,}" for name, count in parameters.items()), flush=True)  # fmt: skip
+
+    elsewhere = ("resume_from_checkpoint", "push_to_hub", "hub_model_id")
+    own = {name: value for name, value in values["training"].items() if name not in elsewhere}
+    args = JointLFQTrainingArguments(
+        **own | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
+    )
+    trainer = JointLFQTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=JointLFQCollator(processor, run.prompt, caption_prompt=run.caption_prompt),
+        generation_collator=VQACollator(processor, run.prompt, answers=False),
+    )
+    before = evaluate_joint(trainer, held_out)
+    began = time.time()
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if resume else None)
+    trainer.use_averaged_weights()
+    after = evaluate_joint(trainer, held_out)
+    if not trainer.is_world_process_zero():
+        return {}
+    results = {
+        "before": before,
+        "after": after,
+        "parameters": parameters,
+        "steps": trainer.state.global_step,
+        "train_images": len(train),
+        "held_out_images": len(held_out),
+        "data": Path(run.image_text_file).name if run.image_text_file else "procedural scenes",
+        "base": run.base,
+        "seed": run.seed,
+        "seconds": {"pretraining": round(pretraining, 1), "training": round(time.time() - began, 1)},
+    }
+    report(out, trainer, processor, results)
+    if values["training"].get("push_to_hub"):
+        print("pushed to", push_folder(out, values["training"]["hub_model_id"], args.hub_private_repo))
+    return results
+
+
+def ensure_small_internvl(base: str, state: PartialState) -> None:
+    """Trains the small InternVL where the default base does not exist yet."""
+    if base != SMALL_INTERNVL or (Path(base) / "results.json").is_file():
+        return
+    state.wait_for_everyone()
+    state.print(f"{SMALL_INTERNVL} does not exist yet; training it first (recipes/pretrain_internvl.py)", flush=True)
+    sys.path.insert(0, str(Path(__file__).parent))
+    import pretrain_internvl
+
+    pretrain_internvl.main(["--overwrite"])
+    state.wait_for_everyone()
+
+
+def build_model(base, processor: TileProcessor, run: RunArguments, quantizer: dict[str, Any]) -> JointLFQModel:
+    """A quantizer that fits the base model, and the base model with as many new ids as the quantizer has codes."""
+    width = base.get_input_embeddings().weight.shape[1]
+    fixed = {"input_size": width, "llm_hidden_size": width, "num_tokens": processor.image_seq_length}
+    config = LFQConfig(**quantizer | fixed)
+    language_model = LFQExpandedModel.from_base(
+        base, config.output_dim, run.embedding_init_method, tokenizer=processor.tokenizer
+    )
+    return JointLFQModel(language_model, LFQQuantizer(config).to(base.dtype))
+
+
+def load_rows(run: RunArguments):
+    """Training and held-out rows."""
+    if run.image_text_file:
+        return (
+            read_image_text_jsonl(run.image_text_file, run.image_dir),
+            read_image_text_jsonl(run.eval_file, run.image_dir),
+        )
+    # Scenes like those the small model was trained on; larger models see larger ones.
+    scenes, path = {"image_size": 448}, Path(run.base) / "results.json"
+    if path.is_file():
+        scenes = json.loads(path.read_text(encoding="utf-8")).get("scenes", scenes)
+    options = SceneArguments(**scenes).options()
+    train = scene_caption_rows(run.train_images, run.seed + 17, run.questions_per_image, **options)
+    return train, scene_caption_rows(run.eval_images, run.seed + 3_000_017, 1, **options)
+
+
+def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, Any]) -> None:
+    """Models, cards, `results.json` and figure; prints what was measured."""
+    before, after = results["before"], results["after"]
+    model = trainer.unwrapped_model
+    model.quantizer.save_pretrained(out / "quantizer")
+    model.language_model.save_pretrained(out / "model")
+    processor.save_pretrained(out / "model")
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    drawn = plot_joint_training(trainer.state.log_history, after, out / "joint_training.png")
+    for folder, template, tags in (
+        ("quantizer", "lfq_quantizer", ["image-tokenizer", "lfq"]),
+        ("model", "joint_lfq", ["image-text-to-text", "text-to-image", "lfq"]),
+    ):
+        write_model_card(
+            out / folder,
+            template,
+            tags=tags,
+            results=results,
+            quantizer=model.quantizer.config,
+            language_model=model.language_model.config,
+            training=trainer.args,
+        )
+    row = lambda name: f"{before[name]:.4f} before, {after[name]:.4f} after training"  # noqa: E731
+    print(f"\nheld-out, {results['held_out_images']} images, {after['tokens']:,} tokens")
+    print(f"  generation loss {after['generation_loss']:.3f} nats per token; all codes alike would give ln "
+          f"{model.quantizer.config.codebook_size:,} = {after['generation_chance']:.3f}, before training "
+          f"{before['generation_loss']:.3f}")  # fmt: skip
+    print(f"  understanding KL, quantized features: {row('quantized_kl')}")
+    print(f"  understanding KL, continuous features: {row('continuous_kl')}")
+    if "agreement" in after:
+        print(f"  answers from quantized features equal the teacher's: {after['agreement']:.1%} of {after['questions']} "
+              f"({before['agreement']:.1%} before); from continuous ones {after['continuous_agreement']:.1%}")  # fmt: skip
+        print(f"  answers that are right: teacher {after['teacher_accuracy']:.1%}, "
+              f"quantized {after['accuracy']:.1%}")  # fmt: skip
+    print(f"  bits: means {after['bit_mean_min']:.3f} to {after['bit_mean_max']:.3f}, {after['dead_bits']} dead; flip "
+          f"rates {min(after['flip_rate']):.3f} to {max(after['flip_rate']):.3f}; correlation mean "
+          f"{after['mean_correlation']:.3f}, largest {after['max_correlation']:.3f}")  # fmt: skip
+    print(f"  codes in use: {after['active']:,}, {after['utilization']:.2%} where {after['utilization_ceiling']:.2%} is "
+          f"the ceiling of so few tokens; perplexity {after['perplexity']:.0f}")  # fmt: skip
+    print(NO_MATPLOTLIB if not drawn else f"figure: {out / 'joint_training.png'}")
+    seconds = results["seconds"]
+    print(f"models, cards and results in {out} after {seconds['pretraining']:.0f} s of pretraining and "
+          f"{seconds['training']:.0f} s of joint training")  # fmt: skip
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_recipe(main)

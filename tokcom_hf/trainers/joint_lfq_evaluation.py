@@ -1,0 +1,87 @@
+"""Held-out evaluation of joint LFQ training: losses, answers beside the teacher's, and the state of the bits."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..metrics.lfq import bit_report
+from ..metrics.vqa import vqa_accuracy
+
+if TYPE_CHECKING:
+    from .joint_lfq import JointLFQTrainer
+
+
+@torch.no_grad()
+def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
+    """Measures a `JointLFQTrainer`'s model on held-out rows.
+
+    Returns:
+        generation_loss (nats per image token, captions given), generation_chance (ln of the number of codes),
+        quantized_kl and continuous_kl (nats per answer token), reconstruction_loss, entropies; agreement (share of rows
+        whose greedy answer to the first question, from quantized features, is word for word the teacher's) and
+        continuous_agreement; accuracy, teacher_accuracy; and `metrics.lfq.bit_report` of all codes.
+    """
+    model, args = trainer.unwrapped_model, trainer.args
+    was_training = model.training
+    model.eval()
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    codes = []
+    answers: dict[str, list[str]] = {"teacher": [], "quantized": [], "continuous": []}
+
+    def add(name: str, value, count: int) -> None:
+        sums[name] = sums.get(name, 0.0) + float(value) * count
+        counts[name] = counts.get(name, 0.0) + count
+
+    size = args.per_device_eval_batch_size
+    for start in range(0, len(rows), size):
+        batch_rows = [rows[i] for i in range(start, min(start + size, len(rows)))]
+        inputs = trainer._prepare_inputs(trainer.data_collator(batch_rows))
+        with trainer.compute_loss_context_manager():
+            features = model.image_features(inputs.pop("pixel_values"))
+            teacher = trainer.teacher_logits(features, inputs)
+            output = model(image_features=features, teacher_logits=teacher, continuous=args.tune_llm, **inputs)
+        tokens = output.quantizer.codes.shape[0] * output.quantizer.codes.shape[1]
+        add("generation_loss", output.generation_loss, tokens)
+        add("quantized_kl", output.quantized_kl, len(teacher))
+        add("continuous_kl", 0.0 if output.continuous_kl is None else output.continuous_kl, len(teacher))
+        for name in ("reconstruction_loss", "entropy_loss", "sample_entropy", "batch_entropy"):
+            add(name, output.quantizer[name], tokens)
+        codes.append(output.quantizer.codes.cpu())
+        if trainer.generation_collator is not None:
+            prompts = trainer._prepare_inputs(trainer.generation_collator(batch_rows))
+            _answer(trainer, model, features, output.quantizer.embeddings, prompts, answers)
+    report: dict[str, Any] = {name: sums[name] / max(counts[name], 1) for name in sums}
+    report["generation_chance"] = math.log(model.quantizer.config.codebook_size)
+    if answers["teacher"]:
+        truth = [rows[i]["answers"][0] for i in range(len(rows))]
+        told = answers["teacher"]
+        same = lambda other: sum(a == b for a, b in zip(told, other)) / len(told)  # noqa: E731
+        report["agreement"], report["questions"] = same(answers["quantized"]), len(told)
+        report["continuous_agreement"] = same(answers["continuous"])
+        for name, key in (("quantized", "accuracy"), ("teacher", "teacher_accuracy")):
+            scores = vqa_accuracy(answers[name], truth)
+            report[key] = sum(scores) / len(scores)
+    model.train(was_training)
+    return report | bit_report(torch.cat(codes))
+
+
+def _answer(trainer, model, features, quantized, prompts, answers) -> None:
+    tokenizer = trainer.generation_collator.processor.tokenizer
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    options = {"attention_mask": mask, "max_new_tokens": trainer.args.eval_max_new_tokens, "do_sample": False}
+
+    def answer(who, seen, **mode) -> list[str]:
+        told = who.generate(inputs_embeds=model.embed(ids, seen), **options, **mode)
+        return [text.strip() for text in tokenizer.batch_decode(told, skip_special_tokens=True)]
+
+    student = model.language_model
+    with trainer.compute_loss_context_manager():
+        continuous = answer(student, features, mode="text")
+        answers["continuous"] += continuous
+        answers["quantized"] += answer(student, quantized, mode="text")
+        # With a frozen language model the student that sees continuous features is the teacher.
+        answers["teacher"] += continuous if trainer.teacher is None else answer(trainer.teacher, features)

@@ -1,0 +1,199 @@
+"""What `JointLFQTrainer` trains: a language model with LFQ tokens and a quantizer, as one module with one forward."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from ..metrics.lfq import code_indices
+from ..models.lfq_rows import vocabulary_of
+from ..models.modeling_lfq import LFQQuantizer, LFQQuantizerOutput
+from ..models.modeling_lfq_expanded import LFQExpandedModel
+from ..models.vector_search import all_reduce, world_size
+
+
+@dataclass
+class JointLFQOutput(ModelOutput):
+    """Losses of one batch.
+
+    Attributes:
+        generation_loss: cross-entropy in nats of the image's LFQ ids after its caption, over old and new ids.
+        quantized_kl, continuous_kl: KL(teacher ‖ student) in nats per answer token, over old ids; the second is None
+            where it was not asked for.
+        quantized_logits: `(answer tokens, old vocabulary)`.
+        quantizer: everything that the quantizer returned.
+    """
+
+    generation_loss: torch.Tensor | None = None
+    quantized_kl: torch.Tensor | None = None
+    continuous_kl: torch.Tensor | None = None
+    quantized_logits: torch.Tensor | None = None
+    quantizer: LFQQuantizerOutput | None = None
+
+
+def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Final hidden states `(batch, length, hidden)` of a transformers model, without its head."""
+    return base.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)[0]
+
+
+@torch.no_grad()
+def frozen_copy(base):
+    """A copy of a plain model that nothing trains and that knows no new ids.
+
+    Built anew and filled: the hooks with which `LFQExpandedModel` adds ids to the original would come along with a deep
+    copy, and the whole wrapper with them.
+    """
+    copy = type(base)._from_config(base.config, dtype=base.dtype)
+    copy.load_state_dict(base.state_dict())
+    copy.generation_config = base.generation_config
+    return copy.requires_grad_(False).eval()
+
+
+class JointLFQModel(nn.Module):
+    """A VLM with LFQ tokens beside the quantizer that makes them.
+
+    Args:
+        language_model: an `LFQExpandedModel` around a vision-language model.
+        quantizer: takes that model's image features and gives embeddings of its width.
+
+    Raises:
+        ValueError: the base sees no images, or widths and numbers of bits do not fit.
+    """
+
+    def __init__(self, language_model: LFQExpandedModel, quantizer: LFQQuantizer):
+        super().__init__()
+        config = language_model.base.config
+        if not hasattr(language_model.base, "get_image_features") or getattr(config, "image_token_id", None) is None:
+            raise ValueError(
+                f"{type(language_model.base).__name__} sees no images; joint training needs a vision-language model "
+                "such as InternVLForConditionalGeneration."
+            )
+        width = language_model.base.get_input_embeddings().weight.shape[1]
+        wanted = (quantizer.config.input_size, quantizer.config.llm_hidden_size)
+        if wanted != (width, width):
+            raise ValueError(
+                f"The quantizer maps width {wanted[0]} to width {wanted[1]}, but image features and embeddings of this "
+                f"model have width {width}; set input_size and llm_hidden_size to it."
+            )
+        start, end = language_model.lfq_token_range
+        if end - start != quantizer.config.codebook_size:
+            raise ValueError(
+                f"The language model has {end - start:,} LFQ ids and the quantizer {quantizer.config.codebook_size:,} "
+                "codes; give both the same output_dim."
+            )
+        self.language_model, self.quantizer = language_model, quantizer
+
+    # ---------------------------------------------------------------- parts
+    @property
+    def base(self):
+        """The plain vision-language model inside."""
+        return self.language_model.base
+
+    def tables(self) -> list[nn.Parameter]:
+        """The old embedding table and head, which never train here."""
+        return [parameter for module in vocabulary_of(self.base) for parameter in module.parameters()]
+
+    def new_rows(self) -> list[nn.Parameter]:
+        """Parameters of the new ids."""
+        return list(self.language_model.lfq_rows.parameters())
+
+    def llm_parameters(self) -> list[nn.Parameter]:
+        """The language model's layers, without its tables."""
+        tables = {id(parameter) for parameter in self.tables()}
+        return [parameter for parameter in self.base.get_decoder().parameters() if id(parameter) not in tables]
+
+    def set_trainable(self, tune_llm: bool) -> None:
+        """Quantizer and new rows train, the language model's layers where asked for, nothing else."""
+        self.requires_grad_(False)
+        self.quantizer.requires_grad_(True)
+        for parameter in self.new_rows():
+            parameter.requires_grad_(True)
+        for parameter in self.llm_parameters():
+            parameter.requires_grad_(tune_llm)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.quantizer.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    # ---------------------------------------------------------------- pieces of a step
+    @torch.no_grad()
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `(batch, channels, height, width)` → features `(batch, n, hidden)` as the language model is given them."""
+        features = self.base.get_image_features(pixel_values=pixel_values)
+        features = getattr(features, "pooler_output", features)
+        if not isinstance(features, torch.Tensor) or features.ndim != 3:
+            raise ValueError("Joint training needs images of equally many tokens, as one tile of InternVL gives them.")
+        return features
+
+    def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Embeddings of text ids with `features` at the places of the image token."""
+        embeddings = self.base.get_input_embeddings()(input_ids)
+        places = input_ids == self.base.config.image_token_id
+        if int(places.sum()) != features.shape[0] * features.shape[1]:
+            raise ValueError(
+                f"The texts hold {int(places.sum())} image tokens for {features.shape[0] * features.shape[1]} image "
+                "features; each row needs one image."
+            )
+        return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
+
+    def answer_logits(self, features, input_ids, attention_mask, labels) -> torch.Tensor:
+        """Logits over old ids `(answer tokens, old vocabulary)` where a label is predicted."""
+        hidden = last_hidden_states(self.base, self.embed(input_ids, features), attention_mask)
+        return self.language_model.original_logits(hidden[:, :-1][labels[:, 1:] != -100])
+
+    def codes_to_ids(self, codes: torch.Tensor) -> torch.Tensor:
+        """Bits `(batch, n, output_dim)` → LFQ ids `(batch, n)`."""
+        return self.language_model.lfq_token_range[0] + code_indices(codes)
+
+    def generation_loss(self, codes, caption_ids, caption_mask) -> torch.Tensor:
+        """Next-token cross-entropy of the image's ids after its caption."""
+        ids = self.codes_to_ids(codes)
+        labels = torch.cat([torch.full_like(caption_ids, -100), ids], dim=1)
+        mask = torch.cat([caption_mask, torch.ones_like(ids)], dim=1)
+        return self.language_model(
+            input_ids=torch.cat([caption_ids, ids], dim=1), attention_mask=mask, labels=labels
+        ).loss
+
+    def kl(self, teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:
+        """KL(teacher ‖ student) in nats per answer token of the global batch."""
+        teacher, student = teacher_logits.float().log_softmax(-1), student_logits.float().log_softmax(-1)
+        count = torch.tensor(float(max(1, len(teacher))), device=teacher.device)
+        if self.training:
+            # Ranks hold different numbers of answer tokens; DDP averages over ranks.
+            count = all_reduce(count) / world_size()
+        return (teacher.exp() * (teacher - student)).sum() / count
+
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        caption_ids: torch.Tensor,
+        caption_mask: torch.Tensor,
+        continuous: bool = True,
+    ) -> JointLFQOutput:
+        """All losses of a batch.
+
+        Args:
+            image_features: `(batch, n, hidden)` of `image_features`.
+            teacher_logits: `(answer tokens, old vocabulary)`.
+            input_ids, attention_mask, labels: `(batch, length)` questions and answers about each image.
+            caption_ids, caption_mask: `(batch, caption length)`, ending with the start-of-image token.
+            continuous: also compare the student that sees continuous features.
+        """
+        quantized = self.quantizer(image_features)
+        logits = self.answer_logits(quantized.embeddings, input_ids, attention_mask, labels)
+        continuous_kl = None
+        if continuous:
+            unquantized = self.answer_logits(image_features, input_ids, attention_mask, labels)
+            continuous_kl = self.kl(teacher_logits, unquantized)
+        return JointLFQOutput(
+            generation_loss=self.generation_loss(quantized.codes, caption_ids, caption_mask),
+            quantized_kl=self.kl(teacher_logits, logits),
+            continuous_kl=continuous_kl,
+            quantized_logits=logits,
+            quantizer=quantized,
+        )
