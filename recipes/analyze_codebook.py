@@ -19,7 +19,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel
 
 from tokcom_hf.cli import parse_recipe, run_recipe
-from tokcom_hf.data.images import FolderImages, ProceduralImages
+from tokcom_hf.data.images import FIRST_HELD_OUT, FolderImages, ProceduralImages
 from tokcom_hf.metrics.codebook import usage_of_counts, utilization_ceiling
 from tokcom_hf.metrics.image import psnr, ssim
 from tokcom_hf.models.image_processing_vqgan import as_grid
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict:
         images = FolderImages(args.data_dir, processor)
         images.length = min(len(images), args.num_images)
     else:
-        images = ProceduralImages(args.num_images, processor, first=10_000_000)
+        images = ProceduralImages(args.num_images, processor, first=FIRST_HELD_OUT)
     found = collect(model, images, args)
     counts, size = found["counts"], model.config.codebook_size
     summary = {

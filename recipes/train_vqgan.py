@@ -10,10 +10,13 @@ Writes the model with its image processor and model card, `results.json`, `recon
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from transformers import set_seed
 
 from tokcom_hf.cards import write_model_card
@@ -44,6 +47,9 @@ class RunArguments:
     num_eval: int = field(default=512, metadata={"help": "Held-out images, at most."})
     init_from: str | None = field(default=None, metadata={"help": "VQGAN folder or Hub id to start from."})
     expand_codebook: int = field(default=0, metadata={"help": "With init_from: grow the codebook to this size."})
+    threads: int = field(
+        default=0, metadata={"help": "Processor threads of a run on one CPU process; 0 takes all cores."}
+    )
     resume: bool = field(default=False, metadata={"help": "Resume from the newest complete checkpoint."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
 
@@ -66,6 +72,10 @@ def main(argv: list[str] | None = None) -> dict:
     output = Path(args.output_dir)
     if args.process_index == 0:
         check_output_dir(output, run.overwrite, run.resume)
+    state = PartialState()
+    if state.num_processes == 1 and state.device.type == "cpu":
+        # `accelerate launch` leaves one thread to each process, which a single one need not share.
+        torch.set_num_threads(run.threads or available_cores())
     set_seed(args.seed)
     model = VQGAN.from_pretrained(run.init_from) if run.init_from else VQGAN(VQGANConfig(**values["model"]))
     if run.expand_codebook:
@@ -110,6 +120,11 @@ def main(argv: list[str] | None = None) -> dict:
         if discriminator is not None:
             discriminator.save_pretrained(output / "discriminator")
     return results
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_results(trainer: VQGANTrainer, results: dict, output: Path) -> None:

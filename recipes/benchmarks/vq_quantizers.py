@@ -6,8 +6,9 @@
 Rows: vector-quantize-pytorch (a) default, (b) threshold_ema_dead_code=2, (c) codebook_dim 16 + cosine + threshold 2,
 (d) k-means init; its FSQ; a naive straight-through codebook; this package's `ema`, `fsq`, `lfq` quantizers; and the
 documented ("paper") settings with and without their remedies. 32 px images, 64 codes each, batch 32, AdamW. Held-out
-utilisation, normalised entropy and PSNR over the whole held-out set; mean and spread over seeds. Writes JSON after
-every run, so an interrupted benchmark keeps its rows; `minutes` is training time where the machine is otherwise idle.
+utilisation, normalised entropy and PSNR over the whole held-out set; mean and spread over seeds. Settings of this
+package were chosen with `--split tune`, whose images the table never shows. Writes JSON after every run; the same
+command goes on where it was interrupted. `minutes` is training time where the machine is otherwise idle.
 """
 
 import json
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokcom_hf.cli import parse_recipe, run_recipe
-from tokcom_hf.data.images import ProceduralImages, RandomCrops
+from tokcom_hf.data.images import FolderImages, ProceduralImages, RandomCrops
 from tokcom_hf.metrics.codebook import usage_of_counts
 from tokcom_hf.metrics.image import psnr
 from tokcom_hf.models.configuration_vqgan import VQGANConfig, default_fsq_levels
@@ -52,8 +53,16 @@ OURS = {
     "dead_code_unit": "mean",
     "reset_interval": 1,
 }
+# Share of the steps without quantization before `ours` places its codes by k-means.
+WARMUP = 0.1
+# Share of the steps over which a sampling temperature falls to 0.
+ANNEAL = 0.5
 PAPER = {"codebook_dim": 64, "reset_interval": 64}
 NO_REMEDIES = {"entropy_weight": 0.0, "temperature": 0.0, "reset_fraction": 0.0}
+
+
+# What all rows of one table must share.
+COMMON = ("steps", "batch_size", "learning_rate", "num_train", "num_eval", "image_dir", "scale", "split")
 
 
 @dataclass
@@ -71,6 +80,10 @@ class BenchmarkArguments:
     num_eval: int = 1024
     image_dir: str | None = field(default=None, metadata={"help": "Folder of photos, cropped; procedural otherwise."})
     scale: float = field(default=0.5, metadata={"help": "Shrinking of photos before they are cropped."})
+    split: str = field(
+        default="held_out",
+        metadata={"help": "held_out (to report), or tune (to choose settings); they share no image."},
+    )
     output_dir: str = "outputs/benchmarks/vq_quantizers"
 
 
@@ -171,14 +184,25 @@ def stack(images) -> torch.Tensor:
 
 
 def load_data(args: BenchmarkArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and held-out images, disjoint."""
+    """Training images, and the images of `args.split`; training, tuning and held-out images are disjoint.
+
+    Raises:
+        ValueError: no such split, or too few photos to split three ways.
+    """
+    if args.split not in ("held_out", "tune"):
+        raise ValueError(f"split must be held_out or tune, got {args.split!r}.")
     processor = VQGANImageProcessor(32, size_divisor=4)
     if args.image_dir is None:
-        # Not the range 10,000,000 …: this package's settings were chosen on images of that range.
-        held_out = ProceduralImages(args.num_eval, processor, first=20_000_000)
+        first = {"held_out": 20_000_000, "tune": 10_000_000}[args.split]
+        held_out = ProceduralImages(args.num_eval, processor, first=first)
         return stack(ProceduralImages(args.num_train, processor)), stack(held_out)
-    train = RandomCrops(args.image_dir, processor, 64, args.scale, slice(20, None))
-    return stack(train)[: args.num_train], stack(RandomCrops(args.image_dir, processor, 64, args.scale, slice(20)))
+    number = len(FolderImages(args.image_dir, processor).files)
+    fold = min(20, number // 5)
+    if fold == 0:
+        raise ValueError(f"At least 5 photos are needed in {args.image_dir!r}, got {number}.")
+    part = {"held_out": slice(fold), "tune": slice(fold, 2 * fold)}[args.split]
+    train = RandomCrops(args.image_dir, processor, 64, args.scale, slice(2 * fold, None))
+    return stack(train)[: args.num_train], stack(RandomCrops(args.image_dir, processor, 64, args.scale, part))
 
 
 def train_one(method: str, size: int, seed: int, args: BenchmarkArguments, train: torch.Tensor) -> tuple[VQGAN, float]:
@@ -188,7 +212,7 @@ def train_one(method: str, size: int, seed: int, args: BenchmarkArguments, train
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(1000 + seed)
     own = isinstance(model.quantizer, EMAQuantizer)
-    warmup = args.steps // 10 if own and method in ("ours", "ours_cosine") else 0
+    warmup = int(WARMUP * args.steps) if own and method in ("ours", "ours_cosine") else 0
     started = time.perf_counter()
     for step in range(args.steps):
         for group in optimizer.param_groups:
@@ -197,7 +221,7 @@ def train_one(method: str, size: int, seed: int, args: BenchmarkArguments, train
         model.quantizer.enabled = step >= warmup
         model.quantizer.update_in_forward = False
         if own:
-            model.quantizer.temperature = model.config.temperature * max(0.0, 1 - 2 * step / args.steps)
+            model.quantizer.temperature = model.config.temperature * max(0.0, 1 - step / (ANNEAL * args.steps))
             if step == warmup and not model.quantizer.initialized:
                 place_codebook(model, train, seed)
         if method.startswith("paper"):
@@ -250,6 +274,25 @@ def summary(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def earlier_rows(output: Path, args: BenchmarkArguments) -> list[dict]:
+    """Rows of an interrupted run in the same folder, which are not trained again.
+
+    Raises:
+        FileExistsError: the folder holds a run with other data or another budget.
+    """
+    path = output / "results.json"
+    if not path.is_file():
+        return []
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for name in COMMON:
+        if earlier["arguments"][name] != getattr(args, name):
+            raise FileExistsError(
+                f"{path} holds a run with {name} {earlier['arguments'][name]!r}, not {getattr(args, name)!r}; rows of "
+                "one table must share it. Name another --output_dir."
+            )
+    return earlier["rows"]
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
     """Runs the benchmark and returns its rows."""
     args = BenchmarkArguments(**parse_recipe(__doc__, {"run": BenchmarkArguments}, None, argv)["run"])
@@ -260,10 +303,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     output.mkdir(parents=True, exist_ok=True)
     train, held_out = load_data(args)
     print(f"{len(train)} training and {len(held_out)} held-out images, {torch.get_num_threads()} threads", flush=True)
-    rows: list[dict] = []
+    rows = earlier_rows(output, args)
+    done = {(row["codebook_size"], row["method"], row["seed"]) for row in rows}
     for size in sizes:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             for method in methods:
+                if (size, method, seed) in done:
+                    continue
                 model, minutes = train_one(method, size, seed, args, train)
                 row = {"codebook_size": size, "method": method, "seed": seed, "steps": args.steps, "minutes": minutes}
                 rows.append(row | measure(model, held_out, size))

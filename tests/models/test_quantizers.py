@@ -117,6 +117,38 @@ def test_entropy_term_has_a_gradient_that_spreads_codes(kind):
     assert -1 <= after < before
 
 
+@pytest.mark.parametrize("bits", [3, 6])
+def test_lfq_entropy_equals_the_dense_table_in_float64(bits):
+    quantizer = make(2**bits, bits, quantizer="lfq", entropy_weight=1.0, entropy_temperature=0.7)
+    vectors = torch.randn(50, bits, requires_grad=True)
+    codes = quantizer.vectors_of(torch.arange(2**bits)).double()
+    p = (-torch.cdist(vectors.double(), codes).square() / 0.7).softmax(1)
+    expected = (torch.special.entr(p).sum(1).mean() - torch.special.entr(p.mean(0)).sum()) / math.log(2**bits)
+    loss = quantizer.entropy_loss(vectors)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=0)
+    (gradient,), (wanted,) = (torch.autograd.grad(value, vectors) for value in (loss, expected))
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ema", "lfq"])
+def test_looking_ahead_gives_the_entropy_gradient_of_the_whole_batch(kind):
+    quantizer = make(16, 4, quantizer=kind, entropy_weight=1.0, codebook_init="uniform")
+    if kind == "ema":
+        quantizer.codebook.copy_(torch.randn(16, 4))
+    vectors = torch.randn(64, 4, requires_grad=True)
+    (whole,) = torch.autograd.grad(quantizer.entropy_loss(vectors), vectors)
+    # Micro-batches that differ, as sorted data does: the mean of their own entropies has another gradient.
+    order = vectors.detach()[:, 0].argsort()
+    parts = order.split(16)
+    alone = sum(torch.autograd.grad(quantizer.entropy_loss(vectors[part]) / 4, vectors)[0] for part in parts)
+    quantizer.look_ahead([vectors.detach()[part] for part in parts])
+    ahead = sum(torch.autograd.grad(quantizer.entropy_loss(vectors[part]) / 4, vectors)[0] for part in parts)
+    torch.testing.assert_close(ahead, whole, atol=1e-6, rtol=1e-4)
+    assert (alone - whole).norm() > 0.1 * whole.norm()
+    quantizer.update()
+    torch.testing.assert_close(torch.autograd.grad(quantizer.entropy_loss(vectors), vectors)[0], whole)
+
+
 def test_reset_never_touches_a_live_code_and_keeps_to_its_limit():
     quantizer = placed(
         make(64, 4, codebook_init="data", dead_code_unit="mean", reset_fraction=0.1), torch.randn(640, 4)

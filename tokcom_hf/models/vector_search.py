@@ -114,6 +114,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank_of_process() -> int:
+    """Number of this process among those that train together."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place; the tensor itself where there is one process."""
     if world_size() > 1:

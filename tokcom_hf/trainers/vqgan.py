@@ -150,6 +150,31 @@ class VQGANTrainer(CompressionTrainer):
         quantizer.initialize(torch.cat(parts))
 
     # ---------------------------------------------------------------- one step
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) > 1 and self.unwrapped_model.config.entropy_weight:
+            self._look_ahead(batches)
+        return batches, number
+
+    @torch.no_grad()
+    def _look_ahead(self, batches: list) -> None:
+        """Shows the quantizer every micro-batch, so that the entropy term is that of the whole batch.
+
+        It costs one more pass of the encoder, and is exact as long as `dropout` is 0.
+        """
+        model = self.unwrapped_model
+        self._set_schedules(model)
+        quantizer = model.quantizer
+        if not quantizer.enabled:
+            return
+        vectors = []
+        with self.compute_loss_context_manager():
+            for batch in batches:
+                features = model.features(self._prepare_inputs(batch)["pixel_values"]).float()
+                with torch.autocast(features.device.type, enabled=False):
+                    vectors.append(quantizer.prepare(quantizer.project_in(features).reshape(-1, quantizer.width)))
+        quantizer.look_ahead(vectors)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pixels = inputs["pixel_values"]
         target = inputs.get("labels", pixels)
