@@ -211,7 +211,8 @@ class LFQQuantizer(PreTrainedModel):
         logits = self.bit_logits(features, grid)
         probability = logits.sigmoid()
         codes = (logits > 0).long()
-        bits = codes + probability - probability.detach()
+        # In this order the sum is exactly 0 or 1, so that embeddings equal `decode(codes)` to the last digit.
+        bits = probability + (codes - probability).detach()
         embeddings = self._embed(bits)
         with torch.autocast(logits.device.type, enabled=False):
             scaled = logits.flatten(0, 1) / self.config.entropy_temperature
