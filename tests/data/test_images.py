@@ -39,9 +39,10 @@ def test_corrupt_files_are_skipped_and_counted(tmp_path, processor):
     (tmp_path / "c.png").write_bytes((tmp_path / "c.png").read_bytes()[:2000])
     (tmp_path / "d.jpg").write_bytes(b"")
     (tmp_path / "e.jpg").write_bytes(whole[:3] + b"not a picture")
-    with pytest.warns(UserWarning, match="Skipped 3 of 5"):
+    (tmp_path / "f.gif").write_bytes(b"GIF89a" + b"\0" * 9)
+    with pytest.warns(UserWarning, match="Skipped 4 of 6"):
         images = FolderImages(tmp_path, processor)
-    assert len(images) == 2 and len(images.skipped) == 3 and images[1]["pixel_values"].shape == (3, 16, 16)
+    assert len(images) == 2 and len(images.skipped) == 4 and images[1]["pixel_values"].shape == (3, 16, 16)
 
 
 def test_empty_and_missing_folders_are_errors(tmp_path, processor):
@@ -74,6 +75,11 @@ def test_unusual_images_are_converted(tmp_path, processor):
     assert colour(processor, Image.new("1", (20, 20), 1)) == [255, 255, 255]
     deep = Image.fromarray(np.full((20, 20), 32768, dtype=np.uint16))
     assert colour(processor, deep) == [128, 128, 128]
+    deep.save(tmp_path / "deep.png")
+    assert colour(processor, tmp_path / "deep.png") == [128, 128, 128]
+    # A dark 16-bit image is no bright 8-bit one.
+    assert colour(processor, Image.fromarray(np.full((20, 20), 257, dtype=np.uint16))) == [1, 1, 1]
+    assert colour(processor, np.ones((20, 20), dtype=bool)) == [255, 255, 255]
     frames = [Image.new("RGB", (20, 20), name) for name in ("red", "lime")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert colour(processor, str(tmp_path / "a.gif"))[0] == 255

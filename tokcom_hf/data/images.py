@@ -150,7 +150,7 @@ class FolderImages(ImageDataset):
 def _readable(path: Path, processor) -> bool:
     try:
         processor.to_pil(str(path))
-    except (ValueError, OSError, Image.DecompressionBombError):
+    except ValueError:
         return False
     return True
 

@@ -1,5 +1,8 @@
 """Images of any kind to the pixel tensors of `VQGAN`, and back."""
 
+import os
+import struct
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +11,17 @@ from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+# What decoders raise on broken files, beyond what they promise.
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class VQGANImageProcessor(BaseImageProcessor):
@@ -71,12 +85,8 @@ class VQGANImageProcessor(BaseImageProcessor):
 
     def to_pil(self, image) -> Image.Image:
         """Any supported image as PIL image of mode L, LA, RGB or RGBA; see the class for conversions."""
-        if isinstance(image, str):
-            try:
-                image = Image.open(image)
-                image.load()
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"Cannot read image {str(image)!r}: {error}") from error
+        if isinstance(image, str | os.PathLike):
+            image = _from_file(str(image))
         if isinstance(image, torch.Tensor):
             image = np.moveaxis(image.detach().cpu().numpy(), 0, -1) if image.ndim == 3 else image.cpu().numpy()
         if isinstance(image, np.ndarray):
@@ -85,7 +95,7 @@ class VQGANImageProcessor(BaseImageProcessor):
             raise TypeError(f"Expected a PIL image, a path, an array or a tensor, got {type(image).__name__}.")
         if min(image.size) < 1:
             raise ValueError(f"The image has no pixels: its size is {image.size[0]}×{image.size[1]}.")
-        image = ImageOps.exif_transpose(image)
+        image = _turned(image)
         if image.mode.startswith(("I", "F")):
             image = _from_array(np.asarray(image))
         if "transparency" in image.info or image.mode in ("PA", "RGBa", "La"):
@@ -120,6 +130,23 @@ class VQGANImageProcessor(BaseImageProcessor):
         return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays.numpy()]
 
 
+def _from_file(path: str) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except BROKEN as error:
+        raise ValueError(f"Cannot read image {path!r}: {error}") from error
+    return image
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except BROKEN:
+        # The picture is whole; only the note on how it was held is not.
+        return image
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in MODES):
         raise ValueError(
@@ -131,6 +158,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
             raise ValueError("The image holds NaN or infinite values.")
         # Floats beyond 1 are sample values of a 32-bit file, not shares of white.
         array = array * (255.0 if array.max() <= 1.0 else 255.0 / array.max())
+    elif array.dtype in (np.bool_, np.uint16):
+        array = array * (255.0 if array.dtype == np.bool_ else 255.0 / 65535.0)
     elif array.dtype != np.uint8:
         array = array.astype(np.float64) * (255.0 / 65535.0 if array.max() > 255 else 1.0)
     array = np.clip(np.rint(array), 0, 255).astype(np.uint8)
