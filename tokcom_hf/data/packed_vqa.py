@@ -1,0 +1,100 @@
+"""Many questions about one image in one sequence, none of which sees another: block attention over a shared image.
+
+The image is encoded once for all its questions, and each question stands where it would stand alone (same positions,
+same mask), so a model trained this way answers single questions exactly as it was trained to.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .vqa import IGNORED
+
+
+@dataclass
+class PackedVQACollator:
+    """Rows of `tokcom_hf.data.vqa`, all with an image of the same size → inputs with labels on the answers.
+
+    Args:
+        processor: the VLM's processor.
+        prompt: before the answer; must begin with `<image>`, which stands for the processor's image token.
+
+    Returns (when called):
+        `input_ids`, `labels`, `position_ids` `(batch, length)`, `attention_mask` `(batch, 1, length, length)` (True
+        where a position may look) and what else the processor gives for the images.
+
+    Raises:
+        ValueError: a row without image, images with different numbers of tokens, or a prompt without leading image.
+    """
+
+    processor: Any
+    prompt: str = "<image> {question}"
+    _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if not self.prompt.startswith("<image>"):
+            raise ValueError(f"Packed questions share an image in front; the prompt is {self.prompt!r}.")
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if any(row["image"] is None for row in rows):
+            raise ValueError(
+                "Packed questions share an image, but a row has none; use VQACollator for text-only rows."
+            )
+        image_token = getattr(self.processor, "image_token", "<image>")
+        images = [row["image"] for row in rows]
+        inputs = dict(self.processor(text=[image_token] * len(rows), images=images, return_tensors="pt", padding=True))
+        if not inputs.pop("attention_mask").all():
+            raise ValueError("Packed questions need images with the same number of tokens; resize them first.")
+        prefix = inputs.pop("input_ids")
+        start = prefix.shape[1]
+        packed = [self._blocks(row) for row in rows]
+        length = max(sum(len(question) + len(answer) for question, answer in blocks) for blocks in packed)
+        shape = (len(rows), length)
+        ids = torch.full(shape, self.processor.tokenizer.pad_token_id or 0)
+        labels = torch.full(shape, IGNORED)
+        block = torch.full(shape, -1)
+        positions = torch.zeros(shape, dtype=torch.long)
+        for row, blocks in enumerate(packed):
+            at = 0
+            for number, (question, answer) in enumerate(blocks):
+                end = at + len(question) + len(answer)
+                ids[row, at:end] = torch.tensor(question + answer)
+                labels[row, at + len(question) : end] = torch.tensor(answer)
+                block[row, at:end] = number
+                positions[row, at:end] = torch.arange(start, start + end - at)
+                at = end
+        image_block = torch.full((len(rows), start), -2)
+        inputs["input_ids"] = torch.cat([prefix, ids], 1)
+        inputs["labels"] = torch.cat([torch.full_like(prefix, IGNORED), labels], 1)
+        inputs["position_ids"] = torch.cat([torch.arange(start).expand(len(rows), -1), positions], 1)
+        inputs["attention_mask"] = block_mask(torch.cat([image_block, block], 1))
+        return inputs
+
+    def _blocks(self, row) -> list[tuple[list[int], list[int]]]:
+        end = self.processor.tokenizer.eos_token_id
+        blocks = []
+        for question, answers in zip(row["questions"], row["answers"]):
+            asked = self._ids(self.prompt.removeprefix("<image>").format(question=question))
+            blocks.append((asked, self._ids(f" {answers[0]}") + ([] if end is None else [end])))
+        return blocks
+
+    def _ids(self, text: str) -> list[int]:
+        # Templates repeat: a scene data set has a few hundred texts, asked about millions of times.
+        if text not in self._known:
+            self._known[text] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        return self._known[text]
+
+
+def block_mask(block: torch.Tensor) -> torch.Tensor:
+    """Causal attention within a block and to the image.
+
+    Args:
+        block: `(batch, length)`; -2 marks the image, other numbers the block that a position belongs to.
+
+    Returns:
+        `(batch, 1, length, length)`, True where the row's position may look at the column's.
+    """
+    length = block.shape[1]
+    see = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2)
+    return (see & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
