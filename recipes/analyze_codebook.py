@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from tokcom_hf.cli import parse_recipe, run_recipe
@@ -53,7 +54,7 @@ def collect(model, images, args: AnalysisArguments) -> dict:
     counts, sampled = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
     quality: list[torch.Tensor] = []
     pictures = None
-    for start in range(0, len(images), args.batch_size):
+    for start in tqdm(range(0, len(images), args.batch_size), desc="images", mininterval=1.0):
         rows = [images[index]["pixel_values"] for index in range(start, min(len(images), start + args.batch_size))]
         pixels = torch.stack(rows)
         output = model(pixels)

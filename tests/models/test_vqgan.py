@@ -144,21 +144,27 @@ def test_pipelines(folder):
 
 
 @pytest.mark.slow
-def test_loads_in_a_fresh_process_without_the_package(folder):
+@pytest.mark.parametrize("installed", [True, False])
+def test_loads_in_a_fresh_process_with_and_without_the_package(folder, installed):
     pixels = AutoImageProcessor.from_pretrained(folder)(Image.new("RGB", (16, 16), "teal"))["pixel_values"]
     expected = AutoModel.from_pretrained(folder).eval().encode(pixels).tolist()
     script = f"""
 import importlib.abc, sys
+installed = {installed}
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.split(".")[0] == "tokcom_hf":
             raise ImportError("not installed")
-sys.meta_path.insert(0, Block())
+if installed:
+    import tokcom_hf
+else:
+    sys.meta_path.insert(0, Block())
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
-model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
-processor = AutoImageProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True)
-assert "tokcom_hf" not in sys.modules
+remote = {{}} if installed else {{"trust_remote_code": True}}
+model = AutoModel.from_pretrained({str(folder)!r}, **remote).eval()
+processor = AutoImageProcessor.from_pretrained({str(folder)!r}, **remote)
+assert ("tokcom_hf" in sys.modules) == installed
 print(model.encode(processor(Image.new("RGB", (16, 16), "teal"))["pixel_values"]).tolist())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=str(folder))
