@@ -21,6 +21,12 @@ _LAZY |= {
     "VQGANTrainer": "trainers.vqgan",
     "VQGANTrainingArguments": "trainers.vqgan",
     "VQGANImageProcessor": "models.image_processing_vqgan",
+    "expand_vocab_for_lfq": "models.lfq_vocabulary",
+    "get_lfq_token_range": "models.lfq_vocabulary",
+    "encode_lfq_codes_to_tokens": "models.lfq_tokens",
+    "decode_tokens_to_lfq_codes": "models.lfq_tokens",
+    "JointLFQTrainer": "trainers.joint_lfq",
+    "JointLFQTrainingArguments": "trainers.joint_lfq",
     "TokenPruningTrainer": "trainers.token_pruning",
     "TokenPruningTrainingArguments": "trainers.token_pruning",
 }

@@ -52,6 +52,13 @@ MODELS: tuple[ModelRow, ...] = (
     ModelRow("layer_pruner", "LayerPrunerConfig", "LayerPruner"),
     ModelRow("pruning_discriminator", "PruningDiscriminatorConfig", "PruningDiscriminator"),
     ModelRow("pruned_vlm", "PrunedVLMConfig", "PrunedVLM", ("AutoModel", "AutoModelForImageTextToText")),
+    ModelRow("lfq", "LFQConfig", "LFQQuantizer"),
+    ModelRow(
+        "lfq_expanded",
+        "LFQExpandedConfig",
+        "LFQExpandedModel",
+        ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    ),
 )
 PIPELINES: tuple[PipelineRow, ...] = (
     PipelineRow("tokcom-generation", "tokcom", "TokComGenerationPipeline", "TokComModel", "text"),

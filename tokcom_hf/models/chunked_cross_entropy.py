@@ -1,66 +1,131 @@
 """Cross-entropy of a linear head without ever holding all logits.
 
-The rows are taken a few thousand logits-megabytes at a time; each part's gradient with respect to the hidden states and
-the head is computed in the forward, while its logits are at hand, so nothing of vocabulary width outlives its part.
+The rows are taken a few dozen megabytes of logits at a time; each part's gradient with respect to the hidden states
+and the head is computed in the forward, while its logits are at hand, so nothing of vocabulary width outlives its part.
+The head may be split over several tables (frozen old rows, trainable new rows): they are never joined, and a table
+that needs no gradient costs none.
 """
 
 import torch
-from torch import nn
 
-# Logits held at a time: 2^24 float32 values are 64 MiB.
-LOGITS_AT_ONCE = 2**24
+# Logits held at a time: 2^25 float32 values are 128 MiB, 344 rows of 97,536: enough for matrix products at full speed.
+LOGITS_AT_ONCE = 2**25
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """forward(hidden_states, labels, denominator, dtype, weight_0, bias_0, weight_1, bias_1, ...)"""
+
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, labels, ignore_index):
-        rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
-        need_hidden, need_weight, need_bias = (
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            bias is not None and ctx.needs_input_grad[2],
-        )
-        counted = labels != ignore_index
-        count = counted.sum().clamp(min=1)
-        grad_hidden = torch.empty_like(hidden_states) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+    def forward(ctx, hidden_states, labels, denominator, dtype, *tables):
+        weights, biases = tables[0::2], tables[1::2]
+        needs_weight, needs_bias = ctx.needs_input_grad[4::2], ctx.needs_input_grad[5::2]
+        needs_hidden = ctx.needs_input_grad[0]
+        heads = [weight.to(dtype) for weight in weights]
+        columns, width = [], 0
+        for weight in weights:
+            columns.append(slice(width, width + len(weight)))
+            width += len(weight)
+        rows = min(max(1, LOGITS_AT_ONCE // width), max(1, len(hidden_states)))
+        logits = torch.empty(rows, width, dtype=torch.float32, device=hidden_states.device)
+        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
+        grad_weights = [None] * len(weights)
+        grad_biases = [None] * len(weights)
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         for start in range(0, len(hidden_states), rows):
-            part = slice(start, start + rows)
-            hidden, label, keep = hidden_states[part], labels[part], counted[part]
-            logits = nn.functional.linear(hidden, weight, bias).float()
-            target = label.masked_fill(~keep, 0).unsqueeze(1)
-            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += ((log_normalizer - logits.gather(1, target)).squeeze(1) * keep).sum()
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            # d loss / d logits = softmax − one-hot, written over the logits.
-            grad = logits.sub_(log_normalizer).exp_()
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            grad.mul_((keep / count).unsqueeze(1))
-            if need_bias:
-                grad_bias += grad.sum(dim=0)
-            grad = grad.to(weight.dtype)
-            if need_hidden:
-                grad_hidden[part] = (grad @ weight).to(hidden_states.dtype)
-            if need_weight:
-                if grad_weight.dtype == grad.dtype:
-                    grad_weight.addmm_(grad.t(), hidden.to(grad.dtype))
+            hidden = hidden_states[start : start + rows].to(dtype)
+            target = labels[start : start + rows].unsqueeze(1)
+            part = logits[: len(hidden)]
+            for head, bias, place in zip(heads, biases, columns):
+                if dtype == torch.float32:
+                    torch.mm(hidden, head.t(), out=part[:, place])
                 else:
-                    grad_weight += grad.t() @ hidden.to(grad.dtype)
-        ctx.grads = (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-        )
-        return total / count
+                    part[:, place] = hidden @ head.t()
+                if bias is not None:
+                    part[:, place] += bias
+            largest, where = part.max(dim=1, keepdim=True)
+            chosen = part.gather(1, target)
+            torch.softmax(part, dim=1, out=part)
+            # log Σ exp = max − log p_max, and p_max ≥ 1 / vocabulary never underflows.
+            total += (largest - part.gather(1, where).log() - chosen).sum()
+            if not (needs_hidden or any(needs_weight) or any(needs_bias)):
+                continue
+            # d loss / d logits = (softmax − one-hot) / denominator, over the logits. The divisor is applied to hidden
+            # states and their gradients, never to a tensor of vocabulary width.
+            part.scatter_add_(1, target, torch.full_like(chosen, -1.0))
+            scaled = (hidden / denominator).to(dtype) if any(needs_weight) else None
+            summed = None
+            for index, (head, place) in enumerate(zip(heads, columns)):
+                grad = part[:, place].to(dtype)
+                if needs_hidden:
+                    summed = grad @ head if summed is None else summed.addmm_(grad, head)
+                if needs_weight[index]:
+                    if grad_weights[index] is None:
+                        grad_weights[index] = (grad.t() @ scaled).float()
+                    elif dtype == torch.float32:
+                        grad_weights[index].addmm_(grad.t(), scaled)
+                    else:
+                        grad_weights[index] += grad.t() @ scaled
+                if needs_bias[index]:
+                    here = part[:, place].sum(0) / denominator
+                    grad_biases[index] = here if grad_biases[index] is None else grad_biases[index] + here
+            if needs_hidden:
+                grad_hidden[start : start + rows] = summed / denominator
+        ctx.grads = [grad_hidden]
+        for weight, bias, grad_weight, grad_bias in zip(weights, biases, grad_weights, grad_biases):
+            ctx.grads.append(None if grad_weight is None else grad_weight.to(weight.dtype))
+            ctx.grads.append(None if grad_bias is None else grad_bias.to(bias.dtype))
+        ctx.shapes = [
+            (table.shape, table.dtype, table.device) if needed and table is not None else None
+            for table, needed in zip(tables, ctx.needs_input_grad[4:])
+        ]
+        return total / denominator
 
     @staticmethod
     def backward(ctx, grad_output):
-        grads = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in ctx.grads]
-        ctx.grads = (None, None, None)
-        return *grads, None, None
+        if ctx.grads is None:
+            raise RuntimeError("chunked_cross_entropy can be differentiated once; its gradients were given away.")
+        grad_hidden, *grads = ctx.grads
+        ctx.grads = None
+        scaled = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in grads]
+        for index, shape in enumerate(ctx.shapes):
+            if shape is not None and scaled[index] is None:
+                # No row had a label: the gradient is zero, not absent, so that every rank has one to reduce.
+                scaled[index] = torch.zeros(shape[0], dtype=shape[1], device=shape[2])
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(grad_output.to(grad_hidden.dtype))
+        return grad_hidden, None, None, None, *scaled
+
+
+def split_cross_entropy(
+    hidden_states: torch.Tensor,
+    tables: list[tuple[torch.Tensor, torch.Tensor | None]],
+    labels: torch.LongTensor,
+    ignore_index: int = -100,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy in nats of a softmax over the rows of several tables, as if they were one below the other.
+
+    Args:
+        hidden_states: `(rows, hidden)`.
+        tables: `(weight (vocab_i, hidden), bias (vocab_i,) or None)` each; label ids count through them in order.
+        labels: `(rows,)`; rows of `ignore_index` cost nothing.
+        num_items: divisor of the sum; the number of labels that count where None.
+
+    Returns:
+        Scalar float32; 0 where no label counts. It can be differentiated once. Matrix products run in the dtype of
+        `hidden_states`, or in that of autocast; the softmax is float32.
+    """
+    if hidden_states.shape[0] != labels.shape[0]:
+        raise ValueError(f"{hidden_states.shape[0]} hidden states do not fit {labels.shape[0]} labels.")
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    counted = labels != ignore_index
+    if not counted.all():
+        hidden_states, labels = hidden_states[counted], labels[counted]
+    count = max(len(labels), 1) if num_items is None else num_items
+    flat = [tensor for table in tables for tensor in table]
+    with torch.autocast(device, enabled=False):
+        return _ChunkedCrossEntropy.apply(hidden_states, labels, count, dtype, *flat)
 
 
 def chunked_cross_entropy(
@@ -81,4 +146,4 @@ def chunked_cross_entropy(
     Returns:
         Scalar float32; 0 where no label counts. It can be differentiated once.
     """
-    return _ChunkedCrossEntropy.apply(hidden_states, weight, bias, labels, ignore_index)
+    return split_cross_entropy(hidden_states, [(weight, bias)], labels, ignore_index)

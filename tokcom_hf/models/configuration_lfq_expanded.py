@@ -1,0 +1,108 @@
+"""Configuration of `LFQExpandedModel`."""
+
+from typing import Any
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .lfq_tokens import check_output_dim
+
+INIT_METHODS = ("random", "zeros", "mean")
+BIT_ORDER = "least_significant_first"
+
+
+@strict
+class LFQExpandedConfig(PreTrainedConfig):
+    """A language or vision-language model and the 2^output_dim visual tokens added to its vocabulary.
+
+    What the tokens are:
+    output_dim: bits of an LFQ code, 1 to 24; 2^output_dim ids are added.
+    lfq_start_token_id: first new id, the number of embedding rows of the base model (which a padded vocabulary makes
+        larger than its tokenizer); checked when a checkpoint is loaded.
+    bit_order: how bits make an id; only `least_significant_first` exists. Saved so that another order is refused.
+    text_vocab_size: ids below it may be generated as text; `len(tokenizer)` keeps the padding rows of a padded
+        vocabulary out of generated text. None: all ids below `lfq_start_token_id`.
+
+    How the new rows start and train:
+    embedding_init_method: `random` (normal, `embedding_init_std`), `zeros`, or `mean` (mean of the old rows plus small
+        offsets that differ with the bits, so that 2^output_dim rows are not one point).
+    embedding_init_std: standard deviation of `random` rows and of the offsets of `mean` (>= 0).
+    freeze_original: the base model's vocabulary tables do not train. Its other weights follow their own
+        `requires_grad`; `LFQExpandedModel.freeze_base()` freezes them too.
+
+    Where the base model is:
+    base_config: its configuration as a dictionary.
+    base_auto_class: the Auto class that builds it.
+    base_model_name_or_path: its Hub name or folder.
+    base_included: its weights are in this checkpoint; otherwise they are read from `base_model_name_or_path`.
+    """
+
+    model_type = "tokcom_lfq_expanded"
+
+    output_dim: int = 16
+    lfq_start_token_id: int = 0
+    bit_order: str = BIT_ORDER
+    text_vocab_size: int | None = None
+    embedding_init_method: str = "random"
+    embedding_init_std: float | int = 0.02
+    freeze_original: bool = True
+    base_config: dict[str, Any] | None = None
+    base_auto_class: str = "AutoModelForCausalLM"
+    base_model_name_or_path: str | None = None
+    base_included: bool = True
+
+    def __post_init__(self, **kwargs):
+        check_output_dim(self.output_dim)
+        if self.embedding_init_method not in INIT_METHODS:
+            raise ValueError(
+                f"embedding_init_method must be one of {', '.join(INIT_METHODS)}, got {self.embedding_init_method!r}."
+            )
+        if self.embedding_init_std < 0:
+            raise ValueError(f"embedding_init_std must be >= 0, got {self.embedding_init_std}.")
+        if self.bit_order != BIT_ORDER:
+            raise ValueError(
+                f"This checkpoint numbers its LFQ tokens with bit_order={self.bit_order!r}; only {BIT_ORDER!r} "
+                "(bit 0 least significant) is known, and reading it otherwise would permute every image."
+            )
+        if self.text_vocab_size is not None and not 0 < self.text_vocab_size <= self.lfq_start_token_id:
+            raise ValueError(
+                f"text_vocab_size={self.text_vocab_size} must be 1 to the {self.lfq_start_token_id} rows of the base "
+                "model's table: a tokenizer with more ids than the model has rows needs "
+                "model.resize_token_embeddings(len(tokenizer)) before the vocabulary is expanded."
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def lfq_token_range(self) -> tuple[int, int]:
+        """`(start, end)` of the new ids, end exclusive."""
+        return self.lfq_start_token_id, self.lfq_start_token_id + 2**self.output_dim
+
+    def make_base_config(self) -> PreTrainedConfig:
+        """The base model's configuration as an object."""
+        if self.base_config is None:
+            raise ValueError("This LFQExpandedConfig has no base_config; use LFQExpandedModel.from_base.")
+        return _as_config(self.base_config)
+
+    def base_class(self):
+        """The Auto class that builds the base model."""
+        return getattr(transformers, self.base_auto_class)
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """The language model's configuration with the vocabulary it has now, which generation reads."""
+        if self.base_config is None:
+            return self
+        values = self.base_config
+        if values["model_type"] not in CONFIG_MAPPING:
+            # Remote code: its classes are known only where the base model is loaded. Its language model's are enough.
+            text = _as_config(values.get("llm_config") or values.get("text_config") or values)
+        else:
+            text = _as_config(values).get_text_config(*args, **kwargs)
+        text.vocab_size = self.lfq_token_range[1]
+        return text
+
+
+def _as_config(values: dict[str, Any]) -> PreTrainedConfig:
+    values = dict(values)
+    kind = values.pop("model_type", None)
+    return AutoConfig.for_model(kind, **values) if kind in CONFIG_MAPPING else PreTrainedConfig(**values)

@@ -1,0 +1,76 @@
+"""Old and new vocabulary rows as one table: looked at, and merged for good."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .lfq_rows import text_host, vocabulary_of
+
+
+class SplitTable(nn.Module):
+    """A view of one side of the vocabulary. It owns no parameters, so that none is registered twice."""
+
+    def __init__(self, model, table: nn.Module, head: bool):
+        super().__init__()
+        object.__setattr__(self, "_view", (model, table, head))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`(old + 2^output_dim, hidden)`, joined."""
+        model, table, head = self._view
+        return join_tables(table.weight, model.lfq_rows.tables()[0] if head else model.lfq_rows.embedding)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """`(old + 2^output_dim,)` or None."""
+        model, table, head = self._view
+        return (
+            join_tables(table.bias, model.lfq_rows.tables()[1])
+            if head and getattr(table, "bias", None) is not None
+            else None
+        )
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows, old and new."""
+        return self._view[0].lfq_token_range[1]
+
+    out_features = num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of a row."""
+        return self._view[1].weight.shape[1]
+
+    in_features = embedding_dim
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self._view[1](inputs)
+
+
+def join_tables(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Old rows with new rows below, without gradient, on the old rows' device in their dtype."""
+    return torch.cat([old.detach(), new.detach().to(old)])
+
+
+def merge_rows(model) -> PreTrainedModel:
+    """The base of an `LFQExpandedModel` with old and new rows in one table; see `merge_and_unload` there."""
+    embedding, head = vocabulary_of(model.base)
+    weight, bias = model.lfq_rows.tables()
+    tied = head.weight is embedding.weight
+    embedding.weight = nn.Parameter(join_tables(embedding.weight, model.lfq_rows.embedding))
+    head.weight = embedding.weight if tied else nn.Parameter(join_tables(head.weight, weight))
+    if bias is not None:
+        head.bias = nn.Parameter(join_tables(head.bias, bias))
+    embedding.num_embeddings = head.out_features = model.config.lfq_token_range[1]
+    for module in (embedding, head):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is model]:
+                del hooks[key]
+    text = model.base.config.get_text_config()
+    text.vocab_size = model.config.lfq_token_range[1]
+    text.lfq_output_dim, text.lfq_start_token_id = model.config.output_dim, model.config.lfq_start_token_id
+    host = text_host(model.base)
+    if hasattr(host, "vocab_size"):
+        host.vocab_size = text.vocab_size
+    return model.base

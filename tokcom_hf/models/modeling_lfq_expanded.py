@@ -1,0 +1,391 @@
+"""`LFQExpandedModel`: any language or vision-language model with 2^d visual tokens added to its vocabulary.
+
+The base model stays the transformers class it is, with its tables untouched. New rows are parameters of their own; hooks
+on the base model's embedding and head look them up and append their logits. So old rows cannot move through weight decay,
+momentum or a gradient mask that is off by one: no optimizer ever holds them, and the logits of old ids come from the
+same matrix product as before. Training computes the loss in chunks over both tables, never all logits.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from .chunked_cross_entropy import split_cross_entropy
+from .configuration_lfq_expanded import LFQExpandedConfig
+from .lfq_expanded_files import auto_class_of, load_base, load_lfq_expanded, save_lfq_expanded
+from .lfq_generation import LFQModeLogitsProcessor
+from .lfq_rows import LFQRows, initialize_rows, text_host, vocabulary_of
+from .lfq_tables import SplitTable, merge_rows
+from .lfq_tokens import check_output_dim
+
+
+class LFQExpandedModel(PreTrainedModel, GenerationMixin):
+    """A base model whose ids `[start, start + 2^output_dim)` are LFQ tokens.
+
+    model = LFQExpandedModel.from_base(AutoModelForCausalLM.from_pretrained(name), output_dim=16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.generate(**inputs, mode="image", num_image_tokens=256)
+    model.merge_and_unload().save_pretrained("plain")     # loads with stock transformers
+    """
+
+    config: LFQExpandedConfig
+    config_class = LFQExpandedConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: LFQExpandedConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        if base is None:
+            attention = config._attn_implementation
+            options = {} if attention in (None, "sdpa") else {"attn_implementation": attention}
+            base = config.base_class().from_config(
+                config.make_base_config(), dtype=torch.get_default_dtype(), **options
+            )
+        else:
+            # Its weights are there already: `post_init` must not draw them again.
+            for module in base.modules():
+                module._is_hf_initialized = True
+        self.base = base
+        embedding, head = vocabulary_of(base)
+        old_rows, hidden_size = embedding.weight.shape
+        if old_rows != config.lfq_start_token_id:
+            raise ValueError(
+                f"lfq_start_token_id={config.lfq_start_token_id}, but the base model's vocabulary table has {old_rows} "
+                "rows: these LFQ tokens belong to another base model."
+            )
+        tied = head.weight is embedding.weight or bool(getattr(text_host(base).config, "tie_word_embeddings", False))
+        bias = getattr(head, "bias", None) is not None
+        self.lfq_rows = LFQRows(2**config.output_dim, hidden_size, tied=tied, bias=bias)
+        embedding.register_forward_pre_hook(self._without_new_ids)
+        embedding.register_forward_hook(self._with_new_rows)
+        head.register_forward_pre_hook(self._catch_hidden)
+        head.register_forward_hook(self._with_new_logits)
+        self._ids: list[torch.Tensor] = []
+        self._caught: dict | None = None
+        # Whether the base's logits are what its head returns (no soft cap, no scale); seen at the first loss.
+        self._plain_head: bool | None = None
+        self.generation_config = getattr(base, "generation_config", None) or GenerationConfig()
+        self.post_init()
+        self.freeze_original_rows(config.freeze_original)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LFQRows):
+            embedding, head = vocabulary_of(self.base)
+            c = self.config
+            pairs = ((module.embedding, embedding.weight), (module.head, head.weight))
+            for rows, old in (pair for pair in pairs if pair[0] is not None):
+                initialize_rows(rows, old, c.embedding_init_method, c.embedding_init_std, c.output_dim)
+            if module.bias is not None:
+                # A new id starts with the bias of an average old one, so that it is neither favoured nor shut out.
+                module.bias.fill_(float(head.bias.float().mean()))
+
+    # ------------------------------------------------------------------ building, saving, loading
+    @classmethod
+    def from_base(
+        cls,
+        model,
+        output_dim: int = 16,
+        embedding_init_method: str = "random",
+        freeze_original: bool = True,
+        embedding_init_std: float = 0.02,
+        tokenizer=None,
+        **kwargs,
+    ) -> "LFQExpandedModel":
+        """Adds 2^output_dim tokens to a model.
+
+        Args:
+            model: a loaded causal or image-text-to-text model, or its Hub name or folder.
+            output_dim: bits per code, 1 to 24.
+            embedding_init_method: `random`, `zeros` or `mean`; see `LFQExpandedConfig`.
+            freeze_original: the old vocabulary rows do not train.
+            embedding_init_std: standard deviation of the new rows.
+            tokenizer: the base model's; text generation then never emits a padding row of a padded vocabulary.
+            kwargs: for loading, where `model` is a name (`dtype`, `device_map`, `trust_remote_code`, ...).
+
+        Raises:
+            ValueError: no output embeddings, an expanded model, a tokenizer with more ids than the model has rows, or
+                an option out of range.
+        """
+        check_output_dim(output_dim)
+        if isinstance(model, str):
+            model = load_base(model, **kwargs)
+        elif kwargs:
+            raise TypeError(f"{', '.join(kwargs)} can only be given together with the name of a model.")
+        known = getattr(model.config.get_text_config(), "lfq_output_dim", None)
+        if isinstance(model, LFQExpandedModel) or known is not None:
+            raise ValueError(
+                "This model already has LFQ tokens"
+                + (f" (output_dim={known}, merged into its tables)" if known is not None else "")
+                + "; expand the base model it was made from."
+            )
+        embedding, _ = vocabulary_of(model)
+        rows = len(embedding.weight)
+        text = None if tokenizer is None else len(tokenizer)
+        config = LFQExpandedConfig(
+            output_dim=output_dim,
+            lfq_start_token_id=rows,
+            text_vocab_size=text,
+            embedding_init_method=embedding_init_method,
+            embedding_init_std=embedding_init_std,
+            freeze_original=freeze_original,
+            base_config=model.config.to_dict(),
+            base_auto_class=auto_class_of(model),
+            base_model_name_or_path=model.config.name_or_path or None,
+        )
+        expanded = cls(config, base=model)
+        expanded.lfq_rows.to(device=embedding.weight.device, dtype=embedding.weight.dtype)
+        return expanded.train(model.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads the new rows, and the base model from the same folder or from where the configuration says.
+
+        Raises:
+            OSError: the folder or the base model cannot be found.
+            ValueError: the checkpoint does not fit its configuration or its base model.
+        """
+        return load_lfq_expanded(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, include_base: bool | None = None, **kwargs):
+        """Saves the new rows and a reference to the base model, or everything.
+
+        Args:
+            save_directory: folder.
+            include_base: save the base model's weights too. None: where they may have been trained (any of them has
+                `requires_grad`), or where no name or folder is known to load them from.
+        """
+        save_lfq_expanded(self, super().save_pretrained, save_directory, include_base, **kwargs)
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """The base model, of its own class, with old and new rows in one table; this wrapper is used up.
+
+        The result is saved and loaded with stock transformers. Its text configuration records `lfq_output_dim` and
+        `lfq_start_token_id`, which `get_lfq_token_range` reads.
+        """
+        return merge_rows(self)
+
+    # ------------------------------------------------------------------ what trains
+    def freeze_original_rows(self, frozen: bool = True) -> None:
+        """Freezes (or frees) the base model's vocabulary tables, at any time in training.
+
+        A gradient that is there already is dropped: an optimizer skips a parameter without one, momentum and weight
+        decay included.
+        """
+        self.config.freeze_original = frozen
+        for module in vocabulary_of(self.base):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(not frozen)
+                if frozen:
+                    parameter.grad = None
+
+    def freeze_base(self, frozen: bool = True) -> None:
+        """Freezes (or frees) the whole base model; the old rows stay frozen where `freeze_original` says so."""
+        self.base.requires_grad_(not frozen)
+        if frozen:
+            for parameter in self.base.parameters():
+                parameter.grad = None
+        self.freeze_original_rows(frozen or self.config.freeze_original)
+
+    def trainable_rows(self) -> dict[str, float]:
+        """Vocabulary rows that train: `trainable`, `total` and `share` (0 to 1)."""
+        old, end = self.config.lfq_token_range
+        new = end - old if self.lfq_rows.embedding.requires_grad else 0
+        trainable = new + (old if vocabulary_of(self.base)[0].weight.requires_grad else 0)
+        return {"trainable": trainable, "total": end, "share": trainable / end}
+
+    # ------------------------------------------------------------------ the vocabulary
+    @property
+    def lfq_token_range(self) -> tuple[int, int]:
+        """`(start, end)` of the LFQ ids, end exclusive."""
+        return self.config.lfq_token_range
+
+    def get_input_embeddings(self) -> SplitTable:
+        """Maps old and new ids to embeddings; `.weight` joins both tables (a copy)."""
+        return SplitTable(self, vocabulary_of(self.base)[0], head=False)
+
+    def get_output_embeddings(self) -> SplitTable:
+        """Maps hidden states to logits of old and new ids; `.weight` joins both tables (a copy)."""
+        return SplitTable(self, vocabulary_of(self.base)[1], head=True)
+
+    def set_input_embeddings(self, value):
+        raise ValueError(
+            "The vocabulary of an LFQExpandedModel is split over two tables and cannot be replaced or resized; resize "
+            "the base model before it is expanded, or call merge_and_unload() first."
+        )
+
+    set_output_embeddings = set_input_embeddings
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Always raises: the new rows would have to move."""
+        self.set_input_embeddings(None)
+
+    def original_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(..., old rows)` of the base model's own ids for the head's input."""
+        head = vocabulary_of(self.base)[1]
+        return F.linear(hidden_states, head.weight, getattr(head, "bias", None))
+
+    def enable_input_require_grads(self) -> None:
+        self.base.enable_input_require_grads()
+
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        self.base.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base.gradient_checkpointing_disable()
+
+    # ------------------------------------------------------------------ hooks on the base model's embedding and head
+    def _without_new_ids(self, module, args):
+        ids = args[0]
+        self._ids.append(ids)
+        return (ids.masked_fill(ids >= self.config.lfq_start_token_id, 0), *args[1:])
+
+    def _with_new_rows(self, module, args, output):
+        index = self._ids.pop() - self.config.lfq_start_token_id
+        rows = self.lfq_rows(index.clamp(min=0)).to(output.dtype)
+        # Gemma multiplies embeddings inside its embedding layer; new rows live on the same scale.
+        scale = getattr(module, "embed_scale", None)
+        if scale is not None:
+            rows = rows * scale
+        return torch.where((index >= 0).unsqueeze(-1), rows, output)
+
+    def _catch_hidden(self, module, args):
+        if self._caught is None:
+            return None
+        self._caught["hidden"] = args[0]
+        # One position is enough to see whether the base model changes what its head returns.
+        return (args[0][:, -1:], *args[1:]) if self._caught["narrow"] else None
+
+    def _with_new_logits(self, module, args, output):
+        weight, bias = self.lfq_rows.tables()
+        dtype = args[0].dtype
+        new = F.linear(args[0], weight.to(dtype), None if bias is None else bias.to(dtype))
+        logits = torch.cat([output, new.to(output.dtype)], dim=-1)
+        if self._caught is not None:
+            self._caught["logits"] = logits
+        return logits
+
+    # ------------------------------------------------------------------ forward and generation
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ):
+        """The base model's forward over the larger vocabulary.
+
+        Args:
+            input_ids: `(batch, length)`, old and new ids.
+            labels: `(batch, length)` ids, -100 where there is nothing to predict; shifted here as transformers does.
+            num_items_in_batch: divisor of the summed loss (given by Trainer under gradient accumulation).
+            return_logits: compute logits beside the loss. None: only without labels, so that neither training nor
+                evaluation of a loss ever holds `(batch, length, vocabulary)`.
+            kwargs: anything else the base model takes (`image_grid_thw`, `output_hidden_states`, ...).
+
+        Returns:
+            The base model's output; `.logits` `(batch, length, old + 2^output_dim)` or None.
+        """
+        inputs = kwargs | {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if labels is None:
+            return self.base(**inputs)
+        return_logits = bool(return_logits)
+        inputs.pop("logits_to_keep", None)
+        output, caught = self._run(inputs, narrow=not return_logits and self._plain_head is not False)
+        if self._plain_head is None and not return_logits:
+            self._plain_head = torch.equal(output.logits.float(), caught["logits"].float())
+            if not self._plain_head:
+                output, caught = self._run(inputs, narrow=False)
+        output.loss = self._loss(output.logits, caught["hidden"], labels, num_items_in_batch)
+        if not return_logits:
+            output.logits = None
+        return output
+
+    def _run(self, inputs: dict, narrow: bool):
+        self._caught = {"narrow": narrow}
+        try:
+            return self.base(**inputs), self._caught
+        finally:
+            self._caught = None
+
+    def _loss(self, logits, hidden, labels, num_items):
+        shifted = labels[:, 1:].reshape(-1).to(hidden.device)
+        if self._plain_head is False or (self._plain_head is None and not self._same_head(logits, hidden)):
+            # The base model changes logits after its head: its own formula has to be kept, at the price of full logits.
+            sum_or_mean = "mean" if num_items is None else "sum"
+            flat = logits[:, :-1].flatten(0, 1).float()
+            loss = F.cross_entropy(flat, shifted, reduction=sum_or_mean)
+            return loss if num_items is None else loss / num_items
+        _, head = vocabulary_of(self.base)
+        tables = [(head.weight, getattr(head, "bias", None)), self.lfq_rows.tables()]
+        return split_cross_entropy(hidden[:, :-1].flatten(0, 1), tables, shifted, num_items=num_items)
+
+    def _same_head(self, logits, hidden) -> bool:
+        with torch.no_grad():
+            last = vocabulary_of(self.base)[1](hidden[:, -1:])
+        return torch.allclose(logits[:, -1:].float(), last.float(), rtol=1e-4, atol=1e-5)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        mode: str | None = None,
+        num_image_tokens: int = 256,
+        logits_processor=None,
+        **kwargs,
+    ):
+        """transformers' `generate` of the base model over the larger vocabulary.
+
+        Args:
+            inputs: prompt ids `(batch, length)`; or `input_ids=` and whatever else the base model's processor gives.
+            mode: `text` (no LFQ ids), `image` (exactly `num_image_tokens` LFQ ids), `mixed` (text, and where an LFQ
+                id appears, a whole image of `num_image_tokens`), or None for no restriction.
+            num_image_tokens: LFQ tokens of one image.
+            kwargs: generation options. With `guidance_scale` above 1 give `negative_prompt_ids` `(batch, length)`, the
+                prompt without its caption, which training with caption drop has taught the model.
+
+        Returns:
+            What the base model's `generate` returns: ids `(batch, prompt + new)`.
+        """
+        processors = list(logits_processor or [])
+        if mode is not None:
+            start, _ = self.lfq_token_range
+            text = self.config.text_vocab_size or start
+            processors.append(LFQModeLogitsProcessor(mode, self.lfq_token_range, text, num_image_tokens))
+        if mode == "image":
+            kwargs |= {"max_new_tokens": num_image_tokens, "min_new_tokens": num_image_tokens}
+            kwargs.pop("max_length", None)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        # Remote code may leave generation to its language model, which sees no images: this model then generates itself.
+        generate = self.base.generate if hasattr(self.base, "generate") else super().generate
+        return generate(logits_processor=processors or None, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        owner = self.base if hasattr(self.base, "prepare_inputs_for_generation") else super()
+        return owner.prepare_inputs_for_generation(*args, **kwargs)
