@@ -200,6 +200,8 @@ def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, An
     print(f"  generation loss {after['generation_loss']:.3f} nats per token; all codes alike would give ln "
           f"{model.quantizer.config.codebook_size:,} = {after['generation_chance']:.3f}, before training "
           f"{before['generation_loss']:.3f}")  # fmt: skip
+    print(f"    without captions {after['generation_loss_no_caption']:.3f}; entropy of the codes' own frequencies "
+          f"{after['entropy']:.3f}")  # fmt: skip
     print(f"  understanding KL, quantized features: {row('quantized_kl')}")
     print(f"  understanding KL, continuous features: {row('continuous_kl')}")
     if "agreement" in after:

@@ -26,7 +26,7 @@ def test_scene_rows_are_seeded_and_captioned_with_words_the_tokenizer_knows():
     assert all(1 <= len(r["questions"]) == len(r["answers"]) == len(r["types"]) <= 3 for r in rows)
     assert rows[0]["image"].size == (32, 32)
     tokenizer = scene_tile_processor(32, 4).tokenizer
-    texts = [text for r in rows for text in [r["caption"], *r["questions"], *sum(r["answers"], [])]]
+    texts = [text for r in rows for text in [r["caption"], *r["questions"], *[a for (a,) in r["answers"]]]]
     assert tokenizer.unk_token_id not in tokenizer(" ".join(texts)).input_ids
 
 

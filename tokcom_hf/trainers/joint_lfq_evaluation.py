@@ -19,8 +19,8 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
     """Measures a `JointLFQTrainer`'s model on held-out rows.
 
     Returns:
-        generation_loss (nats per image token, captions given), generation_chance (ln of the number of codes),
-        quantized_kl and continuous_kl (nats per answer token), reconstruction_loss, entropies; agreement (share of rows
+        generation_loss (nats per image token, captions given), generation_loss_no_caption (captions hidden; the
+        difference is what captions tell), generation_chance (ln of the number of codes), quantized_kl and continuous_kl (nats per answer token), reconstruction_loss, entropies; agreement (share of rows
         whose greedy answer to the first question, from quantized features, is word for word the teacher's) and
         continuous_agreement; accuracy, teacher_accuracy; and `metrics.lfq.bit_report` of all codes.
     """
@@ -46,6 +46,11 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
             output = model(image_features=features, teacher_logits=teacher, continuous=args.tune_llm, **inputs)
         tokens = output.quantizer.codes.shape[0] * output.quantizer.codes.shape[1]
         add("generation_loss", output.generation_loss, tokens)
+        hidden = inputs["caption_mask"].clone()
+        hidden[:, :-1] = 0
+        with trainer.compute_loss_context_manager():
+            blind = model.generation_loss(output.quantizer.codes, inputs["caption_ids"], hidden)
+        add("generation_loss_no_caption", blind, tokens)
         add("quantized_kl", output.quantized_kl, len(teacher))
         add("continuous_kl", 0.0 if output.continuous_kl is None else output.continuous_kl, len(teacher))
         for name in ("reconstruction_loss", "entropy_loss", "sample_entropy", "batch_entropy"):

@@ -112,9 +112,10 @@ class JointLFQModel(nn.Module):
         for parameter in self.llm_parameters():
             parameter.requires_grad_(tune_llm)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-        self.quantizer.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        """For `TrainingArguments.gradient_checkpointing`; takes what the parts' own methods take."""
+        for part in (self.base, self.quantizer):
+            part.gradient_checkpointing_enable(*args, **kwargs)
 
     # ---------------------------------------------------------------- pieces of a step
     @torch.no_grad()
