@@ -220,7 +220,7 @@ def test_bad_arguments_are_refused(tmp_path):
 
 def test_parts_that_do_not_fit_are_refused():
     model, _ = make_model()
-    with pytest.raises(ValueError, match="maps width 32 to width 24, .* width 32"):
+    with pytest.raises(ValueError, match=r"maps width 32 to width 24, .* width 32"):
         make_model(llm_hidden_size=24)
     with pytest.raises(ValueError, match="64 LFQ ids and the quantizer 32 codes"):
         make_model(output_dim=5)

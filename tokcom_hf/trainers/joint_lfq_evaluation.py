@@ -20,8 +20,9 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
 
     Returns:
         generation_loss (nats per image token, captions given), generation_loss_no_caption (captions hidden; the
-        difference is what captions tell), generation_chance (ln of the number of codes), quantized_kl and continuous_kl (nats per answer token), reconstruction_loss, entropies; agreement (share of rows
-        whose greedy answer to the first question, from quantized features, is word for word the teacher's) and
+        difference is what captions tell), generation_chance (ln of the number of codes); quantized_kl and
+        continuous_kl (nats per answer token), reconstruction_loss, entropies; agreement (share of rows whose greedy
+        answer to the first question, from quantized features, is word for word the teacher's) and
         continuous_agreement; accuracy, teacher_accuracy; and `metrics.lfq.bit_report` of all codes.
     """
     model, args = trainer.unwrapped_model, trainer.args
