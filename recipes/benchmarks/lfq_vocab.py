@@ -9,7 +9,9 @@
 backward, optimizer. Steps are interleaved (A B C D A B C D) after one warm-up, medians; the ratio is the median over
 rounds of split against the best alternative. Peak memory is the high-water mark of a fresh process over its state
 before the model is built.
-Ids are half text, half LFQ. The losses of the first step are compared: all four compute the same function.
+Ids are half text, then half LFQ. Two settings of labels: `image`, as the documented generation loss has them (the
+image's ids after its caption), and `all`, a label at every position, where the matrix products that every way needs
+bound what can be gained. The losses of the first step are compared: all four compute the same function.
 """
 
 import gc
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -44,11 +47,16 @@ class VocabArguments:
     output_dim: int = 16
     tokens: int = 1024
     tied: bool = True
+    labels: list[str] | str = field(
+        default_factory=lambda: ["image", "all"], metadata={"help": "Which ids are predicted: image, all."}
+    )
     layers: int = 2
     repeats: int = 5
     threads: int = 2
     output_dir: str = "outputs/benchmarks/lfq_vocab"
-    peak_of: str | None = field(default=None, metadata={"help": "Internal: side:hidden size whose peak to print."})
+    peak_of: str | None = field(
+        default=None, metadata={"help": "Internal: side:hidden size:labels whose peak to print."}
+    )
 
 
 def base_model(args: VocabArguments, hidden_size: int) -> LlamaForCausalLM:
@@ -111,17 +119,20 @@ def build(side: str, args: VocabArguments, hidden_size: int) -> nn.Module:
     return get_peft_model(base, config).train()
 
 
-def make_step(model: nn.Module, args: VocabArguments) -> Callable[[], float]:
+def make_step(model: nn.Module, args: VocabArguments, labelled: str) -> Callable[[], float]:
     """One training step as a function that returns its loss."""
     generator = torch.Generator().manual_seed(2)
     half = args.tokens // 2
     text = torch.randint(args.old_rows, (1, half), generator=generator)
     image = args.old_rows + torch.randint(2**args.output_dim, (1, args.tokens - half), generator=generator)
     ids = torch.cat([text, image], dim=1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
+    labels = ids if labelled == "all" else torch.cat([torch.full_like(text, -100), image], dim=1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # The optimizer that Trainer takes by default.
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
 
     def step() -> float:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -130,31 +141,31 @@ def make_step(model: nn.Module, args: VocabArguments) -> Callable[[], float]:
     return step
 
 
-def peak_bytes(side: str, args: VocabArguments, hidden_size: int) -> int:
+def peak_bytes(side: str, args: VocabArguments, hidden_size: int, labelled: str) -> int:
     """Growth of the process's high-water mark over three training steps, model included."""
     small = VocabArguments(old_rows=50, output_dim=4, tokens=8, layers=1, tied=args.tied)
-    make_step(build(side, small, 32), small)()
+    make_step(build(side, small, 32), small, labelled)()
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = make_step(build(side, args, hidden_size), args)
+    step = make_step(build(side, args, hidden_size), args, labelled)
     for _ in range(3):
         step()
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def peak_in_fresh_process(side: str, args: VocabArguments, hidden_size: int) -> int:
+def peak_in_fresh_process(side: str, args: VocabArguments, hidden_size: int, labelled: str) -> int:
     """`peak_bytes` where nothing else has run."""
-    command = [sys.executable, __file__, "--peak_of", f"{side}:{hidden_size}"]
+    command = [sys.executable, __file__, "--peak_of", f"{side}:{hidden_size}:{labelled}"]
     for name in ("old_rows", "output_dim", "tokens", "tied", "layers", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.strip().splitlines()[-1])
 
 
-def measure(args: VocabArguments, hidden_size: int) -> dict:
-    """Times, peaks and ratios at one width."""
-    peaks = {side: peak_in_fresh_process(side, args, hidden_size) for side in SIDES}
-    steps = {side: make_step(build(side, args, hidden_size), args) for side in SIDES}
+def measure(args: VocabArguments, hidden_size: int, labelled: str) -> dict:
+    """Times, peaks and ratios at one width and setting of labels."""
+    peaks = {side: peak_in_fresh_process(side, args, hidden_size, labelled) for side in SIDES}
+    steps = {side: make_step(build(side, args, hidden_size), args, labelled) for side in SIDES}
     losses = {side: step() for side, step in steps.items()}
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(args.repeats):
@@ -166,6 +177,7 @@ def measure(args: VocabArguments, hidden_size: int) -> dict:
     best = min(others, key=lambda side: statistics.median(times[side]))
     return {
         "hidden_size": hidden_size,
+        "labels": labelled,
         "seconds": {side: statistics.median(values) for side, values in times.items()},
         "peak_bytes": peaks,
         "first_loss": losses,
@@ -180,13 +192,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = VocabArguments(**parse_recipe(__doc__, {"run": VocabArguments}, None, argv)["run"])
     torch.set_num_threads(args.threads)
     if args.peak_of:
-        side, _, width = args.peak_of.partition(":")
-        print(peak_bytes(side, args, int(width)))
+        side, width, labelled = args.peak_of.split(":")
+        print(peak_bytes(side, args, int(width), labelled))
         return []
     rows = []
     sizes = [args.hidden_sizes] if isinstance(args.hidden_sizes, int) else args.hidden_sizes
-    for hidden_size in sizes:
-        row = measure(args, hidden_size)
+    settings = [args.labels] if isinstance(args.labels, str) else args.labels
+    for hidden_size, labelled in product(sizes, settings):
+        row = measure(args, hidden_size, labelled)
         rows.append(row)
         print(
             f"\n{args.old_rows} + {2**args.output_dim} rows of {hidden_size}, {args.tokens} tokens, tied: {args.tied}"

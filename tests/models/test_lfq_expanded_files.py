@@ -38,7 +38,7 @@ def expanded(base, folder=None):
 
 def weights_in(folder) -> dict[str, tuple]:
     with safe_open(folder / "model.safetensors", "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
 
 
 def run(code: str, **environment) -> str:

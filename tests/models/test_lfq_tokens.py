@@ -56,7 +56,7 @@ def test_wrong_width_dtype_and_dimension():
         encode_lfq_codes_to_tokens(torch.zeros(1, 2, 15), 0, 16)
     with pytest.raises(ValueError, match=r"got shape \(\)"):
         encode_lfq_codes_to_tokens(torch.tensor(1.0), 0, 1)
-    with pytest.raises(TypeError, match="integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"integers, got torch\.float32"):
         decode_tokens_to_lfq_codes(torch.tensor([1.0]), 0, 4)
 
 
