@@ -4,29 +4,33 @@
     accelerate launch recipes/pretrain_vlm.py --max_steps 200 --output_dir outputs/quick_vlm
     accelerate launch recipes/pretrain_vlm.py --resume_from_checkpoint true
 
+First the vision tower learns what every patch shows (`tokcom_hf.trainers.dense_pretraining`), then the language model
+learns to answer, many questions per image in one sequence.
+
 Leaves a folder in the format of `llava-hf/llava-1.5-7b-hf`: model, processor and `results.json`. The other pruning
 recipes take that folder, or the name of a real checkpoint, as `--base_model`.
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
 from tokcom_hf.cli import parse_recipe, run_recipe
-from tokcom_hf.data.scenes import COLOURS, SHAPES
+from tokcom_hf.data.packed_vqa import PackedVQACollator
+from tokcom_hf.data.scene_questions import SceneQuestionDataset
+from tokcom_hf.data.scenes import COLOURS, QUESTION_TYPES, SHAPES
 from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, scene_rows
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
-from tokcom_hf.trainers.base import (
-    CompressionTrainer,
-    CompressionTrainingArguments,
-    check_output_dir,
-    last_complete_checkpoint,
-)
+from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
+from tokcom_hf.trainers.dense_pretraining import pretrain_tower
+from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.trainers.vqa_generation import generate_answers
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "pretrain_vlm.yaml"
@@ -39,22 +43,42 @@ class RunArguments:
     output_dir: str = field(default="outputs/small_vlm", metadata={"help": "Folder of model and processor."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'true' goes on from a checkpoint."})
-    train_images: int = field(default=20000, metadata={"help": "Scenes to train on."})
-    questions_per_image: int = field(default=5, metadata={"help": "Questions about each scene, in one sequence."})
+    tower_steps: int = field(default=300, metadata={"help": "Steps that teach the vision tower alone; 0 for none."})
+    train_tower: bool = field(default=False, metadata={"help": "Go on training the tower with the language model."})
+    questions_per_type: list[int] = field(
+        default_factory=lambda: [3, 1, 1, 4, 1],
+        metadata={"help": f"Questions about each scene, at most, of type {', '.join(QUESTION_TYPES)}."},
+    )
+    captions: bool = field(default=False, metadata={"help": "Also train to caption every scene."})
     eval_questions: int = field(default=1000, metadata={"help": "Held-out questions with balanced answers."})
     num_shapes: int = field(default=len(SHAPES), metadata={"help": "Different shapes in the scenes."})
     num_colours: int = field(default=len(COLOURS), metadata={"help": "Different colours in the scenes."})
     min_objects: int = field(default=2, metadata={"help": "Fewest objects of a scene."})
     max_objects: int = field(default=6, metadata={"help": "Most objects of a scene."})
     grid: int = field(default=4, metadata={"help": "Cells per side of a scene."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
+
+    def __post_init__(self):
+        if len(self.questions_per_type) != len(QUESTION_TYPES):
+            raise ValueError(f"questions_per_type needs a number for each of {QUESTION_TYPES}.")
+
+    def sampling(self) -> dict:
+        """Options of `sample_scene`."""
+        return {
+            "min_objects": self.min_objects,
+            "max_objects": self.max_objects,
+            "grid": self.grid,
+            "shapes": SHAPES[: self.num_shapes],
+            "colours": tuple(COLOURS)[: self.num_colours],
+        }
 
 
 SECTIONS = {
     "run": RunArguments,
     "vision": CLIPVisionConfig,
     "text": LlamaConfig,
-    "training": CompressionTrainingArguments,
+    "training": SmallVLMTrainingArguments,
 }
 
 
@@ -63,46 +87,81 @@ def main() -> None:
     run = RunArguments(**values["run"])
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume)
+    state = PartialState()
+    if state.num_processes == 1 and state.device.type == "cpu":
+        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
     set_seed(run.seed)
     started = time.time()
     vision = CLIPVisionConfig(**values["vision"])
-    scenes = {
-        "image_size": vision.image_size,
-        "num_shapes": run.num_shapes,
-        "num_colours": run.num_colours,
-        "min_objects": run.min_objects,
-        "max_objects": run.max_objects,
-        "grid": run.grid,
-    }
-    train = scene_rows(
-        run.train_images, run.seed, questions_per_image=run.questions_per_image, captions=True, **scenes
-    )
-    held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, **scenes)
     processor = scene_processor(vision.image_size, vision.patch_size)
     model = build_model(vision, values["text"], processor)
-    print(f"{len(train):,} scenes, {sum(p.numel() for p in model.parameters()):,} parameters")
-
+    state.print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     arguments = values["training"] | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
-    trainer = CompressionTrainer(
-        model=model,
-        args=CompressionTrainingArguments(**arguments),
-        train_dataset=train,
-        data_collator=VQACollator(processor),
+    args = SmallVLMTrainingArguments(**arguments)
+    checkpoint = last_complete_checkpoint(out) if resume else None
+    seen = teach_tower(model, processor, run, args) if run.tower_steps and checkpoint is None else {}
+    tower = model.model.vision_tower.requires_grad_(run.train_tower)
+    if run.train_tower:
+        # LLaVA reads the tower before its last norm, which hence never gets a gradient.
+        tower.post_layernorm.requires_grad_(False)
+    scenes_per_step = args.train_batch_size * args.gradient_accumulation_steps * state.num_processes
+    train = SceneQuestionDataset(
+        max(1, args.max_steps) * scenes_per_step,
+        run.seed,
+        vision.image_size,
+        dict(zip(QUESTION_TYPES, run.questions_per_type)),
+        run.captions,
+        **run.sampling(),
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if resume else None)
+    trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.use_averaged_weights()
     trainer.save_model(str(out))
-    if not trainer.is_world_process_zero():
-        return
-    processor.save_pretrained(out)
-    answers = generate_answers(trainer.unwrapped_model, VQACollator(processor, answers=False), held_out)
-    scores = vqa_accuracy(answers, [row["answers"][0] for row in held_out])
-    accuracy = accuracy_by_type(scores, [row["types"][0] for row in held_out])
-    results = {"accuracy": accuracy, "scenes": scenes, "seed": run.seed, "seconds": round(time.time() - started, 1)}
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(out)
+        report(out, trainer.unwrapped_model.requires_grad_(True), processor, run, vision.image_size, seen, started)
+
+
+def teach_tower(model, processor, run: RunArguments, args: SmallVLMTrainingArguments) -> dict[str, float]:
+    """The tower alone, patch by patch; returns what a linear probe then reads from held-out patches."""
+    tower, vision = model.model.vision_tower, model.config.vision_config
+    seen = pretrain_tower(
+        tower,
+        lambda pixels: tower(pixels).last_hidden_state[:, 1:],
+        processor.image_processor,
+        image_size=vision.image_size,
+        side=vision.image_size // vision.patch_size,
+        output_dir=str(Path(args.output_dir) / "tower"),
+        steps=run.tower_steps,
+        seed=run.seed,
+        trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
+        **run.sampling(),
+    )
+    PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))
+    return seen
+
+
+def report(out: Path, model, processor, run: RunArguments, image_size: int, seen: dict, started: float) -> None:
+    """Accuracy by question type on held-out questions, with the picture and (language prior) on other pictures."""
+    scenes = {name: getattr(run, name) for name in ("num_shapes", "num_colours", "min_objects", "max_objects", "grid")}
+    scenes["image_size"] = image_size
+    held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, **scenes)
+    rows = [held_out[i] for i in range(len(held_out))]
+    # Each question with the picture of another question of its type: what the words alone are worth.
+    step = len(QUESTION_TYPES)
+    blind = [row | {"image": rows[(i + step) % len(rows)]["image"]} for i, row in enumerate(rows)]
+    accuracy = {}
+    for name, part in (("accuracy", rows), ("accuracy_other_picture", blind)):
+        answers = generate_answers(model, VQACollator(processor, answers=False), part)
+        scores = vqa_accuracy(answers, [row["answers"][0] for row in part])
+        accuracy[name] = accuracy_by_type(scores, [row["types"][0] for row in part])
+    results = accuracy | {"tower": seen, "scenes": scenes, "seed": run.seed}
+    results["seconds"] = round(time.time() - started, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"held-out accuracy on {len(held_out)} questions, {results['seconds']:.0f} s")
-    for kind, value in accuracy.items():
-        print(f"  {kind:10s} {100 * value:5.1f} %")
+    print(f"held-out accuracy on {len(rows)} questions, {results['seconds']:.0f} s")
+    print(f"  {'':10s} {'':>7s} with another question's picture")
+    for kind, value in accuracy["accuracy"].items():
+        print(f"  {kind:10s} {100 * value:5.1f} % {100 * accuracy['accuracy_other_picture'][kind]:5.1f} %")
 
 
 def build_model(vision: CLIPVisionConfig, text: dict, processor) -> LlavaForConditionalGeneration:

@@ -12,7 +12,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL_VLM = [
     "--image_size", "32", "--vision.hidden_size", "16", "--vision.intermediate_size", "16",
     "--text.hidden_size", "32", "--text.intermediate_size", "32", "--text.num_hidden_layers", "4",
-    "--train_images", "60", "--eval_questions", "30", "--max_steps", "4", "--per_device_train_batch_size", "8",
+    "--tower_steps", "4", "--grid", "4", "--eval_questions", "30", "--max_steps", "4",
+    "--per_device_train_batch_size", "8", "--threads", "1",
 ]  # fmt: skip
 SMALL_RUN = [
     "--train_images", "60", "--eval_questions", "30", "--max_steps", "4", "--per_device_train_batch_size", "8",

@@ -5,6 +5,7 @@ probe on every patch (shape, colour, size, dot, row, column of its grid cell) ge
 The probe is thrown away; the tower is an ordinary tower afterwards.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -99,8 +100,22 @@ def pretrain_tower(
         "seed": seed,
     }
     args = CompressionTrainingArguments(**arguments | (trainer_arguments or {}))
-    CompressionTrainer(model=probe, args=args, train_dataset=data).train()
+    with _only_what_is_used(probe, data):
+        CompressionTrainer(model=probe, args=args, train_dataset=data).train()
     return probe_accuracy(probe, ScenePatchDataset(128, seed + 1, image_processor, image_size, side, **scene_options))
+
+
+@contextlib.contextmanager
+def _only_what_is_used(probe: PatchProbe, data: ScenePatchDataset):
+    """Freezes what the features do not pass through (a CLIP tower's last norm): ranks wait for every gradient."""
+    probe(**{name: value[None] for name, value in data[0].items()})["loss"].backward()
+    unused = [p for p in probe.parameters() if p.requires_grad and p.grad is None]
+    probe.zero_grad()
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in unused:
+        parameter.requires_grad_(True)
 
 
 @torch.no_grad()
