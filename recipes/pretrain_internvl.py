@@ -4,11 +4,16 @@
     accelerate launch recipes/pretrain_internvl.py --max_steps 200 --output_dir outputs/quick_internvl
     accelerate launch recipes/pretrain_internvl.py --resume_from_checkpoint true
 
+First the vision tower and the projector learn what every cell of a scene shows
+(`tokcom_hf.trainers.dense_pretraining`), then the language model learns to answer, many questions per image in one
+sequence.
+
 Leaves a folder in the format of `OpenGVLab/InternVL3-1B-hf`: model, tokenizer, image processor and `results.json` with the
 held-out accuracy. `recipes/train_joint_lfq.py` takes that folder, or a real checkpoint, as `--base`.
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -20,15 +25,15 @@ from transformers import InternVLVisionConfig, Qwen2Config, set_seed
 
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.captions import SceneArguments
+from tokcom_hf.data.packed_vqa import PackedVQACollator
+from tokcom_hf.data.scene_questions import SceneQuestionDataset
+from tokcom_hf.data.scenes import QUESTION_TYPES
 from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.data.vqa import VQACollator, scene_rows
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
-from tokcom_hf.trainers.base import (
-    CompressionTrainer,
-    CompressionTrainingArguments,
-    check_output_dir,
-    last_complete_checkpoint,
-)
+from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
+from tokcom_hf.trainers.dense_pretraining import pretrain_tower
+from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.trainers.vqa_generation import generate_answers
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "pretrain_internvl.yaml"
@@ -41,11 +46,20 @@ class RunArguments:
     output_dir: str = field(default="outputs/small_internvl", metadata={"help": "Folder of model and processor."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'true' goes on from a checkpoint."})
-    train_images: int = field(default=8000, metadata={"help": "Scenes to train on."})
-    questions_per_image: int = field(default=5, metadata={"help": "Questions about each scene, in one sequence."})
+    tower_steps: int = field(default=300, metadata={"help": "Steps that teach tower and projector alone; 0: none."})
+    questions_per_type: list[int] = field(
+        default_factory=lambda: [3, 1, 1, 4, 1],
+        metadata={"help": f"Questions about each scene, at most, of type {', '.join(QUESTION_TYPES)}."},
+    )
     eval_questions: int = field(default=500, metadata={"help": "Held-out questions with balanced answers."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
+
+    def __post_init__(self):
+        if len(self.questions_per_type) != len(QUESTION_TYPES):
+            raise ValueError(
+                f"questions_per_type needs a number for each of {QUESTION_TYPES}, got {self.questions_per_type}."
+            )
 
 
 SECTIONS = {
@@ -53,7 +67,7 @@ SECTIONS = {
     "scenes": SceneArguments,
     "vision": InternVLVisionConfig,
     "text": Qwen2Config,
-    "training": CompressionTrainingArguments,
+    "training": SmallVLMTrainingArguments,
 }
 
 
@@ -70,19 +84,26 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(run.seed)
     started = time.time()
     model, processor = build_small_internvl(values["vision"], values["text"])
-    train = scene_rows(
-        run.train_images, run.seed, questions_per_image=run.questions_per_image, captions=True, **scenes.options()
-    )
-    state.print(f"{len(train):,} scenes, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    state.print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     arguments = values["training"] | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
-    trainer = CompressionTrainer(
-        model=model,
-        args=CompressionTrainingArguments(**arguments),
-        train_dataset=train,
-        data_collator=VQACollator(processor),
+    args = SmallVLMTrainingArguments(**arguments)
+    checkpoint = last_complete_checkpoint(out) if resume else None
+    seen = {}
+    if run.tower_steps and checkpoint is None:
+        seen = teach_tower(model, processor, run, scenes, args)
+    # The tower can see by now, and training goes twice as fast without its backward pass.
+    model.model.vision_tower.requires_grad_(run.tower_steps == 0)
+    train = SceneQuestionDataset(
+        max(1, args.max_steps) * args.train_batch_size * args.gradient_accumulation_steps * state.num_processes,
+        run.seed,
+        scenes.image_size,
+        dict(zip(QUESTION_TYPES, run.questions_per_type)),
+        **scenes.sampling(),
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if resume else None)
+    trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.use_averaged_weights()
+    trainer.unwrapped_model.requires_grad_(True)
     trainer.save_model(str(out))
     if not trainer.is_world_process_zero():
         return {}
@@ -91,13 +112,33 @@ def main(argv: list[str] | None = None) -> dict:
     answers = generate_answers(trainer.unwrapped_model, VQACollator(processor, answers=False), held_out)
     scores = vqa_accuracy(answers, [row["answers"][0] for row in held_out])
     accuracy = accuracy_by_type(scores, [row["types"][0] for row in held_out])
-    results = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed}
+    results = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed, "tower": seen}
     results |= {"steps": trainer.state.global_step, "seconds": round(time.time() - started, 1)}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"held-out accuracy on {len(held_out)} questions, {results['seconds']:.0f} s")
     for kind, value in accuracy.items():
         print(f"  {kind:10s} {100 * value:5.1f} %")
     return results
+
+
+def teach_tower(model, processor, run: RunArguments, scenes: SceneArguments, args) -> dict[str, float]:
+    """Tower and projector alone; returns what a linear probe then reads from features of held-out scenes."""
+    inner = model.model
+    seen = pretrain_tower(
+        inner.vision_tower,
+        lambda pixels: inner.get_image_features(pixel_values=pixels).pooler_output,
+        processor.image_processor,
+        image_size=scenes.image_size,
+        side=math.isqrt(processor.image_seq_length),
+        output_dir=str(Path(args.output_dir) / "tower"),
+        steps=run.tower_steps,
+        seed=run.seed,
+        extra_modules=(inner.multi_modal_projector,),
+        trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
+        **scenes.sampling(),
+    )
+    PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))
+    return seen
 
 
 if __name__ == "__main__":

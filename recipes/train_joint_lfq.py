@@ -55,6 +55,9 @@ class RunArguments:
     train_images: int = field(default=4000, metadata={"help": "Procedural scenes to train on."})
     eval_images: int = field(default=400, metadata={"help": "Held-out procedural scenes, one question each."})
     questions_per_image: int = field(default=5, metadata={"help": "Questions about each training scene."})
+    packed_questions: bool = field(
+        default=False, metadata={"help": "Ask all questions about an image side by side, unseen by each other."}
+    )
     prompt: str = field(default="<image> {question}", metadata={"help": "Prompt of a question."})
     caption_prompt: str = field(default="{caption}", metadata={"help": "Prompt of an image to be drawn."})
     embedding_init_method: str = field(
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         args,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=JointLFQCollator(processor, run.prompt, caption_prompt=run.caption_prompt),
+        data_collator=JointLFQCollator(processor, run.prompt, run.caption_prompt, run.packed_questions),
         generation_collator=VQACollator(processor, run.prompt, answers=False),
     )
     before = evaluate_joint(trainer, held_out)

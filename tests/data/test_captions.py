@@ -74,6 +74,22 @@ def test_the_joint_batch_holds_questions_and_captions():
     assert int((told == tokenizer.eos_token_id).sum()) == sum(len(rows[i]["questions"]) for i in range(4))
 
 
+def test_packed_questions_do_not_see_each_other_and_captions_are_the_same():
+    model, processor = build_small_internvl(VISION, TEXT)
+    rows = [scene_caption_rows(1, 3, 3, image_size=32)[0]]
+    turns, packed = JointLFQCollator(processor)(rows), JointLFQCollator(processor, packed=True)(rows)
+    assert torch.equal(turns["caption_ids"], packed["caption_ids"])
+    told = packed["labels"] != -100
+    alone = [row | {"questions": row["questions"][-1:], "answers": row["answers"][-1:]} for row in rows]
+    single = JointLFQCollator(processor)(alone)
+    last = int((single["labels"] != -100).sum())
+    with torch.no_grad():
+        logits = [model(**{k: v for k, v in b.items() if "caption" not in k}).logits for b in (packed, single)]
+    before = torch.roll(told, -1, 1)
+    answer = torch.roll(single["labels"] != -100, -1, 1)
+    assert torch.allclose(logits[0][before][-last:], logits[1][answer], atol=1e-5)
+
+
 def test_the_small_internvl_loads_like_a_real_one(tmp_path):
     model, processor = build_small_internvl(VISION, TEXT)
     model.save_pretrained(tmp_path)

@@ -12,8 +12,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL_BASE = [
-    "--train_images", "40", "--eval_questions", "10", "--max_steps", "3", "--per_device_train_batch_size", "8",
-    "--scenes.image_size", "32", "--vision.image_size", "32", "--vision.hidden_size", "16",
+    "--tower_steps", "3", "--eval_questions", "10", "--max_steps", "3", "--per_device_train_batch_size", "8",
+    "--scenes.image_size", "32", "--vision.image_size", "32", "--vision.patch_size", "4", "--vision.hidden_size", "16",
     "--vision.intermediate_size", "16", "--text.hidden_size", "32", "--text.intermediate_size", "32",
     "--text.num_hidden_layers", "2", "--threads", "1",
 ]  # fmt: skip
@@ -63,9 +63,9 @@ def test_pretraining_and_joint_training_leave_models_that_answer_and_draw(tmp_pa
     start, end = model.lfq_token_range
     assert end - start == quantizer.config.codebook_size == 256
     prompt = tokenizer("a small red circle at the top" + tokenizer.start_image_token, add_special_tokens=False)
-    ids = model.generate(torch.tensor([prompt["input_ids"]]), mode="image", num_image_tokens=4, do_sample=False)
+    ids = model.generate(torch.tensor([prompt["input_ids"]]), mode="image", num_image_tokens=16, do_sample=False)
     drawn = ids[0, len(prompt["input_ids"]) :]
-    assert len(drawn) == 4 and ((drawn >= start) & (drawn < end)).all()
+    assert len(drawn) == 16 and ((drawn >= start) & (drawn < end)).all()
     plain = AutoModelForImageTextToText.from_pretrained(base)
     assert torch.equal(
         plain.get_input_embeddings().weight, model.base.get_input_embeddings().weight
@@ -88,7 +88,7 @@ def test_joint_training_on_json_lines_with_a_frozen_language_model(tmp_path, mon
     rows.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     files = ["--image_text_file", str(rows), "--eval_file", str(rows)]
     common = ["--base", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out"), *SMALL_RUN]
-    results = joint.main([*common, *files, "--tune_llm", "false"])
+    results = joint.main([*common, *files, "--tune_llm", "false", "--packed_questions", "false"])
     assert results["train_images"] == 8 and results["data"] == "rows.jsonl"
     assert results["after"]["continuous_kl"] == 0 and results["after"]["continuous_agreement"] == 1
     with pytest.raises(ValueError, match="belong together"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .packed_vqa import PackedVQACollator
 from .scenes import COLOURS, QUESTION_TYPES, SHAPES, render_scene, sample_scene, scene_caption, scene_questions
 from .vqa import CAPTION_REQUEST, VQACollator, VQADataset, _pad
 
@@ -30,6 +31,16 @@ class SceneArguments:
     def options(self) -> dict[str, Any]:
         """Arguments of `vqa.scene_rows` and of `scene_caption_rows`."""
         return dict(vars(self))
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `scenes.sample_scene`."""
+        return {
+            "min_objects": self.min_objects,
+            "max_objects": self.max_objects,
+            "grid": self.grid,
+            "shapes": SHAPES[: self.num_shapes],
+            "colours": tuple(COLOURS)[: self.num_colours],
+        }
 
 
 def scene_caption_rows(
@@ -108,17 +119,33 @@ def read_image_text_jsonl(path: str | Path, image_dir: str | Path | None = None)
 
 
 @dataclass
-class JointLFQCollator(VQACollator):
-    """A `VQACollator` whose batch also holds the captions to draw from.
+class JointLFQCollator:
+    """Rows of this module → model inputs of joint LFQ training: questions and answers, and captions to draw from.
 
-    Adds `caption_ids` and `caption_mask` `(batch, length)`: the caption and the start-of-image token, padded on the left,
-    so that the image's tokens follow at the same place in every row.
+    Args:
+        processor: of the vision-language model.
+        prompt: of a question; `<image>` stands for the image.
+        caption_prompt: of an image to be drawn; `{caption}` is replaced.
+        packed: questions about an image share it in one sequence and do not see each other, as if each were asked
+            alone (needs sdpa or eager attention); otherwise they follow each other like turns of a dialogue.
+
+    Returns (when called):
+        what `PackedVQACollator` or `VQACollator` returns, with `caption_ids` and `caption_mask` `(batch, length)`: the
+        caption and the start-of-image token, padded on the left, so that the image's tokens follow at the same place
+        in every row.
     """
 
+    processor: Any
+    prompt: str = "<image> {question}"
     caption_prompt: str = "{caption}"
+    packed: bool = False
+
+    def __post_init__(self):
+        kind = PackedVQACollator if self.packed else VQACollator
+        self.questions = kind(self.processor, self.prompt)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(rows)
+        batch = self.questions(rows)
         tokenizer = self.processor.tokenizer
         start = tokenizer.convert_tokens_to_ids(self.processor.start_image_token)
         captions = []

@@ -124,12 +124,14 @@ class JointLFQTrainer(CompressionTrainer):
     def teacher_logits(self, features, inputs) -> torch.Tensor:
         """The teacher's logits where an answer token is predicted, `(answer tokens, old vocabulary)`."""
         model = self.unwrapped_model
-        text = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        text = {
+            name: inputs[name] for name in ("input_ids", "attention_mask", "labels", "position_ids") if name in inputs
+        }
         if self.teacher is None:
             return model.answer_logits(features, **text)
-        embeddings = model.embed(text["input_ids"], features)
-        hidden = last_hidden_states(self.teacher, embeddings, text["attention_mask"])
-        return self.teacher.get_output_embeddings()(hidden[:, :-1][text["labels"][:, 1:] != -100])
+        embeddings, labels = model.embed(text.pop("input_ids"), features), text.pop("labels")
+        hidden = last_hidden_states(self.teacher, embeddings, **text)
+        return self.teacher.get_output_embeddings()(hidden[:, :-1][labels[:, 1:] != -100])
 
     def drop_captions(self, mask: torch.Tensor) -> torch.Tensor:
         """Hides whole captions, but not the start-of-image token that ends them, with probability `caption_drop`.

@@ -32,9 +32,9 @@ class JointLFQOutput(ModelOutput):
     quantizer: LFQQuantizerOutput | None = None
 
 
-def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> torch.Tensor:
     """Final hidden states `(batch, length, hidden)` of a transformers model, without its head."""
-    return base.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)[0]
+    return base.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
 
 
 @torch.no_grad()
@@ -138,9 +138,10 @@ class JointLFQModel(nn.Module):
             )
         return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
 
-    def answer_logits(self, features, input_ids, attention_mask, labels) -> torch.Tensor:
+    def answer_logits(self, features, input_ids, attention_mask, labels, position_ids=None) -> torch.Tensor:
         """Logits over old ids `(answer tokens, old vocabulary)` where a label is predicted."""
-        hidden = last_hidden_states(self.base, self.embed(input_ids, features), attention_mask)
+        where = {} if position_ids is None else {"position_ids": position_ids}
+        hidden = last_hidden_states(self.base, self.embed(input_ids, features), attention_mask, **where)
         return self.language_model.original_logits(hidden[:, :-1][labels[:, 1:] != -100])
 
     def codes_to_ids(self, codes: torch.Tensor) -> torch.Tensor:
@@ -174,6 +175,7 @@ class JointLFQModel(nn.Module):
         labels: torch.Tensor,
         caption_ids: torch.Tensor,
         caption_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
         continuous: bool = True,
     ) -> JointLFQOutput:
         """All losses of a batch.
@@ -183,13 +185,15 @@ class JointLFQModel(nn.Module):
             teacher_logits: `(answer tokens, old vocabulary)`.
             input_ids, attention_mask, labels: `(batch, length)` questions and answers about each image.
             caption_ids, caption_mask: `(batch, caption length)`, ending with the start-of-image token.
+            position_ids: of packed questions, whose `attention_mask` is `(batch, 1, length, length)`.
             continuous: also compare the student that sees continuous features.
         """
         quantized = self.quantizer(image_features)
-        logits = self.answer_logits(quantized.embeddings, input_ids, attention_mask, labels)
+        text = (input_ids, attention_mask, labels, position_ids)
+        logits = self.answer_logits(quantized.embeddings, *text)
         continuous_kl = None
         if continuous:
-            unquantized = self.answer_logits(image_features, input_ids, attention_mask, labels)
+            unquantized = self.answer_logits(image_features, *text)
             continuous_kl = self.kl(teacher_logits, unquantized)
         return JointLFQOutput(
             generation_loss=self.generation_loss(quantized.codes, caption_ids, caption_mask),
