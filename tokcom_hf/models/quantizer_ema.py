@@ -157,8 +157,7 @@ class EMAQuantizer(Quantizer):
         if self.config.reset_fraction > 0:
             room = self.config.reset_pool - sum(len(part) for part in self._pool)
             if room > 0:
-                error = (vectors - chosen).square().sum(1, keepdim=True)
-                self._pool.append(torch.cat([vectors[:room], error[:room]], dim=1))
+                self._pool.append(vectors[:room])
 
     @torch.no_grad()
     def update(self, allow_reset: bool = True) -> None:
@@ -201,8 +200,8 @@ class EMAQuantizer(Quantizer):
         """Moves dead codes, the least used first, onto vectors of the pool; live codes stay as they are.
 
         Args:
-            pool: `(n, width + 1)`: vectors and, in the last column, their squared distance to their code; the same on
-                every rank. Vectors are drawn without replacement, in proportion to that distance.
+            pool: vectors `(n, width)`, the same on every rank. They are drawn evenly and without replacement: codes then
+                land where vectors are dense and will be used. (Drawn by their error they land on outliers.)
             vectors_per_step: vectors of one optimizer step over all ranks.
 
         Returns:
@@ -214,9 +213,9 @@ class EMAQuantizer(Quantizer):
             return 0
         dead = dead[self.code_share[dead].argsort(stable=True)][:limit]
         seed = self.config.codebook_seed + 1_000_003 * int(self.num_updates)
-        chosen = sample_rows(pool[:, -1] + 1e-12, len(dead), seed)
+        chosen = sample_rows(pool.new_ones(len(pool)), len(dead), seed)
         dead = dead[: len(chosen)]
-        vectors = pool[chosen, :-1]
+        vectors = pool[chosen]
         self.codebook[dead] = vectors
         self.code_share[dead] = self.ema_weight / self.codebook_size
         self.code_sum[dead] = vectors * self.code_share[dead][:, None]
