@@ -187,8 +187,12 @@ sys.path.insert(0, {tests!r})
 from test_vqgan_trainer import trainer, state
 run = trainer({folder!r}, {{"entropy_weight": 0.1, "dead_code_threshold": 0.5}}, max_steps=50, logging_steps=25,
               ddp_find_unused_parameters=False, per_device_train_batch_size=4, ema_decay=0.9)
+quantizer, moved = run.model.quantizer, []
+reset = quantizer.reset_dead_codes
+quantizer.reset_dead_codes = lambda *arguments: moved.append(reset(*arguments)) or moved[-1]
 run.train()
-torch.save({{"model": state(run.model), "discriminator": state(run.discriminator)}},
+del quantizer.reset_dead_codes
+torch.save({{"model": state(run.model), "discriminator": state(run.discriminator), "moved": moved}},
            {folder!r} + f"/rank{{run.args.process_index}}.pt")
 """
 
@@ -206,6 +210,7 @@ def test_fifty_two_rank_steps_leave_equal_codebooks(tmp_path):
         for name, tensor in first[part].items():
             assert torch.equal(tensor, second[part][name]), name
     assert int(first["model"]["quantizer.num_updates"]) == 50
+    assert first["moved"] == second["moved"] and sum(first["moved"]) > 0
 
 
 RECIPE = [
