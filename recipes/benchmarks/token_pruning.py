@@ -4,17 +4,22 @@
     python recipes/benchmarks/token_pruning.py --seeds 1 --max_steps 50 --ablations false
 
 Rows: the unpruned model; the question alone (a grey image); our two stages with LoRA; random tokens with the same LoRA
-fine-tune, data and steps; every training-free strategy. Each baseline keeps as many tokens as bring it to **at least**
+fine-tune, data and steps; every training-free strategy; a smaller image, as it is and with the same fine-tune.
+Each baseline keeps as many tokens as bring it to **at least**
 our FLOPs (heads, vision tower and projector included), so that rounding favours the baseline. With `--ablations true`
-also: without merger, without pruners, without KL, with the adversarial part, and the documented losses only.
+also (first seed): without merger, without pruners, without KL, with the adversarial part, and the documented losses only.
 """
 
 import json
+import os
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from downsampled_vlm import can_downsample, downsampled_vlm, shrunk
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
@@ -35,7 +40,23 @@ from tokcom_hf.models.token_selection import LAYER_STRATEGIES, STRATEGIES
 from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_pruning.yaml"
-OURS, RANDOM_TUNED = "merger + pruners + LoRA", "random + LoRA"
+OURS, RANDOM_TUNED, GREY = "merger + pruners + LoRA", "random + LoRA", "question only (grey image)"
+# Each changes one thing.
+ABLATIONS: dict[str, dict] = {
+    "no merger": {"merger": False},
+    "no pruners": {"pruners": False},
+    "no KL": {"kl_weight": 0.0},
+    "with adversarial part": {"adversarial_weight": 0.1},
+    "documented losses only": {
+        "kl_weight": 0.0,
+        "adversarial_weight": 1.0,
+        "task_weight": 25.0,
+        "merge_sparsity_weight": 1e-4,
+        "keep_rate_weight": 0.0,
+        "binarization_weight": 0.0,
+    },
+    "frozen base (no LoRA)": {"lora_r": 0},
+}
 
 
 @dataclass
@@ -45,6 +66,8 @@ class RunArguments:
     base_model: str = field(default="outputs/small_vlm", metadata={"help": "VLM by Hub name or folder."})
     output_dir: str = field(default="outputs/benchmark_token_pruning", metadata={"help": "Folder of results.json."})
     seeds: int = field(default=5, metadata={"help": "Training seeds."})
+    overwrite: bool = field(default=False, metadata={"help": "Measure again what the output folder holds."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; all that the process may use."})
     ablations: bool = field(default=True, metadata={"help": "Also train the ablations (first seed only)."})
 
 
@@ -69,19 +92,28 @@ class Comparison:
         assert train is not None
         self.train_rows = train
         self.collator = VQACollator(self.processor, self.source.prompt, answers=False)
+        self.full_sequence = 0.0  # tokens of the unpruned prompt, known once it was measured
 
     def base(self):
         return AutoModelForImageTextToText.from_pretrained(self.run.base_model).eval()
 
-    def heads(self, merger: bool = True, pruners: bool = True, **changes) -> PrunedVLM:
+    def learned(self, seed: int, merger: bool = True, pruners: bool = True, **changes) -> dict:
+        """Our two stages, or one of them, trained with some arguments changed."""
+        return self.evaluate(self.train(self.heads(merger, pruners), seed, **changes))
+
+    def heads(self, merger: bool, pruners: bool) -> PrunedVLM:
         base = self.base()
         probe = PrunedVLM.from_base(base)
         width, features = probe.adapter.text_config.hidden_size, probe.adapter.feature_size
         first = TokenMergerConfig(**self.values["merger"] | {"feature_size": features, "question_size": width})
-        second = LayerPrunerConfig(**self.values["pruner"] | changes | {"hidden_size": width})
+        second = LayerPrunerConfig(**self.values["pruner"] | {"hidden_size": width})
         return PrunedVLM.from_base(base, first if merger else None, second if pruners else None)
 
-    def train(self, model: PrunedVLM, seed: int, **changes) -> PrunedVLM:
+    def base_written(self) -> int:
+        """When the base's weights were written, 0 for a Hub name: a base trained anew is another base."""
+        return sum(path.stat().st_mtime_ns for path in Path(self.run.base_model).glob("*.safetensors"))
+
+    def train(self, model: PrunedVLM, seed: int, rows=None, processor=None, **changes) -> PrunedVLM:
         arguments = self.values["training"] | changes | {
             "output_dir": str(Path(self.run.output_dir) / "work"),
             "seed": seed,
@@ -99,8 +131,8 @@ class Comparison:
         trainer = TokenPruningTrainer(
             model=model,
             args=args,
-            train_dataset=self.train_rows,
-            data_collator=VQACollator(self.processor, self.source.prompt),
+            train_dataset=self.train_rows if rows is None else rows,
+            data_collator=VQACollator(processor or self.processor, self.source.prompt),
             discriminator=discriminator,
         )
         trainer.train()
@@ -108,18 +140,90 @@ class Comparison:
             trainer.merge_lora()
         return model.eval()
 
-    def evaluate(self, model: PrunedVLM, rows=None, mode: str = "hard") -> dict:
+    def evaluate(self, model: PrunedVLM, rows=None, mode: str = "hard", processor=None) -> dict:
         length = self.values["training"].get("eval_max_new_tokens", 4)
-        return evaluate_mode(model, self.collator, self.rows if rows is None else rows, mode, length)
+        collator = VQACollator(processor, self.source.prompt, answers=False) if processor else self.collator
+        return evaluate_mode(model, collator, self.rows if rows is None else rows, mode, length)
+
+    def question_only(self) -> dict:
+        """The unpruned model with grey pictures."""
+        grey = [row | {"image": Image.new("RGB", row["image"].size, (128, 128, 128))} for row in self._held_out()]
+        return self.evaluate(PrunedVLM.from_base(self.base()), VQADataset(grey), "origin")
+
+    def free(self, strategy: str, keep: int, seed: int, train: bool = False) -> dict:
+        """A training-free strategy, or the same with our LoRA fine-tune."""
+        model = PrunedVLM.from_base(self.base(), strategy=strategy, keep=keep, strategy_seed=seed)
+        return self.evaluate(self.train(model, seed) if train else model.eval())
+
+    def downsampled(self, size: int, full_flops: float, seed: int, train: bool = False, rows=None) -> dict:
+        """Smaller pictures, or the same with our LoRA fine-tune; FLOPs relative to the full picture's."""
+        base, processor = downsampled_vlm(self.base(), self.processor, size)
+        model = PrunedVLM.from_base(base)
+        if train:
+            # The unpruned teacher is the same small-picture model: no KL.
+            self.train(model, seed, shrunk(self.train_rows, size), processor, kl_weight=0.0)
+        result = self.evaluate(model, shrunk(self.rows if rows is None else rows, size), "origin", processor)
+        ratio = result["flops"] / full_flops
+        full = self.full_sequence or result["vision_tokens"] + result["text_tokens"]
+        kept = (result["vision_tokens"] + result["text_tokens"]) / full
+        return result | {"flops_ratio": ratio, "sequence_kept": kept}
+
+    def smallest_image(self, ratio: float, full_flops: float) -> int:
+        """Pixels per side at which the picture costs at least `ratio` of the unpruned FLOPs."""
+        vision = self.base().config.vision_config
+        few = VQADataset(self._held_out()[:20])
+        for size in range(vision.patch_size, vision.image_size, vision.patch_size):
+            if self.downsampled(size, full_flops, 0, rows=few)["flops_ratio"] >= ratio:
+                return size
+        return vision.image_size
+
+    def _held_out(self) -> list[dict]:
+        return [self.rows[i] for i in range(len(self.rows))]
 
     def cheapest_keep(self, strategy: str, ratio: float, tokens: int) -> int:
         """Fewest tokens with which the strategy costs at least `ratio` of the unpruned FLOPs."""
-        few = VQADataset([self.rows[i] for i in range(min(20, len(self.rows)))])
+        few = VQADataset(self._held_out()[:20])
         for keep in range(1, tokens + 1):
             model = PrunedVLM.from_base(self.base(), strategy=strategy, keep=keep).eval()
             if self.evaluate(model, few)["flops_ratio"] >= ratio:
                 return keep
         return tokens
+
+
+class Rows:
+    """Finished rows of the table, saved one by one: an interrupted comparison goes on where it stopped."""
+
+    def __init__(self, folder: Path, fingerprint: dict, overwrite: bool):
+        self.path = folder / "rows.json"
+        self.fingerprint = json.loads(json.dumps(fingerprint, default=str))
+        self.table: dict[str, dict[str, dict]] = {}
+        if self.path.is_file() and not overwrite:
+            saved = json.loads(self.path.read_text(encoding="utf-8"))
+            if saved["fingerprint"] != self.fingerprint:
+                raise RecipeError(
+                    f"{self.path} holds rows of another comparison (other settings or base model). Choose another "
+                    "--output_dir, or --overwrite them."
+                )
+            self.table = saved["table"]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, seed: int, measure: Callable[..., dict], *args, **kwargs) -> dict:
+        """The row's result for a seed; measured and saved where it is missing."""
+        row = self.table.setdefault(name, {})
+        if str(seed) not in row:
+            set_seed(seed)
+            started = time.time()
+            result = {k: v for k, v in measure(*args, **kwargs).items() if k != "answers"}
+            row[str(seed)] = result | {"seconds": round(time.time() - started, 1)}
+            text = json.dumps({"fingerprint": self.fingerprint, "table": self.table})
+            scratch = self.path.with_suffix(".tmp")
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(self.path)
+            print(
+                f"{name} (seed {seed}): {100 * result['accuracy']['all']:.1f} %, {row[str(seed)]['seconds']:.0f} s",
+                flush=True,
+            )
+        return row[str(seed)]
 
 
 def main() -> None:
@@ -129,62 +233,38 @@ def main() -> None:
         raise RecipeError(
             f"{run.base_model} does not exist; run recipes/pretrain_vlm.py first, or name a --base_model."
         )
+    if torch.get_num_threads() == 1 or run.threads:
+        # `accelerate launch` leaves one thread; one process may have all.
+        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
     comparison = Comparison(run, values)
-    table: dict[str, list[dict]] = {}
-    unpruned = PrunedVLM.from_base(comparison.base())
-    table["unpruned"] = [comparison.evaluate(unpruned, mode="origin")]
-    grey = VQADataset(
-        [row | {"image": Image.new("RGB", row["image"].size, (128, 128, 128))} for row in all_rows(comparison)]
-    )
-    table["question only (grey image)"] = [comparison.evaluate(unpruned, grey, "origin")]
-    for seed in range(run.seeds):
-        set_seed(seed)
-        table.setdefault(OURS, []).append(comparison.evaluate(comparison.train(comparison.heads(), seed)))
-    ratio = statistics.mean(r["flops_ratio"] for r in table[OURS])
-    tokens = int(table["unpruned"][0]["vision_tokens"])
-    keep = comparison.cheapest_keep("random", ratio, tokens)
-    for seed in range(run.seeds):
-        set_seed(seed)
-        model = PrunedVLM.from_base(comparison.base(), strategy="random", keep=keep, strategy_seed=seed)
-        table.setdefault(RANDOM_TUNED, []).append(comparison.evaluate(comparison.train(model, seed)))
+    settings = {k: v for k, v in values.items() if k != "run"} | {"base_model": run.base_model}
+    rows = Rows(Path(run.output_dir), settings | {"base_written": comparison.base_written()}, run.overwrite)
+    seeds = range(run.seeds)
+
+    unpruned = rows.add("unpruned", 0, comparison.evaluate, PrunedVLM.from_base(comparison.base()), mode="origin")
+    comparison.full_sequence = unpruned["vision_tokens"] + unpruned["text_tokens"]
+    rows.add(GREY, 0, comparison.question_only)
+    for seed in seeds:
+        rows.add(OURS, seed, comparison.learned, seed)
+    ratio = statistics.mean(r["flops_ratio"] for r in rows.table[OURS].values())
+    tokens = int(unpruned["vision_tokens"])
     for strategy in (*STRATEGIES, *LAYER_STRATEGIES):
         keep = comparison.cheapest_keep(strategy, ratio, tokens)
-        model = PrunedVLM.from_base(comparison.base(), strategy=strategy, keep=keep).eval()
-        table[f"{strategy} ({keep})"] = [comparison.evaluate(model)]
+        for seed in seeds if strategy == "random" else (0,):
+            rows.add(f"{strategy} ({keep})", seed, comparison.free, strategy, keep, seed)
+    keep = comparison.cheapest_keep("random", ratio, tokens)
+    for seed in seeds:
+        rows.add(RANDOM_TUNED, seed, comparison.free, "random", keep, seed, train=True)
+    if can_downsample(comparison.base()):
+        size = comparison.smallest_image(ratio, unpruned["flops"])
+        rows.add(f"image of {size} pixels", 0, comparison.downsampled, size, unpruned["flops"], 0)
+        for seed in seeds:
+            name = f"image of {size} pixels + LoRA"
+            rows.add(name, seed, comparison.downsampled, size, unpruned["flops"], seed, train=True)
     if run.ablations:
-        table |= ablations(comparison)
-    report(comparison, table, Path(run.output_dir))
-
-
-def all_rows(comparison: Comparison) -> list[dict]:
-    return [comparison.rows[i] for i in range(len(comparison.rows))]
-
-
-def ablations(comparison: Comparison) -> dict[str, list[dict]]:
-    """First seed; each changes one thing."""
-    variants = {
-        "no merger": (lambda: comparison.heads(merger=False), {}),
-        "no pruners": (lambda: comparison.heads(pruners=False), {}),
-        "no KL": (comparison.heads, {"kl_weight": 0.0}),
-        "with adversarial part": (comparison.heads, {"adversarial_weight": 0.1}),
-        "documented losses only": (
-            comparison.heads,
-            {
-                "kl_weight": 0.0,
-                "adversarial_weight": 1.0,
-                "task_weight": 25.0,
-                "merge_sparsity_weight": 1e-4,
-                "keep_rate_weight": 0.0,
-                "binarization_weight": 0.0,
-            },
-        ),
-        "frozen base (no LoRA)": (comparison.heads, {"lora_r": 0}),
-    }
-    results = {}
-    for name, (build, changes) in variants.items():
-        set_seed(0)
-        results[name] = [comparison.evaluate(comparison.train(build(), 0, **changes))]
-    return results
+        for name, changes in ABLATIONS.items():
+            rows.add(name, 0, comparison.learned, 0, **changes)
+    report(comparison, {name: list(by_seed.values()) for name, by_seed in rows.table.items()}, Path(run.output_dir))
 
 
 def report(comparison: Comparison, table: dict[str, list[dict]], out: Path) -> None:

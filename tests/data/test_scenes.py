@@ -57,6 +57,18 @@ def test_count_answers_are_right():
         assert question.answer == str(expected)
 
 
+def test_relation_answers_are_right():
+    rng = random.Random(6)
+    for example in balanced_examples(rng, 60, types=("relation",)):
+        question = example.questions[0]
+        word = question.question.split()[4]
+        column = word in ("leftmost", "rightmost")
+        ends = sorted(example.scene.objects, key=lambda o: o.column if column else o.row)
+        first, second = ends[:2] if word in ("leftmost", "topmost") else ends[:-3:-1]
+        assert question.answer == first.shape
+        assert (first.column != second.column) if column else (first.row != second.row)
+
+
 def test_bad_ranges_and_names_are_refused():
     with pytest.raises(ValueError, match="holds 1 to 4"):
         sample_scene(random.Random(0), 3, 9, grid=2)

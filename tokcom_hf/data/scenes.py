@@ -26,6 +26,7 @@ COLOURS = {
     "orange": (240, 140, 30),
 }
 SIZES = ("small", "large")
+BACKGROUNDS = ((24, 24, 28), (60, 62, 70), (200, 200, 196), (228, 226, 220))
 QUESTION_TYPES = ("count", "colour", "shape", "relation", "detail")
 MAX_COUNT = 3
 _DETAIL_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "pink": (255, 120, 200), "cyan": (0, 230, 230)}
@@ -116,7 +117,7 @@ def sample_scene(
         )
         for index, cell in enumerate(cells)
     )
-    background = rng.choice([(24, 24, 28), (60, 62, 70), (200, 200, 196), (228, 226, 220)])
+    background = rng.choice(BACKGROUNDS)
     return Scene(objects=objects, grid=grid, background=background)
 
 
@@ -188,24 +189,23 @@ def _candidates(scene: Scene, kind: str, rng: random.Random) -> list[SceneQuesti
     elif kind == "shape":
         found = [(f"what shape is the {o.colour} object ?", o.shape) for o in objects if colour_count[o.colour] == 1]
     elif kind == "relation":
-        unique = [o for o in objects if shape_count[o.shape] == 1]
-        for a in unique:
-            for b in unique:
-                if a.shape == b.shape:
-                    continue
-                if a.column != b.column:
-                    side = rng.choice(("left", "right"))
-                    holds = (a.column < b.column) == (side == "left")
-                    found.append((f"is the {a.shape} {side} of the {b.shape} ?", "yes" if holds else "no"))
-                if a.row != b.row:
-                    side = rng.choice(("above", "below"))
-                    holds = (a.row < b.row) == (side == "above")
-                    found.append((f"is the {a.shape} {side} the {b.shape} ?", "yes" if holds else "no"))
+        found = [(f"what shape is the {word} object ?", o.shape) for word, o in _outermost(objects)]
     elif kind == "detail":
         found = [("what colour is the dot ?", o.dot) for o in objects if o.dot]
     else:
         raise ValueError(f"Unknown question type {kind!r}; types are {QUESTION_TYPES}.")
     return [SceneQuestion(question, answer, kind) for question, answer in found]
+
+
+def _outermost(objects: Sequence[SceneObject]) -> Iterator[tuple[str, SceneObject]]:
+    """The objects that lie farther to one side than all others, which a model finds by comparing places."""
+    columns, rows = (lambda o: o.column), (lambda o: o.row)
+    ends = {"leftmost": (min, columns), "rightmost": (max, columns), "topmost": (min, rows), "bottommost": (max, rows)}
+    for word, (extreme, place) in ends.items():
+        edge = extreme(map(place, objects))
+        at = [o for o in objects if place(o) == edge]
+        if len(at) == 1 < len(objects):
+            yield word, at[0]
 
 
 def possible_answers(kind: str) -> tuple[str, ...]:
@@ -215,7 +215,7 @@ def possible_answers(kind: str) -> tuple[str, ...]:
     answers: dict[str, tuple[str, ...]] = {
         "colour": tuple(COLOURS),
         "shape": SHAPES,
-        "relation": ("yes", "no"),
+        "relation": SHAPES,
         "detail": tuple(_DETAIL_COLOURS),
     }
     return answers[kind]
@@ -264,7 +264,7 @@ def balanced_examples(
 
 
 def _allowed(answer: str, kind: str, options: dict) -> bool:
-    names = {"colour": "colours", "shape": "shapes"}.get(kind)
+    names = {"colour": "colours", "shape": "shapes", "relation": "shapes"}.get(kind)
     return names is None or answer in options.get(names, (answer,))
 
 

@@ -7,8 +7,8 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 from .scenes import _DETAIL_COLOURS, COLOURS, MAX_COUNT, SHAPES, SIZES
 
 _FUNCTION_WORDS = (
-    "how many are there what colour is the shape of dot object objects left right above below yes no ? , . a an and "
-    "with at top middle bottom in to image"
+    "how many are there what colour is the shape of dot object objects left right leftmost rightmost topmost "
+    "bottommost ? , . a an and with at top middle bottom in to image"
 )
 
 
