@@ -23,11 +23,10 @@ import torch
 from accelerate import PartialState
 from transformers import InternVLVisionConfig, Qwen2Config, set_seed
 
-from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.captions import SceneArguments
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_questions import SceneQuestionDataset
-from tokcom_hf.data.scenes import QUESTION_TYPES
 from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.data.vqa import VQACollator, scene_rows
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
@@ -49,17 +48,11 @@ class RunArguments:
     tower_steps: int = field(default=300, metadata={"help": "Steps that teach tower and projector alone; 0: none."})
     questions_per_type: list[int] = field(
         default_factory=lambda: [3, 1, 1, 4, 1],
-        metadata={"help": f"Questions about each scene, at most, of type {', '.join(QUESTION_TYPES)}."},
+        metadata={"help": "Questions about each scene, at most, of each of --types."},
     )
     eval_questions: int = field(default=500, metadata={"help": "Held-out questions with balanced answers."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
-
-    def __post_init__(self):
-        if len(self.questions_per_type) != len(QUESTION_TYPES):
-            raise ValueError(
-                f"questions_per_type needs a number for each of {QUESTION_TYPES}, got {self.questions_per_type}."
-            )
 
 
 SECTIONS = {
@@ -75,6 +68,8 @@ def main(argv: list[str] | None = None) -> dict:
     """Trains, saves and returns the results (empty on all ranks but the first)."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run, scenes = RunArguments(**values["run"]), SceneArguments(**values["scenes"])
+    if len(run.questions_per_type) != len(scenes.types):
+        raise RecipeError(f"--questions_per_type {run.questions_per_type} needs a number for each of {scenes.types}.")
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume)
     state = PartialState()
@@ -97,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
         max(1, args.max_steps) * args.train_batch_size * args.gradient_accumulation_steps * state.num_processes,
         run.seed,
         scenes.image_size,
-        dict(zip(QUESTION_TYPES, run.questions_per_type)),
+        dict(zip(scenes.types, run.questions_per_type)),
         **scenes.sampling(),
     )
     trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))

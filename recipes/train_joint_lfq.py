@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data_collator=JointLFQCollator(processor, run.prompt, run.caption_prompt, run.packed_questions),
         generation_collator=VQACollator(processor, run.prompt, answers=False),
     )
+    trainer.match_features()
     before = evaluate_joint(trainer, held_out)
     began = time.time()
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if resume else None)

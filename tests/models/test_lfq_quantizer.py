@@ -143,6 +143,18 @@ def test_group_norm_centres_the_bits_of_each_image():
     assert quantizer(group_norm=False).bit_logits(features()).mean().abs() > 1e-3
 
 
+def test_matched_embeddings_have_the_mean_and_spread_of_the_features():
+    model = quantizer()
+    seen = 3 * features(50, 9, 20) * torch.linspace(0.1, 2, 20) + torch.arange(20)
+    model.match_features(seen)
+    drawn = model.decode(torch.randint(2, (5000, 6), generator=torch.Generator().manual_seed(5)))
+    wanted = seen.flatten(0, 1)
+    assert torch.allclose(drawn.std(0), wanted.std(0), rtol=0.1)
+    assert torch.allclose(drawn.mean(0), wanted.mean(0), atol=0.1 * float(wanted.std(0).max()))
+    with pytest.raises(ValueError, match=r"llm_hidden_size=20 .* got shape \(2, 9, 24\)"):
+        model.match_features(features())
+
+
 def test_images_do_not_see_each_other():
     model = quantizer()
     both = features()

@@ -93,3 +93,18 @@ def test_joint_training_on_json_lines_with_a_frozen_language_model(tmp_path, mon
     assert results["after"]["continuous_kl"] == 0 and results["after"]["continuous_agreement"] == 1
     with pytest.raises(ValueError, match="belong together"):
         joint.main([*common, "--image_text_file", str(rows)])
+
+
+@pytest.mark.parametrize("size", ["tiny", "base", "paper"])
+def test_every_configuration_fits_the_recipe(tmp_path, monkeypatch, size):
+    joint = load_recipe(monkeypatch, "train_joint_lfq")
+    path = RECIPES / "configs" / size / "train_joint_lfq.yaml"
+    values = joint.parse_recipe("", joint.SECTIONS, path, [])
+    joint.RunArguments(**values["run"])
+    config = joint.LFQConfig(**values["quantizer"])
+    options = values["training"] | {"output_dir": str(tmp_path), "use_cpu": True}
+    args = joint.JointLFQTrainingArguments(**options)
+    assert (args.generation_weight, args.understanding_weight, args.caption_drop) == (1.0, 25.0, 0.1)
+    assert config.output_dim == 16 and args.weight_decay == 0.05
+    if size == "paper":
+        assert config.num_hidden_layers == 16 and args.learning_rate == 1e-4

@@ -27,6 +27,9 @@ class SceneArguments:
     min_objects: int = field(default=2, metadata={"help": "Fewest objects of a scene."})
     max_objects: int = field(default=6, metadata={"help": "Most objects of a scene."})
     grid: int = field(default=4, metadata={"help": "Cells per side of a scene."})
+    types: list[str] = field(
+        default_factory=lambda: list(QUESTION_TYPES), metadata={"help": "Which types of questions are asked."}
+    )
 
     def options(self) -> dict[str, Any]:
         """Arguments of `vqa.scene_rows` and of `scene_caption_rows`."""

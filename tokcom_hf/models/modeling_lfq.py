@@ -185,6 +185,31 @@ class LFQQuantizer(PreTrainedModel):
             )
         return self._embed((codes > 0).to(torch.float32))
 
+    @torch.no_grad()
+    def match_features(self, features: torch.Tensor) -> None:
+        """Gives embeddings the mean and the spread of features `(..., llm_hidden_size)`; call it before training.
+
+        Freshly drawn weights make embeddings so small that a language model trained on features sees nothing in them,
+        and the straight-through gradient is as small. Rescales the last layer, number by number, over random codes.
+
+        Raises:
+            ValueError: features of another width, or of fewer than two vectors.
+        """
+        flat = features.float().reshape(-1, features.shape[-1])
+        last = self.from_bits[2]
+        if flat.shape[1] != self.config.llm_hidden_size or len(flat) < 2:
+            raise ValueError(
+                f"Embeddings of width llm_hidden_size={self.config.llm_hidden_size} need two or more features of that "
+                f"width to resemble, got shape {tuple(features.shape)}."
+            )
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(2, (4096, self.config.output_dim), generator=generator).to(last.weight.device)
+        embeddings = self.decode(codes).float()
+        scale = flat.std(0) / embeddings.std(0).clamp_min(1e-12)
+        shift = flat.mean(0) - scale * (embeddings.mean(0) - last.bias.float())
+        last.weight.copy_(last.weight * scale[:, None])
+        last.bias.copy_(shift)
+
     def _embed(self, bits: torch.Tensor) -> torch.Tensor:
         # ±1 instead of 0 and 1: no bit pattern is the origin.
         return self.from_bits((2 * bits - 1).to(self.from_bits[0].weight.dtype))

@@ -88,6 +88,14 @@ class JointLFQTrainer(CompressionTrainer):
             self.teacher = teacher.to(self.args.device)
         self._draws = (-1, 0)
 
+    def match_features(self, rows: int = 64) -> None:
+        """Gives a new quantizer's embeddings the mean and spread of the first training images' features."""
+        count = min(rows, len(self.train_dataset))
+        batch = self.data_collator([self.train_dataset[index] for index in range(count)])
+        model = self.unwrapped_model
+        pixels = self._prepare_inputs({"pixel_values": batch["pixel_values"]})["pixel_values"]
+        model.quantizer.match_features(model.image_features(pixels))
+
     # ------------------------------------------------------------------ optimizer
     def create_optimizer(self, *args, **kwargs):
         """One AdamW; quantizer, new rows and language model each have their rate, vectors no decay."""

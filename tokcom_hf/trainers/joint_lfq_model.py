@@ -121,7 +121,7 @@ class JointLFQModel(nn.Module):
     @torch.no_grad()
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `(batch, channels, height, width)` → features `(batch, n, hidden)` as the language model is given them."""
-        features = self.base.get_image_features(pixel_values=pixel_values)
+        features = self.base.get_image_features(pixel_values=pixel_values.to(self.base.dtype))
         features = getattr(features, "pooler_output", features)
         if not isinstance(features, torch.Tensor) or features.ndim != 3:
             raise ValueError("Joint training needs images of equally many tokens, as one tile of InternVL gives them.")
