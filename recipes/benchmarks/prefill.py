@@ -37,7 +37,7 @@ class RunArguments:
     vision_layers: int = field(default=24, metadata={"help": "Layers of the CLIP tower."})
     text_tokens: int = field(default=48, metadata={"help": "Text tokens of the prompt."})
     merge_to: int = field(default=192, metadata={"help": "Tokens after the merger."})
-    keep: list[int] = field(default_factory=lambda: [96, 48], metadata={"help": "Tokens after each pruning layer."})
+    keep: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "Tokens after each pruning layer."})
     at: list[float] = field(default_factory=lambda: [0.25, 0.5], metadata={"help": "Pruning layers, as depth shares."})
     documented: bool = field(default=False, metadata={"help": "Print the table of the documented configuration only."})
     repeats: int = field(default=3, metadata={"help": "Rounds of the measurement."})
@@ -126,7 +126,7 @@ def documented_table() -> dict:
     tables = {}
     shapes = {
         "documented (288, halved at 10/20/31)": ([10, 20, 31], None, 0.5, 288),
-        "base (192, then 96 at 8 and 48 at 16)": ([8, 16], [96, 48], 0.5, 192),
+        "base (192, then 128 at 8 and 64 at 16)": ([8, 16], [128, 64], 0.5, 192),
     }
     vision = CLIPVisionConfig(
         hidden_size=1024,
