@@ -126,7 +126,7 @@ def main() -> None:
     if len(table) == 2:
         fast, dense = table["factorised"], table["dense"]
         report["speedup"] = dense["seconds"] / fast["seconds"]
-        report["memory_share"] = fast["step_bytes"] / dense["step_bytes"]
+        report["memory_share"] = fast["step_bytes"] / max(dense["step_bytes"], 1)
         print(f"factorised: {report['speedup']:.0f} x faster, {report['memory_share']:.4f} of the memory")
     worst = report["agreement_float64"]
     print(f"largest differences in float64, 12 bits: {max(worst['sample_entropy'], worst['batch_entropy']):.1e} nats, "
