@@ -152,6 +152,23 @@ def test_text_only_prompt_passes_through():
     assert torch.allclose(model(**mixed).logits[1, -1], model(**single).logits[0, -1], atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_bfloat16_generates_what_bfloat16_without_a_cache_would(family):
+    model = with_heads(family).to(torch.bfloat16)
+    inputs = batch(family)
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    output = model.generate(
+        **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    start = inputs["input_ids"].shape[1]
+    assert output.sequences.shape == (2, start + 4)
+    assert model.token_report()["vision_tokens_per_layer"] == [8, 5, 2, 2]
+    first = model(**inputs).logits[:, -1].float()
+    assert output.logits[0].dtype in (torch.bfloat16, torch.float32) and torch.isfinite(first).all()
+    torch.testing.assert_close(output.logits[0].float(), first, atol=0.05, rtol=0.05)
+
+
 def test_bad_input_says_what_is_wrong():
     model, inputs = with_heads(), batch("llava", images=(1, 1))
     without = inputs | {"input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, 5)}
@@ -167,6 +184,8 @@ def test_bad_input_says_what_is_wrong():
         PrunedVLM.from_base(tiny_vlm("llava"), strategy="random", keep=40)(**inputs)
     with pytest.raises(ValueError, match="target_merge_tokens=40 is more than"):
         with_heads(target_merge_tokens=40)(**inputs)
+    with pytest.raises(ValueError, match=r"keep_tokens=\[5, 2\] wants more than the 4 vision tokens"):
+        with_heads(target_merge_tokens=4)
     with pytest.raises(ValueError, match="must lie in 0 … 3"):
         PrunedVLM.from_base(tiny_vlm("llava"), layer_pruner=LayerPrunerConfig(hidden_size=32))
     with pytest.raises(ValueError, match="Unknown strategy 'best'"):

@@ -73,10 +73,23 @@ class PrunedVLM(PreTrainedModel, GenerationMixin):
                 f"layer_pruner.hidden_size must be the language model's {width}, got {self.layer_pruner.config.hidden_size}."
             )
         merger = self.token_merger.config if self.token_merger is not None else None
+        self._check_budget(merger)
         if merger is not None and (merger.feature_size, merger.question_size) != (size, width):
             raise ValueError(
                 f"token_merger needs feature_size={size} and question_size={width} for this VLM, got "
                 f"{merger.feature_size} and {merger.question_size}."
+            )
+
+    def _check_budget(self, merger: TokenMergerConfig | None) -> None:
+        """What stage 2 keeps must be there after stage 1; families with images of many sizes are checked as they come."""
+        budget = self.layer_pruner.config.keep_tokens if self.layer_pruner is not None else None
+        left = self.base.config.image_seq_length if self.base.config.model_type == "llava" else None
+        if merger is not None:
+            left = merger.target_merge_tokens or (left and merger.merge_ratio * left)
+        if budget and left and max(budget) > left:
+            raise ValueError(
+                f"layer_pruner.keep_tokens={budget} wants more than the {left:g} vision tokens that reach the language "
+                "model; lower it, or raise token_merger.target_merge_tokens or merge_ratio."
             )
 
     # ------------------------------------------------------------------ building, saving, loading
