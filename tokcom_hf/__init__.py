@@ -25,6 +25,7 @@ _LAZY |= {
     "get_lfq_token_range": "models.lfq_vocabulary",
     "encode_lfq_codes_to_tokens": "models.lfq_tokens",
     "decode_tokens_to_lfq_codes": "models.lfq_tokens",
+    "LFQProcessor": "models.processing_lfq",
     "JointLFQTrainer": "trainers.joint_lfq",
     "JointLFQTrainingArguments": "trainers.joint_lfq",
     "TokenPruningTrainer": "trainers.token_pruning",

@@ -64,10 +64,12 @@ PIPELINES: tuple[PipelineRow, ...] = (
     PipelineRow("tokcom-generation", "tokcom", "TokComGenerationPipeline", "TokComModel", "text"),
     PipelineRow("vq-reconstruction", "vqgan", "VQReconstructionPipeline", "VQGAN", "image"),
     PipelineRow("vq-tokenize", "vqgan", "VQTokenizePipeline", "VQGAN", "image"),
+    PipelineRow("lfq-image-text", "lfq", "LFQImageTextPipeline", "LFQExpandedModel", "multimodal"),
     PipelineRow("pruned-image-text-to-text", "pruned_vlm", "PrunedImageTextToTextPipeline", "PrunedVLM", "multimodal"),
 )
 PROCESSORS: tuple[ProcessorRow, ...] = (
     ProcessorRow("image_processing_vqgan", "VQGANImageProcessor", "VQGANConfig", "AutoImageProcessor"),
+    ProcessorRow("processing_lfq", "LFQProcessor", "LFQExpandedConfig"),
 )
 
 

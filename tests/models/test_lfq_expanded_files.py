@@ -100,6 +100,15 @@ def test_what_is_saved_follows_what_trains(tmp_path):
         memory.save_pretrained(tmp_path / "no", include_base=False)
 
 
+def test_a_base_below_the_saved_folder_moves_along(tmp_path):
+    model = expanded(language_model("llama"), tmp_path / "saved" / "base")
+    model.save_pretrained(tmp_path / "saved", include_base=False)
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    again = LFQExpandedModel.from_pretrained(tmp_path / "moved")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "phi"])
 def test_a_merged_model_is_a_stock_model(tmp_path, name):
     model = expanded(language_model(name))

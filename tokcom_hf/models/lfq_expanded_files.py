@@ -55,7 +55,7 @@ def save_lfq_expanded(model, save, folder, include_base: bool | None, state_dict
     if not include_base:
         weights = {name: value for name, value in weights.items() if name.startswith(ROWS)}
         if os.path.isdir(reference):
-            config.base_model_name_or_path = os.path.abspath(reference)
+            config.base_model_name_or_path = _reference(reference, folder)
     config.base_included = include_base
     try:
         # Names stay as they are: the renaming some VLMs do on saving is not undone below a prefix.
@@ -64,6 +64,12 @@ def save_lfq_expanded(model, save, folder, include_base: bool | None, state_dict
         config.base_model_name_or_path = reference
     if kwargs.get("is_main_process", True):
         _add_auto_class(Path(folder) / "config.json", config.base_auto_class)
+
+
+def _reference(base: str, folder) -> str:
+    """Where a base model's folder is: below the folder saved to (`./base`, which moves along), or its absolute path."""
+    base, folder = os.path.abspath(base), os.path.abspath(folder)
+    return f"./{os.path.relpath(base, folder)}" if base.startswith(folder + os.sep) else base
 
 
 def _add_auto_class(path: Path, auto_class: str) -> None:
@@ -111,7 +117,10 @@ def _load_rows(cls, name, config, hub: dict, kwargs: dict):
     reference = config.base_model_name_or_path
     loading = {key: kwargs[key] for key in _BASE_ONLY if key in kwargs}
     try:
-        base = config.base_class().from_pretrained(reference, **loading)
+        if reference.startswith("./"):
+            base = config.base_class().from_pretrained(name, subfolder=reference[2:], **hub | loading)
+        else:
+            base = config.base_class().from_pretrained(reference, **loading)
     except OSError as error:
         raise OSError(
             f"The base model {reference!r} that {name} refers to cannot be loaded ({error}). If it moved, set "
@@ -150,6 +159,8 @@ def auto_class_of(model: PreTrainedModel) -> str:
 
 def load_base(name: str, **kwargs) -> PreTrainedModel:
     """A causal or image-text-to-text model by name, whichever its configuration asks for."""
+    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
+        raise OSError(f"No such model folder: {name!r}.")
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
     config = AutoConfig.from_pretrained(name, **hub)
     both = AutoModelForImageTextToText._model_mapping

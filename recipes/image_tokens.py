@@ -1,0 +1,254 @@
+"""The full circle: image → VQGAN codes → LFQ ids → a language model that generates ids → codes → image.
+
+    accelerate launch recipes/image_tokens.py                                     # procedural scenes, CPU, minutes
+    accelerate launch recipes/image_tokens.py --image_tokenizer outputs/train_vqgan --base outputs/my_llm
+    accelerate launch recipes/image_tokens.py --image_text_file train.jsonl --eval_file val.jsonl \
+        --base Qwen/Qwen3-0.6B --image_tokenizer user/vqgan-lfq --bf16
+
+Lines of a JSONL file: {"image": "a.png", "caption": "..."}. Without `--image_tokenizer` a VQGAN with `quantizer="lfq"` is
+trained first; without `--base` a small Llama that has read captions. Trains the language model to continue a caption with
+the image's tokens, then draws held-out captions. Leaves a folder that `pipeline("lfq-image-text", model=folder)` and
+`AutoModel` load, with the VQGAN in `image_decoder/`, `results.json`, `generated.png` and `completed.png`. On procedural
+scenes every generated picture is checked for the shapes and colours of its caption, by comparison with renderings.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlamaConfig, set_seed
+
+from tokcom_hf import VQGAN, LFQExpandedModel, LFQProcessor, VQGANConfig, VQGANImageProcessor, VQGANTrainingArguments
+from tokcom_hf.cards import write_model_card
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, caption_of, draw_scenes
+from tokcom_hf.data.captions import read_image_text_jsonl
+from tokcom_hf.data.small_llama import train_caption_llama
+from tokcom_hf.hub import push_folder
+from tokcom_hf.models.pipeline_lfq import DECODER_FOLDER
+from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments, check_output_dir
+from tokcom_hf.trainers.caption_images import evaluate_drawing, tokenize_images, train_image_tokenizer
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "image_tokens.yaml"
+
+
+@dataclass
+class RunArguments:
+    """What is trained on what, and how pictures are drawn."""
+
+    image_tokenizer: str | None = field(default=None, metadata={"help": "VQGAN with quantizer lfq: folder or Hub id."})
+    base: str | None = field(default=None, metadata={"help": "Causal language model: folder or Hub id."})
+    image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
+    eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
+    train_images: int = field(default=16000, metadata={"help": "Procedural scenes to train on."})
+    eval_captions: int = field(default=200, metadata={"help": "Held-out captions to draw."})
+    image_size: int = field(default=48, metadata={"help": "Pixels per side of the pictures."})
+    grid: int = field(default=3, metadata={"help": "Cells per side of a scene."})
+    min_objects: int = field(default=1, metadata={"help": "Fewest objects of a scene."})
+    max_objects: int = field(default=2, metadata={"help": "Most objects of a scene."})
+    image_prompt: str | None = field(
+        default=None, metadata={"help": "Text before the image's tokens, with {caption} in it."}
+    )
+    caption_drop: float = field(default=0.1, metadata={"help": "Share of training rows without their caption."})
+    guidance_scale: float = field(default=2.0, metadata={"help": "Above 1 the caption counts more."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the drawn tokens."})
+    embedding_init_method: str = field(default="mean", metadata={"help": "Start of new rows: mean, random, zeros."})
+    tune_llm: bool = field(default=True, metadata={"help": "Train the language model's layers, not only new rows."})
+    freeze_original: bool = field(default=True, metadata={"help": "Old vocabulary rows never move."})
+    base_steps: int = field(default=150, metadata={"help": "Steps of the small Llama's pretraining on captions."})
+    output_dir: str = field(default="outputs/image_tokens", metadata={"help": "Folder of model, pictures, results."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest complete checkpoint."})
+    threads: int = field(default=0, metadata={"help": "CPU threads of a single process; 0 takes all cores."})
+    seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
+
+
+SECTIONS = {
+    "run": RunArguments,
+    "vqgan": VQGANConfig,
+    "vqgan_training": VQGANTrainingArguments,
+    "base_model": LlamaConfig,
+    "training": CompressionTrainingArguments,
+}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains, draws, checks, saves; returns the results."""
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
+    run = RunArguments(**values["run"])
+    if bool(run.image_text_file) != bool(run.eval_file):
+        raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
+    state = PartialState()
+    output = Path(run.output_dir)
+    if state.is_main_process:
+        check_output_dir(output, run.overwrite, run.resume)
+    state.wait_for_everyone()
+    if state.num_processes == 1 and state.device.type == "cpu":
+        # `accelerate launch` leaves one thread to each process, which a single one need not share.
+        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    set_seed(run.seed)
+    train, held_out = load_rows(run)
+    seconds: dict[str, float] = {}
+
+    started = time.perf_counter()
+    with state.main_process_first():
+        decoder, image_processor = image_tokenizer(run, values, output, train, held_out, state)
+        seconds["image_tokenizer"] = time.perf_counter() - started
+        started = time.perf_counter()
+        base, tokenizer = base_model(run, values, output, train, state)
+        seconds["base"] = time.perf_counter() - started
+    model, processor = expand(run, base, tokenizer, decoder)
+    share = model.trainable_rows()
+    state.print(
+        f"{share['trainable']:,} of {share['total']:,} vocabulary rows train ({100 * share['share']:.1f} %); "
+        f"LFQ ids {model.lfq_token_range[0]:,} … {model.lfq_token_range[1] - 1:,}",
+        flush=True,
+    )
+    tokens = {
+        name: CaptionTokens([row["caption"] for row in rows], tokenize_images(decoder, image_processor, rows))
+        for name, rows in (("train", train), ("held_out", held_out))
+    }
+    args = CompressionTrainingArguments(
+        **values["training"]
+        | {"output_dir": str(output), "seed": run.seed, "remove_unused_columns": False, "report_to": "none"}
+    )
+    trainer = CompressionTrainer(
+        model,
+        args,
+        train_dataset=tokens["train"],
+        eval_dataset=tokens["held_out"],
+        data_collator=CaptionImageCollator(processor, run.caption_drop),
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=True if run.resume else None)
+    seconds["training"] = time.perf_counter() - started
+    trainer.use_averaged_weights()
+    trainer.data_collator = CaptionImageCollator(processor)
+    loss = trainer.evaluate()["eval_loss"]
+    results: dict[str, Any] = {
+        "data": run.image_text_file or "procedural scenes",
+        "train_images": len(train),
+        "held_out_captions": len(held_out),
+        "steps": trainer.state.global_step,
+        "seed": run.seed,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "generation_loss": loss,
+        "codes": decoder.config.codebook_size,
+    }
+    if trainer.is_world_process_zero():
+        started = time.perf_counter()
+        results |= evaluate_drawing(
+            model, processor, decoder, image_processor, held_out, tokens["held_out"], run, output
+        )
+        results["seconds"]["drawing"] = round(time.perf_counter() - started, 1)
+        save(model, processor, decoder, image_processor, results, run, trainer, output)
+    return results
+
+
+def load_rows(run: RunArguments):
+    """Training and held-out rows with caption and image; no held-out caption is trained on."""
+    if run.image_text_file is not None:
+        return read_image_text_jsonl(run.image_text_file), read_image_text_jsonl(run.eval_file or "")
+    options = {"min_objects": run.min_objects, "max_objects": run.max_objects, "grid": run.grid}
+    held_out = draw_scenes(run.eval_captions, run.seed + 1, **options)
+    captions = frozenset(caption_of(scene) for scene in held_out)
+    rng_free = draw_scenes(run.train_images + 4 * len(captions), run.seed, **options)
+    train = [scene for scene in rng_free if caption_of(scene) not in captions][: run.train_images]
+    return CaptionImages(train, run.image_size), CaptionImages(held_out, run.image_size)
+
+
+def image_tokenizer(run, values, output: Path, train, held_out, state):
+    """The VQGAN that makes tokens: given, left by an interrupted run, or trained here."""
+    folder = run.image_tokenizer or (output / DECODER_FOLDER if (output / DECODER_FOLDER).is_dir() else None)
+    if folder is not None:
+        decoder, image_processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    else:
+        config = VQGANConfig(**{"image_size": run.image_size, **values["vqgan"]})
+        image_processor = VQGANImageProcessor(
+            config.image_size, config.in_channels, size_divisor=config.downsample_factor
+        )
+        decoder = train_image_tokenizer(
+            VQGAN(config), image_processor, train, held_out, values["vqgan_training"], output / "vqgan_run", run.seed
+        )
+        if state.is_main_process:
+            decoder.save_pretrained(output / DECODER_FOLDER)
+            image_processor.save_pretrained(output / DECODER_FOLDER)
+    if getattr(decoder.config, "quantizer", None) != "lfq":
+        raise RecipeError(
+            f"{folder} is no VQGAN with quantizer='lfq' (got {getattr(decoder.config, 'quantizer', 'none')!r}); its "
+            "codes have no bits."
+        )
+    return decoder.eval().requires_grad_(False), image_processor
+
+
+def base_model(run, values, output: Path, train, state):
+    """The language model to expand: given, left by an interrupted run, or a small Llama trained on the captions."""
+    folder = output / "base"
+    if run.base is None and not folder.is_dir():
+        captions = [train[index]["caption"] for index in range(len(train))]
+        small, tokenizer = train_caption_llama(
+            captions, values["base_model"], run.base_steps, output / "base_run", run.seed
+        )
+        if state.is_main_process:
+            small.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    name = run.base or str(folder)
+    return name, AutoTokenizer.from_pretrained(name)
+
+
+def expand(run, base: str, tokenizer, decoder):
+    """The expanded model and its processor."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = LFQExpandedModel.from_base(
+        base,
+        output_dim=(decoder.config.codebook_size - 1).bit_length(),
+        embedding_init_method=run.embedding_init_method,
+        freeze_original=run.freeze_original,
+        tokenizer=tokenizer,
+    )
+    if not run.tune_llm:
+        model.freeze_base()
+    start = getattr(tokenizer, "start_image_token", None) or "\n"
+    prompt = run.image_prompt or "{caption} " + start
+    return model.train(), LFQProcessor.from_model(model, tokenizer, image_prompt=prompt)
+
+
+def save(model, processor, decoder, image_processor, results, run, trainer, output: Path) -> None:
+    """Model, processor, image decoder, card, JSON, and the lines a user reads."""
+    model.save_pretrained(output, include_base=True if run.base is None else None)
+    processor.save_pretrained(output)
+    decoder.save_pretrained(output / DECODER_FOLDER)
+    image_processor.save_pretrained(output / DECODER_FOLDER)
+    results["log"] = [row for row in trainer.state.log_history if "loss" in row]
+    (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write_model_card(
+        output,
+        "image_tokens",
+        tags=["text-to-image", "lfq"],
+        pipeline_tag="text-to-image",
+        config=model.config,
+        results=results,
+        run=run,
+    )
+    print(
+        f"\ncross-entropy of held-out image tokens {results['generation_loss']:.3f} nats (of {results['codes']:,} codes)"
+    )
+    for name, row in results.get("drawn", {}).items():
+        print(
+            f"  {name:24s} shapes and colours {100 * row['shape_and_colour']:5.1f} %, at their places "
+            f"{100 * row['place']:5.1f} %"
+        )
+    print(f"pictures: {output / 'generated.png'}, {output / 'completed.png'}")
+    if trainer.args.push_to_hub:
+        print(push_folder(output, trainer.args.hub_model_id))
+
+
+if __name__ == "__main__":
+    run_recipe(main)

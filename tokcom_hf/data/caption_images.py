@@ -1,0 +1,118 @@
+"""Captions with images as LFQ tokens: what a language model trains on to draw."""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .scenes import Scene, render_scene, sample_scene, scene_caption
+
+
+def caption_of(scene: Scene) -> str:
+    """The scene's caption, every word and comma apart."""
+    return scene_caption(scene).replace(",", " ,")
+
+
+def draw_scenes(count: int, seed: int, apart_from: frozenset[str] = frozenset(), **options: Any) -> list[Scene]:
+    """Seeded scenes, none with a caption in `apart_from`, no caption twice where that set is given.
+
+    Args:
+        options: of `scenes.sample_scene`.
+
+    Raises:
+        ValueError: there are not so many other captions.
+    """
+    rng, scenes, seen = random.Random(seed), [], set(apart_from)
+    for _ in range(1000 * count):
+        if len(scenes) == count:
+            break
+        scene = sample_scene(rng, **options)
+        caption = caption_of(scene)
+        if apart_from and caption in seen:
+            continue
+        seen.add(caption)
+        scenes.append(scene)
+    if len(scenes) < count:
+        raise ValueError(f"Only {len(scenes)} of {count} scenes have a caption of their own; allow more objects.")
+    return scenes
+
+
+@dataclass
+class CaptionImages(Dataset):
+    """Rows `{"caption": str, "image": PIL image}` of scenes, pixels drawn when asked for, once."""
+
+    scenes: list[Scene]
+    image_size: int
+    _drawn: dict[int, Image.Image] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index not in self._drawn:
+            self._drawn[index] = render_scene(self.scenes[index], self.image_size)
+        return {"caption": caption_of(self.scenes[index]), "image": self._drawn[index]}
+
+
+class PixelRows(Dataset):
+    """The images of caption rows as `{"pixel_values": (channels, height, width)}` for an image tokenizer's training."""
+
+    def __init__(self, rows: Dataset, image_processor):
+        self.rows, self.image_processor = rows, image_processor
+
+    def __len__(self) -> int:
+        return len(self.rows)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.image_processor(self.rows[index]["image"])["pixel_values"][0]}
+
+
+class CaptionTokens(Dataset):
+    """Rows `{"caption": str, "codes": (n,)}`: images turned into code numbers once, before training."""
+
+    def __init__(self, captions: list[str], codes: torch.Tensor):
+        self.captions, self.codes = captions, codes.flatten(1)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"caption": self.captions[index], "codes": self.codes[index]}
+
+
+@dataclass
+class CaptionImageCollator:
+    """Caption, then image tokens; only image tokens are predicted.
+
+    Args:
+        processor: an `LFQProcessor`; its `image_prompt` holds the caption.
+        caption_drop: share of rows whose caption is left out, from which guidance learns what an image is without one.
+            Drawn from PyTorch's generator, so a resumed run draws the same.
+    """
+
+    processor: Any
+    caption_drop: float = 0.0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        start = self.processor.lfq_start_token_id
+        prompts = []
+        for row in rows:
+            dropped = self.caption_drop > 0 and float(torch.rand(())) < self.caption_drop
+            prompts.append(self.processor.image_prompt.format(caption="" if dropped else row["caption"]))
+        encoded = self.processor(text=prompts, add_special_tokens=True)["input_ids"]
+        ids = [torch.cat([torch.tensor(prompt), row["codes"] + start]) for prompt, row in zip(encoded, rows)]
+        width, pad = max(map(len, ids)), self.processor.tokenizer.pad_token_id or 0
+        batch = {
+            "input_ids": torch.full((len(ids), width), pad),
+            "attention_mask": torch.zeros(len(ids), width, dtype=torch.long),
+            "labels": torch.full((len(ids), width), -100),
+        }
+        for row, tokens in enumerate(ids):
+            count = len(rows[row]["codes"])
+            batch["input_ids"][row, -len(tokens) :] = tokens
+            batch["attention_mask"][row, -len(tokens) :] = 1
+            batch["labels"][row, -count:] = tokens[-count:]
+        return batch

@@ -1,0 +1,66 @@
+"""A small Llama that has read captions: the language model to expand where none can be downloaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from .small_internvl import scene_tile_processor
+
+
+class _Captions(Dataset):
+    def __init__(self, captions: list[str], tokenizer):
+        eos = tokenizer.eos_token_id
+        self.rows = [[*ids, eos] for ids in tokenizer(captions, add_special_tokens=False)["input_ids"]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.rows[index]}
+
+
+def train_caption_llama(captions: list[str], text: dict[str, Any], steps: int, folder: str | Path, seed: int):
+    """Trains a Llama on captions of procedural scenes.
+
+    Args:
+        captions: training text.
+        text: fields of `LlamaConfig` but the vocabulary's. The embedding table is padded to a multiple of 64 rows, as
+            large models pad theirs.
+        steps: optimizer steps of batch 64.
+        folder: for the trainer's files.
+        seed: of weights and order.
+
+    Returns:
+        model and its word-level tokenizer.
+    """
+    tokenizer = scene_tile_processor(16, 1).tokenizer
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **text
+        | {
+            "vocab_size": -(-len(tokenizer) // 64) * 64,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    )
+    model = LlamaForCausalLM(config)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        learning_rate=2e-3,
+        warmup_steps=10,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        report_to="none",
+        logging_steps=50,
+        seed=seed,
+    )
+    if steps:
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        Trainer(model, args, data_collator=collator, train_dataset=_Captions(captions, tokenizer)).train()
+    return model.eval(), tokenizer

@@ -1,0 +1,238 @@
+"""`LFQProcessor`: text, images and LFQ tokens of an `LFQExpandedModel`, without a single string added to its tokenizer.
+
+An LFQ token is written `<lfq:12345>`, where 12345 is its id less the first LFQ id. Adding 65,536 such strings to a tokenizer
+would make it crawl; here text between markers goes through the tokenizer as it is and markers are read as numbers.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+
+from .lfq_tokens import check_output_dim, decode_tokens_to_lfq_codes
+
+MARKER = re.compile(r"<lfq:(\d+)>")
+BASE_FOLDER = "base_processor"
+
+
+class LFQProcessor(ProcessorMixin):
+    """Tokenizer (and image processor) of a base model, and the LFQ ids behind them.
+
+    Args:
+        tokenizer: the base model's.
+        lfq_start_token_id: first LFQ id, `model.config.lfq_start_token_id` (with a padded vocabulary it is larger than
+            `len(tokenizer)`).
+        output_dim: bits per code.
+        base: the base model's whole processor where it sees images.
+        image_prompt: text before an image's tokens, with `{caption}` in it; with an empty caption it is the prompt that
+            guidance compares with.
+
+    processor = LFQProcessor.from_model(expanded, base_tokenizer_or_processor)
+    batch = processor(text="a red circle <lfq:17><lfq:4>", return_tensors="pt")
+    processor.batch_decode(ids)                 # text with <lfq:...> where LFQ ids are
+    processor.split_images(ids[0])              # runs of LFQ ids
+    """
+
+    def __init__(
+        self,
+        tokenizer=None,
+        lfq_start_token_id: int = 0,
+        output_dim: int = 16,
+        base=None,
+        image_prompt: str = "{caption}",
+        has_base: bool = False,
+        chat_template=None,
+        **kwargs,
+    ):
+        check_output_dim(output_dim)
+        if tokenizer is not None and len(tokenizer) > lfq_start_token_id:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, but LFQ ids start at {lfq_start_token_id}: they would "
+                "mean two things. lfq_start_token_id is the number of embedding rows of the base model."
+            )
+        if "{caption}" not in image_prompt:
+            raise ValueError(f"image_prompt must contain {{caption}}, got {image_prompt!r}.")
+        self.lfq_start_token_id, self.output_dim, self.image_prompt = lfq_start_token_id, output_dim, image_prompt
+        super().__init__(tokenizer, chat_template=chat_template or getattr(base or tokenizer, "chat_template", None))
+        # Not an attribute that transformers saves by itself: two processors cannot share one processor_config.json.
+        self.base = base
+        self.has_base = has_base or base is not None
+
+    @classmethod
+    def from_model(cls, model, base, image_prompt: str = "{caption}") -> "LFQProcessor":
+        """For an `LFQExpandedModel` and its base model's tokenizer or processor."""
+        tokenizer = getattr(base, "tokenizer", base)
+        start, output_dim = model.config.lfq_start_token_id, model.config.output_dim
+        return cls(tokenizer, start, output_dim, base=None if tokenizer is base else base, image_prompt=image_prompt)
+
+    # ------------------------------------------------------------------ text to ids
+    def __call__(self, text=None, images=None, padding=False, return_tensors=None, add_special_tokens=True, **kwargs):
+        """Texts with `<lfq:N>` markers, and images for a base model that sees them, to one batch.
+
+        Args:
+            text: string or list of strings.
+            images: what the base model's processor takes, in the order of its placeholders in the texts.
+            padding, return_tensors, add_special_tokens: as everywhere in transformers.
+
+        Returns:
+            `input_ids`, `attention_mask` and whatever else the base model's processor makes.
+
+        Raises:
+            ValueError: a marker beyond the 2^output_dim codes, images for a base model without eyes, or no text.
+        """
+        if text is None:
+            raise ValueError("LFQProcessor needs text; for images alone call its `base` processor.")
+        rows = [text] if isinstance(text, str) else list(text)
+        if images is not None and self.base is None:
+            raise ValueError("This LFQProcessor has a tokenizer only: the base model sees no images.")
+        parts = [self._split(row) for row in rows]
+        texts = [part for row in parts for part in row if isinstance(part, str)]
+        encoder = self.tokenizer if self.base is None else self.base
+        inputs = kwargs | ({} if images is None else {"images": images})
+        encoded = encoder(text=texts, add_special_tokens=False, **inputs) if texts else {"input_ids": []}
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        # What has one value per token follows the ids, with 0 at LFQ tokens (mm_token_type_ids); the rest passes through.
+        aligned = [name for name in encoded if name != "attention_mask" and _lengths(encoded[name]) == lengths]
+        prefix, suffix = self._special_ids() if add_special_tokens else ([], [])
+        batch: dict[str, list[list[int]]] = {name: [] for name in aligned}
+        position = 0
+        for row in parts:
+            first = position
+            for name in aligned:
+                position = first
+                values: list[int] = []
+                for part in row:
+                    if isinstance(part, str):
+                        values += list(map(int, encoded[name][position]))
+                        position += 1
+                    else:
+                        values.append(self.lfq_start_token_id + part if name == "input_ids" else 0)
+                around = (prefix, suffix) if name == "input_ids" else ([0] * len(prefix), [0] * len(suffix))
+                values = around[0] + values + around[1]
+                batch[name].append(values)
+        return self._padded(batch, encoded, padding, return_tensors)
+
+    def _split(self, text: str) -> list[str | int]:
+        """Text and code numbers in order; no empty text."""
+        parts: list[str | int] = []
+        for index, part in enumerate(MARKER.split(text)):
+            if index % 2 == 0:
+                parts += [part] if part else []
+            elif int(part) >= 2**self.output_dim:
+                raise ValueError(f"<lfq:{part}> does not exist: codes are 0 … {2**self.output_dim - 1}.")
+            else:
+                parts.append(int(part))
+        return parts
+
+    def _special_ids(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        return [], []
+
+    def _padded(self, batch, encoded, padding, return_tensors) -> BatchFeature:
+        ids = batch["input_ids"]
+        batch["attention_mask"] = [[1] * len(row) for row in ids]
+        if padding:
+            width, fill = max(map(len, ids), default=0), self.tokenizer.pad_token_id
+            if fill is None and any(len(row) < width for row in ids):
+                raise ValueError("The tokenizer has no pad token; set processor.tokenizer.pad_token first.")
+            left = self.tokenizer.padding_side == "left"
+            for name, rows in batch.items():
+                pads = [[fill if name == "input_ids" else 0] * (width - len(row)) for row in rows]
+                batch[name] = [pad + row if left else row + pad for pad, row in zip(pads, rows, strict=True)]
+        elif return_tensors is not None and len(set(map(len, ids))) > 1:
+            raise ValueError("Texts of different length make no tensor; pass padding=True.")
+        rest = {name: encoded[name] for name in encoded if name not in batch}
+        return BatchFeature(batch | rest, tensor_type=return_tensors)
+
+    # ------------------------------------------------------------------ ids to text and codes
+    @property
+    def lfq_token_range(self) -> tuple[int, int]:
+        """`(start, end)` of the LFQ ids, end exclusive."""
+        return self.lfq_start_token_id, self.lfq_start_token_id + 2**self.output_dim
+
+    def decode(self, token_ids, skip_lfq_tokens: bool = False, **kwargs) -> str:
+        """Text of one row of ids, LFQ ids written `<lfq:N>` or left out."""
+        text: list[str] = []
+        for is_lfq, run in self._runs(token_ids):
+            if not is_lfq:
+                text.append(self.tokenizer.decode(run, **kwargs))
+            elif not skip_lfq_tokens:
+                text.append("".join(f"<lfq:{token - self.lfq_start_token_id}>" for token in run))
+        return "".join(text)
+
+    def batch_decode(self, sequences, skip_lfq_tokens: bool = False, **kwargs) -> list[str]:
+        """`decode` of each row."""
+        return [self.decode(row, skip_lfq_tokens, **kwargs) for row in sequences]
+
+    def split_images(self, token_ids, num_image_tokens: int | None = None) -> list[torch.LongTensor]:
+        """Runs of LFQ ids in one row, each as int64 ids `(n,)`; of exactly `num_image_tokens` where given."""
+        runs = [torch.tensor(run) for is_lfq, run in self._runs(token_ids) if is_lfq]
+        if num_image_tokens is None:
+            return runs
+        parts = [part for run in runs for part in run.split(num_image_tokens)]
+        return [part for part in parts if len(part) == num_image_tokens]
+
+    def codes(self, token_ids: torch.Tensor) -> torch.LongTensor:
+        """Bits `(..., output_dim)` of LFQ ids; see `decode_tokens_to_lfq_codes`."""
+        return decode_tokens_to_lfq_codes(token_ids, self.lfq_start_token_id, self.output_dim)
+
+    def render(self, codes: torch.Tensor) -> str:
+        """Markers of code numbers `(n,)` or `(h, w)`, as `VQGAN.encode` gives them."""
+        return "".join(f"<lfq:{code}>" for code in codes.flatten().tolist())
+
+    def _runs(self, token_ids) -> list[tuple[bool, list[int]]]:
+        start, end = self.lfq_token_range
+        runs: list[tuple[bool, list[int]]] = []
+        for token in token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids):
+            inside = start <= token < end
+            if len(self.tokenizer) <= token and not inside:
+                # A padding row of the table: it has no text.
+                continue
+            if not runs or runs[-1][0] != inside:
+                runs.append((inside, []))
+            runs[-1][1].append(token)
+        return runs
+
+    def apply_chat_template(self, conversation, tokenize: bool = False, **kwargs):
+        """The base model's chat template; markers in its texts are read like elsewhere where `tokenize` is set."""
+        owner = self.tokenizer if self.base is None else self.base
+        options = {k: kwargs.pop(k) for k in ("padding", "return_tensors", "images") if k in kwargs}
+        text = owner.apply_chat_template(conversation, tokenize=False, **kwargs)
+        return self(text=text, add_special_tokens=False, **options) if tokenize else text
+
+    # ------------------------------------------------------------------ files
+    def to_dict(self, *args, **kwargs) -> dict:
+        values = super().to_dict(*args, **kwargs)
+        values.pop("base", None)
+        names = ("lfq_start_token_id", "output_dim", "image_prompt", "has_base")
+        return values | {name: getattr(self, name) for name in names}
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """The tokenizer and the LFQ settings in `save_directory`, the base model's processor in a folder below it."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        if self.base is not None:
+            self.base.save_pretrained(Path(save_directory) / BASE_FOLDER)
+        return files
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Loads what `save_pretrained` wrote."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if processor.has_base:
+            hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+            processor.base = AutoProcessor.from_pretrained(pretrained_model_name_or_path, subfolder=BASE_FOLDER, **hub)
+        return processor
+
+
+def _lengths(values) -> list[int] | None:
+    return (
+        [len(row) for row in values]
+        if isinstance(values, list) and all(hasattr(v, "__len__") for v in values)
+        else None
+    )
