@@ -25,7 +25,8 @@ def draw_scenes(count: int, seed: int, apart_from: frozenset[str] = frozenset(),
     Raises:
         ValueError: there are not so many other captions.
     """
-    rng, scenes, seen = random.Random(seed), [], set(apart_from)
+    rng, seen = random.Random(seed), set(apart_from)
+    scenes: list[Scene] = []
     for _ in range(1000 * count):
         if len(scenes) == count:
             break
@@ -110,9 +111,9 @@ class CaptionImageCollator:
             "attention_mask": torch.zeros(len(ids), width, dtype=torch.long),
             "labels": torch.full((len(ids), width), -100),
         }
-        for row, tokens in enumerate(ids):
-            count = len(rows[row]["codes"])
-            batch["input_ids"][row, -len(tokens) :] = tokens
-            batch["attention_mask"][row, -len(tokens) :] = 1
-            batch["labels"][row, -count:] = tokens[-count:]
+        for index, tokens in enumerate(ids):
+            count = len(rows[index]["codes"])
+            batch["input_ids"][index, -len(tokens) :] = tokens
+            batch["attention_mask"][index, -len(tokens) :] = 1
+            batch["labels"][index, -count:] = tokens[-count:]
         return batch
