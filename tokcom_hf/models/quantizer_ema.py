@@ -41,7 +41,9 @@ class EMAQuantizer(Quantizer):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self._sum: torch.Tensor | None = None
         self._pool: list[torch.Tensor] = []
+        # Of the whole optimizer step, where its micro-batches were looked at ahead.
         self._mean_assignment: torch.Tensor | None = None
+        self._step_scale: torch.Tensor | None = None
         self.reset_buffers()
 
     @torch.no_grad()
@@ -78,27 +80,36 @@ class EMAQuantizer(Quantizer):
             codes = nearest_codes(vectors.detach(), codebook)
         return codes, codebook[codes]
 
-    def assignment_logits(self, vectors: torch.Tensor, temperature: float) -> torch.Tensor:
-        """−‖x − e‖² / (temperature · scale) up to a constant per row, `(n, k)`.
+    def distance_scale(self, vectors: torch.Tensor) -> torch.Tensor:
+        """What squared distances are divided by, so that a temperature means the same for any width.
 
-        The scale is √width (`temperature_scale="dim"`) or the mean squared distance of the vectors to the codes
-        (`"mean"`), so that a temperature means the same for any width.
+        √width (`temperature_scale="dim"`), or the mean squared distance between vectors and codes (`"mean"`), of the
+        whole step where it was looked ahead.
         """
-        # A copy: the update moves the codebook in place before the backward pass needs it.
-        scores = 2 * code_scores(vectors, self.codebook.float().clone())
         if self.config.temperature_scale == "dim":
-            scale = torch.tensor(math.sqrt(self.width), device=vectors.device)
-        else:
-            scale = (vectors.square().sum(1).mean() - scores.mean()).detach().clamp_min(1e-12)
-        return scores / (temperature * scale)
+            return torch.tensor(math.sqrt(self.width), device=vectors.device)
+        if self.training and self._step_scale is not None:
+            return self._step_scale
+        return self._mean_distance(vectors)
+
+    @torch.no_grad()
+    def _mean_distance(self, vectors: torch.Tensor) -> torch.Tensor:
+        codebook = self.codebook.float()
+        squares = vectors.square().sum(1).mean() + codebook.square().sum(1).mean()
+        return (squares - 2 * (vectors.mean(0) * codebook.mean(0)).sum()).clamp_min(1e-12)
+
+    def assignment_logits(self, vectors: torch.Tensor, temperature: float, scale: torch.Tensor) -> torch.Tensor:
+        """−‖x − e‖² / (temperature · scale) up to a constant per row, `(n, k)`."""
+        # A copy: the update moves the codebook in place before the backward pass needs it.
+        return 2 * code_scores(vectors, self.codebook.float().clone()) / (temperature * scale)
 
     @torch.no_grad()
     def sample_codes(self, vectors: torch.Tensor) -> torch.Tensor:
         """Draws codes from softmax(logits) with the Gumbel-max trick, in chunks of rows."""
-        rows = max(1, (1 << 22) // self.codebook_size)
+        rows, scale = max(1, (1 << 22) // self.codebook_size), self.distance_scale(vectors)
         codes = []
         for part in vectors.split(rows):
-            logits = self.assignment_logits(part, self.temperature)
+            logits = self.assignment_logits(part, self.temperature, scale)
             codes.append((logits - torch.empty_like(logits).exponential_().clamp_min_(1e-20).log_()).argmax(1))
         return torch.cat(codes)
 
@@ -111,7 +122,8 @@ class EMAQuantizer(Quantizer):
         """Log probabilities `(n, codebook_size)` of the codes at `entropy_temperature`, of every stride-th vector."""
         # A stride instead of a random choice keeps runs reproducible and the table below 2^24 entries.
         stride = math.ceil(vectors.shape[0] * self.codebook_size / (1 << 24))
-        return self.assignment_logits(vectors[::stride], self.config.entropy_temperature).log_softmax(1)
+        scale = self.distance_scale(vectors)
+        return self.assignment_logits(vectors[::stride], self.config.entropy_temperature, scale).log_softmax(1)
 
     def entropy_loss(self, vectors: torch.Tensor) -> torch.Tensor:
         log_p = self.soft_assignments(vectors)
@@ -130,6 +142,8 @@ class EMAQuantizer(Quantizer):
 
     @torch.no_grad()
     def look_ahead(self, micro_batches: list[torch.Tensor]) -> None:
+        distances = torch.stack([self._mean_distance(vectors) for vectors in micro_batches])
+        self._step_scale = all_reduce(distances.mean()) / world_size()
         means = torch.stack([self.soft_assignments(vectors).exp().mean(0) for vectors in micro_batches])
         self._mean_assignment = all_reduce(means.mean(0)) / world_size()
 
@@ -162,7 +176,7 @@ class EMAQuantizer(Quantizer):
     @torch.no_grad()
     def update(self, allow_reset: bool = True) -> None:
         """Moves the codes to the statistics since the last call (once per optimizer step), then revives dead codes."""
-        self._mean_assignment = None
+        self._mean_assignment, self._step_scale = None, None
         if self._pending is None:
             return
         super().update()
