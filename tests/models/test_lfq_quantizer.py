@@ -144,15 +144,33 @@ def test_group_norm_centres_the_bits_of_each_image():
 
 
 def test_matched_embeddings_have_the_mean_and_spread_of_the_features():
-    model = quantizer()
-    seen = 3 * features(50, 9, 20) * torch.linspace(0.1, 2, 20) + torch.arange(20)
+    model = quantizer(llm_hidden_size=24)
+    seen = 3 * features(50) * torch.linspace(0.1, 2, 24) + torch.arange(24)
     model.match_features(seen)
     drawn = model.decode(torch.randint(2, (5000, 6), generator=torch.Generator().manual_seed(5)))
     wanted = seen.flatten(0, 1)
     assert torch.allclose(drawn.std(0), wanted.std(0), rtol=0.1)
     assert torch.allclose(drawn.mean(0), wanted.mean(0), atol=0.1 * float(wanted.std(0).max()))
-    with pytest.raises(ValueError, match=r"llm_hidden_size=20 .* got shape \(2, 9, 24\)"):
-        model.match_features(features())
+    with pytest.raises(ValueError, match=r"input_size=24, got shape \(2, 9, 23\)"):
+        model.match_features(features(width=23))
+
+
+def test_matched_first_layers_see_faint_directions_too():
+    """Whitening with a floor of 0.3 of the mean variance: a variance v becomes v / (v + floor)."""
+    model = quantizer(variant="linear", input_size=6, output_dim=6, group_norm=False)
+    with torch.no_grad():
+        model.to_bits.weight.copy_(torch.eye(6))
+        model.to_bits.bias.zero_()
+    seen = features(300, 9, 6) * torch.tensor([1.0, 1, 1, 1, 0.3, 0.1]) + 2
+    normed = model.input_norm(seen).flatten(0, 1)
+    spread = torch.linalg.eigvalsh(normed.t().cov())
+    assert spread[1] < 0.1 * spread[-1]  # LayerNorm takes one direction away; another is faint
+    model.match_features(seen)
+    logits = model.bit_logits(seen).flatten(0, 1)
+    assert torch.allclose(logits.mean(0), torch.zeros(6), atol=1e-4)
+    after = torch.linalg.eigvalsh(logits.t().cov())
+    assert torch.allclose(after, spread / (spread + 0.3 * spread.mean()), atol=1e-3)
+    assert after[0] < 1e-3 and after[1] / after[-1] > 3 * spread[1] / spread[-1]
 
 
 def test_images_do_not_see_each_other():

@@ -24,6 +24,8 @@ from .layers import eager_attention
 from .lfq_entropy import factorised_entropy
 from .vector_search import all_reduce, world_size
 
+WHITENING_FLOOR = 0.3  # share of the mean variance; directions of much less variance count as noise and stay faint
+
 
 @dataclass
 class LFQQuantizerOutput(ModelOutput):
@@ -187,24 +189,39 @@ class LFQQuantizer(PreTrainedModel):
 
     @torch.no_grad()
     def match_features(self, features: torch.Tensor) -> None:
-        """Gives embeddings the mean and the spread of features `(..., llm_hidden_size)`; call it before training.
+        """Fits freshly drawn weights to features `(..., input_size)` at both ends; call it once, before training.
 
-        Freshly drawn weights make embeddings so small that a language model trained on features sees nothing in them,
-        and the straight-through gradient is as small. Rescales the last layer, number by number, over random codes.
+        The first layer gets features of nearly equal variance in all directions but the faintest (regularised
+        whitening): a small difference that matters, such as a dot on an object, then moves bits nearly as readily as a
+        large one. Where the widths agree, the
+        embeddings of random codes get the mean and the spread of the features, number by number: freshly drawn ones are
+        so small that a language model trained on features sees nothing in them, and the straight-through gradient is as
+        small.
 
         Raises:
-            ValueError: features of another width, or of fewer than two vectors.
+            ValueError: features of another width, or fewer than two vectors.
         """
-        flat = features.float().reshape(-1, features.shape[-1])
-        last = self.from_bits[2]
-        if flat.shape[1] != self.config.llm_hidden_size or len(flat) < 2:
+        flat = features.reshape(-1, features.shape[-1])
+        if flat.shape[1] != self.config.input_size or len(flat) < 2:
             raise ValueError(
-                f"Embeddings of width llm_hidden_size={self.config.llm_hidden_size} need two or more features of that "
-                f"width to resemble, got shape {tuple(features.shape)}."
+                f"Matching needs two or more features of width input_size={self.config.input_size}, got shape "
+                f"{tuple(features.shape)}."
             )
-        generator = torch.Generator().manual_seed(0)
+        first = self.input_proj if self.config.variant == "transformer" else self.to_bits
+        # float64 on the CPU: not every accelerator has it.
+        normed = self.input_norm(flat.to(self.input_norm.weight.dtype)).cpu().double()
+        mean = normed.mean(0)
+        values, vectors = torch.linalg.eigh((normed - mean).t().cov(correction=0))
+        floor = WHITENING_FLOOR * values.mean().clamp_min(1e-12)
+        whitening = vectors * (values.clamp_min(0) + floor).rsqrt() @ vectors.t()
+        weight = first.weight.cpu().double() @ whitening
+        first.weight.copy_(weight)
+        first.bias.copy_(first.bias.cpu().double() - weight @ mean)
+        if self.config.input_size != self.config.llm_hidden_size:
+            return
+        last, generator = self.from_bits[2], torch.Generator().manual_seed(0)
         codes = torch.randint(2, (4096, self.config.output_dim), generator=generator).to(last.weight.device)
-        embeddings = self.decode(codes).float()
+        embeddings, flat = self.decode(codes).float(), flat.float()
         scale = flat.std(0) / embeddings.std(0).clamp_min(1e-12)
         shift = flat.mean(0) - scale * (embeddings.mean(0) - last.bias.float())
         last.weight.copy_(last.weight * scale[:, None])
