@@ -5,8 +5,9 @@
     python recipes/benchmarks/tokcom_ablations.py --config recipes/configs/base/tokcom_ablations.yaml
 
 The rows come from the configuration: `train` overrides recipes/train_tokcom.py's options, `generate` those of `generate`. A
-row without `train` reuses the starting row's model; one that leaves the VAE alone reuses its VAE. Prints a table and writes
-`ablations.json`; rows already measured in the output folder are kept, so an interrupted run goes on.
+row without `train` reuses the starting row's model, or that of the row it names as `model`; one that leaves the VAE alone
+reuses its VAE. Prints a table and writes `ablations.json`;
+rows already measured in the output folder are kept, so an interrupted run goes on.
 """
 
 import json
@@ -43,7 +44,7 @@ class RunArguments:
         default="recipes/configs/tiny/train_tokcom.yaml", metadata={"help": "Configuration of the starting row."}
     )
     start: dict[str, Any] = field(default_factory=dict, metadata={"help": "Overrides of all rows (budgets)."})
-    rows: list[dict[str, Any]] = field(default_factory=list, metadata={"help": "name, train, generate."})
+    rows: list[dict[str, Any]] = field(default_factory=list, metadata={"help": "name, train or model, generate."})
     generate: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of generate in all rows."})
     only: list[str] = field(default_factory=list, metadata={"help": "Names of the rows to run; none runs all."})
     num_samples: int = field(default=32, metadata={"help": "Generated rows per sampling seed."})
@@ -85,6 +86,8 @@ def main() -> None:
 def train(row: dict[str, Any], run: RunArguments, source: TextSource, out: Path) -> Path:
     """Trains the row's model, or finds the one it shares with the starting row; returns its folder."""
     overrides = row.get("train", {})
+    if "model" in row:
+        return out / row["model"]
     if not overrides and row["name"] != "start":
         return out / "start"
     folder, stage = out / row["name"], "both"

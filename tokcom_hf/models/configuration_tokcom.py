@@ -15,6 +15,11 @@ class TokComConfig(PreTrainedConfig):
 
     vae, denoiser: configurations of the two parts.
     standardize_latents: the flow runs on (z − mean) / std with the statistics of the training data.
+    clean_latents: what the denoiser predicts. "latent" (documented): x1 itself. "posterior_mean": a distribution over each
+        token of the chunk, trained with cross-entropy; x1 is then its mean latent, E[x1 | x_t] exactly, so that the
+        sampler follows the flow's own velocity (2211.15089, 2305.18619). Needs a VAE with encoder="embedding".
+    independent_times: every position behind the clean prefix draws its own training time (2407.01392), so that
+        `generate(block_size=...)` may finish blocks from left to right; otherwise all share one.
     noise_std: standard deviation of the flow's noise x0; 0.05 is documented, 1–2 on standardised latents works.
     time_distribution, time_mean, time_std: training times, "uniform" (documented) or "logit_normal" σ(N(mean, std²)).
     mse_weight: weight of the velocity-weighted squared error of x1; 0 is documented.
@@ -34,6 +39,8 @@ class TokComConfig(PreTrainedConfig):
     vae: TokComVAEConfig | dict | None = None
     denoiser: DenoisedModelConfig | dict | None = None
     standardize_latents: bool = False
+    clean_latents: Literal["latent", "posterior_mean"] = "latent"
+    independent_times: bool = False
     noise_std: float | int = 0.05
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"
     time_mean: float | int = -1.0
@@ -66,5 +73,12 @@ class TokComConfig(PreTrainedConfig):
                 f"VAE and denoiser must agree on latent_size, got {self.vae.latent_size} and "
                 f"{self.denoiser.latent_size}."
             )
+        if self.clean_latents == "posterior_mean":
+            if self.vae.encoder != "embedding":
+                raise ValueError(
+                    "clean_latents='posterior_mean' needs a VAE whose latents are linear in token embeddings: set "
+                    "vae.encoder='embedding'."
+                )
+            self.denoiser.output_size = self.vae.chunk_size * self.vae.hidden_size
         self.block_sizes = list(self.block_sizes)
         super().__post_init__(**kwargs)

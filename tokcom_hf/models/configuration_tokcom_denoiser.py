@@ -17,6 +17,7 @@ class DenoisedModelConfig(PreTrainedConfig):
         as in Llama.
     time_scale: t ∈ [0, 1] is multiplied by this before the sinusoid; 1 is documented, 1000 resolves t better.
     time_max_period: longest period of the time sinusoid.
+    output_size: width of the output; None means `latent_size`. `TokComConfig` sets it for "posterior_mean".
     self_conditioning: feed the previous prediction of the clean latents back as a second input.
     attention: "bidirectional" (documented), or "block_causal": a block sees the clean blocks before it, so that finished
         blocks can be cached and `generate(block_size=...)` becomes a dial from parallel to left-to-right.
@@ -35,6 +36,7 @@ class DenoisedModelConfig(PreTrainedConfig):
     rope_theta: float | int = 1e6
     time_scale: float | int = 1.0
     time_max_period: float | int = 10000.0
+    output_size: int | None = None
     self_conditioning: bool = False
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
     initializer_range: float = 0.02

@@ -27,6 +27,10 @@ class TokComVAEConfig(PreTrainedConfig):
         its other positions being omni tokens. "all": one linear map reads all positions, one writes all of them; learns
         about ten times faster, because no attention head has to find out which position is which.
 
+    encoder: "transformer" (documented), or "embedding": a latent is its tokens' embeddings side by side, each of width
+        latent_size / chunk_size and of root-mean-square 1. Linear in the embeddings, so that the mean of a latent is that
+        of its tokens: what `TokComConfig.clean_latents="posterior_mean"` needs.
+
     Latent space (off by default, as documented; `tiny` and `base` turn them on):
         variational: predict mean and log-variance and sample in training (adds the KL term).
         kl_weight: weight of Σ_d max(KL_d, kl_free_nats).
@@ -53,6 +57,7 @@ class TokComVAEConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     rope_theta: float | int = 1e6
     chunk_projection: Literal["last", "all"] = "last"
+    encoder: Literal["transformer", "embedding"] = "transformer"
     variational: bool = False
     kl_weight: float | int = 1e-3
     kl_free_nats: float | int = 0.5
@@ -76,6 +81,11 @@ class TokComVAEConfig(PreTrainedConfig):
             )
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}.")
+        if self.encoder == "embedding" and (self.latent_size % self.chunk_size or self.variational):
+            raise ValueError(
+                f"encoder='embedding' puts {self.chunk_size} token embeddings side by side: latent_size must be a "
+                f"multiple of {self.chunk_size} (got {self.latent_size}) and variational false."
+            )
         for name in ("latent_dropout", "token_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")

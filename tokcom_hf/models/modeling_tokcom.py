@@ -4,17 +4,29 @@ All public methods speak token ids. A prompt whose length is no multiple of the 
 where a document boundary is natural; nothing ever stands between prompt and continuation.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import ModelOutput
 
+from .chunked_cross_entropy import LOGITS_AT_ONCE
 from .configuration_tokcom import TokComConfig
 from .flow_matching import interpolate, sample, time_grid
 from .layers import KeyValue
 from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput
 from .modeling_tokcom_vae import TokComVAE
 from .pipeline_tokcom import custom_pipelines
+
+
+@dataclass
+class TokComGenerateOutput(ModelOutput):
+    """sequences: (batch, length) ids, prompt first; latents: (batch, generated chunks, latent), the VAE's."""
+
+    sequences: torch.LongTensor | None = None
+    latents: torch.FloatTensor | None = None
 
 
 class TokComModel(PreTrainedModel):
@@ -59,8 +71,32 @@ class TokComModel(PreTrainedModel):
         return self.vae.get_output_embeddings()
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, **kwargs) -> DenoisedModelOutput:
-        """One forward of the denoiser in the flow's (standardised) space; arguments as `DenoisedModel`."""
-        return self.denoiser(latents, timesteps, **kwargs)
+        """One forward of the denoiser in the flow's (standardised) space; arguments as `DenoisedModel`.
+
+        With `clean_latents="posterior_mean"` the output's `token_hidden` (batch, chunks, chunk_size, hidden) times the VAE's
+        head gives logits of each token, and `clean_latents` is the mean latent of their softmax at `posterior_temperature`.
+        """
+        temperature = kwargs.pop("posterior_temperature", 1.0)
+        output = self.denoiser(latents, timesteps, **kwargs)
+        if self.config.clean_latents == "posterior_mean":
+            hidden = output.clean_latents.unflatten(-1, (self.config.vae.chunk_size, -1))
+            output.token_hidden = hidden
+            # Trained by cross-entropy alone the mean needs no graph.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.mse_weight > 0):
+                output.clean_latents = self.standardize(self._mean_latents(hidden, temperature))
+        return output
+
+    def _mean_latents(self, token_hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+        """(batch, chunks, chunk_size, hidden) → (batch, chunks, latent), a bounded number of logits at a time."""
+        flat = token_hidden.flatten(0, 1)
+        rows = max(1, LOGITS_AT_ONCE // (self.config.vae.chunk_size * self.config.vae.vocab_size))
+        omni = torch.tensor([self.config.vae.omni_token_id], device=flat.device)
+        means = []
+        for part in flat.split(rows):
+            logits = self.vae.lm_head(part).float() / temperature
+            logits = logits.index_fill(-1, omni, torch.finfo(logits.dtype).min)
+            means.append(self.vae.expected_latents(logits.softmax(-1).to(part.dtype)))
+        return torch.cat(means).view(*token_hidden.shape[:2], -1)
 
     # ------------------------------------------------------------------ latents
     def standardize(self, latents: torch.Tensor) -> torch.Tensor:
@@ -135,7 +171,9 @@ class TokComModel(PreTrainedModel):
         block_size: int | None = None,
         guidance_scale: float = 1.0,
         final_clean_pass: bool = False,
-    ) -> torch.LongTensor:
+        posterior_temperature: float = 1.0,
+        return_dict_in_generate: bool = False,
+    ) -> "torch.LongTensor | TokComGenerateOutput":
         """Generates token ids.
 
         Args:
@@ -152,6 +190,9 @@ class TokComModel(PreTrainedModel):
             block_size: chunks denoised in parallel; None = all of them, 1 = chunk by chunk, from left to right.
             guidance_scale: x1 = without prompt + scale · (with prompt − without); 1 = off.
             final_clean_pass: run the denoiser once more at t = 1.
+            posterior_temperature: of the token distributions whose mean is x1; below 1 the flow commits earlier. Only with
+                `clean_latents="posterior_mean"`.
+            return_dict_in_generate: return a `TokComGenerateOutput` with the latents beside the ids.
 
         Returns:
             ids (batch, longest prompt + generated), prompt first; after a row's first generated EOS, and after the end of
@@ -175,24 +216,35 @@ class TokComModel(PreTrainedModel):
             prompt = self.standardize(self.encode(filled))
         finished = self._blocks(
             prompt, mask, wanted, num_steps, sampler, time_grid, block_size, guidance_scale, final_clean_pass,
-            generator,
+            generator, **self._posterior_options(posterior_temperature),
         )  # fmt: skip
         new_latents = self.unstandardize(finished[:, prompt.shape[1] :])
         new_ids = self.decode(new_latents, temperature, generator)
         new_ids = self._end_at_eos(new_ids)
         if prompt_ids is None:
-            return new_ids
+            return TokComGenerateOutput(new_ids, new_latents) if return_dict_in_generate else new_ids
         fill = self._fill_id()
         width = int(lengths.max()) + wanted * chunk
         output = new_ids.new_full((len(new_ids), width), fill)
         for row, length in enumerate(lengths.tolist()):
             output[row, :length] = prompt_ids[row][_row_mask(prompt_mask, prompt_ids, row)]
             output[row, length : length + new_ids.shape[1]] = new_ids[row]
-        return output
+        return TokComGenerateOutput(output, new_latents) if return_dict_in_generate else output
+
+    def _posterior_options(self, temperature: float) -> dict[str, float]:
+        if temperature <= 0:
+            raise ValueError(f"posterior_temperature must be positive, got {temperature}.")
+        if temperature != 1.0 and self.config.clean_latents != "posterior_mean":
+            raise ValueError(
+                "posterior_temperature belongs to models with clean_latents='posterior_mean'; this one predicts latents. "
+                "Use temperature for the decoder's distribution."
+            )
+        return {"posterior_temperature": temperature}
 
     def _blocks(
-        self, prompt, mask, wanted, num_steps, sampler, grid, block_size, guidance_scale, final_clean_pass, generator
-    ) -> torch.Tensor:
+        self, prompt, mask, wanted, num_steps, sampler, grid, block_size, guidance_scale, final_clean_pass, generator,
+        **options,
+    ) -> torch.Tensor:  # fmt: skip
         """Denoises block after block; each sees the prompt and the finished blocks."""
         times = time_grid(num_steps, grid)
         cached = self.config.denoiser.attention == "block_causal"
@@ -203,7 +255,9 @@ class TokComModel(PreTrainedModel):
             size = min(block_size or wanted, prompt.shape[1] + wanted - finished.shape[1])
             x = self._noise((len(prompt), size, prompt.shape[2]), generator)
             prefix = finished if finished.shape[1] else None
-            x = self._flow(x, times, sampler, prefix, past, mask, guidance_scale, final_clean_pass, generator)
+            x = self._flow(
+                x, times, sampler, prefix, past, mask, guidance_scale, final_clean_pass, generator, **options
+            )
             finished = torch.cat([finished, x], dim=1)
             if finished.shape[1] < prompt.shape[1] + wanted:
                 if self._all_ended(finished[:, prompt.shape[1] :]):
@@ -216,9 +270,12 @@ class TokComModel(PreTrainedModel):
 
     def _flow(
         self, x, times, sampler, prefix=None, past=None, mask=None, guidance_scale=1.0, final_clean_pass=False,
-        generator=None,
+        generator=None, **options,
     ):  # fmt: skip
-        """Runs the sampler on x (batch, chunks, latent), given clean latents to its left or their cached keys and values."""
+        """Runs the sampler on x (batch, chunks, latent), given clean latents to its left or their cached keys and values.
+
+        options: further arguments of `forward`.
+        """
         memory: dict[str, torch.Tensor | None] = {"given": None, "free": None}
 
         def predict(x_t, t, key, prefix, past):
@@ -231,12 +288,13 @@ class TokComModel(PreTrainedModel):
             condition = memory[key] if self.config.denoiser.self_conditioning else None
             if past is not None:
                 time = torch.full((len(x_t),), t, device=x_t.device)
-                clean = self.denoiser(
-                    x_t, time, condition, padding, past_key_values=past, position_offset=start
-                ).clean_latents
+                clean = self(
+                    x_t, time, self_condition=condition, attention_mask=padding, past_key_values=past,
+                    position_offset=start, **options,
+                ).clean_latents  # fmt: skip
             elif prefix is None:
                 time = torch.full((len(x_t),), t, device=x_t.device)
-                clean = self.denoiser(x_t, time, condition).clean_latents
+                clean = self(x_t, time, self_condition=condition, **options).clean_latents
             else:
                 time = torch.full((len(x_t),), t, device=x_t.device)
                 if self.config.clean_prefix:
@@ -247,7 +305,8 @@ class TokComModel(PreTrainedModel):
                 elif self.config.denoiser.self_conditioning:
                     condition = torch.cat([prefix, torch.zeros_like(x_t)], dim=1)
                 whole = torch.cat([prefix, x_t], dim=1)
-                clean = self.denoiser(whole, time, condition, padding).clean_latents[:, start:]
+                clean = self(whole, time, self_condition=condition, attention_mask=padding, **options)
+                clean = clean.clean_latents[:, start:]
             memory[key] = clean
             return clean
 

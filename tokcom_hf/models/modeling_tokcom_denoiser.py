@@ -20,10 +20,12 @@ from .layers import Attention, KeyValue, SwiGLU, rotary_embeddings
 
 @dataclass
 class DenoisedModelOutput(ModelOutput):
-    """clean_latents: (batch, chunks, latent); key_values: per layer, (key, value) of the positions given."""
+    """clean_latents: (batch, chunks, latent); key_values: per layer, (key, value) of the positions given; token_hidden:
+    (batch, chunks, chunk_size, hidden) where `TokComModel` predicts tokens."""
 
     clean_latents: torch.FloatTensor | None = None
     key_values: list[KeyValue] | None = None
+    token_hidden: torch.FloatTensor | None = None
 
 
 def time_sinusoid(t: torch.Tensor, size: int, max_period: float) -> torch.Tensor:
@@ -90,7 +92,7 @@ class DenoisedModel(PreTrainedModel):
         self.time_mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.SiLU(), nn.Linear(4 * size, size))
         self.layers = nn.ModuleList([DenoiserBlock(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.output_proj = nn.Linear(size, latent)
+        self.output_proj = nn.Linear(size, config.output_size or latent)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

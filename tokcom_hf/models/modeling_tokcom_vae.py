@@ -70,18 +70,29 @@ class TokComVAE(PreTrainedModel):
     def __init__(self, config: TokComVAEConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.encoder = ChunkTransformer(config, config.num_hidden_layers)
+        linear = config.encoder == "embedding"
+        # With `encoder="embedding"` the table is all there is of an encoder.
+        self.encoder = None if linear else ChunkTransformer(config, config.num_hidden_layers)
+        self.token_latents = (
+            nn.Embedding(config.vocab_size, config.latent_size // config.chunk_size) if linear else None
+        )
         self.decoder = ChunkTransformer(config, config.num_decoder_layers)
+        if self.token_latents is not None:
+            self.token_latents.unit_scale = True
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         every = config.chunk_projection == "all"
         width = config.hidden_size * config.chunk_size if every else config.hidden_size
         projected = every or config.latent_size != config.hidden_size or config.variational
-        self.latent_proj = nn.Linear(width, config.latent_size) if projected else nn.Identity()
+        self.latent_proj = nn.Linear(width, config.latent_size) if projected and not linear else nn.Identity()
         self.log_variance_proj = nn.Linear(width, config.latent_size) if config.variational else None
         self.decoder_proj = nn.Linear(config.latent_size, width) if projected else nn.Identity()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        if getattr(module, "unit_scale", False):
+            # Read after normalization: of unit scale from the start, or the first steps would turn rows at random.
+            init.normal_(module.weight, std=1.0)
+            return
         super()._init_weights(module)
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
@@ -157,6 +168,8 @@ class TokComVAE(PreTrainedModel):
 
     def posterior(self, chunks: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids (batch, chunk) → mean (batch, latent) and, if variational, log-variance (batch, latent) in float32."""
+        if self.encoder is None:
+            return nn.functional.embedding(chunks, self.token_table()).flatten(1), None
         hidden_states = self.encoder(self.embed_tokens(chunks))
         last = hidden_states.flatten(1) if self.config.chunk_projection == "all" else hidden_states[:, -1]
         mean = self.latent_proj(last)
@@ -165,6 +178,15 @@ class TokComVAE(PreTrainedModel):
         if self.log_variance_proj is None:
             return mean, None
         return mean, self.log_variance_proj(last).float().clamp(-10.0, 4.0)
+
+    def token_table(self) -> torch.Tensor:
+        """Latents of single tokens (vocab, latent / chunk), root-mean-square 1; only with `encoder="embedding"`."""
+        weight = self.token_latents.weight
+        return nn.functional.rms_norm(weight.float(), weight.shape[-1:], eps=self.config.rms_norm_eps).to(weight.dtype)
+
+    def expected_latents(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Token probabilities (..., chunk, vocab) → mean latents (..., latent): exact, as the encoder is linear."""
+        return (probabilities @ self.token_table()).flatten(-2)
 
     def _perturb(self, latents: torch.Tensor) -> torch.Tensor:
         if not self.training:

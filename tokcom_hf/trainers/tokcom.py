@@ -140,30 +140,38 @@ class DenoiserTrainer(_TokComTrainer):
                 condition = model(x_t, t, **arguments).clean_latents.detach()
             condition = torch.where((times < 1.0).unsqueeze(-1), condition, clean)
         outputs = model(x_t, t, self_condition=condition, **arguments)
-        loss, parts = self.losses(tokcom, outputs.clean_latents, clean, times, counted, inputs["input_ids"])
+        loss, parts = self.losses(
+            tokcom, outputs.clean_latents, clean, times, counted, inputs["input_ids"], outputs.token_hidden
+        )
         if model.training:
             self.log_scalars("diffusion", parts)
         return (loss, outputs) if return_outputs else loss
 
-    def losses(self, tokcom, predicted, clean, times, counted, input_ids) -> tuple[torch.Tensor, dict]:
-        """Weighted sum of the velocity-weighted squared error of x1 and of the cross-entropy through the decoder.
+    def losses(
+        self, tokcom, predicted, clean, times, counted, input_ids, token_hidden=None
+    ) -> tuple[torch.Tensor, dict]:
+        """Weighted sum of the velocity-weighted squared error of x1 and of the cross-entropy of its tokens.
 
-        predicted, clean: (batch, chunks, latent); times, counted: (batch, chunks); input_ids: (batch, length).
+        predicted, clean: (batch, chunks, latent); times, counted: (batch, chunks); input_ids: (batch, length);
+        token_hidden: (batch, chunks, chunk, hidden) where the denoiser predicts tokens itself, and not through the decoder.
         """
         config = tokcom.config
         # A row of padding behind its clean prefix counts nowhere: sums over at least one position, never a mean of none.
         count = counted.sum().clamp(min=1)
         error = ((predicted.float() - clean.float()) ** 2).mean(dim=-1) * counted
         batch_mse = error.sum() / count
-        loss = predicted.float().sum() * 0.0
+        loss = (predicted if token_hidden is None else token_hidden).float().sum() * 0.0
         parts = {"batch_mse_loss": batch_mse}
         if config.mse_weight > 0:
             weighted = (velocity_weight(times) * error).sum() / count
             loss = loss + config.mse_weight * weighted
             parts["batch_velocity_loss"] = weighted
         if config.cross_entropy_weight > 0 and bool(counted.any()):
-            latents = tokcom.unstandardize(predicted)[counted]
-            hidden_states = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype))
+            if token_hidden is not None:
+                hidden_states = token_hidden[counted]
+            else:
+                latents = tokcom.unstandardize(predicted)[counted]
+                hidden_states = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype))
             labels = input_ids.view(*counted.shape, -1)[counted]
             entropy = chunked_cross_entropy(hidden_states.flatten(0, 1), tokcom.vae.lm_head.weight, labels.reshape(-1))
             loss = loss + config.cross_entropy_weight * entropy
@@ -182,8 +190,11 @@ class DenoiserTrainer(_TokComTrainer):
         prefix = 0
         if config.clean_prefix and torch.rand((), generator=generator).item() >= config.prefix_dropout:
             prefix = int(torch.randint(chunks, (), generator=generator).item())
-        index = (torch.arange(chunks) >= prefix).long() if prefix else torch.zeros(chunks, dtype=torch.long)
-        return {"index": index, "blocks": 2 if prefix else 1, "clean_first": prefix > 0, "context": False}
+        if config.independent_times:
+            index = (torch.arange(chunks) - prefix + int(prefix > 0)).clamp(min=0)
+        else:
+            index = (torch.arange(chunks) >= prefix).long() if prefix else torch.zeros(chunks, dtype=torch.long)
+        return {"index": index, "blocks": int(index[-1]) + 1, "clean_first": prefix > 0, "context": False}
 
     def _generator(self, training: bool) -> torch.Generator:
         """Seeded by (seed, optimizer step, micro-batch); evaluation repeats the same draws every time."""

@@ -1,0 +1,111 @@
+"""Predicting tokens instead of latents: the mean latent is exact, trains, samples and saves."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from tokcom_hf import TokComConfig, TokComModel, TokComVAEConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_tokcom_training import SHAPE, denoiser_trainer, vae_trainer
+
+
+def tokcom(**flow) -> TokComModel:
+    torch.manual_seed(0)
+    vae = {"vocab_size": 51, "latent_size": 16, "chunk_projection": "all", "encoder": "embedding", **SHAPE}
+    denoiser = {"self_conditioning": True, **SHAPE}
+    values = {"standardize_latents": True, "noise_std": 1.0, "clean_prefix": True, "eos_token_id": 0}
+    return TokComModel(TokComConfig(vae=vae, denoiser=denoiser, clean_latents="posterior_mean", **values | flow))
+
+
+def test_the_mean_latent_is_the_mean_of_latents():
+    model = tokcom()
+    probabilities = torch.randn(3, 4, 51).softmax(-1)
+    expected = model.vae.expected_latents(probabilities)
+    drawn = torch.stack([torch.multinomial(p, 20000, replacement=True) for p in probabilities], dim=0)
+    latents = model.vae.encode(drawn.transpose(1, 2).reshape(3, -1))
+    torch.testing.assert_close(latents.mean(1), expected, atol=0.05, rtol=0)
+    # Of one certain token per place it is the latent itself, and every token has unit scale.
+    ids = torch.randint(51, (2, 4))
+    certain = torch.nn.functional.one_hot(ids, 51).float()
+    torch.testing.assert_close(model.vae.expected_latents(certain), model.vae.encode(ids)[:, 0])
+    torch.testing.assert_close(model.vae.encode(ids).square().mean(), torch.tensor(1.0), atol=1e-3, rtol=0)
+
+
+def test_forward_gives_the_mean_of_its_own_tokens(monkeypatch):
+    model = tokcom().eval()
+    model.latent_mean.normal_()
+    model.latent_std.uniform_(0.5, 2)
+    x, t = torch.randn(2, 6, 16), torch.full((2,), 0.4)
+    output = model(x, t)
+    logits = model.vae.lm_head(output.token_hidden)
+    logits[..., 50] = -torch.inf
+    expected = model.standardize(model.vae.expected_latents(logits.softmax(-1)))
+    torch.testing.assert_close(output.clean_latents, expected)
+    monkeypatch.setattr("tokcom_hf.models.modeling_tokcom.LOGITS_AT_ONCE", 300)
+    torch.testing.assert_close(model(x, t).clean_latents, expected)
+    cold = model.unstandardize(model(x, t, posterior_temperature=1e-6).clean_latents)
+    best = model.vae.encode(logits.argmax(-1).flatten(1))
+    torch.testing.assert_close(cold, best, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mse_weight", [0.0, 1.0])
+@pytest.mark.parametrize("independent_times", [False, True])
+def test_it_trains(tmp_path, mse_weight, independent_times):
+    model = tokcom(mse_weight=mse_weight, independent_times=independent_times)
+    with torch.no_grad():
+        # The head of a trained VAE can tell tokens apart.
+        model.vae.lm_head.weight.normal_(0, 0.3)
+    trainer = denoiser_trainer(tmp_path, model, max_steps=60, learning_rate=3e-3)
+    # Evaluation draws the same times and noise every time.
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.95 * before
+    assert "diffusion/batch_ce_loss" in trainer.state.log_history[1]
+
+
+def test_times_are_one_per_position_behind_the_prefix(tmp_path):
+    trainer = denoiser_trainer(tmp_path, tokcom(independent_times=True))
+    plans = [trainer._plan(12, trainer.model.config, torch.Generator().manual_seed(i)) for i in range(40)]
+    assert {plan["blocks"] for plan in plans if not plan["clean_first"]} == {12}
+    for plan in (plan for plan in plans if plan["clean_first"]):
+        prefix = int((plan["index"] == 0).sum())
+        assert plan["index"].tolist() == [0] * prefix + list(range(1, 13 - prefix)) and plan["blocks"] == 13 - prefix
+
+
+def test_the_vae_learns_with_the_linear_encoder(tmp_path):
+    vae = tokcom().vae
+    trainer = vae_trainer(tmp_path, vae, max_steps=120, learning_rate=1e-2)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_token_accuracy"] > 0.9
+
+
+def test_generation_reload_and_latents(tmp_path):
+    model = tokcom().eval()
+    prompt = torch.randint(1, 50, (2, 6))
+    options = {"num_generate_chunks": 3, "num_steps": 3}
+    draw = lambda m, **more: m.generate(prompt, generator=torch.Generator().manual_seed(1), **options | more)  # noqa: E731
+    ids = draw(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(draw(again), ids) and again.config.denoiser.output_size == 4 * 32
+    output = draw(model, return_dict_in_generate=True, block_size=1, posterior_temperature=0.5)
+    assert output.latents.shape == (2, 3, 16) and output.sequences.shape == ids.shape
+    new = model.decode(output.latents)
+    assert torch.equal(model._end_at_eos(new), output.sequences[:, -12:])
+
+
+def test_wrong_settings():
+    with pytest.raises(ValueError, match=r"set vae\.encoder='embedding'"):
+        TokComConfig(vae={"latent_size": 16, **SHAPE}, clean_latents="posterior_mean")
+    with pytest.raises(ValueError, match="multiple of 4"):
+        TokComVAEConfig(encoder="embedding", latent_size=18, **SHAPE)
+    with pytest.raises(ValueError, match="must be positive"):
+        tokcom().generate(posterior_temperature=0.0)
+    plain = TokComModel(TokComConfig(vae={"vocab_size": 51, "latent_size": 16, **SHAPE}, denoiser=SHAPE))
+    with pytest.raises(ValueError, match="belongs to models with clean_latents"):
+        plain.generate(posterior_temperature=0.5)
