@@ -1,7 +1,7 @@
 """Captions with images as LFQ tokens: what a language model trains on to draw."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ def caption_of(scene: Scene) -> str:
     return scene_caption(scene).replace(",", " ,")
 
 
-def draw_scenes(count: int, seed: int, apart_from: frozenset[str] = frozenset(), **options: Any) -> list[Scene]:
+def draw_scenes(
+    count: int, seed: int, apart_from: frozenset[str] = frozenset(), dots: bool = True, **options: Any
+) -> list[Scene]:
     """Seeded scenes, none with a caption in `apart_from`, no caption twice where that set is given.
 
     Args:
+        dots: leave the small dot on one of the objects.
         options: of `scenes.sample_scene`.
 
     Raises:
@@ -31,6 +34,8 @@ def draw_scenes(count: int, seed: int, apart_from: frozenset[str] = frozenset(),
         if len(scenes) == count:
             break
         scene = sample_scene(rng, **options)
+        if not dots:
+            scene = replace(scene, objects=tuple(replace(item, dot=None) for item in scene.objects))
         caption = caption_of(scene)
         if apart_from and caption in seen:
             continue
