@@ -13,6 +13,7 @@ Leaves in the output folder: `quantizer/` and `model/` (`AutoModel.from_pretrain
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -111,9 +112,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data_collator=JointLFQCollator(processor, run.prompt, run.caption_prompt, run.packed_questions),
         generation_collator=VQACollator(processor, run.prompt, answers=False),
     )
-    trainer.match_features()
     before = evaluate_joint(trainer, held_out)
     began = time.time()
+    start_error = trainer.start_quantizer()
+    state.print(f"quantizer fitted to features: {start_error:.1%} of their whitened variance is lost", flush=True)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if resume else None)
     trainer.use_averaged_weights()
     after = evaluate_joint(trainer, held_out)
@@ -123,6 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "before": before,
         "after": after,
         "parameters": parameters,
+        "start_error": start_error if math.isfinite(start_error) else None,
         "steps": trainer.state.global_step,
         "train_images": len(train),
         "held_out_images": len(held_out),

@@ -20,7 +20,7 @@ SMALL_BASE = [
 SMALL_RUN = [
     "--train_images", "40", "--eval_images", "12", "--output_dim", "8", "--max_steps", "4", "--quantizer.hidden_size",
     "16", "--quantizer.intermediate_size", "16", "--per_device_train_batch_size", "8", "--save_steps", "2",
-    "--eval_steps", "2", "--threads", "1",
+    "--eval_steps", "2", "--quantizer_start_steps", "5", "--threads", "1",
 ]  # fmt: skip
 
 

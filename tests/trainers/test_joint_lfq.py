@@ -170,6 +170,21 @@ def test_what_moves_and_what_stays_bitwise(tmp_path, tune_llm):
         assert line["joint/continuous_kl"] == 0
 
 
+def test_a_started_quantizer_resembles_the_features_and_is_alike_every_time(tmp_path):
+    ends, losses = [], []
+    for steps in (0, 150, 150):
+        trainer = make_trainer(
+            tmp_path, quantizer_start_steps=steps, quantizer_start_images=30, quantizer_start_learning_rate=1e-2
+        )
+        frozen = {n: p.clone() for n, p in trainer.model.language_model.named_parameters()}
+        error = trainer.start_quantizer()
+        assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.language_model.named_parameters())
+        losses.append(trainer.evaluate()["eval_reconstruction_loss"])
+        ends.append(weights(trainer))
+    assert losses[1] < 0.7 * losses[0] and 0 < error < 1
+    assert all(torch.equal(value, ends[2][name]) for name, value in ends[1].items())
+
+
 def test_every_part_has_its_own_learning_rate_and_vectors_no_decay(tmp_path):
     rates = {"quantizer_learning_rate": 3e-3, "new_rows_learning_rate": 5e-3, "llm_learning_rate": None}
     trainer = make_trainer(tmp_path, **rates, learning_rate=1e-4, weight_decay=0.05)

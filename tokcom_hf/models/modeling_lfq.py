@@ -27,6 +27,19 @@ from .vector_search import all_reduce, world_size
 WHITENING_FLOOR = 0.3  # share of the mean variance; directions of much less variance count as noise and stay faint
 
 
+def whitening_of(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(width,)` and matrix `(width, width)` that make the directions of vectors `(n, width)` vary nearly alike.
+
+    A variance v becomes v / (v + floor), with a floor of `WHITENING_FLOOR` times the mean variance. float64, on the CPU:
+    not every accelerator has it.
+    """
+    vectors = vectors.detach().cpu().double()
+    mean = vectors.mean(0)
+    values, directions = torch.linalg.eigh((vectors - mean).t().cov(correction=0))
+    floor = WHITENING_FLOOR * values.mean().clamp_min(1e-12)
+    return mean, directions * (values.clamp_min(0) + floor).rsqrt() @ directions.t()
+
+
 @dataclass
 class LFQQuantizerOutput(ModelOutput):
     """Result of `LFQQuantizer`.
@@ -208,12 +221,7 @@ class LFQQuantizer(PreTrainedModel):
                 f"{tuple(features.shape)}."
             )
         first = self.input_proj if self.config.variant == "transformer" else self.to_bits
-        # float64 on the CPU: not every accelerator has it.
-        normed = self.input_norm(flat.to(self.input_norm.weight.dtype)).cpu().double()
-        mean = normed.mean(0)
-        values, vectors = torch.linalg.eigh((normed - mean).t().cov(correction=0))
-        floor = WHITENING_FLOOR * values.mean().clamp_min(1e-12)
-        whitening = vectors * (values.clamp_min(0) + floor).rsqrt() @ vectors.t()
+        mean, whitening = whitening_of(self.input_norm(flat.to(self.input_norm.weight.dtype)))
         weight = first.weight.cpu().double() @ whitening
         first.weight.copy_(weight)
         first.bias.copy_(first.bias.cpu().double() - weight @ mean)

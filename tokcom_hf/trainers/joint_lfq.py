@@ -19,6 +19,7 @@ from ..metrics.lfq import code_indices
 from .base import CompressionTrainer, CompressionTrainingArguments
 from .joint_lfq_evaluation import evaluate_joint
 from .joint_lfq_model import JointLFQModel, frozen_copy, last_hidden_states
+from .quantizer_start import fit_quantizer
 
 
 @dataclass
@@ -39,6 +40,13 @@ class JointLFQTrainingArguments(CompressionTrainingArguments):
     entropy_weight: float = field(default=1.0, metadata={"help": "Weight of the entropy loss at the start."})
     entropy_weight_end: float = field(default=0.1, metadata={"help": "Its weight once annealed."})
     entropy_anneal: float = field(default=0.5, metadata={"help": "Share of training over which it falls, linearly."})
+    quantizer_start_steps: int = field(
+        default=400, metadata={"help": "Steps in which the quantizer learns to reconstruct features before all else."}
+    )
+    quantizer_start_images: int = field(
+        default=1024, metadata={"help": "Training images whose features it sees then."}
+    )
+    quantizer_start_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate then."})
     caption_drop: float = field(
         default=0.1, metadata={"help": "Share of captions left out, so that generation can be guided."}
     )
@@ -52,7 +60,7 @@ class JointLFQTrainingArguments(CompressionTrainingArguments):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
         weights = ["generation_weight", "understanding_weight", "reconstruction_weight", "entropy_weight"]
-        for name in [*weights, "entropy_weight_end"]:
+        for name in [*weights, "entropy_weight_end", "quantizer_start_steps"]:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
 
@@ -88,13 +96,25 @@ class JointLFQTrainer(CompressionTrainer):
             self.teacher = teacher.to(self.args.device)
         self._draws = (-1, 0)
 
-    def match_features(self, rows: int = 64) -> None:
-        """Gives a new quantizer's embeddings the mean and spread of the first training images' features."""
-        count = min(rows, len(self.train_dataset))
-        batch = self.data_collator([self.train_dataset[index] for index in range(count)])
-        model = self.unwrapped_model
-        pixels = self._prepare_inputs({"pixel_values": batch["pixel_values"]})["pixel_values"]
-        model.quantizer.match_features(model.image_features(pixels))
+    def start_quantizer(self) -> float:
+        """Fits a fresh quantizer to the features of the first training images (`quantizer_start.fit_quantizer`).
+
+        Returns:
+            its error, as a share of the features' variance.
+        """
+        rows, model, features = self.train_dataset, self.unwrapped_model, []
+        count, size = min(self.args.quantizer_start_images, len(rows)), self.args.eval_batch_size
+        for start in range(0, count, size):
+            batch = self.data_collator([rows[index] for index in range(start, min(start + size, count))])
+            pixels = self._prepare_inputs({"pixel_values": batch["pixel_values"]})["pixel_values"]
+            features.append(model.image_features(pixels))
+        return fit_quantizer(
+            model.quantizer,
+            torch.cat(features),
+            self.args.quantizer_start_steps,
+            learning_rate=self.args.quantizer_start_learning_rate,
+            seed=self.args.seed,
+        )
 
     # ------------------------------------------------------------------ optimizer
     def create_optimizer(self, *args, **kwargs):
