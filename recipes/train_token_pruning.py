@@ -10,11 +10,13 @@ Leaves in the output folder: the heads (`AutoModel.from_pretrained`), the proces
 """
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
@@ -51,6 +53,12 @@ class RunArguments:
     pruners: bool = field(default=True, metadata={"help": "Train stage 2, the layer pruners."})
     strategy: str | None = field(default=None, metadata={"help": "Training-free strategy instead (with LoRA only)."})
     keep: int | None = field(default=None, metadata={"help": "Tokens that the strategy keeps."})
+    threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "CPU threads of a single process; all cores by default (accelerate launch alone gives one)."
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32 or bfloat16."})
 
 
@@ -69,7 +77,10 @@ def main() -> None:
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume)
-    ensure_small_vlm(run.base_model)
+    state = PartialState()
+    if state.num_processes == 1 and state.device.type == "cpu":
+        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    ensure_small_vlm(run.base_model, run.threads)
     started = time.time()
     set_seed(run.seed)
     base = AutoModelForImageTextToText.from_pretrained(run.base_model, dtype=run.dtype)
@@ -105,7 +116,7 @@ def main() -> None:
     report(out, model, processor, source, held_out, run, args, time.time() - started)
 
 
-def ensure_small_vlm(base_model: str) -> None:
+def ensure_small_vlm(base_model: str, threads: int | None = None) -> None:
     """Trains the small LLaVA where the default base model does not exist yet."""
     if base_model != SMALL_VLM or (Path(base_model) / "config.json").is_file():
         return
@@ -117,6 +128,8 @@ def ensure_small_vlm(base_model: str) -> None:
 
     # All ranks take part: the training is distributed like this one.
     before, sys.argv = sys.argv, ["pretrain_vlm.py", "--overwrite"]
+    if threads:
+        sys.argv += ["--threads", str(threads)]
     try:
         pretrain_vlm.main()
     finally:

@@ -46,9 +46,11 @@ ABLATIONS: dict[str, dict] = {
     "no merger": {"merger": False},
     "no pruners": {"pruners": False},
     "no KL": {"kl_weight": 0.0},
+    "no attention guidance": {"guidance_weight": 0.0},
     "with adversarial part": {"adversarial_weight": 0.1},
     "documented losses only": {
         "kl_weight": 0.0,
+        "guidance_weight": 0.0,
         "adversarial_weight": 1.0,
         "task_weight": 25.0,
         "merge_sparsity_weight": 1e-4,
@@ -233,9 +235,7 @@ def main() -> None:
         raise RecipeError(
             f"{run.base_model} does not exist; run recipes/pretrain_vlm.py first, or name a --base_model."
         )
-    if torch.get_num_threads() == 1 or run.threads:
-        # `accelerate launch` leaves one thread; one process may have all.
-        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
     comparison = Comparison(run, values)
     settings = {k: v for k, v in values.items() if k != "run"} | {"base_model": run.base_model}
     rows = Rows(Path(run.output_dir), settings | {"base_written": comparison.base_written()}, run.overwrite)

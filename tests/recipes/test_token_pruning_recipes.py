@@ -40,7 +40,9 @@ def test_every_pruning_recipe_runs_on_what_the_one_before_left(tmp_path, monkeyp
     vlm, pruned = tmp_path / "vlm", tmp_path / "pruned"
     recipe(monkeypatch, "pretrain_vlm.py", "--output_dir", vlm, *SMALL_VLM)
     assert json.loads((vlm / "results.json").read_text())["scenes"]["image_size"] == 32
-    recipe(monkeypatch, "train_token_pruning.py", "--base_model", vlm, "--output_dir", pruned, *SMALL_RUN)
+    recipe(
+        monkeypatch, "train_token_pruning.py", "--base_model", vlm, "--output_dir", pruned, *SMALL_RUN, "--threads", 1
+    )
     results = json.loads((pruned / "results.json").read_text())
     assert results["modes"]["hard"]["vision_tokens_per_layer"] == pytest.approx([8, 5, 3, 3])
     card = (pruned / "README.md").read_text(encoding="utf-8")
@@ -62,7 +64,18 @@ def test_every_pruning_recipe_runs_on_what_the_one_before_left(tmp_path, monkeyp
     search = ["--base_model", vlm, "--output_dir", tmp_path / "search", "--trials", 2]
     recipe(monkeypatch, "search_token_pruning.py", *search, *SMALL_RUN)
     assert set(json.loads((tmp_path / "search" / "best.json").read_text())["parameters"]) >= {"kl_weight"}
-    compare = ["--base_model", vlm, "--output_dir", tmp_path / "compare", "--seeds", 1, "--ablations", "false"]
+    compare = [
+        "--base_model",
+        vlm,
+        "--output_dir",
+        tmp_path / "compare",
+        "--seeds",
+        1,
+        "--ablations",
+        "false",
+        "--threads",
+        1,
+    ]
     recipe(monkeypatch, "benchmarks/token_pruning.py", *compare, *SMALL_RUN)
     table = json.loads((tmp_path / "compare" / "results.json").read_text())
     ours = table["merger + pruners + LoRA"]["flops_ratio"]

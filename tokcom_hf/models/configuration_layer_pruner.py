@@ -21,6 +21,8 @@ class LayerPrunerConfig(PreTrainedConfig):
             keep less, with at least `min_tokens`.
         internal_size, num_attention_heads: shape of the heads.
         gumbel_noise: draw the masks at random, around the logits, while training.
+        straight_through: train on the hard decision with the gradient of the soft one. A soft mask of 0.001 still lets
+            a sharply attended token through, so heads trained on soft masks may drop what the model goes on reading.
     """
 
     model_type = "tokcom_layer_pruner"
@@ -35,6 +37,7 @@ class LayerPrunerConfig(PreTrainedConfig):
     internal_size: int = 512
     num_attention_heads: int = 4
     gumbel_noise: bool = True
+    straight_through: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):

@@ -10,6 +10,9 @@ from transformers.utils import ModelOutput
 from .configuration_layer_pruner import LayerPrunerConfig
 from .question_attention import QuestionAttention
 
+# Mask of a dropped token in straight-through training: sharp models see through 1e-6, and its inverse must be finite.
+DROPPED = 1e-30
+
 
 @dataclass
 class LayerPrunerOutput(ModelOutput):
@@ -114,7 +117,11 @@ class LayerPruner(PreTrainedModel):
             few = chosen.sum(-1, keepdim=True) < self.config.min_tokens
             fallback, _ = _top(noisy, real, real.sum(-1).clamp(max=self.config.min_tokens))
             keep, threshold = torch.where(few, fallback, chosen), torch.zeros_like(logits)
-        soft = torch.sigmoid((noisy - threshold) / temperature) * real
+        if self.training and self.config.straight_through:
+            gate = torch.sigmoid((noisy - threshold) / max(temperature, 1.0))
+            soft = _straight_through(keep, gate) * real
+        else:
+            soft = torch.sigmoid((noisy - threshold) / temperature) * real
         return LayerPrunerOutput(keep_logits=logits, keep_mask=keep, soft_mask=soft, target=target)
 
     def _budget(self, layer_index: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -124,6 +131,20 @@ class LayerPruner(PreTrainedModel):
         else:
             wanted = torch.full_like(tokens, self.config.keep_tokens[self.config.layers.index(layer_index)])
         return torch.minimum(wanted.clamp(min=self.config.min_tokens), tokens)
+
+
+def _straight_through(keep: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """1 where kept, nearly 0 where dropped; backward the gradient of `gate`, in rows of bounded size.
+
+    The derivative of the loss by the mask of a dropped token tells what letting it in would change, but grows with
+    exp(attention logit); without a bound a few sharply attended tokens would drown all others. Without the dropped
+    tokens' part, kept tokens would only learn that they mislead where the right one is missing.
+    """
+    if gate.requires_grad:
+        bound = 1.0 / len(gate)
+        gate = gate * 1.0
+        gate.register_hook(lambda g: g * (bound / g.abs().amax(-1, keepdim=True).clamp(min=bound)))
+    return torch.where(keep, 1.0, DROPPED) + (gate - gate.detach())
 
 
 def _top(logits: torch.Tensor, members: torch.Tensor, wanted: torch.Tensor):

@@ -20,6 +20,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup, get_linea
 
 from ..models.modeling_pruned_vlm import PrunedVLM
 from ..models.modeling_pruning_discriminator import PruningDiscriminator
+from .attention_guidance import guidance_loss, reading_attention, reading_scores
 from .base import CompressionTrainer, CompressionTrainingArguments
 from .pruning_evaluation import evaluate_mode
 from .pruning_lora import adapters_disabled, add_lora, merge_lora
@@ -41,6 +42,10 @@ class TokenPruningTrainingArguments(CompressionTrainingArguments):
     keep_rate_weight: float = field(default=10.0, metadata={"help": "Weight of the squared excess over the budget."})
     binarization_weight: float = field(default=0.1, metadata={"help": "Weight of mask · (1 - mask)."})
     kl_weight: float = field(default=25.0, metadata={"help": "Weight of the KL to the unpruned model's answers."})
+    guidance_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of scoring tokens as the unpruned model's text reads them; 0 = none."},
+    )
     loss_warmup: float = field(
         default=0.0, metadata={"help": "Share of training over which all weights but the task's rise from 0."}
     )
@@ -180,10 +185,14 @@ class TokenPruningTrainer(CompressionTrainer):
         pruned.temperature = temperature
         adversarial = self.discriminator is not None and model.training
         teacher = None
-        if args.kl_weight > 0 or adversarial:
-            with torch.no_grad(), adapters_disabled(pruned):
+        guided = args.guidance_weight > 0 and (pruned.token_merger or pruned.layer_pruner) is not None
+        attention: list[torch.Tensor] = []
+        if args.kl_weight > 0 or adversarial or guided:
+            reading = reading_attention(pruned) if guided else contextlib.nullcontext([])
+            with torch.no_grad(), adapters_disabled(pruned), reading as attention:
                 teacher = pruned(**inputs, pruning_mode="origin", output_hidden_states=adversarial)
-        output = model(**inputs, pruning_mode="soft", output_hidden_states=adversarial)
+        with reading_scores(pruned) as said:
+            output = model(**inputs, pruning_mode="soft", output_hidden_states=adversarial)
         labels = inputs["labels"]
         ramp = 1.0 if args.loss_warmup == 0 else min(1.0, self.progress / args.loss_warmup)
         losses = {"task_loss": output.loss}
@@ -191,6 +200,11 @@ class TokenPruningTrainer(CompressionTrainer):
         if teacher is not None and args.kl_weight > 0:
             losses["kl_loss"] = answer_kl(teacher.logits, output.logits, labels)
             weights["kl_loss"] = ramp * args.kl_weight
+        if guided:
+            losses["guidance_loss"] = guidance_loss(
+                pruned, attention, said, output.kept_index, inputs["input_ids"], inputs["attention_mask"]
+            )
+            weights["guidance_loss"] = ramp * args.guidance_weight
         if output.merge_sparsity_loss is not None:
             losses["merge_sparsity_loss"] = output.merge_sparsity_loss
             weights["merge_sparsity_loss"] = ramp * args.merge_sparsity_weight

@@ -1,0 +1,96 @@
+"""Which vision tokens does the unpruned model read? Its attention, as a target for the scores of merger and pruners.
+
+The gradient of the answers' loss reaches a token's score only while the token is kept, so heads trained by it alone
+learn late, or wrongly, what they have dropped. The unpruned model's attention speaks of all tokens at once.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ..models.vlm_adapters import eager_attention
+
+
+@contextlib.contextmanager
+def reading_attention(model) -> Iterator[list[torch.Tensor]]:
+    """Collects the attention `(batch, heads, queries, keys)` of every decoder layer of a `PrunedVLM`."""
+    weights: list[torch.Tensor] = []
+    layers = model.adapter.text_model.layers
+    handles = [
+        layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1].detach()))
+        for layer in layers
+    ]
+    try:
+        with eager_attention(model.adapter.text_config):
+            yield weights
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def reading_scores(model) -> Iterator[dict]:
+    """Collects what the heads of a `PrunedVLM` say: `{"merger": [scores], "pruners": [(layer, logits, mask)]}`."""
+    said: dict = {"merger": [], "pruners": []}
+    handles = []
+    if model.token_merger is not None:
+        handles.append(
+            model.token_merger.register_forward_hook(lambda module, args, output: said["merger"].append(output.scores))
+        )
+    if model.layer_pruner is not None:
+        handles.append(
+            model.layer_pruner.register_forward_hook(
+                lambda module, args, kwargs, output: said["pruners"].append(
+                    (args[0], output.keep_logits, kwargs["vision_mask"])
+                ),
+                with_kwargs=True,
+            )
+        )
+    try:
+        yield said
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def read_share(attention: list[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
+    """How much each position is read by the text: the largest weight over layers, heads and text positions.
+
+    Args:
+        attention: per layer `(batch, heads, length, length)`.
+        text: bool `(batch, length)`, the queries that count.
+
+    Returns:
+        `(batch, length)` in [0, 1].
+    """
+    largest = torch.stack([layer.amax(1) for layer in attention]).amax(0)
+    return largest.masked_fill(~text[:, :, None], 0.0).amax(1).float()
+
+
+def guidance_loss(model, attention, said: dict, kept_index, input_ids, attention_mask) -> torch.Tensor:
+    """Mean cross-entropy (nats) between the shares that the text reads and the heads' scores, over heads.
+
+    Pruners before layer k learn what is read from layer k on. Where images have several sizes the merger goes without.
+    """
+    vision = input_ids == model.adapter.image_token_id
+    text = attention_mask.bool() & ~vision
+    losses = []
+    if len(said["merger"]) == 1:
+        scores = said["merger"][0]
+        target = read_share(attention, text)[vision].view_as(scores)
+        losses.append(_cross_entropy(scores, target, torch.ones_like(target, dtype=torch.bool)))
+    for layer, logits, mask in said["pruners"]:
+        target = read_share(attention[layer:], text)
+        target = target.gather(1, kept_index[layer].clamp(min=0))
+        losses.append(_cross_entropy(logits, target, mask))
+    return torch.stack(losses).mean() if losses else attention[0].new_zeros(())
+
+
+def _cross_entropy(scores, target, mask) -> torch.Tensor:
+    rows = mask.any(-1)
+    target = (target * mask)[rows]
+    target = target / target.sum(-1, keepdim=True).clamp(min=1e-9)
+    logs = F.log_softmax(scores.float().masked_fill(~mask, -1e9)[rows], dim=-1)
+    return -(target * logs).sum(-1).mean()
