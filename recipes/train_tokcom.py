@@ -70,6 +70,15 @@ class RunArguments:
     tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer trained on the corpus."})
     length: int = field(default=1024, metadata={"help": "Tokens per row; a multiple of the chunk size."})
     validation_share: float = field(default=0.05, metadata={"help": "Share of the documents held out."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Held-out text of its own; all other text is training text then."}
+    )
+    offset_copies: int = field(
+        default=1, metadata={"help": "Times the training text is given, each cut into chunks at other places."}
+    )
+    split_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the held-out split; --seed where not set."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of data, initial weights and training."})
     threads: int | None = field(
         default=None,
@@ -121,7 +130,9 @@ def main() -> None:
         length=run.length,
         chunk_size=chunk_size,
         validation_share=run.validation_share,
-        seed=run.seed,
+        validation_file=run.validation_file,
+        offset_copies=run.offset_copies,
+        seed=run.seed if run.split_seed is None else run.split_seed,
     )
     print_once(state, f"{len(data.train):,} training rows and {len(data.validation):,} held-out rows of {run.length} "
                f"tokens; vocabulary {len(data.tokenizer):,} + omni token")  # fmt: skip

@@ -254,6 +254,16 @@ def test_the_held_out_text_stays_out_of_the_tokenizer(tmp_path):
     assert rows.tokenizer.get_vocab() == train_tokenizer(train, 300).get_vocab()
 
 
+def test_held_out_text_of_its_own(tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in SENTENCES))
+    (tmp_path / "held_out.jsonl").write_text("\n".join(json.dumps({"text": text.upper()}) for text in SENTENCES[:5]))
+    files = str(tmp_path / "train.jsonl"), str(tmp_path / "held_out.jsonl")
+    rows = load_text_rows(files[0], validation_file=files[1], vocab_size=300, length=32)
+    text = [rows.tokenizer.decode(part.token_ids).split(EOS_TOKEN)[:-1] for part in (rows.train, rows.validation)]
+    assert text == [SENTENCES, [sentence.upper() for sentence in SENTENCES[:5]]]
+    assert rows.tokenizer.get_vocab() == train_tokenizer(SENTENCES, 300).get_vocab()
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [

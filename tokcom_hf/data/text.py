@@ -238,12 +238,14 @@ def load_text_rows(
     validation_share: float = 0.05,
     seed: int = 0,
     offset_copies: int = 1,
+    validation_file: str | None = None,
 ) -> TextRows:
     """Documents → tokenizer (loaded by name, or trained on the training documents) → packed rows.
 
     With `streaming` the documents are tokenized as they arrive and only their ids (4 bytes per token) and the held-out
     documents are kept; `max_documents` ends the stream. A new tokenizer is then trained on its first 20,000 documents.
     `offset_copies` > 1 gives the training text that many times, cut at other places (`packing.spread_offsets`).
+    `validation_file` is held-out text of its own; nothing is then split off.
 
     Raises:
         ValueError: `chunk_size` does not divide `length`, empty corpus, or less text than one chunk.
@@ -256,7 +258,10 @@ def load_text_rows(
     offsets = spread_offsets(offset_copies, length, chunk_size, seed)
     held_out: list[str]
     train: Iterable[str]
-    if streaming and dataset_name:
+    if validation_file is not None:
+        train = sample = load_documents(train_file, dataset_name, **options)
+        held_out = load_documents(validation_file, text_column=text_column)
+    elif streaming and dataset_name:
         held_out = []
         train = split_stream(iterate_documents(train_file, dataset_name, **options), validation_share, seed, held_out)
         sample = [] if tokenizer else list(islice(train, TOKENIZER_DOCUMENTS))

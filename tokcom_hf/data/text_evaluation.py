@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .text import TextRows, load_documents, load_text_rows, pack
-from .tokenizers import load_tokenizer
+from .text import TextRows, load_text_rows
 
 
 @dataclass
@@ -30,27 +29,21 @@ def load_source(source: TextSource, length: int, tokenizer: str | None, vocab_si
     """Packed training and held-out rows of `length` tokens under a tokenizer (folder or name; None trains one)."""
     if source.validation_file is not None and tokenizer is None:
         raise ValueError("With validation_file name a tokenizer too (a folder or a Hub name).")
-    if source.validation_file is None:
-        return load_text_rows(
-            train_file=source.train_file,
-            dataset_name=source.dataset_name,
-            dataset_config=source.dataset_config,
-            text_column=source.text_column,
-            streaming=source.streaming,
-            max_documents=source.max_documents,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            length=length,
-            chunk_size=1,
-            validation_share=source.validation_share,
-            seed=source.split_seed,
-        )
-    loaded = load_tokenizer(str(tokenizer))
-    options: dict[str, Any] = {"text_column": source.text_column, "max_documents": source.max_documents}
-    options |= {"dataset_config": source.dataset_config, "streaming": source.streaming}
-    train = load_documents(source.train_file, source.dataset_name, **options)
-    held_out = load_documents(source.validation_file, text_column=source.text_column)
-    return TextRows(pack(train, loaded, length), pack(held_out, loaded, length), loaded)
+    return load_text_rows(
+        train_file=source.train_file,
+        validation_file=source.validation_file,
+        dataset_name=source.dataset_name,
+        dataset_config=source.dataset_config,
+        text_column=source.text_column,
+        streaming=source.streaming,
+        max_documents=source.max_documents,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        length=length,
+        chunk_size=1,
+        validation_share=source.validation_share,
+        seed=source.split_seed,
+    )
 
 
 def full_rows(dataset: Any) -> np.ndarray:
