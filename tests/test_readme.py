@@ -52,6 +52,8 @@ def test_recipe_commands_name_existing_options(command, monkeypatch):
     monkeypatch.setattr(tokcom_hf.cli, "parse_recipe", parse_only)
     monkeypatch.setattr(sys, "argv", [str(path), *arguments])
     monkeypatch.chdir(ROOT)
+    # As Python does for a script.
+    monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up there.
