@@ -42,7 +42,7 @@ NETWORK = {
     "l1_weight": 1.0,
     "mse_weight": 1.0,
 }
-# Its codes have log2 of the codebook size dimensions, see `build`.
+# Its codes have log2 of the codebook size dimensions and at least 8, see `build`.
 OURS = {
     "codebook_similarity": "euclidean",
     "commitment_weight": 0.25,
@@ -137,7 +137,7 @@ class Naive(nn.Module):
 
 def build(method: str, size: int) -> VQGAN:
     """The common network with the quantizer of one row."""
-    ours = {"codebook_dim": size.bit_length() - 1} | OURS
+    ours = {"codebook_dim": max(8, size.bit_length() - 1)} | OURS
     own = {"ours": ours, "ours_cosine": ours | {"codebook_similarity": "cosine"}, "paper": PAPER}
     own["ours_fsq"] = ours | {"quantizer": "fsq"}
     own["ours_lfq"] = ours | {"quantizer": "lfq", "entropy_weight": 0.3, "entropy_temperature": 0.3}
