@@ -45,7 +45,9 @@ class RunArguments:
     base: str | None = field(default=None, metadata={"help": "Causal language model: folder or Hub id."})
     image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
     eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
-    train_images: int = field(default=16000, metadata={"help": "Procedural scenes to train on."})
+    train_images: int = field(
+        default=16000, metadata={"help": "Procedural scenes to train on; those with a held-out caption are left out."}
+    )
     eval_captions: int = field(default=200, metadata={"help": "Held-out captions to draw."})
     image_size: int = field(default=48, metadata={"help": "Pixels per side of the pictures."})
     grid: int = field(default=2, metadata={"help": "Cells per side of a scene."})
@@ -97,12 +99,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     seconds: dict[str, float] = {}
 
     started = time.perf_counter()
-    with state.main_process_first():
-        decoder, image_processor = image_tokenizer(run, values, output, train, held_out, state)
-        seconds["image_tokenizer"] = time.perf_counter() - started
-        started = time.perf_counter()
-        base, tokenizer = base_model(run, values, output, train, state)
-        seconds["base"] = time.perf_counter() - started
+    decoder, image_processor = image_tokenizer(run, values, output, train, held_out, state)
+    seconds["image_tokenizer"] = time.perf_counter() - started
+    started = time.perf_counter()
+    base, tokenizer = base_model(run, values, output, train, state)
+    seconds["base"] = time.perf_counter() - started
     model, processor = expand(run, base, tokenizer, decoder)
     share = model.trainable_rows()
     state.print(
@@ -159,8 +160,8 @@ def load_rows(run: RunArguments):
     options = {"min_objects": run.min_objects, "max_objects": run.max_objects, "grid": run.grid, "dots": run.dots}
     held_out = draw_scenes(run.eval_captions, run.seed + 1, **options)
     captions = frozenset(caption_of(scene) for scene in held_out)
-    rng_free = draw_scenes(run.train_images + 4 * len(captions), run.seed, **options)
-    train = [scene for scene in rng_free if caption_of(scene) not in captions][: run.train_images]
+    drawn = draw_scenes(run.train_images, run.seed, **options)
+    train = [scene for scene in drawn if caption_of(scene) not in captions]
     return CaptionImages(train, run.image_size), CaptionImages(held_out, run.image_size)
 
 
@@ -186,6 +187,7 @@ def image_tokenizer(run, values, output: Path, train, held_out, state):
         if state.is_main_process:
             decoder.save_pretrained(output / DECODER_FOLDER)
             image_processor.save_pretrained(output / DECODER_FOLDER)
+        state.wait_for_everyone()
     if getattr(decoder.config, "quantizer", None) != "lfq":
         raise RecipeError(
             f"{folder} is no VQGAN with quantizer='lfq' (got {getattr(decoder.config, 'quantizer', 'none')!r}); its "
@@ -200,7 +202,12 @@ def crowded(run: RunArguments) -> CaptionImages | None:
         return None
     cells = run.grid * run.grid
     scenes = draw_scenes(
-        min(4000, run.train_images), run.seed + 2, dots=run.dots, min_objects=cells // 2, max_objects=cells, grid=run.grid
+        min(4000, run.train_images),
+        run.seed + 2,
+        dots=run.dots,
+        min_objects=cells // 2,
+        max_objects=cells,
+        grid=run.grid,
     )
     return CaptionImages(scenes, run.image_size)
 
@@ -216,6 +223,7 @@ def base_model(run, values, output: Path, train, state):
         if state.is_main_process:
             small.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        state.wait_for_everyone()
     name = run.base or str(folder)
     return name, AutoTokenizer.from_pretrained(name)
 
