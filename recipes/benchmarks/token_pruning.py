@@ -3,11 +3,11 @@
     python recipes/benchmarks/token_pruning.py                                   # outputs/small_vlm, 5 seeds
     python recipes/benchmarks/token_pruning.py --seeds 1 --max_steps 50 --ablations false
 
-Rows: the unpruned model; the question alone (a grey image); our two stages with LoRA; random tokens with the same LoRA
-fine-tune, data and steps; every training-free strategy; a smaller image, as it is and with the same fine-tune.
-Each baseline keeps as many tokens as bring it to **at least**
-our FLOPs (heads, vision tower and projector included), so that rounding favours the baseline. With `--ablations true`
-also (first seed): without merger, without pruners, without KL, with the adversarial part, and the documented losses only.
+Rows: the unpruned model; the question alone (another question's picture); our two stages with LoRA; every training-free
+strategy; random tokens with the same LoRA fine-tune, data and steps; a smaller image, as it is and with the same
+fine-tune. Each baseline keeps as many tokens as bring it to **at least** our FLOPs (heads, vision tower and projector
+included), so that rounding favours the baseline. With `--ablations true` also (first seed): one thing left out or
+changed. Rows are saved as they are measured: an interrupted comparison goes on where it stopped.
 """
 
 import json
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from downsampled_vlm import can_downsample, downsampled_vlm, shrunk
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from tokcom_hf import (
@@ -40,7 +39,7 @@ from tokcom_hf.models.token_selection import LAYER_STRATEGIES, STRATEGIES
 from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_pruning.yaml"
-OURS, RANDOM_TUNED, GREY = "merger + pruners + LoRA", "random + LoRA", "question only (grey image)"
+OURS, RANDOM_TUNED, GREY = "merger + pruners + LoRA", "random + LoRA", "question only (other picture)"
 # Each changes one thing.
 ABLATIONS: dict[str, dict] = {
     "no merger": {"merger": False},
@@ -148,9 +147,14 @@ class Comparison:
         return evaluate_mode(model, collator, self.rows if rows is None else rows, mode, length)
 
     def question_only(self) -> dict:
-        """The unpruned model with grey pictures."""
-        grey = [row | {"image": Image.new("RGB", row["image"].size, (128, 128, 128))} for row in self._held_out()]
-        return self.evaluate(PrunedVLM.from_base(self.base()), VQADataset(grey), "origin")
+        """The unpruned model with the picture of the next question of the same type."""
+        rows = self._held_out()
+        places: dict[str, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(row["types"][0], []).append(place)
+        following = {a: b for same in places.values() for a, b in zip(same, same[1:] + same[:1])}
+        swapped = [row | {"image": rows[following[place]]["image"]} for place, row in enumerate(rows)]
+        return self.evaluate(PrunedVLM.from_base(self.base()), VQADataset(swapped), "origin")
 
     def free(self, strategy: str, keep: int, seed: int, train: bool = False) -> dict:
         """A training-free strategy, or the same with our LoRA fine-tune."""

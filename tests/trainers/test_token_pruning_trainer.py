@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokcom_hf import TokenPruningTrainingArguments
+from tokcom_hf import LayerPruner, LayerPrunerConfig, TokenPruningTrainingArguments
+from tokcom_hf.trainers.attention_guidance import read_share
 from tokcom_hf.trainers.pruning_losses import annealed_temperature, answer_kl, binarization_loss, keep_rate_loss
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -73,6 +74,43 @@ def test_lora_learns_and_merges_without_changing_the_answer(tmp_path):
         trainer.merge_lora()
         assert torch.allclose(model(**inputs).logits, before, atol=1e-5)
     assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+def test_guidance_raises_what_the_text_reads(tmp_path):
+    # One row, four vision tokens, text at the end that reads the second of them in one head.
+    attention = torch.zeros(1, 2, 6, 6)
+    attention[0, 1, 5, 1] = 0.8
+    attention[0, 0, 4, 2] = 0.2
+    attention[0, 0, 1, 3] = 1.0  # a vision token's reading does not count
+    text = torch.tensor([[False] * 4 + [True] * 2])
+    share = read_share([attention[:, :1], attention[:, 1:]], text)
+    assert share[0].tolist() == pytest.approx([0, 0.8, 0.2, 0, 0, 0])
+    trainer = make_trainer(tmp_path, guidance_weight=1.0, adversarial_weight=0.0, max_steps=2)
+    before = fingerprint_of_heads(trainer)
+    trainer.train()
+    assert trainer.model.adapter.text_config._attn_implementation == "sdpa"
+    assert any(not torch.equal(a, b) for a, b in zip(before, fingerprint_of_heads(trainer)))
+    logged = [line for line in trainer.state.log_history if "layer_pruners/guidance_loss" in line]
+    assert logged and all(line["layer_pruners/guidance_loss"] > 0 for line in logged)
+
+
+def fingerprint_of_heads(trainer) -> list[torch.Tensor]:
+    model = trainer.unwrapped_model
+    return [p.detach().clone() for part in (model.token_merger, model.layer_pruner) for p in part.parameters()]
+
+
+def test_straight_through_shows_the_hard_decision_and_teaches_dropped_tokens():
+    torch.manual_seed(0)
+    config = LayerPrunerConfig(hidden_size=8, layers=[1], keep_tokens=[2], internal_size=8, straight_through=True)
+    output = LayerPruner(config).train()(1, torch.randn(2, 5, 8), torch.randn(2, 3, 8))
+    assert torch.equal(output.soft_mask > 0.5, output.keep_mask)
+    assert torch.equal(output.soft_mask[output.keep_mask], torch.ones(4))
+    output.keep_logits.retain_grad()
+    # The loss falls steeply where a dropped token is let in: its logit must rise, by a bounded step.
+    (-1e9 * output.soft_mask[~output.keep_mask].sum()).backward()
+    gradient = output.keep_logits.grad
+    assert (gradient[~output.keep_mask] < 0).all() and (gradient[output.keep_mask] == 0).all()
+    assert gradient.abs().max() <= 0.5 * 0.25 + 1e-6
 
 
 def test_best_model_prefers_those_under_budget(tmp_path):
