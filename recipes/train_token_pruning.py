@@ -32,7 +32,7 @@ from tokcom_hf import (
 from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.vqa import VQACollator
-from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
+from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
@@ -163,6 +163,8 @@ def report(out: Path, model, processor, source, held_out, run, args, seconds: fl
         )
     slim = {m: {k: v for k, v in r.items() if k not in ("scores", "answers")} for m, r in table.items()}
     results = {"base_model": run.base_model, "seed": run.seed, "seconds": round(seconds, 1), "modes": slim}
+    if not (source.dataset_name or source.eval_file):
+        results["scenes"] = scene_options(run.base_model)  # what eval_token_pruning.py draws its questions from
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_model_card(
         out,

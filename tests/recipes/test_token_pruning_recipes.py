@@ -44,6 +44,7 @@ def test_every_pruning_recipe_runs_on_what_the_one_before_left(tmp_path, monkeyp
         monkeypatch, "train_token_pruning.py", "--base_model", vlm, "--output_dir", pruned, *SMALL_RUN, "--threads", 1
     )
     results = json.loads((pruned / "results.json").read_text())
+    assert results["scenes"] == json.loads((vlm / "results.json").read_text())["scenes"]
     assert results["modes"]["hard"]["vision_tokens_per_layer"] == pytest.approx([8, 5, 3, 3])
     card = (pruned / "README.md").read_text(encoding="utf-8")
     assert f"{100 * results['modes']['hard']['flops_ratio']:.1f} %" in card

@@ -56,7 +56,7 @@ def load_vqa_rows(
             raise ValueError("--eval_file alone is for evaluation; training needs --train_file too.")
         train = read_vqa_jsonl(source.train_file, source.image_dir) if training and source.train_file else None
         return train, read_vqa_jsonl(source.eval_file, source.image_dir)
-    options = _scene_options(base_model)
+    options = scene_options(base_model)
     train = None
     if training:
         train = scene_rows(
@@ -65,8 +65,11 @@ def load_vqa_rows(
     return train, scene_rows(source.eval_questions, source.data_seed + 2_000_003, **options)
 
 
-def _scene_options(base_model: str) -> dict[str, Any]:
-    for folder in (Path(base_model), Path(base_model) / "base"):
+def scene_options(model: str) -> dict[str, Any]:
+    """The scenes that a small VLM, or what was made from it, was trained on: `scenes` in its `results.json`."""
+    for folder in (Path(model), Path(model) / "base"):
         if (folder / "results.json").is_file():
-            return json.loads((folder / "results.json").read_text(encoding="utf-8")).get("scenes", {})
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            if "scenes" in results:
+                return results["scenes"]
     return {"image_size": 224}
