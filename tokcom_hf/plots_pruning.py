@@ -42,7 +42,8 @@ def plot_kept_patches(model, collator, rows, path: str | Path) -> str:
         line[0].set_title(row["questions"][0], fontsize=7)
         for axis, stage, grid in zip(line[1:], stages, grids):
             height, width = picture.shape[:2]
-            mask = np.kron(grid, np.ones((height // grid.shape[0] + 1, width // grid.shape[1] + 1)))[:height, :width]
+            side = len(grid)
+            mask = grid[np.arange(height) * side // height][:, np.arange(width) * side // width]
             axis.imshow((picture * (0.2 + 0.8 * mask[..., None])).astype("uint8"))
             axis.set_title(f"from layer {stage}: {int(grid.sum())} tokens", fontsize=7)
         for axis in line:
