@@ -159,6 +159,9 @@ class LFQQuantizer(PreTrainedModel):
             nn.GELU(),
             nn.Linear(config.llm_hidden_size, config.llm_hidden_size),
         )
+        # What training starts from is set by `match_features`: steps of an optimizer are then small beside any features.
+        self.embedding_scale = nn.Parameter(torch.ones(config.llm_hidden_size))
+        self.embedding_shift = nn.Parameter(torch.zeros(config.llm_hidden_size))
         self.post_init()
 
     # ---------------------------------------------------------------- features → codes → embeddings
@@ -201,25 +204,20 @@ class LFQQuantizer(PreTrainedModel):
         return self._embed((codes > 0).to(torch.float32))
 
     @torch.no_grad()
-    def match_features(self, features: torch.Tensor) -> None:
-        """Fits freshly drawn weights to features `(..., input_size)` at both ends; call it once, before training.
+    def match_features(self, features: torch.Tensor, grid: tuple[int, int] | None = None) -> None:
+        """Fits freshly drawn weights to features `(batch, n, input_size)` at both ends; call it once, before training.
 
         The first layer gets features of nearly equal variance in all directions but the faintest (regularised
         whitening): a small difference that matters, such as a dot on an object, then moves bits nearly as readily as a
-        large one. Where the widths agree, the
-        embeddings of random codes get the mean and the spread of the features, number by number: freshly drawn ones are
-        so small that a language model trained on features sees nothing in them, and the straight-through gradient is as
-        small.
+        large one. Where the widths agree, embeddings get the features' scale, and the last layer becomes the ridge
+        regression of the features on what their codes give it: freshly drawn embeddings are so small that a language
+        model trained on features sees nothing in them.
 
         Raises:
-            ValueError: features of another width, or fewer than two vectors.
+            ValueError: features of a wrong shape.
         """
-        flat = features.reshape(-1, features.shape[-1])
-        if flat.shape[1] != self.config.input_size or len(flat) < 2:
-            raise ValueError(
-                f"Matching needs two or more features of width input_size={self.config.input_size}, got shape "
-                f"{tuple(features.shape)}."
-            )
+        self._check_features(features, grid)
+        flat = features.flatten(0, 1)
         first = self.input_proj if self.config.variant == "transformer" else self.to_bits
         mean, whitening = whitening_of(self.input_norm(flat.to(self.input_norm.weight.dtype)))
         weight = first.weight.cpu().double() @ whitening
@@ -227,17 +225,25 @@ class LFQQuantizer(PreTrainedModel):
         first.bias.copy_(first.bias.cpu().double() - weight @ mean)
         if self.config.input_size != self.config.llm_hidden_size:
             return
-        last, generator = self.from_bits[2], torch.Generator().manual_seed(0)
-        codes = torch.randint(2, (4096, self.config.output_dim), generator=generator).to(last.weight.device)
-        embeddings, flat = self.decode(codes).float(), flat.float()
-        scale = flat.std(0) / embeddings.std(0).clamp_min(1e-12)
-        shift = flat.mean(0) - scale * (embeddings.mean(0) - last.bias.float())
-        last.weight.copy_(last.weight * scale[:, None])
-        last.bias.copy_(shift)
+        self.embedding_scale.fill_(float(flat.float().std()))
+        self.embedding_shift.copy_(flat.float().mean(0))
+        bits = 2.0 * torch.cat([self.encode(part, grid) for part in features.split(64)]).flatten(0, 1) - 1
+        inner = F.gelu(self.from_bits[0](bits.to(self.from_bits[0].weight.dtype))).cpu().double()
+        wanted = ((flat.float() - self.embedding_shift) / self.embedding_scale).cpu().double()
+        inner_mean = inner.mean(0)
+        inner = inner - inner_mean
+        gram = inner.t() @ inner / len(inner)
+        gram.diagonal().add_(1e-2 * gram.diagonal().mean())
+        solution = torch.linalg.solve(gram, inner.t() @ wanted / len(inner)).t()
+        self.from_bits[2].weight.copy_(solution)
+        self.from_bits[2].bias.copy_(-solution @ inner_mean)
 
     def _embed(self, bits: torch.Tensor) -> torch.Tensor:
         # ±1 instead of 0 and 1: no bit pattern is the origin.
-        return self.from_bits((2 * bits - 1).to(self.from_bits[0].weight.dtype))
+        return (
+            self.from_bits((2 * bits - 1).to(self.from_bits[0].weight.dtype)) * self.embedding_scale
+            + self.embedding_shift
+        )
 
     def forward(
         self,

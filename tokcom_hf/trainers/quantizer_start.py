@@ -37,6 +37,7 @@ def fit_quantizer(
     Returns:
         The whitened squared error of the last tenth of the steps, as a share of the features' variance (NaN for none).
     """
+    was_training = quantizer.training
     quantizer.match_features(features)
     mean, whitening = whitening_of(features.flatten(0, 1))
     whitening = whitening.to(features.device, torch.float32)
@@ -44,7 +45,6 @@ def fit_quantizer(
     scale = shifted.square().mean()
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup, generator, errors = max(1, steps // 20), torch.Generator().manual_seed(seed), []
-    was_training = quantizer.training
     # In evaluation mode nothing is summed over ranks: each fits alone, on the same features, to the same weights.
     quantizer.eval()
     for step in range(steps):
