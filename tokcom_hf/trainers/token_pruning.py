@@ -238,6 +238,9 @@ class TokenPruningTrainer(CompressionTrainer):
 
     def _states(self, output) -> list[torch.Tensor]:
         layers = self.accelerator.unwrap_model(self.discriminator).config.layers
+        depth = len(output.hidden_states)
+        if any(not -depth <= layer < depth for layer in layers):
+            raise ValueError(f"The discriminator reads states {layers}, but the model has {depth}; set its layers.")
         return [output.hidden_states[layer] for layer in layers]
 
     def _adversarial(self, teacher, output, labels) -> torch.Tensor:
