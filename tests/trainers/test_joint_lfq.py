@@ -171,17 +171,17 @@ def test_what_moves_and_what_stays_bitwise(tmp_path, tune_llm):
 
 
 def test_a_started_quantizer_resembles_the_features_and_is_alike_every_time(tmp_path):
-    ends, losses = [], []
-    for steps in (0, 150, 150):
-        trainer = make_trainer(
-            tmp_path, quantizer_start_steps=steps, quantizer_start_images=30, quantizer_start_learning_rate=1e-2
-        )
+    fresh = make_trainer(tmp_path).evaluate()["eval_reconstruction_loss"]
+    ends, losses, errors = [], [], []
+    for steps in (2, 100, 100):
+        options = {"quantizer_start_images": 30, "quantizer_start_learning_rate": 5e-3}
+        trainer = make_trainer(tmp_path, quantizer_start_steps=steps, **options)
         frozen = {n: p.clone() for n, p in trainer.model.language_model.named_parameters()}
-        error = trainer.start_quantizer()
+        errors.append(trainer.start_quantizer())
         assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.language_model.named_parameters())
         losses.append(trainer.evaluate()["eval_reconstruction_loss"])
         ends.append(weights(trainer))
-    assert losses[1] < 0.7 * losses[0] and 0 < error < 1
+    assert max(losses) < 0.6 * fresh and errors[1] < errors[0] < 1
     assert all(torch.equal(value, ends[2][name]) for name, value in ends[1].items())
 
 
