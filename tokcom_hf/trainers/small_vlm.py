@@ -16,7 +16,7 @@ class SmallVLMTrainingArguments(CompressionTrainingArguments):
 
 
 class SmallVLMTrainer(CompressionTrainer):
-    """`Trainer` with Muon for the matrices: about four times fewer steps than AdamW to learn to look things up."""
+    """`Trainer` with Muon for the matrices, which learns to look things up in far fewer steps than AdamW."""
 
     args: SmallVLMTrainingArguments
 
