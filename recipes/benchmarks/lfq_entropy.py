@@ -10,7 +10,6 @@ of both are then compared in float64 at 12 bits.
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.metrics.memory import high_water_mark
 from tokcom_hf.models.lfq_entropy import factorised_entropy
 
 
@@ -69,7 +69,7 @@ def one_variant(arguments: BenchmarkArguments) -> None:
     warm = draw(32, 4, torch.float32)
     per_sample, batch = entropies(warm)
     (per_sample - batch).backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water_mark(restart=True)
     seconds = []
     for _ in range(arguments.steps + 1):
         logits.grad = None
@@ -77,11 +77,11 @@ def one_variant(arguments: BenchmarkArguments) -> None:
         per_sample, batch = entropies(logits)
         (per_sample - batch).backward()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = high_water_mark()
     result = {
         "seconds": statistics.median(seconds[1:]),
-        "step_bytes": (peak - before) * 1024,
-        "peak_bytes": peak * 1024,
+        "step_bytes": peak - before,
+        "peak_bytes": peak,
     }
     print(json.dumps({**result, "sample_entropy": per_sample.item(), "batch_entropy": batch.item()}))
 

@@ -16,7 +16,6 @@ bound what can be gained. The losses of the first step are compared: all four co
 
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsDecoupledEmbeddi
 
 from tokcom_hf import LFQExpandedModel
 from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.metrics.memory import high_water_mark
 
 SIDES = ("split", "gradient_hook", "peft", "decoupled")
 
@@ -146,11 +146,11 @@ def peak_bytes(side: str, args: VocabArguments, hidden_size: int, labelled: str)
     small = VocabArguments(old_rows=50, output_dim=4, tokens=8, layers=1, tied=args.tied)
     make_step(build(side, small, 32), small, labelled)()
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water_mark(restart=True)
     step = make_step(build(side, args, hidden_size), args, labelled)
     for _ in range(3):
         step()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return high_water_mark() - before
 
 
 def peak_in_fresh_process(side: str, args: VocabArguments, hidden_size: int, labelled: str) -> int:

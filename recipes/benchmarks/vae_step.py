@@ -10,7 +10,6 @@ of one row. Each runs in a process of its own, in turn; medians of the steps aft
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from torch import nn
 
 from tokcom_hf import TokComVAE, TokComVAEConfig
 from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.metrics.memory import high_water_mark
 
 
 @dataclass
@@ -61,7 +61,7 @@ def one_variant(arguments: BenchmarkArguments) -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
     ids = torch.randint(arguments.vocab_size - 1, (arguments.batch, arguments.length))
     optimizer.zero_grad()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water_mark(restart=True)
     seconds = []
     parts = ids.split(1) if arguments.variant == "row by row" else [ids]
     for _ in range(arguments.steps + 1):
@@ -74,12 +74,12 @@ def one_variant(arguments: BenchmarkArguments) -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = high_water_mark()
     # The first step also allocates the optimizer state.
     result = {
         "seconds": statistics.median(seconds[1:]),
-        "peak_bytes": peak * 1024,
-        "step_bytes": (peak - before) * 1024,
+        "peak_bytes": peak,
+        "step_bytes": peak - before,
     }
     print(json.dumps({**result, "loss": total}))
 

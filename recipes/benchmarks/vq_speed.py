@@ -9,7 +9,6 @@ before the first step (CPU), or by the allocator (`--device cuda`).
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.metrics.memory import high_water_mark
 from tokcom_hf.models.configuration_vqgan import VQGANConfig
 from tokcom_hf.models.quantizers import EMAQuantizer
 
@@ -89,18 +89,6 @@ def data(shape: tuple[int, int, int], device: str) -> torch.Tensor:
     centres = torch.randn(256, width, generator=generator)
     rows = centres[torch.randint(256, (number,), generator=generator)]
     return (rows + 0.5 * torch.randn(number, width, generator=generator))[None].to(device)
-
-
-def high_water_mark(restart: bool = False) -> float:
-    """Largest resident memory of this process so far in bytes; `restart` first forgets what was before (Linux only)."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    # Not ru_maxrss: a child process starts with its parent's.
-    if restart:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024.0
 
 
 def peak_megabytes(side: str, shape: tuple[int, int, int], device: str) -> float:
