@@ -8,17 +8,18 @@ that needs no gradient costs none.
 
 import torch
 
-# Logits held at a time: 2^25 float32 values are 128 MiB, 344 rows of 97,536: enough for matrix products at full speed.
-LOGITS_AT_ONCE = 2**25
+# Logits held at a time: 2^23 float32 values are 32 MiB, 86 rows of 97,536: near the full speed of matrix products.
+LOGITS_AT_ONCE = 2**23
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """forward(hidden_states, labels, denominator, dtype, weight_0, bias_0, weight_1, bias_1, ...)"""
+    """forward(hidden_states, labels, denominator, dtype, handover, weight_0, bias_0, weight_1, bias_1, ...)"""
 
     @staticmethod
-    def forward(ctx, hidden_states, labels, denominator, dtype, *tables):
+    def forward(ctx, hidden_states, labels, denominator, dtype, handover, *tables):
         weights, biases = tables[0::2], tables[1::2]
-        needs_weight, needs_bias = ctx.needs_input_grad[4::2], ctx.needs_input_grad[5::2]
+        needs_weight, needs_bias = ctx.needs_input_grad[5::2], ctx.needs_input_grad[6::2]
+        ctx.handover = handover
         needs_hidden = ctx.needs_input_grad[0]
         heads = [weight.to(dtype) for weight in weights]
         columns, width = [], 0
@@ -76,7 +77,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             ctx.grads.append(None if grad_bias is None else grad_bias.to(bias.dtype))
         ctx.shapes = [
             (table.shape, table.dtype, table.device) if needed and table is not None else None
-            for table, needed in zip(tables, ctx.needs_input_grad[4:])
+            for table, needed in zip(tables, ctx.needs_input_grad[5:])
         ]
         return total / denominator
 
@@ -93,7 +94,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 scaled[index] = torch.zeros(shape[0], dtype=shape[1], device=shape[2])
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(grad_output.to(grad_hidden.dtype))
-        return grad_hidden, None, None, None, *scaled
+        if ctx.handover is not None:
+            ctx.handover["grad"], scaled[-2] = scaled[-2], None
+        return grad_hidden, None, None, None, None, *scaled
 
 
 def split_cross_entropy(
@@ -102,6 +105,7 @@ def split_cross_entropy(
     labels: torch.LongTensor,
     ignore_index: int = -100,
     num_items: torch.Tensor | int | None = None,
+    handover: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy in nats of a softmax over the rows of several tables, as if they were one below the other.
 
@@ -110,6 +114,8 @@ def split_cross_entropy(
         tables: `(weight (vocab_i, hidden), bias (vocab_i,) or None)` each; label ids count through them in order.
         labels: `(rows,)`; rows of `ignore_index` cost nothing.
         num_items: divisor of the sum; the number of labels that count where None.
+        handover: where given, the gradient of the last table's weight is left in `handover["grad"]` and not returned: a
+            lookup in the same (tied) table, which is differentiated later, adds its own and returns both at once.
 
     Returns:
         Scalar float32; 0 where no label counts. It can be differentiated once. Matrix products run in the dtype of
@@ -125,7 +131,7 @@ def split_cross_entropy(
     count = max(len(labels), 1) if num_items is None else num_items
     flat = [tensor for table in tables for tensor in table]
     with torch.autocast(device, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden_states, labels, count, dtype, *flat)
+        return _ChunkedCrossEntropy.apply(hidden_states, labels, count, dtype, handover, *flat)
 
 
 def chunked_cross_entropy(

@@ -5,6 +5,24 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class _TiedLookup(torch.autograd.Function):
+    """Embedding lookup that adds its gradient to the one the loss left of the same table: one dense tensor, not two."""
+
+    @staticmethod
+    def forward(ctx, weight, index, handover):
+        ctx.save_for_backward(index)
+        ctx.handover, ctx.shape = handover, weight.shape
+        return F.embedding(index, weight)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (index,) = ctx.saved_tensors
+        total = ctx.handover.pop("grad", None)
+        if total is None:
+            total = grad_output.new_zeros(ctx.shape)
+        return total.index_add_(0, index.flatten(), grad_output.flatten(0, -2).to(total.dtype)), None, None
+
+
 class LFQRows(nn.Module):
     """Embedding, head and bias rows of 2^output_dim new tokens.
 
@@ -22,9 +40,11 @@ class LFQRows(nn.Module):
         """Head weight and bias of the new rows."""
         return (self.embedding if self.head is None else self.head), self.bias
 
-    def forward(self, index: torch.LongTensor) -> torch.Tensor:
-        """Embeddings `(..., hidden)` of row numbers."""
-        return F.embedding(index, self.embedding)
+    def forward(self, index: torch.LongTensor, handover: dict | None = None) -> torch.Tensor:
+        """Embeddings `(..., hidden)` of row numbers; `handover`: see `split_cross_entropy`."""
+        if handover is None:
+            return F.embedding(index, self.embedding)
+        return _TiedLookup.apply(self.embedding, index, handover)
 
 
 def text_host(base: nn.Module) -> nn.Module:

@@ -249,12 +249,20 @@ class LFQExpandedModel(PreTrainedModel, GenerationMixin):
 
     def _with_new_rows(self, module, args, output):
         index = self._ids.pop() - self.config.lfq_start_token_id
-        rows = self.lfq_rows(index.clamp(min=0)).to(output.dtype)
+        rows = self.lfq_rows(index.clamp(min=0), self._handover()).to(output.dtype)
         # Gemma multiplies embeddings inside its embedding layer; new rows live on the same scale.
         scale = getattr(module, "embed_scale", None)
         if scale is not None:
             rows = rows * scale
         return torch.where((index >= 0).unsqueeze(-1), rows, output)
+
+    def _handover(self) -> dict | None:
+        """Where the loss leaves its gradient of tied rows for this lookup to add to; None where no such loss follows."""
+        tied = self.lfq_rows.head is None and self.lfq_rows.embedding.requires_grad and torch.is_grad_enabled()
+        if not tied or self._caught is None or self._plain_head is not True or "handover" in self._caught:
+            return None
+        self._caught["handover"] = {}
+        return self._caught["handover"]
 
     def _catch_hidden(self, module, args):
         if self._caught is None:
@@ -321,7 +329,7 @@ class LFQExpandedModel(PreTrainedModel, GenerationMixin):
             self._plain_head = torch.equal(output.logits.float(), caught["logits"].float())
             if not self._plain_head:
                 output, caught = self._run(inputs, narrow=False)
-        output.loss = self._loss(output.logits, caught["hidden"], labels, num_items_in_batch)
+        output.loss = self._loss(output.logits, caught, labels, num_items_in_batch)
         if not return_logits:
             output.logits = None
         return output
@@ -333,7 +341,8 @@ class LFQExpandedModel(PreTrainedModel, GenerationMixin):
         finally:
             self._caught = None
 
-    def _loss(self, logits, hidden, labels, num_items):
+    def _loss(self, logits, caught, labels, num_items):
+        hidden = caught["hidden"]
         shifted = labels[:, 1:].reshape(-1).to(hidden.device)
         if self._plain_head is False or (self._plain_head is None and not self._same_head(logits, hidden)):
             # The base model changes logits after its head: its own formula has to be kept, at the price of full logits.
@@ -343,7 +352,8 @@ class LFQExpandedModel(PreTrainedModel, GenerationMixin):
             return loss if num_items is None else loss / num_items
         _, head = vocabulary_of(self.base)
         tables = [(head.weight, getattr(head, "bias", None)), self.lfq_rows.tables()]
-        return split_cross_entropy(hidden[:, :-1].flatten(0, 1), tables, shifted, num_items=num_items)
+        states, handover = hidden[:, :-1].flatten(0, 1), caught.get("handover")
+        return split_cross_entropy(states, tables, shifted, num_items=num_items, handover=handover)
 
     def _same_head(self, logits, hidden) -> bool:
         with torch.no_grad():
