@@ -13,6 +13,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["plots"],
     *EXTRAS["search"],
+    *EXTRAS["bench"],
     "tensorboard",
     "pytest>=8",
     "pytest-timeout",

@@ -208,7 +208,10 @@ def test_every_ablation_row_names_options_that_exist(size):
     assert len(names) == len(set(names)) >= 20
     known = set(inspect.signature(TokComModel.generate).parameters)
     for row in [{"name": "start"}, *ablations["rows"]]:
-        assert set(row) <= {"name", "train", "generate"}
+        assert set(row) <= {"name", "train", "model", "generate"}
+        if "model" in row:
+            # An earlier row's, with nothing to train.
+            assert row["model"] in names[: names.index(row["name"])] and "train" not in row
         assert set(ablations["generate"] | row.get("generate", {})) <= known, row["name"]
         overrides = ablations["start"] | row.get("train", {})
         flags = [text for key, value in overrides.items() for text in (f"--{key}", str(value).lower())]

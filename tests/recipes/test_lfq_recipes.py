@@ -88,7 +88,8 @@ def test_the_full_circle_at_a_small_setting(tmp_path):
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(RECIPES / "image_tokens.py")]
     small = {
         "output_dir": out, "train_images": 96, "eval_captions": 8, "vqgan.codebook_size": 16, "vqgan.codebook_dim": 4,
-        "vqgan_training.max_steps": 3, "training.max_steps": 4, "training.save_steps": 2, "base_steps": 2,
+        "vqgan_training.max_steps": 3, "vqgan_training.autoencoder_steps": 1,
+        "training.max_steps": 4, "training.save_steps": 2, "base_steps": 2,
         "training.per_device_train_batch_size": 8, "base_model.hidden_size": 32, "base_model.num_hidden_layers": 1,
         "base_model.intermediate_size": 32,
     }  # fmt: skip

@@ -18,9 +18,9 @@ SMALL_BASE = [
     "--text.num_hidden_layers", "2", "--threads", "1",
 ]  # fmt: skip
 SMALL_RUN = [
-    "--train_images", "40", "--eval_images", "12", "--output_dim", "8", "--max_steps", "4", "--quantizer.hidden_size",
-    "16", "--quantizer.intermediate_size", "16", "--per_device_train_batch_size", "8", "--save_steps", "2",
-    "--eval_steps", "2", "--quantizer_start_steps", "5", "--threads", "1",
+    "--train_images", "40", "--eval_images", "12", "--output_dim", "8", "--max_steps", "12", "--warmup_steps", "0",
+    "--quantizer.hidden_size", "16", "--quantizer.intermediate_size", "16", "--per_device_train_batch_size", "8", "--save_steps", "6",
+    "--eval_steps", "6", "--quantizer_start_steps", "5", "--threads", "1",
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_pretraining_and_joint_training_leave_models_that_answer_and_draw(tmp_pa
 
     # Going on with a finished run trains no further and reports the same.
     again = joint.main([*common, "--resume_from_checkpoint", "true"])
-    assert again["after"] == after and again["steps"] == 4
+    assert again["after"] == after and again["steps"] == 12
 
 
 @pytest.mark.slow
