@@ -19,8 +19,8 @@ SMALL_BASE = [
 ]  # fmt: skip
 SMALL_RUN = [
     "--train_images", "40", "--eval_images", "12", "--output_dim", "8", "--max_steps", "12", "--warmup_steps", "0",
-    "--quantizer.hidden_size", "16", "--quantizer.intermediate_size", "16", "--per_device_train_batch_size", "8", "--save_steps", "6",
-    "--eval_steps", "6", "--quantizer_start_steps", "5", "--threads", "1",
+    "--quantizer.hidden_size", "16", "--quantizer.intermediate_size", "16", "--per_device_train_batch_size", "8",
+    "--save_steps", "6", "--eval_steps", "6", "--quantizer_start_steps", "5", "--threads", "1",
 ]  # fmt: skip
 
 
