@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 
 
@@ -190,3 +191,7 @@ def run_recipe(main) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from (error if "--traceback" in sys.argv else None)
+    if dist.is_available() and dist.is_initialized():
+        # A rank that leaves while another still listens aborts in the backend's threads.
+        dist.barrier()
+        dist.destroy_process_group()

@@ -87,3 +87,6 @@ if __name__ == "__main__":
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save({"world": trainer.args.world_size, "weights": weights(trainer)}, Path(sys.argv[1]) / "end.pt")
+    # A rank that leaves while another still listens aborts in gloo's threads.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()

@@ -91,3 +91,6 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         world = trainer.args.world_size
         torch.save({"world": world, "weights": fingerprint(trainer)}, Path(sys.argv[1]) / "end.pt")
+    # A rank that leaves while another still listens aborts in gloo's threads.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()

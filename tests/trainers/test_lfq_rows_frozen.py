@@ -138,3 +138,6 @@ if __name__ == "__main__":
     )
     launched.train()
     launched.save_model()
+    # A rank that leaves while another still listens aborts in gloo's threads.
+    launched.accelerator.wait_for_everyone()
+    launched.accelerator.end_training()

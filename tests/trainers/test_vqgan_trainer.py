@@ -194,6 +194,9 @@ run.train()
 del quantizer.reset_dead_codes
 torch.save({{"model": state(run.model), "discriminator": state(run.discriminator), "moved": moved}},
            {folder!r} + f"/rank{{run.args.process_index}}.pt")
+# A rank that leaves while another still listens aborts in gloo's threads.
+run.accelerator.wait_for_everyone()
+run.accelerator.end_training()
 """
 
 

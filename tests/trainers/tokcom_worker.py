@@ -48,3 +48,6 @@ trainer.use_averaged_weights()
 trainer.save_model()
 if trainer.is_world_process_zero():
     (options.folder / "world.json").write_text(json.dumps({"world_size": trainer.accelerator.num_processes}))
+# A rank that leaves while another still listens aborts in gloo's threads.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()

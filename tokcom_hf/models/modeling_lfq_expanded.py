@@ -257,9 +257,12 @@ class LFQExpandedModel(PreTrainedModel, GenerationMixin):
         return torch.where((index >= 0).unsqueeze(-1), rows, output)
 
     def _handover(self) -> dict | None:
-        """Where the loss leaves its gradient of tied rows for this lookup to add to; None where no such loss follows."""
+        """Where the loss leaves its gradient of tied rows for this lookup to add to; None where no loss follows.
+
+        The same in the first step as in all later ones: another order of sums would show in a resumed run's last bit.
+        """
         tied = self.lfq_rows.head is None and self.lfq_rows.embedding.requires_grad and torch.is_grad_enabled()
-        if not tied or self._caught is None or self._plain_head is not True or "handover" in self._caught:
+        if not tied or self._caught is None or "handover" in self._caught:
             return None
         self._caught["handover"] = {}
         return self._caught["handover"]
