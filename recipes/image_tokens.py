@@ -13,13 +13,11 @@ scenes every generated picture is checked for the shapes and colours of its capt
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlamaConfig, set_seed
 
@@ -31,6 +29,7 @@ from tokcom_hf.data.captions import read_image_text_jsonl
 from tokcom_hf.data.small_llama import train_caption_llama
 from tokcom_hf.hub import push_folder
 from tokcom_hf.models.pipeline_lfq import DECODER_FOLDER
+from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments, check_output_dir
 from tokcom_hf.trainers.caption_images import evaluate_drawing, tokenize_images, train_image_tokenizer
 
@@ -91,9 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if state.is_main_process:
         check_output_dir(output, run.overwrite, run.resume)
     state.wait_for_everyone()
-    if state.num_processes == 1 and state.device.type == "cpu":
-        # `accelerate launch` leaves one thread to each process, which a single one need not share.
-        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    use_all_cores(run.threads)
     set_seed(run.seed)
     train, held_out = load_rows(run)
     seconds: dict[str, float] = {}

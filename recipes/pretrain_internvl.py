@@ -19,7 +19,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import InternVLVisionConfig, Qwen2Config, set_seed
 
@@ -30,6 +29,7 @@ from tokcom_hf.data.scene_questions import SceneQuestionDataset
 from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.data.vqa import VQACollator, scene_rows
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
+from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 from tokcom_hf.trainers.dense_pretraining import pretrain_tower
 from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
@@ -74,8 +74,7 @@ def main(argv: list[str] | None = None) -> dict:
     out = check_output_dir(run.output_dir, run.overwrite, resume)
     state = PartialState()
     state.wait_for_everyone()
-    if state.num_processes == 1 and state.device.type == "cpu":
-        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    use_all_cores(run.threads)
     set_seed(run.seed)
     started = time.time()
     model, processor = build_small_internvl(values["vision"], values["text"])

@@ -12,7 +12,6 @@ recipes take that folder, or the name of a real checkpoint, as `--base_model`.
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from tokcom_hf.data.scenes import COLOURS, QUESTION_TYPES, SHAPES
 from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, scene_rows
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
+from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 from tokcom_hf.trainers.dense_pretraining import pretrain_tower
 from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
@@ -88,8 +88,7 @@ def main() -> None:
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume)
     state = PartialState()
-    if state.num_processes == 1 and state.device.type == "cpu":
-        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    use_all_cores(run.threads)
     set_seed(run.seed)
     started = time.time()
     vision = CLIPVisionConfig(**values["vision"])

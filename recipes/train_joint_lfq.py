@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, set_seed
 
@@ -34,6 +33,7 @@ from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.hub import push_folder
 from tokcom_hf.plots_lfq import plot_joint_training
 from tokcom_hf.plots_vqgan import NO_MATPLOTLIB
+from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 from tokcom_hf.trainers.joint_lfq_evaluation import evaluate_joint
 from tokcom_hf.trainers.joint_lfq_model import JointLFQModel
@@ -84,8 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     out = check_output_dir(run.output_dir, run.overwrite, resume)
     state = PartialState()
     state.wait_for_everyone()
-    if state.num_processes == 1 and state.device.type == "cpu":
-        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    use_all_cores(run.threads)
     started = time.time()
     ensure_small_internvl(run.base, state)
     pretraining = time.time() - started

@@ -41,6 +41,7 @@ from tokcom_hf.data.text import load_text_rows
 from tokcom_hf.data.tokenizers import check_tokenizer
 from tokcom_hf.hub import push_folder
 from tokcom_hf.metrics.reconstruction import denoising_metrics, reconstruction_metrics
+from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_tokcom.yaml"
@@ -112,8 +113,7 @@ def main() -> None:
     out = check_output_dir(run.output_dir, run.overwrite, resume or run.stage == "denoiser")
     state = PartialState()
     state.wait_for_everyone()
-    if state.num_processes == 1 and state.device.type == "cpu":
-        torch.set_num_threads(run.threads or available_cores())
+    use_all_cores(run.threads)
     started = time.time()
     set_seed(run.seed)
 
@@ -297,11 +297,6 @@ def held_out(data, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(run: RunArguments) -> str:

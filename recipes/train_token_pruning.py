@@ -10,13 +10,11 @@ Leaves in the output folder: the heads (`AutoModel.from_pretrained`), the proces
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
@@ -33,6 +31,7 @@ from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options
+from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
@@ -77,9 +76,7 @@ def main() -> None:
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume)
-    state = PartialState()
-    if state.num_processes == 1 and state.device.type == "cpu":
-        torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    use_all_cores(run.threads)
     ensure_small_vlm(run.base_model, run.threads)
     started = time.time()
     set_seed(run.seed)

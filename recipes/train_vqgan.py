@@ -10,13 +10,10 @@ Writes the model with its image processor and model card, `results.json`, `recon
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
 from transformers import set_seed
 
 from tokcom_hf.cards import write_model_card
@@ -28,6 +25,7 @@ from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
 from tokcom_hf.models.modeling_vqgan import VQGAN
 from tokcom_hf.models.modeling_vqgan_discriminator import VQGANDiscriminator
 from tokcom_hf.plots_vqgan import NO_MATPLOTLIB, plot_history, plot_usage
+from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir
 from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments, parameter_count
 from tokcom_hf.trainers.vqgan_pictures import reconstruction_grid
@@ -72,10 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
     output = Path(args.output_dir)
     if args.process_index == 0:
         check_output_dir(output, run.overwrite, run.resume)
-    state = PartialState()
-    if state.num_processes == 1 and state.device.type == "cpu":
-        # `accelerate launch` leaves one thread to each process, which a single one need not share.
-        torch.set_num_threads(run.threads or available_cores())
+    use_all_cores(run.threads)
     set_seed(args.seed)
     model = VQGAN.from_pretrained(run.init_from) if run.init_from else VQGAN(VQGANConfig(**values["model"]))
     if run.expand_codebook:
@@ -120,11 +115,6 @@ def main(argv: list[str] | None = None) -> dict:
         if discriminator is not None:
             discriminator.save_pretrained(output / "discriminator")
     return results
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_results(trainer: VQGANTrainer, results: dict, output: Path) -> None:

@@ -11,7 +11,6 @@ changed. Rows are saved as they are measured: an interrupted comparison goes on 
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from tokcom_hf.data.vqa import VQACollator, VQADataset
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
 from tokcom_hf.metrics.vqa import paired_bootstrap
 from tokcom_hf.models.token_selection import LAYER_STRATEGIES, STRATEGIES
+from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_pruning.yaml"
@@ -239,7 +239,7 @@ def main() -> None:
         raise RecipeError(
             f"{run.base_model} does not exist; run recipes/pretrain_vlm.py first, or name a --base_model."
         )
-    torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    use_all_cores(run.threads)
     comparison = Comparison(run, values)
     settings = {k: v for k, v in values.items() if k != "run"} | {"base_model": run.base_model}
     rows = Rows(Path(run.output_dir), settings | {"base_written": comparison.base_written()}, run.overwrite)
