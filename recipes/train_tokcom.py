@@ -209,8 +209,7 @@ def train_denoiser(out: Path, values, run: RunArguments, data, vae: TokComVAE, r
         validation = encode_rows(
             vae, data.validation, folder / "validation_latents.npy", description="encoding held-out rows"
         )
-    model.latent_mean.copy_(train.mean)
-    model.latent_std.copy_(train.std)
+    model.fit_latents(train.mean, train.std)
     arguments = DenoiserTrainingArguments(**training_values(values, "denoiser_training", folder, run))
     trainer = DenoiserTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=validation, processing_class=data.tokenizer

@@ -10,7 +10,7 @@ from transformers import AutoModel
 from tokcom_hf import TokComConfig, TokComModel, TokComVAEConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_tokcom_training import SHAPE, denoiser_trainer, vae_trainer
+from test_tokcom_training import SHAPE, Rows, denoiser_trainer, vae_trainer
 
 
 def tokcom(**flow) -> TokComModel:
@@ -93,10 +93,81 @@ def test_generation_reload_and_latents(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path).eval()
     assert torch.equal(draw(again), ids) and again.config.denoiser.output_size == 4 * 32
-    output = draw(model, return_dict_in_generate=True, block_size=1, posterior_temperature=0.5)
+    output = draw(model, return_dict_in_generate=True, block_size=1, posterior_temperature=1e-6)
     assert output.latents.shape == (2, 3, 16) and output.sequences.shape == ids.shape
-    new = model.decode(output.latents)
-    assert torch.equal(model._end_at_eos(new), output.sequences[:, -12:])
+    # At temperature 0 the mean latent is the latent of the likeliest tokens, which are what was read.
+    again = model.encode(output.sequences[:, -12:])
+    if not bool((output.sequences == model.config.eos_token_id).any()):
+        torch.testing.assert_close(output.latents, again, atol=1e-4, rtol=1e-4)
+
+
+JOINT = {"train_embeddings": True, "noise_likelihood": True}
+
+
+def joint(**flow) -> TokComModel:
+    """Tables, head and denoiser trained together; nothing else in the VAE."""
+    torch.manual_seed(0)
+    vae = {"vocab_size": 51, "latent_size": 32, "encoder": "embedding", "nearest_decoder": True, **SHAPE}
+    values = {"standardize_latents": True, "noise_std": 1.0, "clean_prefix": True, "eos_token_id": 0, **JOINT}
+    return TokComModel(
+        TokComConfig(**{"vae": vae, "denoiser": SHAPE, "clean_latents": "posterior_mean"} | values | flow)
+    )
+
+
+def test_the_evidence_is_the_density_of_the_noise():
+    model = joint().eval()
+    model.fit_latents(torch.randn(8).repeat(4), (torch.rand(8) + 0.5).repeat(4))
+    with torch.no_grad():
+        model.vae.lm_head.weight.zero_()
+    x, t = torch.randn(2, 3, 32), torch.tensor([0.3, 0.6])
+    logits = torch.nn.functional.linear(model(x, t).token_hidden, model.token_head())
+    table = model.standardize(model.vae.token_table().repeat(1, 4))[:, :8]
+    mean = t.view(2, 1, 1, 1, 1) * table
+    noise = torch.distributions.Normal(mean, (1 - t).view(2, 1, 1, 1, 1))
+    density = noise.log_prob(x.view(2, 3, 4, 1, 8)).sum(-1)
+    torch.testing.assert_close(logits.softmax(-1), density.softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_statistics_are_one_for_all_places():
+    model, ids = joint(), torch.randint(50, (64, 40))
+    latents = model.encode(ids).flatten(0, 1)
+    model.fit_latents(latents.mean(0), latents.std(0, unbiased=False))
+    pooled = latents.view(-1, 8)
+    torch.testing.assert_close(model.latent_mean, pooled.mean(0).repeat(4), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.latent_std, pooled.std(0, unbiased=False).repeat(4), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
+def test_tables_head_and_denoiser_train_together(tmp_path, monkeypatch, attention):
+    model = joint(denoiser=SHAPE | {"attention": attention})
+    frozen = joint(denoiser=SHAPE | {"attention": attention})
+    # Of random tokens x_t says all there is to know from the first step on; of these rows the rest of the row says more.
+    monkeypatch.setattr(Rows, "__getitem__", lambda rows, index: {
+        "input_ids": rows.ids[index, :1].expand(16), "attention_mask": torch.ones(16, dtype=torch.long),
+    })  # fmt: skip
+    trainer = denoiser_trainer(tmp_path, model, max_steps=200, learning_rate=3e-3)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    for name in ("token_latents.weight", "lm_head.weight"):
+        change = model.vae.get_parameter(name) - frozen.vae.get_parameter(name)
+        assert change.abs().max() > 1e-3, name
+    ids = torch.randint(50, (8, 40))
+    # Whatever the table has become, text comes back from its latents.
+    assert (model.reconstruct(ids) == ids).float().mean() > 0.9
+
+
+def test_a_finished_block_is_seen_as_the_latents_of_its_text(monkeypatch):
+    model = joint(denoiser=SHAPE | {"attention": "block_causal"}).eval()
+    seen = []
+    extend = model._extend_cache
+    monkeypatch.setattr(model, "_extend_cache", lambda past, x, *rest: (seen.append(x), extend(past, x, *rest))[1])
+    ids = model.generate(None, num_chunks=3, num_steps=2, block_size=1, generator=torch.Generator().manual_seed(0))
+    expected = model.standardize(model.encode(ids))
+    assert len(seen) == 2
+    for place, x in enumerate(seen):
+        if not bool((ids[:, : 4 * place + 4] == model.config.eos_token_id).any()):
+            torch.testing.assert_close(x, expected[:, place : place + 1])
 
 
 def test_wrong_settings():
@@ -104,6 +175,14 @@ def test_wrong_settings():
         TokComConfig(vae={"latent_size": 16, **SHAPE}, clean_latents="posterior_mean")
     with pytest.raises(ValueError, match="multiple of 4"):
         TokComVAEConfig(encoder="embedding", latent_size=18, **SHAPE)
+    with pytest.raises(ValueError, match="nearest_decoder reads"):
+        TokComVAEConfig(nearest_decoder=True, **SHAPE)
+    with pytest.raises(ValueError, match="only the nearest-embedding decoder"):
+        TokComConfig(vae={"latent_size": 16, **SHAPE}, train_embeddings=True)
+    with pytest.raises(ValueError, match="set train_embeddings"):
+        joint(train_embeddings=False)
+    with pytest.raises(ValueError, match="latents have no logits"):
+        TokComConfig(vae={"latent_size": 16, **SHAPE}, noise_likelihood=True)
     with pytest.raises(ValueError, match="must be positive"):
         tokcom().generate(posterior_temperature=0.0)
     plain = TokComModel(TokComConfig(vae={"vocab_size": 51, "latent_size": 16, **SHAPE}, denoiser=SHAPE))

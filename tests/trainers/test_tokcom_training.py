@@ -78,8 +78,7 @@ def vae_trainer(folder, vae=None, **changes) -> TokComVAETrainer:
 def denoiser_trainer(folder, tokcom=None, **changes) -> DenoiserTrainer:
     tokcom = tokcom or model()
     latents = encode_rows(tokcom.vae, Rows(), folder / "latents.npy")
-    tokcom.latent_mean.copy_(latents.mean)
-    tokcom.latent_std.copy_(latents.std)
+    tokcom.fit_latents(latents.mean, latents.std)
     return DenoiserTrainer(
         model=tokcom, args=DenoiserTrainingArguments(**settings(folder, **changes)), train_dataset=latents,
         eval_dataset=latents,

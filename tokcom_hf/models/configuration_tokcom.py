@@ -18,6 +18,11 @@ class TokComConfig(PreTrainedConfig):
     clean_latents: what the denoiser predicts. "latent" (documented): x1 itself. "posterior_mean": a distribution over each
         token of the chunk, trained with cross-entropy; x1 is then its mean latent, E[x1 | x_t] exactly, so that the
         sampler follows the flow's own velocity (2211.15089, 2305.18619). Needs a VAE with encoder="embedding".
+    noise_likelihood: add log p(x_t | token), which is known, to the logits of "posterior_mean": by Bayes' rule the denoiser
+        then only learns how likely a token is given everything else.
+    train_embeddings: the token tables of the VAE train with the denoiser, so that latents of alike tokens come to lie near
+        each other (2211.15089); otherwise the VAE is frozen (documented). Needs "posterior_mean" and
+        vae.nearest_decoder.
     independent_times: every position behind the clean prefix draws its own training time (2407.01392), so that
         `generate(block_size=...)` may finish blocks from left to right; otherwise all share one.
     noise_std: standard deviation of the flow's noise x0; 0.05 is documented, 1–2 on standardised latents works.
@@ -40,6 +45,8 @@ class TokComConfig(PreTrainedConfig):
     denoiser: DenoisedModelConfig | dict | None = None
     standardize_latents: bool = False
     clean_latents: Literal["latent", "posterior_mean"] = "latent"
+    noise_likelihood: bool = False
+    train_embeddings: bool = False
     independent_times: bool = False
     noise_std: float | int = 0.05
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"
@@ -80,5 +87,17 @@ class TokComConfig(PreTrainedConfig):
                     "vae.encoder='embedding'."
                 )
             self.denoiser.output_size = self.vae.chunk_size * self.vae.hidden_size
+        if self.noise_likelihood and self.clean_latents != "posterior_mean":
+            raise ValueError("noise_likelihood belongs to clean_latents='posterior_mean'; latents have no logits.")
+        if self.train_embeddings and (self.clean_latents != "posterior_mean" or not self.vae.nearest_decoder):
+            raise ValueError(
+                "train_embeddings moves the table that latents are made of, which only the nearest-embedding decoder can "
+                "follow: set clean_latents='posterior_mean', vae.encoder='embedding' and vae.nearest_decoder=True."
+            )
+        if self.clean_latents == "posterior_mean" and self.vae.nearest_decoder and not self.train_embeddings:
+            raise ValueError(
+                "With vae.nearest_decoder=True nothing but the denoiser's stage trains the head of the token "
+                "distributions: set train_embeddings=True."
+            )
         self.block_sizes = list(self.block_sizes)
         super().__post_init__(**kwargs)

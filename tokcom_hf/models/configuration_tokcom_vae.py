@@ -30,6 +30,8 @@ class TokComVAEConfig(PreTrainedConfig):
     encoder: "transformer" (documented), or "embedding": a latent is its tokens' embeddings side by side, each of width
         latent_size / chunk_size and of root-mean-square 1. Linear in the embeddings, so that the mean of a latent is that
         of its tokens: what `TokComConfig.clean_latents="posterior_mean"` needs.
+    nearest_decoder: no decoder network; each token of a chunk is the one whose embedding is nearest, which is the
+        maximum-likelihood decoder under Gaussian noise, as all embeddings have one norm. Needs encoder="embedding".
 
     Latent space (off by default, as documented; `tiny` and `base` turn them on):
         variational: predict mean and log-variance and sample in training (adds the KL term).
@@ -58,6 +60,7 @@ class TokComVAEConfig(PreTrainedConfig):
     rope_theta: float | int = 1e6
     chunk_projection: Literal["last", "all"] = "last"
     encoder: Literal["transformer", "embedding"] = "transformer"
+    nearest_decoder: bool = False
     variational: bool = False
     kl_weight: float | int = 1e-3
     kl_free_nats: float | int = 0.5
@@ -86,6 +89,8 @@ class TokComVAEConfig(PreTrainedConfig):
                 f"encoder='embedding' puts {self.chunk_size} token embeddings side by side: latent_size must be a "
                 f"multiple of {self.chunk_size} (got {self.latent_size}) and variational false."
             )
+        if self.nearest_decoder and self.encoder != "embedding":
+            raise ValueError("nearest_decoder reads latents of encoder='embedding'; set that too.")
         for name in ("latent_dropout", "token_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")

@@ -20,6 +20,10 @@ from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput
 from .modeling_tokcom_vae import TokComVAE
 from .pipeline_tokcom import custom_pipelines
 
+# 1 − t is kept at least this large in the evidence of x_t: every token is certain by then, and larger logits would only
+# lose their last digits in bfloat16.
+EVIDENCE_REMAINING = 0.2
+
 
 @dataclass
 class TokComGenerateOutput(ModelOutput):
@@ -74,31 +78,79 @@ class TokComModel(PreTrainedModel):
         """One forward of the denoiser in the flow's (standardised) space; arguments as `DenoisedModel`.
 
         With `clean_latents="posterior_mean"` the output's `token_hidden` (batch, chunks, chunk_size, hidden) times the VAE's
-        head gives logits of each token, and `clean_latents` is the mean latent of their softmax at `posterior_temperature`.
+        head gives logits of each token, and `clean_latents` is the mean latent of their softmax at `posterior_temperature`;
+        None with `only_tokens=True`, which saves those logits.
         """
-        temperature = kwargs.pop("posterior_temperature", 1.0)
+        temperature, only_tokens = kwargs.pop("posterior_temperature", 1.0), kwargs.pop("only_tokens", False)
         output = self.denoiser(latents, timesteps, **kwargs)
         if self.config.clean_latents == "posterior_mean":
             hidden = output.clean_latents.unflatten(-1, (self.config.vae.chunk_size, -1))
-            output.token_hidden = hidden
-            # Trained by cross-entropy alone the mean needs no graph.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.mse_weight > 0):
-                output.clean_latents = self.standardize(self._mean_latents(hidden, temperature))
+            if self.config.noise_likelihood:
+                times = timesteps.view(len(latents), -1)
+                index = kwargs.get("block_index")
+                if times.shape[1] not in (1, latents.shape[1]):
+                    times = times[:, index]
+                hidden = torch.cat([hidden, self._evidence(latents, times).to(hidden.dtype)], dim=-1)
+            output.token_hidden, output.clean_latents = hidden, None
+            if not only_tokens:
+                output.clean_latents = self.standardize(self._mean_latents(output.token_hidden, temperature))
         return output
 
+    def _evidence(self, x_t: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """What x_t (batch, chunks, latent) at `times` (batch, 1 or chunks) tells of its tokens, beside `token_head`.
+
+        For a token v with standardised latent e_v, x_t ~ N(t · e_v, (1 − t)² σ²), so that up to a constant
+        log p(x_t | v) = (t · x_t · e_v − t² |e_v|² / 2) / ((1 − t)² σ²).
+
+        Returns:
+            (batch, chunks, chunk_size, latent / chunk_size + 1): the factors of e_v and of |e_v|².
+        """
+        t = times.float().view(len(x_t), -1, 1, 1)
+        precision = ((1 - t).clamp(min=EVIDENCE_REMAINING) * self.config.noise_std) ** -2
+        tokens = x_t.float().unflatten(-1, (self.config.vae.chunk_size, -1)) * t * precision
+        square = (-0.5 * t**2 * precision).expand(*tokens.shape[:-1], 1)
+        return torch.cat([tokens, square], dim=-1)
+
+    def token_head(self) -> torch.Tensor:
+        """Rows whose products with `token_hidden` are the logits of "posterior_mean", (vocab, width).
+
+        The affine map of the latents is that of the first place: `fit_latents` makes it one for all places.
+        """
+        weight = self.vae.lm_head.weight
+        if not self.config.noise_likelihood:
+            return weight
+        table = self.vae.token_table()
+        if self.config.standardize_latents:
+            width = table.shape[1]
+            table = (table - self.latent_mean[:width]) / self.latent_std[:width]
+        return torch.cat([weight, table, table.square().sum(-1, keepdim=True)], dim=-1)
+
     def _mean_latents(self, token_hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-        """(batch, chunks, chunk_size, hidden) → (batch, chunks, latent), a bounded number of logits at a time."""
-        flat = token_hidden.flatten(0, 1)
+        """(batch, chunks, chunk_size, width) → (batch, chunks, latent), a bounded number of logits at a time."""
+        flat, head = token_hidden.flatten(0, 1), self.token_head()
         rows = max(1, LOGITS_AT_ONCE // (self.config.vae.chunk_size * self.config.vae.vocab_size))
         omni = torch.tensor([self.config.vae.omni_token_id], device=flat.device)
         means = []
         for part in flat.split(rows):
-            logits = self.vae.lm_head(part).float() / temperature
+            logits = nn.functional.linear(part, head).float() / temperature
             logits = logits.index_fill(-1, omni, torch.finfo(logits.dtype).min)
             means.append(self.vae.expected_latents(logits.softmax(-1).to(part.dtype)))
         return torch.cat(means).view(*token_hidden.shape[:2], -1)
 
     # ------------------------------------------------------------------ latents
+    def fit_latents(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Sets what `standardize` subtracts and divides by, (latent,) each, in the VAE's units.
+
+        With a VAE of encoder="embedding" both are pooled over the places of a chunk, where tokens have the same embedding.
+        """
+        if self.config.vae.encoder == "embedding":
+            places = self.config.vae.chunk_size
+            mean, square = mean.view(places, -1).mean(0), (std**2 + mean**2).view(places, -1).mean(0)
+            mean, std = mean.repeat(places), (square - mean**2).clamp(min=1e-12).sqrt().repeat(places)
+        with torch.no_grad():
+            self.latent_mean.copy_(mean)
+            self.latent_std.copy_(std)
+
     def standardize(self, latents: torch.Tensor) -> torch.Tensor:
         """VAE latents → the space of the flow."""
         if not self.config.standardize_latents:
@@ -151,8 +203,8 @@ class TokComModel(PreTrainedModel):
         level = torch.full((len(clean),), noise_level, device=clean.device, dtype=clean.dtype)
         x = interpolate(self._noise(clean.shape, generator), clean, level)
         times = time_grid(max(1, int(num_steps * (1 - noise_level))), start=noise_level)
-        x = self._flow(x, times, sampler, generator=generator)
-        return self.decode(self.unstandardize(x))
+        x, token_hidden = self._flow(x, times, sampler, generator=generator)
+        return self._read(x, token_hidden, 0.0, generator)
 
     # ------------------------------------------------------------------ generation
     @torch.no_grad()
@@ -214,13 +266,11 @@ class TokComModel(PreTrainedModel):
             prompt_ids = prompt_ids.to(self.device)
             filled, mask, lengths = self._fill_prompt(prompt_ids, prompt_mask)
             prompt = self.standardize(self.encode(filled))
-        finished = self._blocks(
+        new_latents, new_ids = self._blocks(
             prompt, mask, wanted, num_steps, sampler, time_grid, block_size, guidance_scale, final_clean_pass,
-            generator, **self._posterior_options(posterior_temperature),
+            temperature, generator, **self._posterior_options(posterior_temperature),
         )  # fmt: skip
-        new_latents = self.unstandardize(finished[:, prompt.shape[1] :])
-        new_ids = self.decode(new_latents, temperature, generator)
-        new_ids = self._end_at_eos(new_ids)
+        new_latents, new_ids = self.unstandardize(new_latents), self._end_at_eos(new_ids)
         if prompt_ids is None:
             return TokComGenerateOutput(new_ids, new_latents) if return_dict_in_generate else new_ids
         fill = self._fill_id()
@@ -242,43 +292,65 @@ class TokComModel(PreTrainedModel):
         return {"posterior_temperature": temperature}
 
     def _blocks(
-        self, prompt, mask, wanted, num_steps, sampler, grid, block_size, guidance_scale, final_clean_pass, generator,
-        **options,
-    ) -> torch.Tensor:  # fmt: skip
-        """Denoises block after block; each sees the prompt and the finished blocks."""
+        self, prompt, mask, wanted, num_steps, sampler, grid, block_size, guidance_scale, final_clean_pass, temperature,
+        generator, **options,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:  # fmt: skip
+        """Denoises block after block; each sees the prompt and the finished blocks.
+
+        Returns:
+            Latents of the flow (batch, wanted, latent), and their ids (batch, wanted · chunk_size).
+        """
         times = time_grid(num_steps, grid)
         cached = self.config.denoiser.attention == "block_causal"
         finished, past = prompt, None
+        latents, ids = [], []
         if cached and prompt.shape[1]:
             past = self._extend_cache(None, prompt, mask, 0)
-        while finished.shape[1] < prompt.shape[1] + wanted:
-            size = min(block_size or wanted, prompt.shape[1] + wanted - finished.shape[1])
+        for start in range(0, wanted, block_size or wanted):
+            size = min(block_size or wanted, wanted - start)
             x = self._noise((len(prompt), size, prompt.shape[2]), generator)
             prefix = finished if finished.shape[1] else None
-            x = self._flow(
+            x, token_hidden = self._flow(
                 x, times, sampler, prefix, past, mask, guidance_scale, final_clean_pass, generator, **options
             )
+            latents.append(x)
+            ids.append(self._read(x, token_hidden, temperature, generator))
+            if start + size == wanted:
+                break
+            if self._all_ended(ids):
+                # What would follow every row's EOS is not looked at; EOS and zeros keep the shape.
+                rest = wanted - start - size
+                latents.append(x.new_zeros(len(x), rest, x.shape[2]))
+                ids.append(ids[0].new_full((len(x), rest * self.config.vae.chunk_size), self._fill_id()))
+                break
+            # What follows sees the latents of the block's text, exact as in training, not what the flow left of them.
+            x = self.standardize(self.encode(ids[-1]))
             finished = torch.cat([finished, x], dim=1)
-            if finished.shape[1] < prompt.shape[1] + wanted:
-                if self._all_ended(finished[:, prompt.shape[1] :]):
-                    # What would follow every row's EOS is not looked at; zeros keep the shape.
-                    rest = prompt.shape[1] + wanted - finished.shape[1]
-                    return nn.functional.pad(finished, (0, 0, 0, rest))
-                if cached:
-                    past = self._extend_cache(past, x, mask, finished.shape[1] - size)
-        return finished
+            if cached:
+                past = self._extend_cache(past, x, mask, finished.shape[1] - size)
+        return torch.cat(latents, dim=1), torch.cat(ids, dim=1)
+
+    def _read(self, x, token_hidden, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
+        """The flow's end (batch, chunks, latent) → ids: from the denoiser's own token distributions where it has them."""
+        if token_hidden is None:
+            return self.decode(self.unstandardize(x), temperature, generator)
+        return self.vae.read_tokens(token_hidden.flatten(1, 2), self.token_head(), temperature, generator)
 
     def _flow(
         self, x, times, sampler, prefix=None, past=None, mask=None, guidance_scale=1.0, final_clean_pass=False,
         generator=None, **options,
-    ):  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Runs the sampler on x (batch, chunks, latent), given clean latents to its left or their cached keys and values.
 
         options: further arguments of `forward`.
+
+        Returns:
+            The clean latents, and the `token_hidden` of the last prediction where there is one.
         """
         memory: dict[str, torch.Tensor | None] = {"given": None, "free": None}
+        last: list[torch.Tensor | None] = [None]
 
-        def predict(x_t, t, key, prefix, past):
+        def predict(x_t, t, key, prefix, past) -> DenoisedModelOutput:
             start = 0 if prefix is None else prefix.shape[1]
             padding = (
                 None
@@ -286,17 +358,15 @@ class TokComModel(PreTrainedModel):
                 else nn.functional.pad(mask, (0, start - mask.shape[1] + x_t.shape[1]), value=1)
             )
             condition = memory[key] if self.config.denoiser.self_conditioning else None
+            time = torch.full((len(x_t),), t, device=x_t.device)
             if past is not None:
-                time = torch.full((len(x_t),), t, device=x_t.device)
-                clean = self(
+                output = self(
                     x_t, time, self_condition=condition, attention_mask=padding, past_key_values=past,
                     position_offset=start, **options,
-                ).clean_latents  # fmt: skip
+                )  # fmt: skip
             elif prefix is None:
-                time = torch.full((len(x_t),), t, device=x_t.device)
-                clean = self(x_t, time, self_condition=condition, **options).clean_latents
+                output = self(x_t, time, self_condition=condition, **options)
             else:
-                time = torch.full((len(x_t),), t, device=x_t.device)
                 if self.config.clean_prefix:
                     time = torch.full((len(x_t), start + x_t.shape[1]), t, device=x_t.device)
                     time[:, :start] = 1.0
@@ -305,20 +375,27 @@ class TokComModel(PreTrainedModel):
                 elif self.config.denoiser.self_conditioning:
                     condition = torch.cat([prefix, torch.zeros_like(x_t)], dim=1)
                 whole = torch.cat([prefix, x_t], dim=1)
-                clean = self(whole, time, self_condition=condition, attention_mask=padding, **options)
-                clean = clean.clean_latents[:, start:]
-            memory[key] = clean
-            return clean
+                output = self(whole, time, self_condition=condition, attention_mask=padding, **options)
+                output.clean_latents = output.clean_latents[:, start:]
+                if output.token_hidden is not None:
+                    output.token_hidden = output.token_hidden[:, start:]
+            memory[key] = output.clean_latents
+            return output
 
         def denoise(x_t, t):
             given = predict(x_t, t, "given", prefix, past)
+            last[0] = given.token_hidden
             if guidance_scale == 1.0 or prefix is None:
-                return given
+                return given.clean_latents
             free = predict(x_t, t, "free", None, None)
-            return free + guidance_scale * (given - free)
+            if given.token_hidden is not None:
+                last[0] = free.token_hidden + guidance_scale * (given.token_hidden - free.token_hidden)
+            return free.clean_latents + guidance_scale * (given.clean_latents - free.clean_latents)
 
         x = sample(denoise, x, times, sampler, self.config.noise_std, generator)
-        return denoise(x, 1.0) if final_clean_pass else x
+        if final_clean_pass:
+            x = denoise(x, 1.0)
+        return x, last[0]
 
     def _extend_cache(self, past: list[KeyValue] | None, block: torch.Tensor, mask, start: int) -> list[KeyValue]:
         """Keys and values of a finished block (clean, t = 1) appended to those before it."""
@@ -372,11 +449,10 @@ class TokComModel(PreTrainedModel):
         ended = (ids == self.config.eos_token_id).cummax(dim=1).values
         return ids.masked_fill(ended, self.config.eos_token_id)
 
-    def _all_ended(self, latents: torch.Tensor) -> bool:
+    def _all_ended(self, ids: list[torch.Tensor]) -> bool:
         if self.config.eos_token_id is None:
             return False
-        ids = self.decode(self.unstandardize(latents))
-        return bool((ids == self.config.eos_token_id).any(dim=1).all())
+        return bool((torch.cat(ids, dim=1) == self.config.eos_token_id).any(dim=1).all())
 
 
 def _row_mask(prompt_mask: torch.LongTensor | None, prompt_ids: torch.LongTensor, row: int) -> torch.Tensor:

@@ -76,7 +76,8 @@ class TokComVAE(PreTrainedModel):
         self.token_latents = (
             nn.Embedding(config.vocab_size, config.latent_size // config.chunk_size) if linear else None
         )
-        self.decoder = ChunkTransformer(config, config.num_decoder_layers)
+        nearest = config.nearest_decoder
+        self.decoder = None if nearest else ChunkTransformer(config, config.num_decoder_layers)
         if self.token_latents is not None:
             self.token_latents.unit_scale = True
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -85,7 +86,7 @@ class TokComVAE(PreTrainedModel):
         projected = every or config.latent_size != config.hidden_size or config.variational
         self.latent_proj = nn.Linear(width, config.latent_size) if projected and not linear else nn.Identity()
         self.log_variance_proj = nn.Linear(width, config.latent_size) if config.variational else None
-        self.decoder_proj = nn.Linear(config.latent_size, width) if projected else nn.Identity()
+        self.decoder_proj = nn.Linear(config.latent_size, width) if projected and not nearest else nn.Identity()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -142,13 +143,13 @@ class TokComVAE(PreTrainedModel):
         loss = reconstruction = logits = None
         if labels is not None:
             reconstruction = chunked_cross_entropy(
-                hidden_states.reshape(-1, hidden_states.shape[-1]), self.lm_head.weight, labels.reshape(-1)
+                hidden_states.reshape(-1, hidden_states.shape[-1]), self.decoder_head(), labels.reshape(-1)
             )
             loss = reconstruction
             if kl_loss is not None:
                 loss = loss + self.config.kl_weight * kl_loss
         if return_logits or (return_logits is None and labels is None):
-            logits = self.lm_head(hidden_states)
+            logits = nn.functional.linear(hidden_states, self.decoder_head())
         return TokComVAEOutput(
             loss=loss,
             logits=logits,
@@ -198,13 +199,19 @@ class TokComVAE(PreTrainedModel):
         return nn.functional.dropout(latents, self.config.latent_dropout)
 
     def decode_hidden(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents (batch, latent) → hidden states before the head (batch, chunk, hidden)."""
+        """latents (batch, latent) → hidden states before `decoder_head` (batch, chunk, its width)."""
+        if self.decoder is None:
+            return latents.unflatten(-1, (self.config.chunk_size, -1))
         if self.config.chunk_projection == "all":
             shape = (len(latents), self.config.chunk_size, self.config.hidden_size)
             return self.decoder(self.decoder_proj(latents).view(shape))
         omni = self.embed_tokens.weight[self.config.omni_token_id]
         query = omni.expand(len(latents), self.config.chunk_size - 1, -1)
         return self.decoder(torch.cat([self.decoder_proj(latents).unsqueeze(1), query], dim=1))
+
+    def decoder_head(self) -> torch.Tensor:
+        """Rows that hidden states of the decoder are compared with, (vocab, width): the tied head, or the token table."""
+        return self.lm_head.weight if self.decoder is not None else self.token_table()
 
     def encode(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """ids (batch, length) → latents (batch, length / chunk, latent): the posterior mean, nothing random."""
@@ -214,19 +221,31 @@ class TokComVAE(PreTrainedModel):
     def decode_logits(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (batch, chunks, latent) → logits (batch, chunks · chunk_size, vocab), the omni token excluded."""
         hidden_states = self.decode_hidden(latents.flatten(0, 1).to(self.lm_head.weight.dtype))
-        logits = self.lm_head(hidden_states).view(len(latents), -1, self.config.vocab_size)
-        return logits.index_fill(
-            -1, torch.tensor([self.config.omni_token_id], device=logits.device), torch.finfo(logits.dtype).min
+        return self._token_logits(
+            hidden_states.reshape(len(latents), -1, hidden_states.shape[-1]), self.decoder_head()
         )
+
+    def _token_logits(self, hidden_states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        logits = nn.functional.linear(hidden_states, head)
+        omni = torch.tensor([self.config.omni_token_id], device=logits.device)
+        return logits.index_fill(-1, omni, torch.finfo(logits.dtype).min)
 
     def decode(
         self, latents: torch.Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
     ) -> torch.LongTensor:
         """latents (batch, chunks, latent) → ids (batch, chunks · chunk_size); greedy at temperature 0."""
+        hidden_states = self.decode_hidden(latents.flatten(0, 1).to(self.lm_head.weight.dtype))
+        hidden_states = hidden_states.reshape(len(latents), -1, hidden_states.shape[-1])
+        return self.read_tokens(hidden_states, self.decoder_head(), temperature, generator)
+
+    def read_tokens(
+        self, hidden_states: torch.Tensor, head: torch.Tensor, temperature: float, generator: torch.Generator | None
+    ) -> torch.LongTensor:
+        """Hidden states (batch, tokens, width) and a head (vocab, width) → ids (batch, tokens), never the omni token."""
         pieces = []
-        # 256 chunks at a time bound the logits to a few hundred megabytes at a 50k vocabulary.
-        for part in latents.split(max(1, 256 // max(1, len(latents))), dim=1):
-            logits = self.decode_logits(part)
+        # 1024 tokens at a time bound the logits to a few hundred megabytes at a 50k vocabulary.
+        for part in hidden_states.split(max(1, 1024 // max(1, len(hidden_states))), dim=1):
+            logits = self._token_logits(part, head)
             if temperature > 0:
                 probabilities = (logits.float() / temperature).softmax(dim=-1).flatten(0, 1)
                 # Drawn on the CPU, where the generator lives, so that a seed means the same on every device.

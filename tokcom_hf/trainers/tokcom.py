@@ -75,6 +75,12 @@ class _TokComTrainer(CompressionTrainer):
 class TokComVAETrainer(_TokComTrainer):
     """Trains a `TokComVAE` on rows of `input_ids` and `attention_mask`; padding is not part of the loss."""
 
+    def __init__(self, model=None, *args, **kwargs):
+        if model is not None and model.config.nearest_decoder:
+            # The head belongs to the denoiser's token distributions; nothing here has a gradient for it.
+            model.lm_head.requires_grad_(False)
+        super().__init__(model, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         outputs = model(input_ids=inputs["input_ids"], labels=labels)
@@ -108,13 +114,18 @@ class DenoiserTrainer(_TokComTrainer):
     def __init__(self, model=None, *args, **kwargs):
         if model is not None:
             model.vae.requires_grad_(False)
+            if model.config.train_embeddings:
+                model.vae.token_latents.requires_grad_(True)
+                model.vae.lm_head.requires_grad_(True)
         super().__init__(model, *args, **kwargs)
         self._draw = (-1, 0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokcom = self.unwrapped_model
         config = tokcom.config
-        clean = tokcom.standardize(inputs["latents"])
+        # Stored latents are those of the tables as they were.
+        latents = tokcom.encode(inputs["input_ids"]) if config.train_embeddings else inputs["latents"]
+        clean = tokcom.standardize(latents)
         chunk = config.vae.chunk_size
         mask = inputs["attention_mask"].view(len(clean), -1, chunk).any(dim=-1)
         generator = self._generator(model.training)
@@ -138,7 +149,9 @@ class DenoiserTrainer(_TokComTrainer):
         if config.denoiser.self_conditioning and draws < config.self_conditioning_rate:
             with torch.no_grad():
                 condition = model(x_t, t, **arguments).clean_latents.detach()
-            condition = torch.where((times < 1.0).unsqueeze(-1), condition, clean)
+            condition = torch.where((times < 1.0).unsqueeze(-1), condition, clean.detach())
+        if config.clean_latents == "posterior_mean" and config.mse_weight == 0:
+            arguments["only_tokens"] = True
         outputs = model(x_t, t, self_condition=condition, **arguments)
         loss, parts = self.losses(
             tokcom, outputs.clean_latents, clean, times, counted, inputs["input_ids"], outputs.token_hidden
@@ -152,28 +165,31 @@ class DenoiserTrainer(_TokComTrainer):
     ) -> tuple[torch.Tensor, dict]:
         """Weighted sum of the velocity-weighted squared error of x1 and of the cross-entropy of its tokens.
 
-        predicted, clean: (batch, chunks, latent); times, counted: (batch, chunks); input_ids: (batch, length);
-        token_hidden: (batch, chunks, chunk, hidden) where the denoiser predicts tokens itself, and not through the decoder.
+        predicted, clean: (batch, chunks, latent), predicted None where only tokens are; times, counted: (batch, chunks);
+        input_ids: (batch, length); token_hidden: (batch, chunks, chunk, hidden) where the denoiser predicts tokens itself,
+        and not through the decoder.
         """
         config = tokcom.config
         # A row of padding behind its clean prefix counts nowhere: sums over at least one position, never a mean of none.
         count = counted.sum().clamp(min=1)
-        error = ((predicted.float() - clean.float()) ** 2).mean(dim=-1) * counted
-        batch_mse = error.sum() / count
         loss = (predicted if token_hidden is None else token_hidden).float().sum() * 0.0
-        parts = {"batch_mse_loss": batch_mse}
+        parts: dict[str, torch.Tensor] = {}
+        if predicted is not None:
+            error = ((predicted.float() - clean.float()) ** 2).mean(dim=-1) * counted
+            parts["batch_mse_loss"] = error.sum() / count
         if config.mse_weight > 0:
             weighted = (velocity_weight(times) * error).sum() / count
             loss = loss + config.mse_weight * weighted
             parts["batch_velocity_loss"] = weighted
         if config.cross_entropy_weight > 0 and bool(counted.any()):
             if token_hidden is not None:
-                hidden_states = token_hidden[counted]
+                hidden_states, head = token_hidden[counted], tokcom.token_head()
             else:
                 latents = tokcom.unstandardize(predicted)[counted]
                 hidden_states = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype))
+                head = tokcom.vae.decoder_head()
             labels = input_ids.view(*counted.shape, -1)[counted]
-            entropy = chunked_cross_entropy(hidden_states.flatten(0, 1), tokcom.vae.lm_head.weight, labels.reshape(-1))
+            entropy = chunked_cross_entropy(hidden_states.flatten(0, 1), head, labels.reshape(-1))
             loss = loss + config.cross_entropy_weight * entropy
             parts["batch_ce_loss"] = entropy
         return loss, parts
