@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel
 
 from tokcom_hf import TokComConfig, TokComModel, TokComVAEConfig
+from tokcom_hf.models.flow_matching import lagged_times
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_tokcom_training import SHAPE, Rows, denoiser_trainer, vae_trainer
@@ -170,6 +171,59 @@ def test_a_finished_block_is_seen_as_the_latents_of_its_text(monkeypatch):
             torch.testing.assert_close(x, expected[:, place : place + 1])
 
 
+def test_scaled_inputs_are_what_is_expected_of_a_gaussian(monkeypatch):
+    model = joint(scale_input=True, noise_std=0.7).eval()
+    seen = []
+    run = model.denoiser.forward
+    monkeypatch.setattr(model.denoiser, "forward", lambda x, *rest, **more: (seen.append(x), run(x, *rest, **more))[1])
+    torch.manual_seed(1)
+    clean, noise, t = torch.randn(400, 50, 32), 0.7 * torch.randn(400, 50, 32), torch.tensor(0.3)
+    model(0.7 * noise + 0.3 * clean, t.expand(400))
+    # The best linear estimate: its error is uncorrelated with it.
+    assert abs(float(((clean - seen[0]) * seen[0]).mean())) < 2e-3
+    model(clean, torch.ones(400))
+    torch.testing.assert_close(seen[1], clean)
+
+
+def test_tokens_have_times_of_their_own(tmp_path):
+    model = joint(token_time_std=2.0, scale_input=True)
+    trainer = denoiser_trainer(tmp_path, model, max_steps=4)
+    chunks = torch.tensor([[0.3, 1.0, 0.6]]).repeat(500, 1)
+    own = trainer._token_times(chunks, model.config, torch.Generator().manual_seed(0))
+    assert own.shape == (500, 3, 4) and bool((own[:, 1] == 1).all())
+    logits = torch.logit(own[:, [0, 2]].double())
+    torch.testing.assert_close(logits.std((0, 2)), torch.full((2,), 2.0, dtype=torch.double), atol=0.1, rtol=0)
+    torch.testing.assert_close(logits.mean((0, 2)), torch.logit(torch.tensor([0.3, 0.6]).double()), atol=0.15, rtol=0)
+    trainer.train()
+    # Equal times are what a time per chunk means.
+    x, t = torch.randn(2, 5, 32), torch.tensor([0.2, 0.7])
+    model.eval()
+    same = model(x, t, token_times=t.view(2, 1, 1).expand(2, 5, 4))
+    torch.testing.assert_close(same.token_hidden, model(x, t).token_hidden)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
+def test_lagging_tokens_arrive_too(attention):
+    model = joint(token_time_std=2.0, scale_input=True, denoiser=SHAPE | {"attention": attention}).eval()
+    prompt = torch.randint(1, 50, (2, 8))
+    options = {"num_generate_chunks": 3, "num_steps": 6, "block_size": 2}
+    draw = lambda **more: model.generate(prompt, generator=torch.Generator().manual_seed(0), **options | more)  # noqa: E731
+    assert torch.equal(draw(token_lag=1e-9), draw())
+    assert draw(token_lag=2.0).shape == (2, 20) and draw(token_lag=1.0, sampler="renoise").shape == (2, 20)
+    with pytest.raises(ValueError, match="token_lag must be 0"):
+        draw(token_lag=1.0, sampler="heun")
+    with pytest.raises(ValueError, match="token_lag must be 0"):
+        joint().generate(token_lag=1.0)
+
+
+def test_times_of_lagging_tokens():
+    times = lagged_times([0.0, 0.25, 0.5, 0.75, 1.0], 4, 1.0)
+    assert times[0].tolist() == [0, 0, 0, 0] and times[-1].tolist() == [1, 1, 1, 1]
+    torch.testing.assert_close(times[2], torch.tensor([1.0, 2 / 3, 1 / 3, 0.0]))
+    assert bool((times.diff(dim=0) >= 0).all()) and bool((times.diff(dim=1) <= 0).all())
+    torch.testing.assert_close(lagged_times([0.0, 0.5, 1.0], 4, 0.0), torch.tensor([[0.0], [0.5], [1.0]]).expand(3, 4))
+
+
 def test_wrong_settings():
     with pytest.raises(ValueError, match=r"set vae\.encoder='embedding'"):
         TokComConfig(vae={"latent_size": 16, **SHAPE}, clean_latents="posterior_mean")
@@ -183,6 +237,8 @@ def test_wrong_settings():
         joint(train_embeddings=False)
     with pytest.raises(ValueError, match="latents have no logits"):
         TokComConfig(vae={"latent_size": 16, **SHAPE}, noise_likelihood=True)
+    with pytest.raises(ValueError, match="token_time_std needs noise_likelihood"):
+        joint(noise_likelihood=False, token_time_std=1.0)
     with pytest.raises(ValueError, match="must be positive"):
         tokcom().generate(posterior_temperature=0.0)
     plain = TokComModel(TokComConfig(vae={"vocab_size": 51, "latent_size": 16, **SHAPE}, denoiser=SHAPE))

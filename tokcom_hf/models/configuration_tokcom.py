@@ -20,6 +20,11 @@ class TokComConfig(PreTrainedConfig):
         sampler follows the flow's own velocity (2211.15089, 2305.18619). Needs a VAE with encoder="embedding".
     noise_likelihood: add log p(x_t | token), which is known, to the logits of "posterior_mean": by Bayes' rule the denoiser
         then only learns how likely a token is given everything else.
+    scale_input: the denoiser sees t · x_t / (t² + (1 − t)² · noise_std²), what is expected of x1 given x_t if x1 were
+        Gaussian of unit variance: nothing of pure noise, and the same for a certain chunk whatever its t (2206.00364).
+    token_time_std: in training the tokens of a chunk have times of their own, spread by this much in logits around the
+        chunk's, so that a token is also learned from its neighbours while it is not known itself; 0: one time per chunk.
+        Needs noise_likelihood and mse_weight=0; makes `generate(token_lag=...)` possible.
     train_embeddings: the token tables of the VAE train with the denoiser, so that latents of alike tokens come to lie near
         each other (2211.15089); otherwise the VAE is frozen (documented). Needs "posterior_mean" and
         vae.nearest_decoder.
@@ -46,6 +51,8 @@ class TokComConfig(PreTrainedConfig):
     standardize_latents: bool = False
     clean_latents: Literal["latent", "posterior_mean"] = "latent"
     noise_likelihood: bool = False
+    scale_input: bool = False
+    token_time_std: float | int = 0.0
     train_embeddings: bool = False
     independent_times: bool = False
     noise_std: float | int = 0.05
@@ -89,6 +96,10 @@ class TokComConfig(PreTrainedConfig):
             self.denoiser.output_size = self.vae.chunk_size * self.vae.hidden_size
         if self.noise_likelihood and self.clean_latents != "posterior_mean":
             raise ValueError("noise_likelihood belongs to clean_latents='posterior_mean'; latents have no logits.")
+        if self.token_time_std > 0 and (not self.noise_likelihood or self.mse_weight > 0):
+            raise ValueError(
+                "token_time_std needs noise_likelihood=True (it knows the times of tokens) and mse_weight=0."
+            )
         if self.train_embeddings and (self.clean_latents != "posterior_mean" or not self.vae.nearest_decoder):
             raise ValueError(
                 "train_embeddings moves the table that latents are made of, which only the nearest-embedding decoder can "

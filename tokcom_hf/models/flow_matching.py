@@ -4,8 +4,9 @@ x0 is noise N(0, noise_std²), x1 the clean latents, t ∈ [0, 1]; t broadcasts 
 the path is v = x1 − x0 = (x1 − x_t) / (1 − t).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ TIME_GRIDS = ("uniform", "cosine", "quadratic")
 # 1 − t is kept at least this large in divisions: the velocity weight would be 1e8 at t = 1 − 1e-4.
 MIN_REMAINING = 0.05
 
-Denoise = Callable[[torch.Tensor, float], torch.Tensor]
+Time = float | torch.Tensor
+Denoise = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
 def expand_time(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -75,10 +77,19 @@ def time_grid(num_steps: int, kind: str = "uniform", start: float = 0.0) -> list
     return (start + (1 - start) * u).tolist()
 
 
+def lagged_times(times: list[float], tokens: int, lag: float) -> torch.Tensor:
+    """Times of the tokens of a chunk when each waits for the one before it, (len(times), tokens).
+
+    lag: 0: all have the same time; 1: the last starts when the first is finished.
+    """
+    place = torch.arange(tokens, dtype=torch.float64) / max(tokens - 1, 1)
+    return (torch.tensor(times, dtype=torch.float64)[:, None] * (1 + lag) - lag * place).clamp(0, 1).float()
+
+
 def sample(
     denoise: Denoise,
     x: torch.Tensor,
-    times: list[float],
+    times: Sequence[Time],
     sampler: str = "euler",
     noise_std: float = 1.0,
     generator: torch.Generator | None = None,
@@ -86,9 +97,9 @@ def sample(
     """Follows the flow from x at times[0] to t = 1.
 
     Args:
-        denoise: (x_t, t) → predicted clean latents, same shape; one forward of the network.
+        denoise: (x_t, t) → predicted clean latents, same shape, t being one of `times`; one forward of the network.
         x: (batch, chunks, latent) at times[0].
-        times: rising, the last is 1.
+        times: rising, the last is 1; numbers, or tensors (1, 1, latent) where the entries of a latent have their own.
         sampler: "euler": x += Δt · v. "heun": second order, velocity averaged over both ends (two forwards per step, one
             for the last). "renoise": x_t' = (1 − t') · fresh noise + t' · x1, stochastic.
         noise_std: standard deviation of x0, used by "renoise".
@@ -102,7 +113,7 @@ def sample(
     for now, following in pairwise(times):
         clean = denoise(x, now)
         # From the last time any of the three rules lands on the predicted clean latents.
-        if following >= 1.0:
+        if bool(torch.as_tensor(following >= 1.0).all()):
             return clean
         if sampler == "renoise":
             noise = torch.randn(x.shape, generator=generator).to(x) * noise_std

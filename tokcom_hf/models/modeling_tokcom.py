@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .chunked_cross_entropy import LOGITS_AT_ONCE
 from .configuration_tokcom import TokComConfig
-from .flow_matching import interpolate, sample, time_grid
+from .flow_matching import interpolate, lagged_times, sample, time_grid
 from .layers import KeyValue
 from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput
 from .modeling_tokcom_vae import TokComVAE
@@ -79,33 +79,46 @@ class TokComModel(PreTrainedModel):
 
         With `clean_latents="posterior_mean"` the output's `token_hidden` (batch, chunks, chunk_size, hidden) times the VAE's
         head gives logits of each token, and `clean_latents` is the mean latent of their softmax at `posterior_temperature`;
-        None with `only_tokens=True`, which saves those logits.
+        None with `only_tokens=True`, which saves those logits. `token_times` (batch, chunks, chunk_size) are the tokens'
+        times where they differ from their chunk's.
         """
         temperature, only_tokens = kwargs.pop("posterior_temperature", 1.0), kwargs.pop("only_tokens", False)
-        output = self.denoiser(latents, timesteps, **kwargs)
-        if self.config.clean_latents == "posterior_mean":
-            hidden = output.clean_latents.unflatten(-1, (self.config.vae.chunk_size, -1))
-            if self.config.noise_likelihood:
-                times = timesteps.view(len(latents), -1)
-                index = kwargs.get("block_index")
-                if times.shape[1] not in (1, latents.shape[1]):
-                    times = times[:, index]
+        config = self.config
+        times = kwargs.pop("token_times", None)
+        if times is None:
+            times = timesteps.view(len(latents), -1)
+            if times.shape[1] not in (1, latents.shape[1]):
+                times = times[:, kwargs["block_index"]]
+            times = times.unsqueeze(-1)
+        inputs = latents
+        if config.scale_input:
+            t = times.float()
+            inputs = (latents * self.per_entry(t / (t**2 + ((1 - t) * config.noise_std) ** 2))).to(latents.dtype)
+        output = self.denoiser(inputs, timesteps, **kwargs)
+        if config.clean_latents == "posterior_mean":
+            hidden = output.clean_latents.unflatten(-1, (config.vae.chunk_size, -1))
+            if config.noise_likelihood:
                 hidden = torch.cat([hidden, self._evidence(latents, times).to(hidden.dtype)], dim=-1)
             output.token_hidden, output.clean_latents = hidden, None
             if not only_tokens:
                 output.clean_latents = self.standardize(self._mean_latents(output.token_hidden, temperature))
         return output
 
+    def per_entry(self, per_token: torch.Tensor) -> torch.Tensor:
+        """(..., 1 or chunk_size) → (..., 1 or latent): one value for all entries of a token."""
+        places = per_token.shape[-1]
+        return per_token if places == 1 else per_token.repeat_interleave(self.config.vae.latent_size // places, dim=-1)
+
     def _evidence(self, x_t: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """What x_t (batch, chunks, latent) at `times` (batch, 1 or chunks) tells of its tokens, beside `token_head`.
+        """What x_t (batch, chunks, latent) at `times` (batch, 1 or chunks, 1 or chunk_size) tells of its tokens.
 
         For a token v with standardised latent e_v, x_t ~ N(t · e_v, (1 − t)² σ²), so that up to a constant
         log p(x_t | v) = (t · x_t · e_v − t² |e_v|² / 2) / ((1 − t)² σ²).
 
         Returns:
-            (batch, chunks, chunk_size, latent / chunk_size + 1): the factors of e_v and of |e_v|².
+            (batch, chunks, chunk_size, latent / chunk_size + 1): the factors of e_v and of |e_v|² in `token_head`.
         """
-        t = times.float().view(len(x_t), -1, 1, 1)
+        t = times.float().unsqueeze(-1)
         precision = ((1 - t).clamp(min=EVIDENCE_REMAINING) * self.config.noise_std) ** -2
         tokens = x_t.float().unflatten(-1, (self.config.vae.chunk_size, -1)) * t * precision
         square = (-0.5 * t**2 * precision).expand(*tokens.shape[:-1], 1)
@@ -224,6 +237,7 @@ class TokComModel(PreTrainedModel):
         guidance_scale: float = 1.0,
         final_clean_pass: bool = False,
         posterior_temperature: float = 1.0,
+        token_lag: float = 0.0,
         return_dict_in_generate: bool = False,
     ) -> "torch.LongTensor | TokComGenerateOutput":
         """Generates token ids.
@@ -244,6 +258,8 @@ class TokComModel(PreTrainedModel):
             final_clean_pass: run the denoiser once more at t = 1.
             posterior_temperature: of the token distributions whose mean is x1; below 1 the flow commits earlier. Only with
                 `clean_latents="posterior_mean"`.
+            token_lag: how far the tokens of a chunk wait for each other: 0 not at all, 1 until the first is finished. Only
+                with `token_time_std`.
             return_dict_in_generate: return a `TokComGenerateOutput` with the latents beside the ids.
 
         Returns:
@@ -268,7 +284,7 @@ class TokComModel(PreTrainedModel):
             prompt = self.standardize(self.encode(filled))
         new_latents, new_ids = self._blocks(
             prompt, mask, wanted, num_steps, sampler, time_grid, block_size, guidance_scale, final_clean_pass,
-            temperature, generator, **self._posterior_options(posterior_temperature),
+            temperature, generator, self._check_lag(token_lag, sampler), **self._posterior_options(posterior_temperature),
         )  # fmt: skip
         new_latents, new_ids = self.unstandardize(new_latents), self._end_at_eos(new_ids)
         if prompt_ids is None:
@@ -280,6 +296,14 @@ class TokComModel(PreTrainedModel):
             output[row, :length] = prompt_ids[row][_row_mask(prompt_mask, prompt_ids, row)]
             output[row, length : length + new_ids.shape[1]] = new_ids[row]
         return TokComGenerateOutput(output, new_latents) if return_dict_in_generate else output
+
+    def _check_lag(self, lag: float, sampler: str) -> float:
+        if lag < 0 or (lag > 0 and (self.config.token_time_std == 0 or sampler == "heun")):
+            raise ValueError(
+                f"token_lag must be 0, or positive for a model trained with token_time_std > 0 (this one: "
+                f"{self.config.token_time_std}) and another sampler than heun; got {lag} with {sampler!r}."
+            )
+        return lag
 
     def _posterior_options(self, temperature: float) -> dict[str, float]:
         if temperature <= 0:
@@ -293,7 +317,7 @@ class TokComModel(PreTrainedModel):
 
     def _blocks(
         self, prompt, mask, wanted, num_steps, sampler, grid, block_size, guidance_scale, final_clean_pass, temperature,
-        generator, **options,
+        generator, lag, **options,
     ) -> tuple[torch.Tensor, torch.LongTensor]:  # fmt: skip
         """Denoises block after block; each sees the prompt and the finished blocks.
 
@@ -311,7 +335,7 @@ class TokComModel(PreTrainedModel):
             x = self._noise((len(prompt), size, prompt.shape[2]), generator)
             prefix = finished if finished.shape[1] else None
             x, token_hidden = self._flow(
-                x, times, sampler, prefix, past, mask, guidance_scale, final_clean_pass, generator, **options
+                x, times, sampler, prefix, past, mask, guidance_scale, final_clean_pass, generator, lag, **options
             )
             latents.append(x)
             ids.append(self._read(x, token_hidden, temperature, generator))
@@ -338,7 +362,7 @@ class TokComModel(PreTrainedModel):
 
     def _flow(
         self, x, times, sampler, prefix=None, past=None, mask=None, guidance_scale=1.0, final_clean_pass=False,
-        generator=None, **options,
+        generator=None, lag=0.0, **options,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Runs the sampler on x (batch, chunks, latent), given clean latents to its left or their cached keys and values.
 
@@ -347,6 +371,9 @@ class TokComModel(PreTrainedModel):
         Returns:
             The clean latents, and the `token_hidden` of the last prediction where there is one.
         """
+        chunk = self.config.vae.chunk_size
+        if lag:
+            times = list(self.per_entry(lagged_times(times, chunk, lag)).to(x.device)[:, None, None])
         memory: dict[str, torch.Tensor | None] = {"given": None, "free": None}
         last: list[torch.Tensor | None] = [None]
 
@@ -358,14 +385,21 @@ class TokComModel(PreTrainedModel):
                 else nn.functional.pad(mask, (0, start - mask.shape[1] + x_t.shape[1]), value=1)
             )
             condition = memory[key] if self.config.denoiser.self_conditioning else None
+            if torch.is_tensor(t):
+                per_token = t.view(chunk, -1)[:, 0].expand(len(x_t), x_t.shape[1], -1)
+                if past is None and start:
+                    per_token = nn.functional.pad(per_token, (0, 0, start, 0), value=1.0)
+                extra, t = options | {"token_times": per_token}, float(t.mean())
+            else:
+                extra = options
             time = torch.full((len(x_t),), t, device=x_t.device)
             if past is not None:
                 output = self(
                     x_t, time, self_condition=condition, attention_mask=padding, past_key_values=past,
-                    position_offset=start, **options,
+                    position_offset=start, **extra,
                 )  # fmt: skip
             elif prefix is None:
-                output = self(x_t, time, self_condition=condition, **options)
+                output = self(x_t, time, self_condition=condition, **extra)
             else:
                 if self.config.clean_prefix:
                     time = torch.full((len(x_t), start + x_t.shape[1]), t, device=x_t.device)
@@ -375,7 +409,7 @@ class TokComModel(PreTrainedModel):
                 elif self.config.denoiser.self_conditioning:
                     condition = torch.cat([prefix, torch.zeros_like(x_t)], dim=1)
                 whole = torch.cat([prefix, x_t], dim=1)
-                output = self(whole, time, self_condition=condition, attention_mask=padding, **options)
+                output = self(whole, time, self_condition=condition, attention_mask=padding, **extra)
                 output.clean_latents = output.clean_latents[:, start:]
                 if output.token_hidden is not None:
                     output.token_hidden = output.token_hidden[:, start:]

@@ -17,6 +17,8 @@ from safetensors.torch import load_model, save_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .muon import MuonWithAdamW, split_for_muon
+
 AVERAGE_FILE = "ema.safetensors"
 AUXILIARY_FILE = "auxiliary.pt"
 
@@ -38,6 +40,10 @@ class CompressionTrainingArguments(TrainingArguments):
     )
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after so many evaluations without improvement; 0 never stops early."}
+    )
+    muon_learning_rate: float = field(
+        default=0.0,
+        metadata={"help": "Muon for the matrices of hidden layers, at this rate; 0 trains everything with `optim`."},
     )
 
     def __post_init__(self):
@@ -86,6 +92,20 @@ class CompressionTrainer(Trainer):
     def unwrapped_model(self):
         """The model without its DDP or compile wrapper."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.args.muon_learning_rate == 0 or self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        matrices, others = split_for_muon(self.unwrapped_model)
+        self.optimizer = MuonWithAdamW(
+            matrices,
+            others,
+            muon_learning_rate=self.args.muon_learning_rate,
+            learning_rate=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+        )
+        return self.optimizer
 
     # ------------------------------------------------------------------ what a subclass may hook into
     def auxiliary_state(self) -> dict[str, Any]:

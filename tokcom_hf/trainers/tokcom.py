@@ -139,9 +139,13 @@ class DenoiserTrainer(_TokComTrainer):
         if plan["clean_first"]:
             t[:, 0] = 1.0
         times = t[:, index]
-        x_t = interpolate(noise, clean, times)
-        counted = mask & (times < 1.0)
         arguments: dict[str, Any] = {"attention_mask": mask.long(), "block_index": index}
+        entry_times = times
+        if config.token_time_std > 0:
+            arguments["token_times"] = self._token_times(times, config, generator)
+            entry_times = tokcom.per_entry(arguments["token_times"])
+        x_t = interpolate(noise, clean, entry_times)
+        counted = mask & (times < 1.0)
         if plan["context"]:
             arguments["context"] = clean
         condition = None
@@ -159,6 +163,13 @@ class DenoiserTrainer(_TokComTrainer):
         if model.training:
             self.log_scalars("diffusion", parts)
         return (loss, outputs) if return_outputs else loss
+
+    def _token_times(self, times: torch.Tensor, config, generator: torch.Generator) -> torch.Tensor:
+        """Times of the tokens (batch, chunks, chunk), spread around their chunks' (batch, chunks); clean stays clean."""
+        shape = (times.shape[1], config.vae.chunk_size)
+        spread = self._local(len(times), lambda count: torch.randn((count, *shape), generator=generator)).to(times)
+        own = torch.sigmoid(torch.logit(times, eps=1e-6).unsqueeze(-1) + config.token_time_std * spread)
+        return torch.where((times < 1.0).unsqueeze(-1), own.clamp(1e-4, 1 - 1e-4), times.unsqueeze(-1))
 
     def losses(
         self, tokcom, predicted, clean, times, counted, input_ids, token_hidden=None
