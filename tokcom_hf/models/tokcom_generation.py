@@ -1,0 +1,336 @@
+"""Generation with a `TokComModel`: prompts, blocks from left to right, the flow inside a block.
+
+A prompt whose length is no multiple of the chunk size is filled with EOS **in front**, where a document boundary is natural;
+nothing ever stands between prompt and continuation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .flow_matching import interpolate, lagged_times, sample, time_grid
+from .layers import KeyValue
+from .modeling_tokcom_denoiser import DenoisedModelOutput
+
+
+@dataclass
+class TokComGenerateOutput(ModelOutput):
+    """sequences: (batch, length) ids, prompt first; latents: (batch, generated chunks, latent), the VAE's."""
+
+    sequences: torch.LongTensor | None = None
+    latents: torch.FloatTensor | None = None
+
+
+class TokComGeneration:
+    """What `TokComModel` does with a trained flow; mixed into it."""
+
+    @torch.no_grad()
+    def denoise_reconstruct(
+        self,
+        input_ids: torch.LongTensor,
+        noise_level: float = 0.5,
+        num_steps: int = 50,
+        sampler: str = "euler",
+        generator: torch.Generator | None = None,
+    ) -> torch.LongTensor:
+        """Mixes latents with noise at t = `noise_level` and lets the denoiser clean them.
+
+        noise_level: 0 = pure noise, 1 = plain reconstruction; takes max(1, int(num_steps · (1 − noise_level))) steps.
+
+        Raises:
+            ValueError: noise_level outside [0, 1] or num_steps < 1.
+        """
+        if not 0.0 <= noise_level <= 1.0:
+            raise ValueError(f"noise_level must be in [0, 1], got {noise_level}.")
+        _check_steps(num_steps)
+        clean = self.standardize(self.encode(input_ids))
+        if noise_level == 1.0:
+            return self.decode(self.unstandardize(clean))
+        level = torch.full((len(clean),), noise_level, device=clean.device, dtype=clean.dtype)
+        x = interpolate(self._noise(clean.shape, generator), clean, level)
+        times = time_grid(max(1, int(num_steps * (1 - noise_level))), start=noise_level)
+        x, token_hidden = self._flow(x, times, sampler, generator=generator)
+        return self._read(x, token_hidden, 0.0, generator)
+
+    # ------------------------------------------------------------------ generation
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_ids: torch.LongTensor | None = None,
+        num_chunks: int = 256,
+        num_generate_chunks: int = 64,
+        num_steps: int = 50,
+        batch_size: int = 1,
+        sampler: str = "euler",
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        prompt_mask: torch.LongTensor | None = None,
+        time_grid: str = "uniform",
+        block_size: int | None = None,
+        guidance_scale: float = 1.0,
+        final_clean_pass: bool = False,
+        posterior_temperature: float = 1.0,
+        token_lag: float = 0.0,
+        return_dict_in_generate: bool = False,
+    ) -> "torch.LongTensor | TokComGenerateOutput":
+        """Generates token ids.
+
+        Args:
+            prompt_ids: (batch, length), any length, padded on the right where `prompt_mask` is 0; None: no prompt.
+            num_chunks: chunks to generate without a prompt.
+            num_generate_chunks: chunks to add to a prompt.
+            num_steps: flow steps per block (the denoiser runs once per step, twice with "heun" or guidance).
+            batch_size: sequences to generate without a prompt.
+            sampler: "euler", "renoise" (stochastic) or "heun" (second order).
+            temperature: of the decoder's token distribution; 0 is greedy.
+            generator: CPU generator; makes the output reproducible on any device.
+            prompt_mask: (batch, length), 1 = token, 0 = padding.
+            time_grid: "uniform", "quadratic" or "cosine".
+            block_size: chunks denoised in parallel; None = all of them, 1 = chunk by chunk, from left to right.
+            guidance_scale: x1 = without prompt + scale · (with prompt − without); 1 = off.
+            final_clean_pass: run the denoiser once more at t = 1.
+            posterior_temperature: of the token distributions whose mean is x1; below 1 the flow commits earlier. Only with
+                `clean_latents="posterior_mean"`.
+            token_lag: how far the tokens of a chunk wait for each other: 0 not at all, 1 until the first is finished. Only
+                with `token_time_std`.
+            return_dict_in_generate: return a `TokComGenerateOutput` with the latents beside the ids.
+
+        Returns:
+            ids (batch, longest prompt + generated), prompt first; after a row's first generated EOS, and after the end of
+            a shorter row, everything is EOS.
+
+        Raises:
+            ValueError: a count below 1, an empty prompt, or prompt ids outside the vocabulary.
+        """
+        _check_steps(num_steps)
+        wanted = num_chunks if prompt_ids is None else num_generate_chunks
+        for name, value in (("chunks to generate", wanted), ("batch_size", batch_size), ("block_size", block_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"The number of {name} must be at least 1, got {value}.")
+        chunk = self.config.vae.chunk_size
+        if prompt_ids is None:
+            prompt = self._noise((batch_size, 0, self.config.vae.latent_size), generator)
+            mask, lengths = None, torch.zeros(batch_size, dtype=torch.long)
+        else:
+            prompt_ids = prompt_ids.to(self.device)
+            filled, mask, lengths = self._fill_prompt(prompt_ids, prompt_mask)
+            prompt = self.standardize(self.encode(filled))
+        new_latents, new_ids = self._blocks(
+            prompt, mask, wanted, num_steps, sampler, time_grid, block_size, guidance_scale, final_clean_pass,
+            temperature, generator, self._check_lag(token_lag, sampler), **self._posterior_options(posterior_temperature),
+        )  # fmt: skip
+        new_latents, new_ids = self.unstandardize(new_latents), self._end_at_eos(new_ids)
+        if prompt_ids is None:
+            return TokComGenerateOutput(new_ids, new_latents) if return_dict_in_generate else new_ids
+        fill = self._fill_id()
+        width = int(lengths.max()) + wanted * chunk
+        output = new_ids.new_full((len(new_ids), width), fill)
+        for row, length in enumerate(lengths.tolist()):
+            output[row, :length] = prompt_ids[row][_row_mask(prompt_mask, prompt_ids, row)]
+            output[row, length : length + new_ids.shape[1]] = new_ids[row]
+        return TokComGenerateOutput(output, new_latents) if return_dict_in_generate else output
+
+    def _check_lag(self, lag: float, sampler: str) -> float:
+        if lag < 0 or (lag > 0 and (self.config.token_time_std == 0 or sampler == "heun")):
+            raise ValueError(
+                f"token_lag must be 0, or positive for a model trained with token_time_std > 0 (this one: "
+                f"{self.config.token_time_std}) and another sampler than heun; got {lag} with {sampler!r}."
+            )
+        return lag
+
+    def _posterior_options(self, temperature: float) -> dict[str, float]:
+        if temperature <= 0:
+            raise ValueError(f"posterior_temperature must be positive, got {temperature}.")
+        if temperature != 1.0 and self.config.clean_latents != "posterior_mean":
+            raise ValueError(
+                "posterior_temperature belongs to models with clean_latents='posterior_mean'; this one predicts latents. "
+                "Use temperature for the decoder's distribution."
+            )
+        return {"posterior_temperature": temperature}
+
+    def _blocks(
+        self, prompt, mask, wanted, num_steps, sampler, grid, block_size, guidance_scale, final_clean_pass, temperature,
+        generator, lag, **options,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:  # fmt: skip
+        """Denoises block after block; each sees the prompt and the finished blocks.
+
+        Returns:
+            Latents of the flow (batch, wanted, latent), and their ids (batch, wanted · chunk_size).
+        """
+        times = time_grid(num_steps, grid)
+        cached = self.config.denoiser.attention == "block_causal"
+        finished, past = prompt, None
+        latents, ids = [], []
+        if cached and prompt.shape[1]:
+            past = self._extend_cache(None, prompt, mask, prompt[:, :0])
+        for start in range(0, wanted, block_size or wanted):
+            size = min(block_size or wanted, wanted - start)
+            x = self._noise((len(prompt), size, prompt.shape[2]), generator)
+            prefix = finished if finished.shape[1] else None
+            x, token_hidden = self._flow(
+                x, times, sampler, prefix, past, mask, guidance_scale, final_clean_pass, generator, lag, **options
+            )
+            latents.append(x)
+            ids.append(self._read(x, token_hidden, temperature, generator))
+            if start + size == wanted:
+                break
+            if self._all_ended(ids):
+                # What would follow every row's EOS is not looked at; EOS and zeros keep the shape.
+                rest = wanted - start - size
+                latents.append(x.new_zeros(len(x), rest, x.shape[2]))
+                ids.append(ids[0].new_full((len(x), rest * self.config.vae.chunk_size), self._fill_id()))
+                break
+            # What follows sees the latents of the block's text, exact as in training, not what the flow left of them.
+            x = self.standardize(self.encode(ids[-1]))
+            if cached:
+                past = self._extend_cache(past, x, mask, finished)
+            finished = torch.cat([finished, x], dim=1)
+        return torch.cat(latents, dim=1), torch.cat(ids, dim=1)
+
+    def _read(self, x, token_hidden, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
+        """The flow's end (batch, chunks, latent) → ids: from the denoiser's own token distributions where it has them."""
+        if token_hidden is None:
+            return self.decode(self.unstandardize(x), temperature, generator)
+        return self.vae.read_tokens(token_hidden.flatten(1, 2), self.token_head(), temperature, generator)
+
+    def _flow(
+        self, x, times, sampler, prefix=None, past=None, mask=None, guidance_scale=1.0, final_clean_pass=False,
+        generator=None, lag=0.0, **options,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Runs the sampler on x (batch, chunks, latent), given clean latents to its left or their cached keys and values.
+
+        options: further arguments of `forward`.
+
+        Returns:
+            The clean latents, and the `token_hidden` of the last prediction where there is one.
+        """
+        chunk = self.config.vae.chunk_size
+        if lag:
+            times = list(self.per_entry(lagged_times(times, chunk, lag)).to(x.device)[:, None, None])
+        memory: dict[str, torch.Tensor | None] = {"given": None, "free": None}
+        last: list[torch.Tensor | None] = [None]
+
+        def predict(x_t, t, key, prefix, past) -> DenoisedModelOutput:
+            start = 0 if prefix is None else prefix.shape[1]
+            padding = (
+                None
+                if mask is None or prefix is None
+                else nn.functional.pad(mask, (0, start - mask.shape[1] + x_t.shape[1]), value=1)
+            )
+            condition = memory[key] if self.config.denoiser.self_conditioning else None
+            if torch.is_tensor(t):
+                per_token = t.view(chunk, -1)[:, 0].expand(len(x_t), x_t.shape[1], -1)
+                if past is None and start:
+                    per_token = nn.functional.pad(per_token, (0, 0, start, 0), value=1.0)
+                extra, t = options | {"token_times": per_token}, float(t.mean())
+            else:
+                extra = options
+            time = torch.full((len(x_t),), t, device=x_t.device)
+            if past is not None:
+                output = self(
+                    x_t, time, self_condition=condition, attention_mask=padding, past_key_values=past,
+                    position_offset=start, previous=prefix[:, -1:], **extra,
+                )  # fmt: skip
+            elif prefix is None:
+                output = self(x_t, time, self_condition=condition, **extra)
+            else:
+                if self.config.clean_prefix:
+                    time = torch.full((len(x_t), start + x_t.shape[1]), t, device=x_t.device)
+                    time[:, :start] = 1.0
+                if condition is not None:
+                    condition = torch.cat([prefix, condition], dim=1)
+                elif self.config.denoiser.self_conditioning:
+                    condition = torch.cat([prefix, torch.zeros_like(x_t)], dim=1)
+                whole = torch.cat([prefix, x_t], dim=1)
+                output = self(whole, time, self_condition=condition, attention_mask=padding, **extra)
+                output.clean_latents = output.clean_latents[:, start:]
+                if output.token_hidden is not None:
+                    output.token_hidden = output.token_hidden[:, start:]
+            memory[key] = output.clean_latents
+            return output
+
+        def denoise(x_t, t):
+            given = predict(x_t, t, "given", prefix, past)
+            last[0] = given.token_hidden
+            if guidance_scale == 1.0 or prefix is None:
+                return given.clean_latents
+            free = predict(x_t, t, "free", None, None)
+            if given.token_hidden is not None:
+                last[0] = free.token_hidden + guidance_scale * (given.token_hidden - free.token_hidden)
+            return free.clean_latents + guidance_scale * (given.clean_latents - free.clean_latents)
+
+        x = sample(denoise, x, times, sampler, self.config.noise_std, generator)
+        if final_clean_pass:
+            x = denoise(x, 1.0)
+        return x, last[0]
+
+    def _extend_cache(self, past: list[KeyValue] | None, block: torch.Tensor, mask, finished: torch.Tensor):
+        """Keys and values of a finished block (clean, t = 1) appended to those of what is `finished` before it."""
+        start = finished.shape[1]
+        padding = (
+            None if mask is None else nn.functional.pad(mask, (0, start + block.shape[1] - mask.shape[1]), value=1)
+        )
+        new = self.denoiser(
+            block, torch.ones(len(block), device=block.device), None, padding, past_key_values=past,
+            position_offset=start, previous=finished[:, -1:] if start else None, return_key_values=True,
+        ).key_values  # fmt: skip
+        if past is None:
+            return new
+        return [(torch.cat([k, nk], dim=2), torch.cat([v, nv], dim=2)) for (k, v), (nk, nv) in zip(past, new)]
+
+    # ------------------------------------------------------------------ helpers
+    def _noise(self, shape, generator: torch.Generator | None) -> torch.Tensor:
+        """x0 ~ N(0, noise_std²), drawn on the CPU so that a seed means the same on every device."""
+        return (torch.randn(shape, generator=generator) * self.config.noise_std).to(self.device, self.dtype)
+
+    def _fill_id(self) -> int:
+        eos = self.config.eos_token_id
+        return self.config.vae.omni_token_id if eos is None else eos
+
+    def _fill_prompt(self, prompt_ids: torch.LongTensor, prompt_mask: torch.LongTensor | None):
+        """Right-padded prompts → (ids filled in front to whole chunks, chunk mask or None, lengths (batch,))."""
+        if prompt_ids.dim() != 2 or prompt_ids.shape[1] == 0:
+            raise ValueError(f"prompt_ids must be (batch, length) with length ≥ 1, got {tuple(prompt_ids.shape)}.")
+        if prompt_ids.min() < 0 or prompt_ids.max() >= self.config.vae.vocab_size:
+            raise ValueError(
+                f"prompt_ids must be in 0 … {self.config.vae.vocab_size - 1}, got {int(prompt_ids.min())} … "
+                f"{int(prompt_ids.max())}; was the prompt written by this model's tokenizer?"
+            )
+        chunk = self.config.vae.chunk_size
+        rows = [prompt_ids[row][_row_mask(prompt_mask, prompt_ids, row)] for row in range(len(prompt_ids))]
+        lengths = torch.tensor([len(row) for row in rows])
+        if int(lengths.min()) == 0:
+            raise ValueError(
+                "Every prompt needs at least one token; generate without prompt_ids to start from nothing."
+            )
+        width = -(-int(lengths.max()) // chunk) * chunk
+        filled = prompt_ids.new_full((len(rows), width), self._fill_id())
+        mask = torch.zeros(len(rows), width // chunk, dtype=torch.long, device=prompt_ids.device)
+        for index, row in enumerate(rows):
+            filled[index, width - len(row) :] = row
+            mask[index, (width - len(row)) // chunk :] = 1
+        return filled, None if bool(mask.all()) else mask, lengths
+
+    def _end_at_eos(self, ids: torch.LongTensor) -> torch.LongTensor:
+        if self.config.eos_token_id is None:
+            return ids
+        ended = (ids == self.config.eos_token_id).cummax(dim=1).values
+        return ids.masked_fill(ended, self.config.eos_token_id)
+
+    def _all_ended(self, ids: list[torch.Tensor]) -> bool:
+        if self.config.eos_token_id is None:
+            return False
+        return bool((torch.cat(ids, dim=1) == self.config.eos_token_id).any(dim=1).all())
+
+
+def _row_mask(prompt_mask: torch.LongTensor | None, prompt_ids: torch.LongTensor, row: int) -> torch.Tensor:
+    if prompt_mask is None:
+        return torch.ones_like(prompt_ids[row], dtype=torch.bool)
+    return prompt_mask[row].to(prompt_ids.device).bool()
+
+
+def _check_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
