@@ -146,6 +146,9 @@ def main() -> None:
     if run.stage == "vae":
         return
     model, results["denoiser"] = train_denoiser(out, values, run, data, vae, resume)
+    if state.is_main_process and model.config.train_embeddings:
+        # The tables have moved since stage 1: what is reported is what is saved.
+        results["vae"] |= reconstruction_metrics(model.vae, *held_out(data, 128), SIGMAS)
     if state.is_main_process:
         results["seconds"] = round(time.time() - started, 1)
         report(out, model, data, run, results)

@@ -13,8 +13,7 @@ SHAPE = {
 
 def tiny_config(attention: str = "bidirectional", **changes) -> TokComConfig:
     vae = {"vocab_size": 51, "latent_size": 16, "fixed_norm": True, **SHAPE}
-    inputs = {name: changes.pop(name, False) for name in ("self_conditioning", "previous_input")}
-    denoiser = {"attention": attention, **inputs, **SHAPE}
+    denoiser = {"attention": attention, "self_conditioning": changes.pop("self_conditioning", False), **SHAPE}
     defaults = {"standardize_latents": True, "noise_std": 1.0, "clean_prefix": True, "eos_token_id": 0}
     return TokComConfig(vae=vae, denoiser=denoiser, **defaults | changes)
 
@@ -179,24 +178,22 @@ def test_time_per_position_equals_one_time_where_they_are_equal():
         model(x, torch.rand(2, 4))
 
 
-@pytest.mark.parametrize("previous_input", [False, True])
-def test_cached_blocks_equal_the_training_layout(previous_input):
-    model = tiny_model("block_causal", previous_input=previous_input)
+def test_cached_blocks_equal_the_training_layout():
+    model = tiny_model("block_causal")
     clean, x = torch.randn(2, 6, 16), torch.randn(2, 6, 16)
     index, t = torch.tensor([0, 0, 1, 1, 2, 2]), torch.rand(2, 3)
     whole = model(x, t, context=clean, block_index=index).clean_latents
-    past = model._extend_cache(None, clean[:, :2], None, clean[:, :0])
-    past = model._extend_cache(past, clean[:, 2:4], None, clean[:, :2])
-    options = {"past_key_values": past, "position_offset": 4, "previous": clean[:, 3:4]}
-    last = model(x[:, 4:], t[:, 2], **options).clean_latents
+    past = model._extend_cache(None, clean[:, :2], None, 0)
+    past = model._extend_cache(past, clean[:, 2:4], None, 2)
+    last = model(x[:, 4:], t[:, 2], past_key_values=past, position_offset=4).clean_latents
     torch.testing.assert_close(whole[:, 4:], last, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
 @pytest.mark.parametrize("block_size", [None, 1, 3])
-@pytest.mark.parametrize("inputs", [{}, {"self_conditioning": True}, {"previous_input": True}])
-def test_a_batch_of_uneven_prompts_equals_its_rows(attention, block_size, inputs):
-    model = tiny_model(attention, **inputs, eos_token_id=None)
+@pytest.mark.parametrize("self_conditioning", [False, True])
+def test_a_batch_of_uneven_prompts_equals_its_rows(attention, block_size, self_conditioning):
+    model = tiny_model(attention, self_conditioning=self_conditioning, eos_token_id=None)
     rows = [torch.randint(1, 50, (length,)) for length in (7, 2, 4)]
     ids, mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
     for index, row in enumerate(rows):

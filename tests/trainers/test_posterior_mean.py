@@ -12,6 +12,7 @@ from tokcom_hf.models.flow_matching import lagged_times
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_tokcom_training import SHAPE, Rows, denoiser_trainer, vae_trainer
+from test_tokcom_training import joint_model as joint
 
 
 def tokcom(**flow) -> TokComModel:
@@ -100,19 +101,6 @@ def test_generation_reload_and_latents(tmp_path):
     again = model.encode(output.sequences[:, -12:])
     if not bool((output.sequences == model.config.eos_token_id).any()):
         torch.testing.assert_close(output.latents, again, atol=1e-4, rtol=1e-4)
-
-
-JOINT = {"train_embeddings": True, "noise_likelihood": True}
-
-
-def joint(**flow) -> TokComModel:
-    """Tables, head and denoiser trained together; nothing else in the VAE."""
-    torch.manual_seed(0)
-    vae = {"vocab_size": 51, "latent_size": 32, "encoder": "embedding", "nearest_decoder": True, **SHAPE}
-    values = {"standardize_latents": True, "noise_std": 1.0, "clean_prefix": True, "eos_token_id": 0, **JOINT}
-    return TokComModel(
-        TokComConfig(**{"vae": vae, "denoiser": SHAPE, "clean_latents": "posterior_mean"} | values | flow)
-    )
 
 
 def test_the_evidence_is_the_density_of_the_noise():

@@ -56,6 +56,23 @@ def model(noise: bool = False) -> TokComModel:
     )  # fmt: skip
 
 
+def joint_model(**flow) -> TokComModel:
+    """Tables, head and denoiser trained together; nothing else in the VAE."""
+    torch.manual_seed(0)
+    vae = {"vocab_size": 51, "latent_size": 32, "encoder": "embedding", "nearest_decoder": True, **SHAPE}
+    values = {
+        "standardize_latents": True,
+        "noise_std": 1.0,
+        "clean_prefix": True,
+        "eos_token_id": 0,
+        "train_embeddings": True,
+        "noise_likelihood": True,
+    }
+    return TokComModel(
+        TokComConfig(**{"vae": vae, "denoiser": SHAPE, "clean_latents": "posterior_mean"} | values | flow)
+    )
+
+
 def settings(folder, **changes) -> dict:
     defaults = {
         "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
@@ -261,7 +278,7 @@ def run_worker(folder: Path, stage: str, *arguments: str, processes: int = 1) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vae", "denoiser"])
+@pytest.mark.parametrize("stage", ["vae", "denoiser", "embeddings"])
 def test_two_ranks_match_one_process_with_the_same_global_batch(tmp_path, stage):
     one = run_worker(tmp_path / "one", stage, "--batch", "8")
     two = run_worker(tmp_path / "two", stage, "--batch", "4", "--world", "2", processes=2)
@@ -273,7 +290,7 @@ def test_two_ranks_match_one_process_with_the_same_global_batch(tmp_path, stage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vae", "denoiser"])
+@pytest.mark.parametrize("stage", ["vae", "denoiser", "embeddings"])
 def test_kill_minus_nine_and_resume_end_at_the_same_weights(tmp_path, stage):
     assert run_worker(tmp_path / "whole", stage, "--save_steps", "5").wait(240) == 0
     killed = run_worker(tmp_path / "cut", stage, "--save_steps", "5", "--slow")

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_tokcom_training import Rows, denoiser_trainer, model, settings, vae_trainer  # noqa: F401
+from test_tokcom_training import denoiser_trainer, joint_model, vae_trainer
 
 
 class Slow(TrainerCallback):
@@ -33,13 +33,17 @@ torch.set_num_threads(1)
 changes = {"max_steps": 20, "per_device_train_batch_size": options.batch, "ema_decay": 0.9}
 if options.save_steps:
     changes |= {"save_strategy": "steps", "save_steps": options.save_steps}
-build = vae_trainer if options.stage == "vae" else denoiser_trainer
+# "embeddings": the denoiser's stage with token tables that train with it.
+networks = {"vae": (vae_trainer, None), "denoiser": (denoiser_trainer, None)}
+if options.stage == "embeddings":
+    networks["embeddings"] = (denoiser_trainer, joint_model(token_time_std=1.0, scale_input=True))
+build, network = networks[options.stage]
 folder = options.folder
 if options.world > 1:
     # Each rank writes its own copy of the latents; the recipe shares one file.
     folder = options.folder / "rank"
 options.folder.mkdir(parents=True, exist_ok=True)
-trainer = build(options.folder, **changes)
+trainer = build(options.folder, network, **changes)
 assert trainer.accelerator.num_processes == options.world, trainer.accelerator.num_processes
 if options.slow:
     trainer.add_callback(Slow())

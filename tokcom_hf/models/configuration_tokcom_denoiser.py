@@ -19,8 +19,6 @@ class DenoisedModelConfig(PreTrainedConfig):
     time_max_period: longest period of the time sinusoid.
     output_size: width of the output; None means `latent_size`. `TokComConfig` sets it for "posterior_mean".
     self_conditioning: feed the previous prediction of the clean latents back as a second input.
-    previous_input: every position also sees the input of the one before it (token shift, 2305.13048), so that no attention
-        head has to find out first what stands next to what.
     attention: "bidirectional" (documented), or "block_causal": a block sees the clean blocks before it, so that finished
         blocks can be cached and `generate(block_size=...)` becomes a dial from parallel to left-to-right.
     initializer_range: standard deviation of the initial weights.
@@ -40,7 +38,6 @@ class DenoisedModelConfig(PreTrainedConfig):
     time_max_period: float | int = 10000.0
     output_size: int | None = None
     self_conditioning: bool = False
-    previous_input: bool = False
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
     initializer_range: float = 0.02
 

@@ -87,7 +87,7 @@ class DenoisedModel(PreTrainedModel):
     def __init__(self, config: DenoisedModelConfig):
         super().__init__(config)
         size, latent = config.hidden_size, config.latent_size
-        inputs = latent * (1 + config.self_conditioning + config.previous_input)
+        inputs = 2 * latent if config.self_conditioning else latent
         self.input_proj = nn.Identity() if inputs == size == latent else nn.Linear(inputs, size)
         self.time_mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.SiLU(), nn.Linear(4 * size, size))
         self.layers = nn.ModuleList([DenoiserBlock(config) for _ in range(config.num_hidden_layers)])
@@ -114,7 +114,6 @@ class DenoisedModel(PreTrainedModel):
         block_index: torch.LongTensor | None = None,
         past_key_values: list[KeyValue] | None = None,
         position_offset: int = 0,
-        previous: torch.Tensor | None = None,
         return_key_values: bool = False,
         **kwargs,
     ) -> DenoisedModelOutput:
@@ -130,7 +129,6 @@ class DenoisedModel(PreTrainedModel):
             block_index: (chunks,) block number of each position, rising from 0; needed with `context`.
             past_key_values: keys and values of finished blocks, as returned with `return_key_values`.
             position_offset: position of the first latent.
-            previous: clean latent before the first, (batch, 1, latent), for `previous_input`; None at the very start.
 
         Raises:
             ValueError: the shape of `timesteps` fits neither.
@@ -167,14 +165,6 @@ class DenoisedModel(PreTrainedModel):
             if self_condition is not None:
                 condition[:, :chunks] = self_condition
             inputs = torch.cat([inputs, condition], dim=-1)
-        if self.config.previous_input:
-            before = self._shift(latents, previous, attention_mask)
-            if context is not None:
-                clean = self._shift(context, previous, attention_mask)
-                # The first position of a block follows a finished, clean one.
-                first = block_index != torch.cat([block_index[:1] - 1, block_index[:-1]])
-                before = torch.cat([torch.where(first[:, None], clean, before), clean], dim=1)
-            inputs = torch.cat([inputs, before], dim=-1)
         hidden_states = self.input_proj(inputs.to(dtype))
         sinusoid = time_sinusoid(
             times * self.config.time_scale, self.config.hidden_size, float(self.config.time_max_period)
@@ -190,16 +180,6 @@ class DenoisedModel(PreTrainedModel):
                 key_values.append(key_value)
         clean_latents = self.output_proj(self.norm(hidden_states[:, :chunks]))
         return DenoisedModelOutput(clean_latents=clean_latents, key_values=key_values or None)
-
-    @staticmethod
-    def _shift(latents: torch.Tensor, previous: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-        """Each position's left neighbour (batch, chunks, latent); zeros before the start and in place of padding."""
-        start = torch.zeros_like(latents[:, :1]) if previous is None else previous.to(latents)
-        shifted = torch.cat([start, latents[:, :-1]], dim=1)
-        if mask is None:
-            return shifted
-        real = nn.functional.pad(mask, (1, 0))[:, -latents.shape[1] - 1 : -1]
-        return shifted * real.unsqueeze(-1).to(shifted)
 
 
 def block_mask(block_index: torch.LongTensor) -> torch.Tensor:

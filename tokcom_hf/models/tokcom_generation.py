@@ -164,7 +164,7 @@ class TokComGeneration:
         finished, past = prompt, None
         latents, ids = [], []
         if cached and prompt.shape[1]:
-            past = self._extend_cache(None, prompt, mask, prompt[:, :0])
+            past = self._extend_cache(None, prompt, mask, 0)
         for start in range(0, wanted, block_size or wanted):
             size = min(block_size or wanted, wanted - start)
             x = self._noise((len(prompt), size, prompt.shape[2]), generator)
@@ -185,7 +185,7 @@ class TokComGeneration:
             # What follows sees the latents of the block's text, exact as in training, not what the flow left of them.
             x = self.standardize(self.encode(ids[-1]))
             if cached:
-                past = self._extend_cache(past, x, mask, finished)
+                past = self._extend_cache(past, x, mask, finished.shape[1])
             finished = torch.cat([finished, x], dim=1)
         return torch.cat(latents, dim=1), torch.cat(ids, dim=1)
 
@@ -231,7 +231,7 @@ class TokComGeneration:
             if past is not None:
                 output = self(
                     x_t, time, self_condition=condition, attention_mask=padding, past_key_values=past,
-                    position_offset=start, previous=prefix[:, -1:], **extra,
+                    position_offset=start, **extra,
                 )  # fmt: skip
             elif prefix is None:
                 output = self(x_t, time, self_condition=condition, **extra)
@@ -266,15 +266,14 @@ class TokComGeneration:
             x = denoise(x, 1.0)
         return x, last[0]
 
-    def _extend_cache(self, past: list[KeyValue] | None, block: torch.Tensor, mask, finished: torch.Tensor):
-        """Keys and values of a finished block (clean, t = 1) appended to those of what is `finished` before it."""
-        start = finished.shape[1]
+    def _extend_cache(self, past: list[KeyValue] | None, block: torch.Tensor, mask, start: int) -> list[KeyValue]:
+        """Keys and values of a finished block (clean, t = 1) appended to those before it."""
         padding = (
             None if mask is None else nn.functional.pad(mask, (0, start + block.shape[1] - mask.shape[1]), value=1)
         )
         new = self.denoiser(
             block, torch.ones(len(block), device=block.device), None, padding, past_key_values=past,
-            position_offset=start, previous=finished[:, -1:] if start else None, return_key_values=True,
+            position_offset=start, return_key_values=True,
         ).key_values  # fmt: skip
         if past is None:
             return new
