@@ -7,6 +7,7 @@ in every section that has it. Values are read as YAML, with `5e-4` understood as
 
 import dataclasses
 import difflib
+import gc
 import inspect
 import re
 import sys
@@ -191,7 +192,17 @@ def run_recipe(main) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from (error if "--traceback" in sys.argv else None)
+    leave_together()
+
+
+def leave_together() -> None:
+    """Ends a run of several processes; call it when nothing refers to the trainer any more.
+
+    A rank that leaves while another still listens, or while a wrapped model still owns the group, aborts in the backend's
+    threads.
+    """
     if dist.is_available() and dist.is_initialized():
-        # A rank that leaves while another still listens aborts in the backend's threads.
+        # Trainer and model refer to each other, and the model's reducer to the group.
+        gc.collect()
         dist.barrier()
         dist.destroy_process_group()

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from tokcom_hf import JointLFQTrainer, JointLFQTrainingArguments, LFQConfig, LFQExpandedModel, LFQQuantizer
+from tokcom_hf.cli import leave_together
 from tokcom_hf.data.captions import JointLFQCollator, scene_caption_rows
 from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.data.vqa import VQACollator
@@ -87,6 +88,5 @@ if __name__ == "__main__":
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save({"world": trainer.args.world_size, "weights": weights(trainer)}, Path(sys.argv[1]) / "end.pt")
-    # A rank that leaves while another still listens aborts in gloo's threads.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    del trainer
+    leave_together()

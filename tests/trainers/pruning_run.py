@@ -20,6 +20,7 @@ from tokcom_hf import (
     TokenPruningTrainer,
     TokenPruningTrainingArguments,
 )
+from tokcom_hf.cli import leave_together
 from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, scene_rows
 
@@ -91,6 +92,5 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         world = trainer.args.world_size
         torch.save({"world": world, "weights": fingerprint(trainer)}, Path(sys.argv[1]) / "end.pt")
-    # A rank that leaves while another still listens aborts in gloo's threads.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    del trainer
+    leave_together()

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from tokcom_hf import LFQExpandedModel
+from tokcom_hf.cli import leave_together
 from tokcom_hf.models.lfq_rows import vocabulary_of
 
 OLD, BITS = 40, 5
@@ -138,6 +139,5 @@ if __name__ == "__main__":
     )
     launched.train()
     launched.save_model()
-    # A rank that leaves while another still listens aborts in gloo's threads.
-    launched.accelerator.wait_for_everyone()
-    launched.accelerator.end_training()
+    del launched
+    leave_together()

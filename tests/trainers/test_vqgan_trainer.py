@@ -185,6 +185,7 @@ TWO_RANKS = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from test_vqgan_trainer import trainer, state
+from tokcom_hf.cli import leave_together
 run = trainer({folder!r}, {{"entropy_weight": 0.1, "dead_code_threshold": 0.5}}, max_steps=50, logging_steps=25,
               ddp_find_unused_parameters=False, per_device_train_batch_size=4, ema_decay=0.9)
 quantizer, moved = run.model.quantizer, []
@@ -194,9 +195,8 @@ run.train()
 del quantizer.reset_dead_codes
 torch.save({{"model": state(run.model), "discriminator": state(run.discriminator), "moved": moved}},
            {folder!r} + f"/rank{{run.args.process_index}}.pt")
-# A rank that leaves while another still listens aborts in gloo's threads.
-run.accelerator.wait_for_everyone()
-run.accelerator.end_training()
+del run, quantizer, reset
+leave_together()
 """
 
 

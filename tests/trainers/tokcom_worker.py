@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parent))
 from test_tokcom_training import denoiser_trainer, joint_model, vae_trainer
 
+from tokcom_hf.cli import leave_together
+
 
 class Slow(TrainerCallback):
     """Leaves the killer time to strike between two checkpoints."""
@@ -52,6 +54,5 @@ trainer.use_averaged_weights()
 trainer.save_model()
 if trainer.is_world_process_zero():
     (options.folder / "world.json").write_text(json.dumps({"world_size": trainer.accelerator.num_processes}))
-# A rank that leaves while another still listens aborts in gloo's threads.
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+del trainer, network, build, networks
+leave_together()
