@@ -225,6 +225,8 @@ def test_wrong_settings():
         joint(train_embeddings=False)
     with pytest.raises(ValueError, match="latents have no logits"):
         TokComConfig(vae={"latent_size": 16, **SHAPE}, noise_likelihood=True)
+    with pytest.raises(ValueError, match="latents have no tokens"):
+        TokComConfig(vae={"latent_size": 16, **SHAPE}, token_window_size=8)
     with pytest.raises(ValueError, match="token_time_std needs noise_likelihood"):
         joint(noise_likelihood=False, token_time_std=1.0)
     with pytest.raises(ValueError, match="must be positive"):
@@ -232,3 +234,67 @@ def test_wrong_settings():
     plain = TokComModel(TokComConfig(vae={"vocab_size": 51, "latent_size": 16, **SHAPE}, denoiser=SHAPE))
     with pytest.raises(ValueError, match="belongs to models with clean_latents"):
         plain.generate(posterior_temperature=0.5)
+
+
+@pytest.mark.parametrize("self_conditioning", [False, True])
+def test_a_token_sees_its_window_and_nothing_else(self_conditioning):
+    denoiser = SHAPE | {"attention": "block_causal", "self_conditioning": self_conditioning}
+    model = joint(token_window_size=24, scale_input=True, denoiser=denoiser).eval()
+    window = model.token_window
+    for linear in (window.up, model.vae.lm_head):
+        torch.testing.assert_close(linear.weight.std().item(), linear.in_features**-0.5, rtol=0.1, atol=0)
+    with torch.no_grad():
+        model.denoiser.output_proj.weight.zero_()
+    clean, x, t = torch.randn(1, 6, 32), torch.randn(1, 6, 32), torch.rand(1, 3)
+    index = torch.tensor([0, 0, 1, 1, 2, 2])
+
+    def run(clean, x):
+        hidden = model(x, t, context=clean, block_index=index).token_hidden
+        return hidden[..., : model.config.vae.hidden_size]
+
+    before = run(clean, x)
+
+    def changed(tensor: str, chunk: int, place: int) -> list[int]:
+        values = {"clean": clean.clone(), "x": x.clone()}
+        values[tensor].view(1, 6, 4, 8)[0, chunk, place] += 1.0
+        differs = (run(**values) - before).abs().amax(-1)[0].flatten() > 1e-6
+        return differs.nonzero().flatten().tolist()
+
+    # A noisy token changes itself and the four right of it, within its block.
+    assert changed("x", 2, 1) == list(range(9, 14))
+    # What follows a block sees the finished chunk instead.
+    assert changed("x", 3, 2) == list(range(14, 16))
+    assert changed("clean", 3, 2) == list(range(16, 19))
+    assert changed("clean", 2, 2) == []
+
+
+def test_windows_in_generation_are_those_of_training():
+    model = joint(token_window_size=24, scale_input=True, denoiser=SHAPE | {"attention": "block_causal"}).eval()
+    clean, x, t = torch.randn(2, 6, 32), torch.randn(2, 6, 32), torch.rand(2, 3)
+    whole = model(x, t, context=clean, block_index=torch.tensor([0, 0, 1, 1, 2, 2]))
+    past = model._extend_cache(model._extend_cache(None, clean[:, :2], None, 0), clean[:, 2:4], None, 2)
+    last = model(x[:, 4:], t[:, 2], past_key_values=past, position_offset=4, previous=clean[:, 3:4])
+    torch.testing.assert_close(whole.token_hidden[:, 4:], last.token_hidden, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole.clean_latents[:, 4:], last.clean_latents, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_windows_of_uneven_prompts_do_not_see_padding(attention, block_size):
+    denoiser = SHAPE | {"attention": attention, "self_conditioning": True}
+    model = joint(token_window_size=24, scale_input=True, eos_token_id=None, denoiser=denoiser).eval()
+    rows = [torch.randint(1, 50, (length,)) for length in (9, 3)]
+    ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)], mask[place, : len(row)] = row, 1
+    noise = torch.randn(2, 4, 32)
+    settings = {"num_generate_chunks": 4, "num_steps": 3, "block_size": block_size}
+    for part in ([0, 1], [0], [1]):
+        blocks = iter(noise[part].split(block_size or 4, dim=1))
+        model._noise = lambda shape, generator, blocks=blocks: next(blocks)
+        drawn = model.generate(ids[part], prompt_mask=mask[part], **settings)
+        if len(part) == 2:
+            batch = drawn
+        else:
+            length = len(rows[part[0]])
+            assert torch.equal(drawn[0, : length + 16], batch[part[0], : length + 16])

@@ -25,6 +25,8 @@ class TokComConfig(PreTrainedConfig):
     token_time_std: in training the tokens of a chunk have times of their own, spread by this much in logits around the
         chunk's, so that a token is also learned from its neighbours while it is not known itself; 0: one time per chunk.
         Needs noise_likelihood and mse_weight=0; makes `generate(token_lag=...)` possible.
+    token_window_size: width of a map, one for all tokens, that adds to each token's distribution what the tokens beside it
+        tell (models/token_window.py); 0: none. Needs "posterior_mean".
     train_embeddings: the token tables of the VAE train with the denoiser, so that latents of alike tokens come to lie near
         each other (2211.15089); otherwise the VAE is frozen (documented). Needs "posterior_mean" and
         vae.nearest_decoder.
@@ -53,6 +55,7 @@ class TokComConfig(PreTrainedConfig):
     noise_likelihood: bool = False
     scale_input: bool = False
     token_time_std: float | int = 0.0
+    token_window_size: int = 0
     train_embeddings: bool = False
     independent_times: bool = False
     noise_std: float | int = 0.05
@@ -96,6 +99,8 @@ class TokComConfig(PreTrainedConfig):
             self.denoiser.output_size = self.vae.chunk_size * self.vae.hidden_size
         if self.noise_likelihood and self.clean_latents != "posterior_mean":
             raise ValueError("noise_likelihood belongs to clean_latents='posterior_mean'; latents have no logits.")
+        if self.token_window_size and self.clean_latents != "posterior_mean":
+            raise ValueError("token_window_size belongs to clean_latents='posterior_mean'; latents have no tokens.")
         if self.token_time_std > 0 and (not self.noise_likelihood or self.mse_weight > 0):
             raise ValueError(
                 "token_time_std needs noise_likelihood=True (it knows the times of tokens) and mse_weight=0."

@@ -14,6 +14,7 @@ from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput
 from .modeling_tokcom_vae import TokComVAE
 from .pipeline_tokcom import custom_pipelines
 from .tokcom_generation import TokComGeneration
+from .token_window import TokenWindow, chunk_before
 
 # 1 − t is kept at least this large in the evidence of x_t: every token is certain by then, and larger logits would only
 # lose their last digits in bfloat16.
@@ -36,15 +37,32 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         super().__init__(config)
         self.vae = TokComVAE(config.vae)
         self.denoiser = DenoisedModel(config.denoiser)
+        self.token_window = None
+        if config.token_window_size:
+            inputs = config.vae.latent_size * (1 + config.denoiser.self_conditioning) // config.vae.chunk_size
+            self.token_window = TokenWindow(
+                config.vae.chunk_size,
+                inputs,
+                config.token_window_size,
+                config.vae.hidden_size,
+                config.vae.rms_norm_eps,
+            )
         self.register_buffer("latent_mean", torch.zeros(config.vae.latent_size))
         self.register_buffer("latent_std", torch.ones(config.vae.latent_size))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        if getattr(module, "fan_in_init", False):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+            return
         super()._init_weights(module)
         if isinstance(module, TokComModel):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)
+        if isinstance(module, TokenWindow):
+            init.ones_(module.norm.weight)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the folder also names its pipeline, whose code travels as one of this file's imports."""
@@ -64,15 +82,20 @@ class TokComModel(TokComGeneration, PreTrainedModel):
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, **kwargs) -> DenoisedModelOutput:
         """One forward of the denoiser in the flow's (standardised) space; arguments as `DenoisedModel`.
 
-        With `clean_latents="posterior_mean"` the output's `token_hidden` (batch, chunks, chunk_size, hidden) times the VAE's
-        head gives logits of each token, and `clean_latents` is the mean latent of their softmax at `posterior_temperature`;
-        None with `only_tokens=True`, which saves those logits. `token_times` (batch, chunks, chunk_size) are the tokens'
-        times where they differ from their chunk's.
+        With `clean_latents="posterior_mean"` the output's `token_hidden` (batch, chunks, chunk_size, width) times the rows
+        of `token_head` gives logits of each token; `clean_latents` is the mean latent of their softmax at
+        `posterior_temperature`, None with `only_tokens=True`, which saves those logits. `token_times` (batch, chunks,
+        chunk_size) are the tokens' times where they differ from their chunk's; `previous` (batch, 1, latent) is the clean
+        latent left of the first, for a `token_window`; `token_head` saves computing it again.
         """
         temperature, only_tokens = kwargs.pop("posterior_temperature", 1.0), kwargs.pop("only_tokens", False)
+        times, previous, head = (
+            kwargs.pop("token_times", None),
+            kwargs.pop("previous", None),
+            kwargs.pop("token_head", None),
+        )
         config = self.config
-        times = kwargs.pop("token_times", None)
-        if times is None and (config.scale_input or config.noise_likelihood):
+        if times is None and (config.scale_input or config.noise_likelihood or config.token_window_size):
             times = timesteps.view(len(latents), -1)
             if times.shape[1] not in (1, latents.shape[1]):
                 times = times[:, kwargs["block_index"]]
@@ -84,12 +107,46 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         output = self.denoiser(inputs, timesteps, **kwargs)
         if config.clean_latents == "posterior_mean":
             hidden = output.clean_latents.unflatten(-1, (config.vae.chunk_size, -1))
+            if self.token_window is not None:
+                hidden = self._read_windows(hidden, inputs, times, previous, **kwargs)
             if config.noise_likelihood:
                 hidden = torch.cat([hidden, self._evidence(latents, times).to(hidden.dtype)], dim=-1)
             output.token_hidden, output.clean_latents = hidden, None
             if not only_tokens:
-                output.clean_latents = self.standardize(self._mean_latents(output.token_hidden, temperature))
+                head = self.token_head() if head is None else head
+                output.clean_latents = self.standardize(self._mean_latents(output.token_hidden, temperature, head))
         return output
+
+    def _read_windows(
+        self, hidden, inputs, times, previous, self_condition=None, context=None, block_index=None, attention_mask=None,
+        **kwargs,
+    ) -> torch.Tensor:  # fmt: skip
+        """`token_hidden` after the token window; arguments as those of the denoiser."""
+        places = self.config.vae.chunk_size
+        times = times.to(inputs).expand(*inputs.shape[:2], places)
+        parts = [inputs]
+        if self.config.denoiser.self_conditioning:
+            parts.append(torch.zeros_like(inputs) if self_condition is None else self_condition.to(inputs))
+        # Per chunk: latent, earlier prediction, times. What is finished has no prediction, as in the denoiser, and time 1.
+        own = torch.cat([*parts, times], dim=-1)
+
+        def finished(latents: torch.Tensor | None) -> torch.Tensor | None:
+            if latents is None:
+                return None
+            rest = [torch.zeros_like(latents)] * (len(parts) - 1) + [torch.ones_like(latents[..., :places])]
+            return torch.cat([latents, *rest], dim=-1)
+
+        before = chunk_before(own, finished(previous), finished(context), block_index, attention_mask)
+
+        def tokens(values: torch.Tensor) -> torch.Tensor:
+            return torch.cat(
+                [part.unflatten(-1, (places, -1)) for part in values.split(inputs.shape[-1], dim=-1)], dim=-1
+            )
+
+        width = len(parts) * inputs.shape[-1]
+        return self.token_window(
+            hidden, tokens(own[..., :width]), tokens(before[..., :width]), times, before[..., width:]
+        )
 
     def per_entry(self, per_token: torch.Tensor) -> torch.Tensor:
         """(..., 1 or chunk_size) → (..., 1 or latent): one value for all entries of a token."""
@@ -125,9 +182,9 @@ class TokComModel(TokComGeneration, PreTrainedModel):
             table = (table - self.latent_mean[:width]) / self.latent_std[:width]
         return torch.cat([weight, table, table.square().sum(-1, keepdim=True)], dim=-1)
 
-    def _mean_latents(self, token_hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    def _mean_latents(self, token_hidden: torch.Tensor, temperature: float, head: torch.Tensor) -> torch.Tensor:
         """(batch, chunks, chunk_size, width) → (batch, chunks, latent), a bounded number of logits at a time."""
-        flat, head = token_hidden.flatten(0, 1), self.token_head()
+        flat = token_hidden.flatten(0, 1)
         rows = max(1, LOGITS_AT_ONCE // (self.config.vae.chunk_size * self.config.vae.vocab_size))
         omni = torch.tensor([self.config.vae.omni_token_id], device=flat.device)
         means = []

@@ -81,6 +81,8 @@ class TokComVAE(PreTrainedModel):
         if self.token_latents is not None:
             self.token_latents.unit_scale = True
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # The denoiser's own head then, behind another linear map: two small ones would hardly learn at first.
+        self.lm_head.fan_in_init = self.embed_tokens.fan_in_init = nearest
         every = config.chunk_projection == "all"
         width = config.hidden_size * config.chunk_size if every else config.hidden_size
         projected = every or config.latent_size != config.hidden_size or config.variational
@@ -93,6 +95,9 @@ class TokComVAE(PreTrainedModel):
         if getattr(module, "unit_scale", False):
             # Read after normalization: of unit scale from the start, or the first steps would turn rows at random.
             init.normal_(module.weight, std=1.0)
+            return
+        if getattr(module, "fan_in_init", False):
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             return
         super()._init_weights(module)
         if isinstance(module, nn.RMSNorm):

@@ -9,7 +9,7 @@ from transformers.dynamic_module_utils import custom_object_save
 TASK = "tokcom-generation"
 FORWARD_ARGUMENTS = (
     "num_chunks", "num_generate_chunks", "num_steps", "temperature", "sampler", "time_grid", "block_size",
-    "guidance_scale", "final_clean_pass", "generator", "num_return_sequences",
+    "guidance_scale", "final_clean_pass", "posterior_temperature", "token_lag", "generator", "num_return_sequences",
 )  # fmt: skip
 
 
@@ -28,7 +28,8 @@ class TokComGenerationPipeline(Pipeline):
     Keyword arguments, at construction or call: `seed` (reproducible output), `num_return_sequences`, `return_full_text`
     (False leaves the prompt out), `batch_size` (prompts per batch; all at once by default), and those of
     `TokComModel.generate`: `num_chunks` (without a prompt), `num_generate_chunks` (after one), `num_steps`, `temperature`,
-    `sampler`, `time_grid`, `block_size`, `guidance_scale`, `final_clean_pass`, `generator`.
+    `sampler`, `time_grid`, `block_size`, `guidance_scale`, `final_clean_pass`, `posterior_temperature`, `token_lag`,
+    `generator`.
     """
 
     _load_tokenizer = True

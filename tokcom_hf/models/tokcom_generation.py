@@ -5,6 +5,7 @@ nothing ever stands between prompt and continuation.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ class TokComGeneration:
         level = torch.full((len(clean),), noise_level, device=clean.device, dtype=clean.dtype)
         x = interpolate(self._noise(clean.shape, generator), clean, level)
         times = time_grid(max(1, int(num_steps * (1 - noise_level))), start=noise_level)
-        x, token_hidden = self._flow(x, times, sampler, generator=generator)
+        x, token_hidden = self._flow(x, times, sampler, generator=generator, **self._posterior_options())
         return self._read(x, token_hidden, 0.0, generator)
 
     # ------------------------------------------------------------------ generation
@@ -140,7 +141,8 @@ class TokComGeneration:
             )
         return lag
 
-    def _posterior_options(self, temperature: float) -> dict[str, float]:
+    def _posterior_options(self, temperature: float = 1.0) -> dict[str, Any]:
+        """Arguments of every forward of one generation; the head of the token distributions is put together once."""
         if temperature <= 0:
             raise ValueError(f"posterior_temperature must be positive, got {temperature}.")
         if temperature != 1.0 and self.config.clean_latents != "posterior_mean":
@@ -148,7 +150,8 @@ class TokComGeneration:
                 "posterior_temperature belongs to models with clean_latents='posterior_mean'; this one predicts latents. "
                 "Use temperature for the decoder's distribution."
             )
-        return {"posterior_temperature": temperature}
+        head = self.token_head() if self.config.clean_latents == "posterior_mean" else None
+        return {"posterior_temperature": temperature, "token_head": head}
 
     def _blocks(
         self, prompt, mask, wanted, num_steps, sampler, grid, block_size, guidance_scale, final_clean_pass, temperature,
@@ -173,7 +176,7 @@ class TokComGeneration:
                 x, times, sampler, prefix, past, mask, guidance_scale, final_clean_pass, generator, lag, **options
             )
             latents.append(x)
-            ids.append(self._read(x, token_hidden, temperature, generator))
+            ids.append(self._read(x, token_hidden, temperature, generator, options.get("token_head")))
             if start + size == wanted:
                 break
             if self._all_ended(ids):
@@ -189,11 +192,14 @@ class TokComGeneration:
             finished = torch.cat([finished, x], dim=1)
         return torch.cat(latents, dim=1), torch.cat(ids, dim=1)
 
-    def _read(self, x, token_hidden, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
+    def _read(
+        self, x, token_hidden, temperature: float, generator: torch.Generator | None, head: torch.Tensor | None = None
+    ) -> torch.LongTensor:
         """The flow's end (batch, chunks, latent) → ids: from the denoiser's own token distributions where it has them."""
         if token_hidden is None:
             return self.decode(self.unstandardize(x), temperature, generator)
-        return self.vae.read_tokens(token_hidden.flatten(1, 2), self.token_head(), temperature, generator)
+        head = self.token_head() if head is None else head
+        return self.vae.read_tokens(token_hidden.flatten(1, 2), head, temperature, generator)
 
     def _flow(
         self, x, times, sampler, prefix=None, past=None, mask=None, guidance_scale=1.0, final_clean_pass=False,
@@ -231,7 +237,7 @@ class TokComGeneration:
             if past is not None:
                 output = self(
                     x_t, time, self_condition=condition, attention_mask=padding, past_key_values=past,
-                    position_offset=start, **extra,
+                    position_offset=start, previous=prefix[:, -1:], **extra,
                 )  # fmt: skip
             elif prefix is None:
                 output = self(x_t, time, self_condition=condition, **extra)

@@ -1,0 +1,74 @@
+"""TokenWindow: what a token's neighbours tell of it, read by one map for every place of a chunk.
+
+The denoiser sees chunks; each place of a chunk has weights of its own there, so that what follows what has to be learned
+once per place, through attention where the neighbour is in another chunk. This map is shared by all places, as the local
+model of MegaByte is (arXiv 2305.07185), and learns it from every token.
+"""
+
+import torch
+from torch import nn
+
+
+class TokenWindow(nn.Module):
+    """A two-layer map over each token's window, added to the denoiser's `token_hidden` and normalised with it.
+
+    The window of a token: itself and as many tokens left of it as a chunk has; of each its noisy latent, the earlier
+    prediction of it where the model is self-conditioned, and its time. Zeros stand for what is not there.
+    """
+
+    def __init__(self, chunk_size: int, token_size: int, width: int, hidden_size: int, eps: float):
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.up = nn.Linear((chunk_size + 1) * (token_size + 1), width)
+        # With the usual small initial weights, what stands left of a token would go unseen for long.
+        self.up.fan_in_init = True
+        self.down = nn.Linear(width, hidden_size)
+        self.norm = nn.RMSNorm(hidden_size, eps=eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, own: torch.Tensor, before: torch.Tensor, times: torch.Tensor,
+        times_before: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """
+        Args:
+            hidden_states: the denoiser's, (batch, chunks, chunk_size, hidden).
+            own, before: tokens of each chunk and of the one before it, (batch, chunks, chunk_size, token_size).
+            times, times_before: theirs, (batch, chunks, chunk_size).
+
+        Returns:
+            (batch, chunks, chunk_size, hidden).
+        """
+        tokens = torch.cat([before, own], dim=2)
+        tokens = torch.cat([tokens, torch.cat([times_before, times], dim=2).unsqueeze(-1).to(tokens)], dim=-1)
+        windows = tokens.unfold(2, self.chunk_size + 1, 1).flatten(-2)
+        windows = windows.to(self.up.weight.dtype)
+        return self.norm(hidden_states + self.down(nn.functional.silu(self.up(windows))))
+
+
+def chunk_before(
+    chunks: torch.Tensor,
+    previous: torch.Tensor | None = None,
+    context: torch.Tensor | None = None,
+    block_index: torch.LongTensor | None = None,
+    attention_mask: torch.LongTensor | None = None,
+) -> torch.Tensor:
+    """What stands left of each chunk, same shape as `chunks` (batch, chunks, width).
+
+    previous: what stands before the first chunk (batch, 1, width); None: nothing, zeros.
+    context, block_index: as in the denoiser; the first chunk of a block follows a finished one, which is `context`.
+    attention_mask: (batch, prefix + chunks), 1 = real; zeros stand for padding.
+    """
+
+    def shift(values: torch.Tensor) -> torch.Tensor:
+        start = torch.zeros_like(values[:, :1]) if previous is None else previous.to(values)
+        return torch.cat([start, values[:, :-1]], dim=1)
+
+    before = shift(chunks)
+    if context is not None and block_index is not None:
+        first = torch.ones_like(block_index, dtype=torch.bool)
+        first[1:] = block_index[1:] != block_index[:-1]
+        before = torch.where(first[:, None], shift(context), before)
+    if attention_mask is not None:
+        real = nn.functional.pad(attention_mask, (1, 0))[:, -chunks.shape[1] - 1 : -1]
+        before = before * real.unsqueeze(-1).to(before)
+    return before
