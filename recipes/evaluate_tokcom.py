@@ -62,7 +62,13 @@ class RunArguments:
     length: int | None = field(default=None, metadata={"help": "Tokens per row; none takes the training length."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Sampling seeds."})
     num_steps: int = field(default=16, metadata={"help": "Flow steps of the TokCom rows."})
-    temperature: float = field(default=0.0, metadata={"help": "Decoder temperature of the TokCom rows."})
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of the TokCom rows: the decoder's (default 0), or the posterior's where tokens are predicted (1)."
+        },
+    )
+    token_lag: float = field(default=0.0, metadata={"help": "How far tokens of a chunk wait for those left of them."})
     sampler: str = field(default="euler", metadata={"help": "euler, renoise or heun."})
     time_grid: str = field(default="uniform", metadata={"help": "uniform, quadratic or cosine."})
     block_size: int | None = field(default=None, metadata={"help": "Chunks denoised together; none means all."})
@@ -75,7 +81,7 @@ class RunArguments:
         default_factory=lambda: [1, 2, 4, 8, 16, 32, 50], metadata={"help": "Flow steps of the frontier."}
     )
     frontier_temperatures: list[float] = field(
-        default_factory=lambda: [0.0, 0.7, 1.0], metadata={"help": "Decoder temperatures of the frontier."}
+        default_factory=list, metadata={"help": "Temperatures of the frontier; none takes 0 and 1, or 0.9 and 1."}
     )
     baseline_temperatures: list[float] = field(
         default_factory=lambda: [0.7, 0.8, 0.9, 1.0], metadata={"help": "Temperatures of the baselines' frontier."}
@@ -171,14 +177,15 @@ def all_samplers(
 ) -> tuple[dict[str, Sampler], dict[str, int]]:
     """Every generator of the table, anchors first, and the parameters of the networks among them."""
     settings = {
-        "num_steps": run.num_steps, "temperature": run.temperature, "sampler": run.sampler, "time_grid": run.time_grid,
-        "block_size": run.block_size, "guidance_scale": run.guidance_scale,
+        "num_steps": run.num_steps, "sampler": run.sampler, "time_grid": run.time_grid, "block_size": run.block_size,
+        "guidance_scale": run.guidance_scale, "token_lag": run.token_lag,
     }  # fmt: skip
+    settings |= with_temperature(model, run.temperature)
     samplers: dict[str, Sampler] = {
         "unigram": KneserNeySampler(KneserNey(train, vocabulary, order=1)),
         "Kneser-Ney 5-gram": KneserNeySampler(judge.train_scorer),
         "shuffled train chunks": ShuffledChunkSampler(train, chunk),
-        "TokCom, one step": TokComSampler(model, settings | {"num_steps": 1}),
+        "TokCom, one step": TokComSampler(model, settings | {"num_steps": 1, "token_lag": 0.0}),
         f"TokCom, {run.num_steps} steps": TokComSampler(model, settings),
     }
     parameters = {"TokCom": count_parameters(model)}
@@ -187,12 +194,24 @@ def all_samplers(
     for folder in run.variants:
         variant = load_tokcom(folder)
         parameters[folder] = count_parameters(variant)
-        samplers[f"variant {Path(folder).name}"] = TokComSampler(variant, settings)
+        # What only the first model can do is left out.
+        own = {k: v for k, v in settings.items() if k not in ("temperature", "posterior_temperature", "token_lag")}
+        own |= {"token_lag": run.token_lag} if variant.config.token_time_std > 0 else {}
+        samplers[f"variant {Path(folder).name}"] = TokComSampler(
+            variant, own | with_temperature(variant, run.temperature)
+        )
     for folder in run.baselines:
         baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
         parameters[folder] = count_parameters(baseline)
         samplers[baseline_name(folder)] = CausalSampler(baseline, data.tokenizer.eos_token_id)
     return samplers, parameters
+
+
+def with_temperature(model, heat: float | None) -> dict[str, float]:
+    """The setting that spreads or sharpens a model's text: the decoder's distribution, or the predicted tokens'."""
+    if model.config.clean_latents == "posterior_mean":
+        return {"posterior_temperature": 1.0 if heat is None else heat}
+    return {"temperature": 0.0 if heat is None else heat}
 
 
 def baseline_name(folder: str) -> str:
@@ -221,20 +240,25 @@ def frontiers(run: RunArguments, model, data, judge, length: int) -> dict[str, l
         "seed": run.seeds[0],
         "report": report,
     }
-    common = {"sampler": run.sampler, "time_grid": run.time_grid, "block_size": run.block_size}
-    grid = [
-        {"temperature": heat, "num_steps": steps}
-        for heat, steps in product(run.frontier_temperatures, run.frontier_steps)
-    ]
+    common = {
+        "sampler": run.sampler, "time_grid": run.time_grid, "block_size": run.block_size, "token_lag": run.token_lag,
+    }  # fmt: skip
+    usual = [0.9, 1.0] if model.config.clean_latents == "posterior_mean" else [0.0, 1.0]
+    heats = run.frontier_temperatures or usual
+    grid = [{"temperature": heat, "num_steps": steps} for heat, steps in product(heats, run.frontier_steps)]
+
+    def sampler(temperature: float, num_steps: int) -> TokComSampler:
+        return TokComSampler(model, common | {"num_steps": num_steps} | with_temperature(model, temperature))
+
     print("\nfrontier of TokCom")
-    curves = {"TokCom": frontier(lambda **point: TokComSampler(model, common | point), grid, **arguments)}
+    curves = {"TokCom": frontier(sampler, grid, **arguments)}
     for folder in run.baselines:
         baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
         name = baseline_name(folder)
         print(f"frontier of {name}")
-        heats = [{"temperature": heat} for heat in run.baseline_temperatures]
+        points = [{"temperature": heat} for heat in run.baseline_temperatures]
         make = lambda net: lambda **point: CausalSampler(net, data.tokenizer.eos_token_id, **point)  # noqa: E731
-        curves[name] = frontier(make(baseline), heats, **arguments)
+        curves[name] = frontier(make(baseline), points, **arguments)
     return curves
 
 

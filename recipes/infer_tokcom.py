@@ -47,6 +47,13 @@ class InferenceArguments:
     batch_size: int = field(default=1, metadata={"help": "Texts to generate; otherwise rows per forward pass."})
     temperature: float = field(default=0.0, metadata={"help": "Of the decoder's token distribution; 0 is greedy."})
     sampler: str = field(default="euler", metadata={"help": "euler, renoise or heun."})
+    block_size: int | None = field(
+        default=None, metadata={"help": "Chunks generated in parallel; 1 is chunk by chunk, none all of them."}
+    )
+    token_lag: float = field(
+        default=0.0,
+        metadata={"help": "How far tokens of a chunk wait for those left of them (models with token times)."},
+    )
     seed: int | None = field(default=None, metadata={"help": "Makes the output reproducible."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the best there is."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where the model's folder has none."})
@@ -141,15 +148,19 @@ def sampling(run: InferenceArguments) -> dict[str, Any]:
     return {"num_steps": run.num_steps, "sampler": run.sampler, "generator": generator}
 
 
+def generating(run: InferenceArguments) -> dict[str, Any]:
+    """Options of `generate`, with or without a prompt."""
+    own = {"temperature": run.temperature, "block_size": run.block_size, "token_lag": run.token_lag}
+    return sampling(run) | own
+
+
 def to_text(tokenizer: Any, ids: Any) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def generate(model: TokComModel, tokenizer: Any, run: InferenceArguments) -> list[dict[str, Any]]:
     """`batch_size` texts from nothing."""
-    ids = model.generate(
-        num_chunks=run.num_chunks, batch_size=run.batch_size, temperature=run.temperature, **sampling(run)
-    )
+    ids = model.generate(num_chunks=run.num_chunks, batch_size=run.batch_size, **generating(run))
     return [{"text": to_text(tokenizer, row)} for row in ids]
 
 
@@ -157,7 +168,7 @@ def continue_texts(
     model: TokComModel, tokenizer: Any, prompts: list[str], run: InferenceArguments
 ) -> list[dict[str, Any]]:
     """Each prompt with its continuation, `batch_size` prompts at a time."""
-    options, results = sampling(run), []
+    options, results = generating(run), []
     for start in tqdm(range(0, len(prompts), run.batch_size), desc="continuing", unit="batch", delay=2):
         rows = tokenizer(prompts[start : start + run.batch_size], add_special_tokens=False).input_ids
         lengths = torch.tensor([len(row) for row in rows])
@@ -166,7 +177,6 @@ def continue_texts(
         ids = model.generate(
             padded,
             num_generate_chunks=run.num_generate_chunks,
-            temperature=run.temperature,
             prompt_mask=mask,
             **options,
         )
