@@ -41,7 +41,7 @@ class RunArguments:
 
     output_dir: str = field(default="outputs/tokcom_ablations", metadata={"help": "Folder of models and table."})
     train_config: str = field(
-        default="recipes/configs/tiny/train_tokcom.yaml", metadata={"help": "Configuration of the starting row."}
+        default="recipes/configs/latent/train_tokcom.yaml", metadata={"help": "Configuration of the starting row."}
     )
     start: dict[str, Any] = field(default_factory=dict, metadata={"help": "Overrides of all rows (budgets)."})
     rows: list[dict[str, Any]] = field(default_factory=list, metadata={"help": "name, train or model, generate."})

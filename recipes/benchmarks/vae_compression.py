@@ -38,7 +38,7 @@ class RunArguments:
 
     output_dir: str = field(default="outputs/vae_compression", metadata={"help": "Folder of models and table."})
     train_config: str = field(
-        default="recipes/configs/tiny/train_tokcom.yaml", metadata={"help": "Configuration of everything else."}
+        default="recipes/configs/latent/train_tokcom.yaml", metadata={"help": "Configuration of everything else."}
     )
     chunk_sizes: list[int] = field(default_factory=lambda: [2, 4, 8], metadata={"help": "Tokens per latent."})
     tokenizers: list[str] = field(

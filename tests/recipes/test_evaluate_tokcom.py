@@ -154,7 +154,7 @@ def test_ablations_train_what_changed_and_reuse_the_rest(tmp_path, corpus, capsy
     config = tmp_path / "rows.yaml"
     config.write_text(f"""
 run:
-  train_config: {RECIPES / "configs/tiny/train_tokcom.yaml"}
+  train_config: {RECIPES / "configs/latent/train_tokcom.yaml"}
   start: {{vae.hidden_size: 32, vae.intermediate_size: 64, vae.latent_size: 16, denoiser.hidden_size: 32,
     denoiser.intermediate_size: 64, denoiser.num_hidden_layers: 1, run.length: 32, run.tokenizer_vocab_size: 300,
     max_steps: 2, save_steps: 2, eval_steps: 2, per_device_train_batch_size: 2, metric_rows: 2, sample_chunks: 2,
