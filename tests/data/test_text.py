@@ -135,6 +135,15 @@ def test_a_stream_is_split_as_it_arrives():
 
 
 # ------------------------------------------------------------------------------------------------------------- tokenizers
+def test_a_tokenizer_without_padding_token_pads_with_eos(tmp_path):
+    tokenizer = train_tokenizer(["some text to learn from"] * 5, 300)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token_id == loaded.eos_token_id and len(loaded) == len(tokenizer)
+    assert loaded.pad([{"input_ids": [5, 6]}, {"input_ids": [7]}]).input_ids == [[5, 6], [7, loaded.eos_token_id]]
+
+
 def test_a_trained_tokenizer_is_lossless_and_survives_saving(tokenizer, tmp_path):
     text = "Any  bytes:\t日本語 🦊 \n\n naïve café.  "
     assert len(tokenizer) == 300

@@ -36,7 +36,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 def load_tokenizer(name_or_path: str) -> Any:
     """`AutoTokenizer.from_pretrained` with one sentence instead of a page where the tokenizer is not there.
 
-    A folder that holds only `vocab.json` and `merges.txt` is read as a byte-level BPE of GPT-2's kind.
+    A folder that holds only `vocab.json` and `merges.txt` is read as a byte-level BPE of GPT-2's kind. Where a tokenizer has
+    no padding token, EOS is taken.
 
     Raises:
         OSError: nothing of that name on disk or (reachable) on the Hub, or a gated one without access.
@@ -47,13 +48,17 @@ def load_tokenizer(name_or_path: str) -> Any:
     try:
         if not configured and all(part.is_file() for part in parts):
             return _from_vocabulary_and_merges(*parts)
-        return AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
         raise OSError(
             f"Tokenizer {name_or_path!r} cannot be loaded; give a folder with a saved tokenizer, or a Hub name that is "
             f"reachable from here ({reason})."
         ) from None
+    if tokenizer.pad_token is None:
+        # GPT-2's, Llama's and others have none; the collator asks for one even where all rows are of one length.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _from_vocabulary_and_merges(vocabulary: Path, merges: Path) -> PreTrainedTokenizerFast:
