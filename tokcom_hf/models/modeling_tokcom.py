@@ -14,7 +14,7 @@ from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput
 from .modeling_tokcom_vae import TokComVAE
 from .pipeline_tokcom import custom_pipelines
 from .tokcom_generation import TokComGeneration
-from .token_window import TokenWindow, chunk_before
+from .token_window import TokenWindow
 
 # 1 − t is kept at least this large in the evidence of x_t: every token is certain by then, and larger logits would only
 # lose their last digits in bfloat16.
@@ -39,14 +39,11 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         self.denoiser = DenoisedModel(config.denoiser)
         self.token_window = None
         if config.token_window_size:
-            inputs = config.vae.latent_size * (1 + config.denoiser.self_conditioning) // config.vae.chunk_size
+            vae = config.vae
             self.token_window = TokenWindow(
-                config.vae.chunk_size,
-                inputs,
-                config.token_window_size,
-                config.vae.hidden_size,
-                config.vae.rms_norm_eps,
-            )
+                vae.chunk_size, vae.latent_size // vae.chunk_size, config.denoiser.self_conditioning,
+                config.token_window_size, vae.hidden_size, vae.rms_norm_eps,
+            )  # fmt: skip
         self.register_buffer("latent_mean", torch.zeros(config.vae.latent_size))
         self.register_buffer("latent_std", torch.ones(config.vae.latent_size))
         self.post_init()
@@ -89,11 +86,8 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         latent left of the first, for a `token_window`; `token_head` saves computing it again.
         """
         temperature, only_tokens = kwargs.pop("posterior_temperature", 1.0), kwargs.pop("only_tokens", False)
-        times, previous, head = (
-            kwargs.pop("token_times", None),
-            kwargs.pop("previous", None),
-            kwargs.pop("token_head", None),
-        )
+        times, previous = kwargs.pop("token_times", None), kwargs.pop("previous", None)
+        head = kwargs.pop("token_head", None)
         config = self.config
         if times is None and (config.scale_input or config.noise_likelihood or config.token_window_size):
             times = timesteps.view(len(latents), -1)
@@ -108,7 +102,7 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         if config.clean_latents == "posterior_mean":
             hidden = output.clean_latents.unflatten(-1, (config.vae.chunk_size, -1))
             if self.token_window is not None:
-                hidden = self._read_windows(hidden, inputs, times, previous, **kwargs)
+                hidden = self.token_window(hidden, inputs, times, previous, **kwargs)
             if config.noise_likelihood:
                 hidden = torch.cat([hidden, self._evidence(latents, times).to(hidden.dtype)], dim=-1)
             output.token_hidden, output.clean_latents = hidden, None
@@ -116,37 +110,6 @@ class TokComModel(TokComGeneration, PreTrainedModel):
                 head = self.token_head() if head is None else head
                 output.clean_latents = self.standardize(self._mean_latents(output.token_hidden, temperature, head))
         return output
-
-    def _read_windows(
-        self, hidden, inputs, times, previous, self_condition=None, context=None, block_index=None, attention_mask=None,
-        **kwargs,
-    ) -> torch.Tensor:  # fmt: skip
-        """`token_hidden` after the token window; arguments as those of the denoiser."""
-        places = self.config.vae.chunk_size
-        times = times.to(inputs).expand(*inputs.shape[:2], places)
-        parts = [inputs]
-        if self.config.denoiser.self_conditioning:
-            parts.append(torch.zeros_like(inputs) if self_condition is None else self_condition.to(inputs))
-        # Per chunk: latent, earlier prediction, times. What is finished has no prediction, as in the denoiser, and time 1.
-        own = torch.cat([*parts, times], dim=-1)
-
-        def finished(latents: torch.Tensor | None) -> torch.Tensor | None:
-            if latents is None:
-                return None
-            rest = [torch.zeros_like(latents)] * (len(parts) - 1) + [torch.ones_like(latents[..., :places])]
-            return torch.cat([latents, *rest], dim=-1)
-
-        before = chunk_before(own, finished(previous), finished(context), block_index, attention_mask)
-
-        def tokens(values: torch.Tensor) -> torch.Tensor:
-            return torch.cat(
-                [part.unflatten(-1, (places, -1)) for part in values.split(inputs.shape[-1], dim=-1)], dim=-1
-            )
-
-        width = len(parts) * inputs.shape[-1]
-        return self.token_window(
-            hidden, tokens(own[..., :width]), tokens(before[..., :width]), times, before[..., width:]
-        )
 
     def per_entry(self, per_token: torch.Tensor) -> torch.Tensor:
         """(..., 1 or chunk_size) → (..., 1 or latent): one value for all entries of a token."""

@@ -16,33 +16,52 @@ class TokenWindow(nn.Module):
     prediction of it where the model is self-conditioned, and its time. Zeros stand for what is not there.
     """
 
-    def __init__(self, chunk_size: int, token_size: int, width: int, hidden_size: int, eps: float):
+    def __init__(
+        self, chunk_size: int, token_size: int, self_conditioning: bool, width: int, hidden_size: int, eps: float
+    ):
         super().__init__()
         self.chunk_size = chunk_size
-        self.up = nn.Linear((chunk_size + 1) * (token_size + 1), width)
+        self.self_conditioning = self_conditioning
+        self.up = nn.Linear((chunk_size + 1) * (token_size * (1 + self_conditioning) + 1), width)
         # With the usual small initial weights, what stands left of a token would go unseen for long.
         self.up.fan_in_init = True
         self.down = nn.Linear(width, hidden_size)
         self.norm = nn.RMSNorm(hidden_size, eps=eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, own: torch.Tensor, before: torch.Tensor, times: torch.Tensor,
-        times_before: torch.Tensor,
+        self, hidden_states: torch.Tensor, latents: torch.Tensor, times: torch.Tensor, previous: torch.Tensor | None = None,
+        self_condition: torch.Tensor | None = None, context: torch.Tensor | None = None,
+        block_index: torch.LongTensor | None = None, attention_mask: torch.LongTensor | None = None, **kwargs,
     ) -> torch.Tensor:  # fmt: skip
         """
         Args:
             hidden_states: the denoiser's, (batch, chunks, chunk_size, hidden).
-            own, before: tokens of each chunk and of the one before it, (batch, chunks, chunk_size, token_size).
-            times, times_before: theirs, (batch, chunks, chunk_size).
+            latents: what the denoiser saw, (batch, chunks, latent).
+            times: (batch, 1 or chunks, 1 or chunk_size).
+            previous: clean latent left of the first chunk, (batch, 1, latent); None: nothing.
+            self_condition, context, block_index, attention_mask: as in the denoiser; other arguments of it are ignored.
 
         Returns:
             (batch, chunks, chunk_size, hidden).
         """
-        tokens = torch.cat([before, own], dim=2)
-        tokens = torch.cat([tokens, torch.cat([times_before, times], dim=2).unsqueeze(-1).to(tokens)], dim=-1)
-        windows = tokens.unfold(2, self.chunk_size + 1, 1).flatten(-2)
-        windows = windows.to(self.up.weight.dtype)
-        return self.norm(hidden_states + self.down(nn.functional.silu(self.up(windows))))
+        own = self._tokens(latents, times, self_condition)
+        before = chunk_before(own, self._finished(previous), self._finished(context), block_index, attention_mask)
+        windows = torch.cat([before, own], dim=2).unfold(2, self.chunk_size + 1, 1).flatten(-2)
+        added = self.down(nn.functional.silu(self.up(windows.to(self.up.weight.dtype))))
+        return self.norm(hidden_states + added)
+
+    def _tokens(self, latents: torch.Tensor, times: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        """Latent, earlier prediction and time of each token, (batch, chunks, chunk_size, features)."""
+        parts = [latents]
+        if self.self_conditioning:
+            parts.append(torch.zeros_like(latents) if condition is None else condition.to(latents))
+        tokens = [part.unflatten(-1, (self.chunk_size, -1)) for part in parts]
+        times = times.to(latents).expand(*latents.shape[:2], self.chunk_size)
+        return torch.cat([*tokens, times.unsqueeze(-1)], dim=-1)
+
+    def _finished(self, latents: torch.Tensor | None) -> torch.Tensor | None:
+        """Of clean latents there is no prediction, as in the denoiser, and their time is 1."""
+        return None if latents is None else self._tokens(latents, torch.ones_like(latents[..., :1]), None)
 
 
 def chunk_before(
@@ -52,9 +71,9 @@ def chunk_before(
     block_index: torch.LongTensor | None = None,
     attention_mask: torch.LongTensor | None = None,
 ) -> torch.Tensor:
-    """What stands left of each chunk, same shape as `chunks` (batch, chunks, width).
+    """What stands left of each chunk, same shape as `chunks` (batch, chunks, tokens, features).
 
-    previous: what stands before the first chunk (batch, 1, width); None: nothing, zeros.
+    previous: what stands before the first chunk (batch, 1, tokens, features); None: nothing, zeros.
     context, block_index: as in the denoiser; the first chunk of a block follows a finished one, which is `context`.
     attention_mask: (batch, prefix + chunks), 1 = real; zeros stand for padding.
     """
@@ -67,8 +86,8 @@ def chunk_before(
     if context is not None and block_index is not None:
         first = torch.ones_like(block_index, dtype=torch.bool)
         first[1:] = block_index[1:] != block_index[:-1]
-        before = torch.where(first[:, None], shift(context), before)
+        before = torch.where(first[:, None, None], shift(context), before)
     if attention_mask is not None:
         real = nn.functional.pad(attention_mask, (1, 0))[:, -chunks.shape[1] - 1 : -1]
-        before = before * real.unsqueeze(-1).to(before)
+        before = before * real[..., None, None].to(before)
     return before
