@@ -39,6 +39,7 @@ from tokcom_hf.metrics.text_protocol import (
     held_out_prefixes,
     measure_sampler,
     ratio_at_equal_entropy,
+    ratios_on_frontier,
     summarize,
 )
 
@@ -264,7 +265,7 @@ def frontiers(run: RunArguments, model, data, judge, length: int) -> dict[str, l
 
 def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
     """TokCom against each baseline at equal entropy, few steps against many, copying against held-out text."""
-    found: dict[str, Any] = {"equal_entropy": {}, "steps": {}}
+    found: dict[str, Any] = {"equal_entropy": {}, "steps": {}, "steps_at_equal_entropy": {}}
     lines = ["\ncomparisons"]
     for name, target in ((key, point) for key in baselines for point in curves[key]):
         label = f"{name} at temperature {target['temperature']:g} (entropy {target['entropy']:.2f})"
@@ -280,6 +281,13 @@ def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
         if 16 in at and 50 in at:
             found["steps"][f"temperature {heat:g}"] = at[16] / at[50]
             lines.append(f"  16 steps / 50 steps at temperature {heat:g}: perplexity ratio {at[16] / at[50]:.3f}")
+    few, many = ([p for p in curves["TokCom"] if p["num_steps"] == steps] for steps in (16, 50))
+    for scorer, key in (("train", "kn_perplexity"), ("held-out", "kn_perplexity_held_out")):
+        for entropy, ratio in ratios_on_frontier(few, many, key):
+            found["steps_at_equal_entropy"][f"{entropy:.2f}, {scorer}"] = ratio
+            lines.append(
+                f"  16 steps / 50 steps at entropy {entropy:.2f}, {scorer} scorer: perplexity ratio {ratio:.3f}"
+            )
     tokcom = next(name for name in rows if name.startswith("TokCom, ") and "one step" not in name)
     excess = rows[tokcom]["overlap_8"]["mean"] - rows["held-out text"]["overlap_8"]["mean"]
     found["overlap_8_above_held_out"] = excess

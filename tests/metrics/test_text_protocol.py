@@ -10,7 +10,13 @@ from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.latent_path import sampling_path
 from tokcom_hf.metrics.text import KneserNey, TextJudge, detailed_reconstruction
 from tokcom_hf.metrics.text_generation import CausalSampler, KneserNeySampler, ShuffledChunkSampler, TokComSampler
-from tokcom_hf.metrics.text_protocol import frontier, held_out_prefixes, measure_sampler, ratio_at_equal_entropy
+from tokcom_hf.metrics.text_protocol import (
+    frontier,
+    held_out_prefixes,
+    measure_sampler,
+    ratio_at_equal_entropy,
+    ratios_on_frontier,
+)
 
 VOCABULARY = 31
 
@@ -113,6 +119,16 @@ def test_ratio_is_taken_only_at_equal_entropy():
     ]
     assert ratio_at_equal_entropy(points, baseline, key="kn_perplexity")["ratio"] == pytest.approx(1.3)
     assert ratio_at_equal_entropy(points[:1], baseline, key="kn_perplexity") is None
+
+
+def test_ratios_on_a_frontier_are_taken_at_equal_entropy():
+    reference = [{"entropy": 5.5, "kn_perplexity": 400.0}, {"entropy": 5.1, "kn_perplexity": 100.0}]
+    points = [{"entropy": entropy, "kn_perplexity": 220.0} for entropy in (5.0, 5.3, 5.5, 5.6)]
+    assert ratios_on_frontier(points, reference, "kn_perplexity") == [
+        (5.3, pytest.approx(1.1)),
+        (5.5, pytest.approx(0.55)),
+    ]
+    assert ratios_on_frontier(points, reference[:1], "kn_perplexity") == []
 
 
 def test_the_sampling_path_starts_at_the_noise(tokcom):

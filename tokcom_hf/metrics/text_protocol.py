@@ -112,3 +112,20 @@ def ratio_at_equal_entropy(
         return None
     best = min(near, key=lambda point: point[key])
     return {**best, "ratio": best[key] / baseline[key]}
+
+
+def ratios_on_frontier(
+    points: Sequence[Point], reference: Sequence[Point], key: str = "kn_perplexity_held_out"
+) -> list[tuple[float, float]]:
+    """Perplexity of each point over that of the reference curve at the same entropy, as (entropy, ratio).
+
+    The reference's logarithm is interpolated between its points; points outside its entropies are left out.
+    """
+    curve = sorted(reference, key=lambda point: point["entropy"])
+    entropies = [point["entropy"] for point in curve]
+    logarithms = np.log([point[key] for point in curve])
+    return [
+        (point["entropy"], float(point[key] / np.exp(np.interp(point["entropy"], entropies, logarithms))))
+        for point in points
+        if len(curve) > 1 and entropies[0] <= point["entropy"] <= entropies[-1]
+    ]
