@@ -74,8 +74,10 @@ def main() -> None:
     for batch in run.batch_sizes:
         for block in run.block_sizes:
             for steps in run.num_steps:
-                settings = {"num_steps": steps, "block_size": block or None, "temperature": run.temperature}
-                settings["token_lag"] = run.token_lag
+                settings = {
+                    "num_steps": steps, "block_size": block or None, "temperature": run.temperature,
+                    "token_lag": run.token_lag,
+                }  # fmt: skip
                 contestants: dict[str, Sampler] = {
                     "autoregressive": CausalSampler(baseline, start_id, batch_size=batch),
                     "TokCom": TokComSampler(tokcom, settings, batch_size=batch),

@@ -1,5 +1,6 @@
 """pipeline("tokcom-generation")."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from transformers import pipeline, set_seed
 import tokcom_hf
 from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.data.tokenizers import train_tokenizer
+from tokcom_hf.models.pipeline_tokcom import FORWARD_ARGUMENTS
 
 TASK = "tokcom-generation"
 SHAPE = {
@@ -150,3 +152,9 @@ for one in (pipe, again):
     assert result.returncode == 0, result.stderr[-3000:]
     expected = repr([pipe(seed=7), pipe(["the fox", "dog"], seed=7)])
     assert result.stdout.splitlines() == [expected, expected]
+
+
+def test_every_argument_of_generate_can_be_given():
+    own = set(inspect.signature(TokComModel.generate).parameters)
+    own -= {"self", "prompt_ids", "prompt_mask", "batch_size", "return_dict_in_generate"}
+    assert set(FORWARD_ARGUMENTS) == own | {"num_return_sequences"}

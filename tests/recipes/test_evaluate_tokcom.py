@@ -6,6 +6,7 @@ import random
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,3 +246,15 @@ def test_bad_input_is_one_sentence(tmp_path, tokcom, corpus):
     (tokcom / "empty").mkdir(exist_ok=True)
     with pytest.raises(RecipeError, match="No trained model in"):
         call("evaluate_tokcom.py", "--model", tokcom / "empty", "--train_file", corpus)
+
+
+def test_temperature_is_the_posteriors_where_tokens_are_predicted():
+    with_temperature = runpy.run_path(str(RECIPES / "evaluate_tokcom.py"))["with_temperature"]
+
+    def setting(clean_latents: str, heat: float | None) -> dict[str, float]:
+        return with_temperature(SimpleNamespace(config=SimpleNamespace(clean_latents=clean_latents)), heat)
+
+    assert setting("posterior_mean", None) == {"posterior_temperature": 1.0}
+    assert setting("posterior_mean", 0.9) == {"posterior_temperature": 0.9}
+    assert setting("latent", None) == {"temperature": 0.0}
+    assert setting("latent", 0.9) == {"temperature": 0.9}

@@ -200,3 +200,17 @@ def test_the_command_line_prints_one_sentence_for_a_mistake(folder):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: " in result.stderr.splitlines()[-1] and "is truncated or no safetensors file" in result.stderr
+
+
+def test_options_of_generation_reach_the_model(recipe, monkeypatch):
+    seen = {}
+
+    def generate(self, prompt_ids=None, **options):
+        seen.update(options)
+        return torch.zeros(1, 4, dtype=torch.long)
+
+    monkeypatch.setattr(TokComModel, "generate", generate)
+    for mode in (("generate",), ("conditional", "--prompt", "a")):
+        seen.clear()
+        recipe("--mode", *mode, "--block_size", 2, "--token_lag", 0.5, "--temperature", 0.3, "--num_steps", 7)
+        assert (seen["block_size"], seen["token_lag"], seen["temperature"], seen["num_steps"]) == (2, 0.5, 0.3, 7)
