@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_tokcom_training import denoiser_trainer, joint_model, vae_trainer
+from test_tokcom_training import SHAPE, denoiser_trainer, joint_model, vae_trainer
 
 from tokcom_hf.cli import leave_together
 
@@ -35,10 +35,14 @@ torch.set_num_threads(1)
 changes = {"max_steps": 20, "per_device_train_batch_size": options.batch, "ema_decay": 0.9}
 if options.save_steps:
     changes |= {"save_strategy": "steps", "save_steps": options.save_steps}
-# "embeddings": the denoiser's stage with token tables that train with it.
+# "embeddings": the denoiser's stage with token tables that train with it, and a reader of finished chunks.
 networks = {"vae": (vae_trainer, None), "denoiser": (denoiser_trainer, None)}
 if options.stage == "embeddings":
-    networks["embeddings"] = (denoiser_trainer, joint_model(token_time_std=1.0, scale_input=True))
+    reading = joint_model(
+        token_time_std=1.0, scale_input=True, token_cut_rate=0.5, token_loss_max_time=0.5, token_window_size=24,
+        denoiser=SHAPE | {"attention": "block_causal", "num_context_layers": 1},
+    )  # fmt: skip
+    networks["embeddings"] = (denoiser_trainer, reading)
 build, network = networks[options.stage]
 folder = options.folder
 if options.world > 1:

@@ -25,6 +25,10 @@ class TokComConfig(PreTrainedConfig):
     token_time_std: in training the tokens of a chunk have times of their own, spread by this much in logits around the
         chunk's, so that a token is also learned from its neighbours while it is not known itself; 0: one time per chunk.
         Needs noise_likelihood and mse_weight=0; makes `generate(token_lag=...)` possible.
+    token_cut_rate: share of training chunks whose tokens are clean up to a random place and noise from it on instead, as
+        `generate(sampler="commit")` meets them. Needs token_time_std.
+    token_loss_max_time: tokens at later times are not asked for: their own latents already tell which they are, so that
+        their loss is next to zero and only costs time; they count as zero. Needs token_time_std; 1: ask for all.
     token_window_size: width of a map, one for all tokens, that adds to each token's distribution what the tokens beside it
         tell (models/token_window.py); 0: none. Needs "posterior_mean".
     train_embeddings: the token tables of the VAE train with the denoiser, so that latents of alike tokens come to lie near
@@ -55,6 +59,8 @@ class TokComConfig(PreTrainedConfig):
     noise_likelihood: bool = False
     scale_input: bool = False
     token_time_std: float | int = 0.0
+    token_cut_rate: float | int = 0.0
+    token_loss_max_time: float | int = 1.0
     token_window_size: int = 0
     train_embeddings: bool = False
     independent_times: bool = False
@@ -104,6 +110,11 @@ class TokComConfig(PreTrainedConfig):
         if self.token_time_std > 0 and (not self.noise_likelihood or self.mse_weight > 0):
             raise ValueError(
                 "token_time_std needs noise_likelihood=True (it knows the times of tokens) and mse_weight=0."
+            )
+        if self.token_time_std == 0 and (self.token_cut_rate > 0 or self.token_loss_max_time < 1):
+            raise ValueError(
+                "token_cut_rate and token_loss_max_time are about times of tokens: set token_time_std > 0, or leave them at "
+                f"0 and 1; got {self.token_cut_rate} and {self.token_loss_max_time}."
             )
         if self.train_embeddings and (self.clean_latents != "posterior_mean" or not self.vae.nearest_decoder):
             raise ValueError(

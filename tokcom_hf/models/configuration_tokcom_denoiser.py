@@ -21,6 +21,9 @@ class DenoisedModelConfig(PreTrainedConfig):
     self_conditioning: feed the previous prediction of the clean latents back as a second input.
     attention: "bidirectional" (documented), or "block_causal": a block sees the clean blocks before it, so that finished
         blocks can be cached and `generate(block_size=...)` becomes a dial from parallel to left-to-right.
+    num_context_layers: layers of a causal encoder that reads clean chunks, once each; the num_hidden_layers of the denoiser
+        then see clean chunks through its states only, and few of them are enough. 0: both kinds of chunks pass through
+        the denoiser's layers (2503.09573). Needs "block_causal".
     initializer_range: standard deviation of the initial weights.
     """
 
@@ -39,8 +42,14 @@ class DenoisedModelConfig(PreTrainedConfig):
     output_size: int | None = None
     self_conditioning: bool = False
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    num_context_layers: int = 0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         check_transformer_shape(self)
+        if self.num_context_layers < 0 or (self.num_context_layers and self.attention != "block_causal"):
+            raise ValueError(
+                f"num_context_layers must be 0, or positive with attention='block_causal'; got {self.num_context_layers} "
+                f"with {self.attention!r}."
+            )
         super().__post_init__(**kwargs)

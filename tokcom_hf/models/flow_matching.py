@@ -86,6 +86,11 @@ def lagged_times(times: list[float], tokens: int, lag: float) -> torch.Tensor:
     return (torch.tensor(times, dtype=torch.float64)[:, None] * (1 + lag) - lag * place).clamp(0, 1).float()
 
 
+def commit_places(tokens: int, num_steps: int) -> list[list[int]]:
+    """Places of a chunk in the order in which the sampler "commit" draws them: one per pass, several with fewer steps."""
+    return [part.tolist() for part in torch.arange(tokens).tensor_split(min(num_steps, tokens))]
+
+
 def sample(
     denoise: Denoise,
     x: torch.Tensor,
@@ -109,7 +114,7 @@ def sample(
         The clean latents, (batch, chunks, latent).
     """
     if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or commit in generate; got {sampler!r}.")
     for now, following in pairwise(times):
         clean = denoise(x, now)
         # From the last time any of the three rules lands on the predicted clean latents.

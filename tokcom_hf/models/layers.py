@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -70,12 +70,10 @@ class Attention(nn.Module):
         prefix: KeyValue | None = None,
     ) -> tuple[torch.Tensor, KeyValue]:
         """Returns (output, (key, value) of the positions given here, rotated)."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        own = (key, value)
+        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        own = self.key_value(hidden_states, position_embeddings)
+        query = _rotated(query, position_embeddings)
+        key, value = own
         if prefix is not None:
             key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
         attend: Callable = eager_attention
@@ -83,6 +81,18 @@ class Attention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, is_causal=False)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), own
+
+    def key_value(self, hidden_states: torch.Tensor, position_embeddings: KeyValue) -> KeyValue:
+        """Rotated keys, and values, of (batch, length, hidden): each (batch, key_value_heads, length, head_dim)."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        return _rotated(key, position_embeddings), self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+
+def _rotated(heads: torch.Tensor, position_embeddings: KeyValue) -> torch.Tensor:
+    """RoPE on (batch, heads, length, head_dim)."""
+    cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+    return heads * cos + rotate_half(heads) * sin
 
 
 class SwiGLU(nn.Module):

@@ -90,7 +90,7 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         head = kwargs.pop("token_head", None)
         config = self.config
         if times is None and (config.scale_input or config.noise_likelihood or config.token_window_size):
-            times = timesteps.view(len(latents), -1)
+            times = timesteps.view(len(timesteps), -1)
             if times.shape[1] not in (1, latents.shape[1]):
                 times = times[:, kwargs["block_index"]]
             times = times.unsqueeze(-1)

@@ -15,7 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_tokcom_denoiser import DenoisedModelConfig
+from .context_encoder import ContextEncoder, FinishedChunks
 from .layers import Attention, KeyValue, SwiGLU, rotary_embeddings
+from .token_window import chunk_before
 
 
 @dataclass
@@ -82,7 +84,7 @@ class DenoisedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _no_split_modules = ["DenoiserBlock"]
+    _no_split_modules = ["DenoiserBlock", "ContextLayer"]
 
     def __init__(self, config: DenoisedModelConfig):
         super().__init__(config)
@@ -90,6 +92,8 @@ class DenoisedModel(PreTrainedModel):
         inputs = 2 * latent if config.self_conditioning else latent
         self.input_proj = nn.Identity() if inputs == size == latent else nn.Linear(inputs, size)
         self.time_mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.SiLU(), nn.Linear(4 * size, size))
+        self.context_encoder = ContextEncoder(config) if config.num_context_layers else None
+        self.state_proj = nn.Linear(size, size) if config.num_context_layers else None
         self.layers = nn.ModuleList([DenoiserBlock(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.output_proj = nn.Linear(size, config.output_size or latent)
@@ -112,7 +116,7 @@ class DenoisedModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         context: torch.Tensor | None = None,
         block_index: torch.LongTensor | None = None,
-        past_key_values: list[KeyValue] | None = None,
+        past_key_values: FinishedChunks | None = None,
         position_offset: int = 0,
         return_key_values: bool = False,
         **kwargs,
@@ -121,65 +125,115 @@ class DenoisedModel(PreTrainedModel):
 
         Args:
             latents: noisy x_t, (batch, chunks, latent).
-            timesteps: (batch,), (batch, chunks), or with `block_index` (batch, blocks); 0 = noise, 1 = clean.
+            timesteps: (batch,), (batch, chunks), or with `block_index` (batch, blocks); 0 = noise, 1 = clean; (1,) where it
+                is one for the whole batch.
             self_condition: earlier prediction of the clean latents, same shape as `latents`; None means zeros.
             attention_mask: (batch, prefix + chunks), 1 = real, 0 = padding.
             context: clean latents (batch, chunks, latent) of the same positions. Training of `block_causal` models: block b
                 of `latents` sees itself and the clean blocks before b.
             block_index: (chunks,) block number of each position, rising from 0; needed with `context`.
-            past_key_values: keys and values of finished blocks, as returned with `return_key_values`.
+            past_key_values: what `finish` returned for the chunks before.
             position_offset: position of the first latent.
 
         Raises:
             ValueError: the shape of `timesteps` fits neither.
         """
-        batch, chunks, _ = latents.shape
+        chunks, device = latents.shape[1], latents.device
         dtype = self.output_proj.weight.dtype
-        times = timesteps.view(batch, -1)
+        times = timesteps.view(len(timesteps), -1)
         groups = None
         if times.shape[1] > 1:
-            groups = torch.arange(chunks, device=latents.device) if times.shape[1] == chunks else block_index
+            groups = torch.arange(chunks, device=device) if times.shape[1] == chunks else block_index
             if groups is None or len(groups) != chunks or int(groups[-1]) >= times.shape[1]:
                 raise ValueError(
                     f"timesteps must be (batch,), (batch, chunks) or, with block_index, (batch, blocks); got "
                     f"{times.shape[1]} timesteps for {chunks} chunks."
                 )
-        positions = torch.arange(position_offset, position_offset + chunks, device=latents.device)
+        positions = torch.arange(position_offset, position_offset + chunks, device=device)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         inputs = latents
         if context is not None:
             if block_index is None:
-                block_index = torch.zeros(chunks, dtype=torch.long, device=latents.device)
-            if groups is None:
-                groups = torch.zeros(chunks, dtype=torch.long, device=latents.device)
-            groups = torch.cat([groups, groups.new_full((chunks,), times.shape[1])])
-            times = torch.cat([times, times.new_ones(batch, 1)], dim=1)
-            positions = positions.repeat(2)
-            inputs = torch.cat([latents, context], dim=1)
+                block_index = torch.zeros(chunks, dtype=torch.long, device=device)
             structure = block_mask(block_index)
+            if self.context_encoder is not None:
+                # Clean chunks come as a prefix of keys: [clean, noisy] instead of [noisy, clean].
+                structure = structure[..., :chunks, :].roll(chunks, dims=-1)
+            else:
+                if groups is None:
+                    groups = torch.zeros(chunks, dtype=torch.long, device=device)
+                groups = torch.cat([groups, groups.new_full((chunks,), times.shape[1])])
+                times = torch.cat([times, times.new_ones(len(times), 1)], dim=1)
+                positions = positions.repeat(2)
+                inputs = torch.cat([latents, context], dim=1)
             mask = structure if mask is None else structure & torch.cat([mask, mask], dim=-1)
             # A padded query must see something, or its softmax is empty.
-            mask = mask | torch.eye(2 * chunks, dtype=torch.bool, device=latents.device)
+            itself = torch.eye(inputs.shape[1], dtype=torch.bool, device=device)
+            mask = mask | nn.functional.pad(itself, (2 * chunks - inputs.shape[1], 0))
         if self.config.self_conditioning:
             condition = torch.zeros_like(inputs)
             if self_condition is not None:
                 condition[:, :chunks] = self_condition
             inputs = torch.cat([inputs, condition], dim=-1)
         hidden_states = self.input_proj(inputs.to(dtype))
+        rotary = self._rotary(positions, dtype)
+        prefixes: list[KeyValue] | None = None if past_key_values is None else past_key_values.layers
+        if self.context_encoder is not None and self.state_proj is not None:
+            states, last = None, None if past_key_values is None else past_key_values.state
+            if context is not None:
+                states, _ = self.context_encoder(context, position_offset, attention_mask)
+                prefixes = [layer.self_attn.key_value(states, rotary) for layer in self.layers]
+                states = states.unsqueeze(2)
+            # Only a chunk right behind a finished one has a state to start from; zeros stand for the others'.
+            before = chunk_before(
+                torch.zeros_like(hidden_states).unsqueeze(2), None if last is None else last.unsqueeze(2), states,
+                block_index, attention_mask,
+            )  # fmt: skip
+            hidden_states = hidden_states + self.state_proj(before.squeeze(2))
         sinusoid = time_sinusoid(
             times * self.config.time_scale, self.config.hidden_size, float(self.config.time_max_period)
         )
         time = self.time_mlp(sinusoid.to(dtype))
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        rotary = rotary_embeddings(positions.unsqueeze(0), head_dim, self.config.rope_theta, dtype)
         key_values: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
-            prefix = None if past_key_values is None else past_key_values[index]
+            prefix = None if prefixes is None else prefixes[index]
             hidden_states, key_value = layer(hidden_states, time, groups, rotary, mask, prefix)
             if return_key_values:
                 key_values.append(key_value)
         clean_latents = self.output_proj(self.norm(hidden_states[:, :chunks]))
         return DenoisedModelOutput(clean_latents=clean_latents, key_values=key_values or None)
+
+    def _rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> KeyValue:
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return rotary_embeddings(positions.unsqueeze(0), head_dim, self.config.rope_theta, dtype)
+
+    def finish(
+        self,
+        latents: torch.Tensor,
+        past: FinishedChunks | None = None,
+        position_offset: int = 0,
+        attention_mask: torch.Tensor | None = None,
+    ) -> FinishedChunks:
+        """What later chunks need of clean ones, (batch, chunks, latent), behind those of `past`.
+
+        attention_mask: (batch, position_offset + chunks), 1 = real, 0 = padding. Only for `block_causal` models.
+        """
+        if self.context_encoder is None:
+            keys = self(
+                latents, latents.new_ones(1), None, attention_mask, past_key_values=past, position_offset=position_offset,
+                return_key_values=True,
+            ).key_values  # fmt: skip
+            new = FinishedChunks(keys, [])
+        else:
+            states, encoder = self.context_encoder(
+                latents, position_offset, attention_mask, None if past is None else past.encoder
+            )
+            positions = torch.arange(position_offset, position_offset + latents.shape[1], device=latents.device)
+            rotary = self._rotary(positions, states.dtype)
+            new = FinishedChunks(
+                [layer.self_attn.key_value(states, rotary) for layer in self.layers], encoder, states[:, -1:]
+            )
+        return new if past is None else past.extended(new)
 
 
 def block_mask(block_index: torch.LongTensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from .flow_matching import interpolate, lagged_times, sample, time_grid
-from .layers import KeyValue
+from .context_encoder import FinishedChunks
+from .flow_matching import commit_places, interpolate, lagged_times, sample, time_grid
 from .modeling_tokcom_denoiser import DenoisedModelOutput
 
 
@@ -52,8 +52,9 @@ class TokComGeneration:
         level = torch.full((len(clean),), noise_level, device=clean.device, dtype=clean.dtype)
         x = interpolate(self._noise(clean.shape, generator), clean, level)
         times = time_grid(max(1, int(num_steps * (1 - noise_level))), start=noise_level)
-        x, token_hidden = self._flow(x, times, sampler, generator=generator, **self._posterior_options())
-        return self._read(x, token_hidden, 0.0, generator)
+        if sampler == "commit":
+            raise ValueError("sampler 'commit' draws tokens from pure noise; denoise_reconstruct takes another one.")
+        return self._flow(x, times, sampler, generator=generator, **self._posterior_options())[1]
 
     # ------------------------------------------------------------------ generation
     @torch.no_grad()
@@ -84,7 +85,9 @@ class TokComGeneration:
             num_generate_chunks: chunks to add to a prompt.
             num_steps: flow steps per block (the denoiser runs once per step, twice with "heun" or guidance).
             batch_size: sequences to generate without a prompt.
-            sampler: "euler", "renoise" (stochastic) or "heun" (second order).
+            sampler: "euler", "renoise" (stochastic), "heun" (second order), or "commit": the tokens of a chunk are drawn one
+                after the other, each from its distribution given those before it, without a path from noise; at most one
+                pass per token, with fewer `num_steps` several tokens at once. Only with `token_time_std`.
             temperature: of the decoder's token distribution; 0 is greedy.
             generator: CPU generator; makes the output reproducible on any device.
             prompt_mask: (batch, length), 1 = token, 0 = padding.
@@ -92,8 +95,8 @@ class TokComGeneration:
             block_size: chunks denoised in parallel; None = all of them, 1 = chunk by chunk, from left to right.
             guidance_scale: x1 = without prompt + scale · (with prompt − without); 1 = off.
             final_clean_pass: run the denoiser once more at t = 1.
-            posterior_temperature: of the token distributions whose mean is x1; below 1 the flow commits earlier. Only with
-                `clean_latents="posterior_mean"`.
+            posterior_temperature: of the token distributions whose mean is x1, or that "commit" draws from; below 1 the
+                flow commits earlier. Only with `clean_latents="posterior_mean"`.
             token_lag: how far the tokens of a chunk wait for each other: 0 not at all, 1 until the first is finished. Only
                 with `token_time_std`.
             return_dict_in_generate: return a `TokComGenerateOutput` with the latents beside the ids.
@@ -134,10 +137,12 @@ class TokComGeneration:
         return TokComGenerateOutput(output, new_latents) if return_dict_in_generate else output
 
     def _check_lag(self, lag: float, sampler: str) -> float:
-        if lag < 0 or (lag > 0 and (self.config.token_time_std == 0 or sampler == "heun")):
+        if sampler == "commit" and self.config.token_time_std == 0:
+            raise ValueError("sampler 'commit' needs a model trained with token_time_std > 0 (this one: 0).")
+        if lag < 0 or (lag > 0 and (self.config.token_time_std == 0 or sampler in ("heun", "commit"))):
             raise ValueError(
                 f"token_lag must be 0, or positive for a model trained with token_time_std > 0 (this one: "
-                f"{self.config.token_time_std}) and another sampler than heun; got {lag} with {sampler!r}."
+                f"{self.config.token_time_std}) and another sampler than heun and commit; got {lag} with {sampler!r}."
             )
         return lag
 
@@ -172,11 +177,22 @@ class TokComGeneration:
             size = min(block_size or wanted, wanted - start)
             x = self._noise((len(prompt), size, prompt.shape[2]), generator)
             prefix = finished if finished.shape[1] else None
-            x, token_hidden = self._flow(
-                x, times, sampler, prefix, past, mask, guidance_scale, final_clean_pass, generator, lag, **options
+            x, new_ids = self._flow(
+                x,
+                times,
+                sampler,
+                prefix,
+                past,
+                mask,
+                guidance_scale,
+                final_clean_pass,
+                generator,
+                lag,
+                temperature,
+                **options,
             )
             latents.append(x)
-            ids.append(self._read(x, token_hidden, temperature, generator, options.get("token_head")))
+            ids.append(new_ids)
             if start + size == wanted:
                 break
             if self._all_ended(ids):
@@ -193,24 +209,23 @@ class TokComGeneration:
         return torch.cat(latents, dim=1), torch.cat(ids, dim=1)
 
     def _read(
-        self, x, token_hidden, temperature: float, generator: torch.Generator | None, head: torch.Tensor | None = None
+        self, x, token_hidden, temperature: float, generator: torch.Generator | None, head: torch.Tensor | None
     ) -> torch.LongTensor:
         """The flow's end (batch, chunks, latent) → ids: from the denoiser's own token distributions where it has them."""
         if token_hidden is None:
             return self.decode(self.unstandardize(x), temperature, generator)
-        head = self.token_head() if head is None else head
         return self.vae.read_tokens(token_hidden.flatten(1, 2), head, temperature, generator)
 
     def _flow(
         self, x, times, sampler, prefix=None, past=None, mask=None, guidance_scale=1.0, final_clean_pass=False,
-        generator=None, lag=0.0, **options,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        generator=None, lag=0.0, temperature=0.0, **options,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:  # fmt: skip
         """Runs the sampler on x (batch, chunks, latent), given clean latents to its left or their cached keys and values.
 
         options: further arguments of `forward`.
 
         Returns:
-            The clean latents, and the `token_hidden` of the last prediction where there is one.
+            The clean latents, and their ids (batch, chunks · chunk_size).
         """
         chunk = self.config.vae.chunk_size
         if lag:
@@ -227,13 +242,13 @@ class TokComGeneration:
             )
             condition = memory[key] if self.config.denoiser.self_conditioning else None
             if torch.is_tensor(t):
-                per_token = t.view(chunk, -1)[:, 0].expand(len(x_t), x_t.shape[1], -1)
+                per_token = t.view(chunk, -1)[:, 0].expand(1, x_t.shape[1], -1)
                 if past is None and start:
                     per_token = nn.functional.pad(per_token, (0, 0, start, 0), value=1.0)
                 extra, t = options | {"token_times": per_token}, float(t.mean())
             else:
                 extra = options
-            time = torch.full((len(x_t),), t, device=x_t.device)
+            time = torch.full((1,), t, device=x_t.device)
             if past is not None:
                 output = self(
                     x_t, time, self_condition=condition, attention_mask=padding, past_key_values=past,
@@ -251,7 +266,8 @@ class TokComGeneration:
                     condition = torch.cat([prefix, torch.zeros_like(x_t)], dim=1)
                 whole = torch.cat([prefix, x_t], dim=1)
                 output = self(whole, time, self_condition=condition, attention_mask=padding, **extra)
-                output.clean_latents = output.clean_latents[:, start:]
+                if output.clean_latents is not None:
+                    output.clean_latents = output.clean_latents[:, start:]
                 if output.token_hidden is not None:
                     output.token_hidden = output.token_hidden[:, start:]
             memory[key] = output.clean_latents
@@ -265,25 +281,41 @@ class TokComGeneration:
             free = predict(x_t, t, "free", None, None)
             if given.token_hidden is not None:
                 last[0] = free.token_hidden + guidance_scale * (given.token_hidden - free.token_hidden)
+            if free.clean_latents is None:
+                return None
             return free.clean_latents + guidance_scale * (given.clean_latents - free.clean_latents)
 
+        if sampler == "commit":
+            options["only_tokens"] = True
+            return self._commit(denoise, last, x, len(times) - 1, generator, options)
         x = sample(denoise, x, times, sampler, self.config.noise_std, generator)
         if final_clean_pass:
             x = denoise(x, 1.0)
-        return x, last[0]
+        return x, self._read(x, last[0], temperature, generator, options.get("token_head"))
 
-    def _extend_cache(self, past: list[KeyValue] | None, block: torch.Tensor, mask, start: int) -> list[KeyValue]:
-        """Keys and values of a finished block (clean, t = 1) appended to those before it."""
+    def _commit(self, denoise, last, x, num_steps: int, generator, options) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Draws token after token of the chunks x (batch, chunks, latent): those drawn are at t = 1, the others at t = 0."""
+        places, head = self.config.vae.chunk_size, options["token_head"]
+        size = x.shape[-1] // places
+        # Behind the columns that meet the hidden states, the head holds the standardised latents of all tokens.
+        table = head[:, -size - 1 : -1]
+        times, tokens = torch.zeros(places, device=x.device), x.unflatten(-1, (places, -1)).clone()
+        drawn = []
+        for now in commit_places(places, num_steps):
+            denoise(tokens.flatten(-2), self.per_entry(times).view(1, 1, -1))
+            hidden = last[0][:, :, now].flatten(1, 2)
+            ids = self.vae.read_tokens(hidden, head, options["posterior_temperature"], generator)
+            drawn.append(ids.unflatten(1, (-1, len(now))))
+            tokens[:, :, now] = nn.functional.embedding(drawn[-1], table).to(tokens.dtype)
+            times[now] = 1.0
+        return tokens.flatten(-2), torch.cat(drawn, dim=-1).flatten(1)
+
+    def _extend_cache(self, past: FinishedChunks | None, block: torch.Tensor, mask, start: int) -> FinishedChunks:
+        """A finished block (clean, t = 1) appended to those before it."""
         padding = (
             None if mask is None else nn.functional.pad(mask, (0, start + block.shape[1] - mask.shape[1]), value=1)
         )
-        new = self.denoiser(
-            block, torch.ones(len(block), device=block.device), None, padding, past_key_values=past,
-            position_offset=start, return_key_values=True,
-        ).key_values  # fmt: skip
-        if past is None:
-            return new
-        return [(torch.cat([k, nk], dim=2), torch.cat([v, nv], dim=2)) for (k, v), (nk, nv) in zip(past, new)]
+        return self.denoiser.finish(block, past, start, padding)
 
     # ------------------------------------------------------------------ helpers
     def _noise(self, shape, generator: torch.Generator | None) -> torch.Tensor:

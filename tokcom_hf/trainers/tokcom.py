@@ -146,6 +146,9 @@ class DenoiserTrainer(_TokComTrainer):
             entry_times = tokcom.per_entry(arguments["token_times"])
         x_t = interpolate(noise, clean, entry_times)
         counted = mask & (times < 1.0)
+        asked = None
+        if config.token_loss_max_time < 1:
+            asked = arguments["token_times"] < config.token_loss_max_time
         if plan["context"]:
             arguments["context"] = clean
         condition = None
@@ -158,7 +161,7 @@ class DenoiserTrainer(_TokComTrainer):
             arguments["only_tokens"] = True
         outputs = model(x_t, t, self_condition=condition, **arguments)
         loss, parts = self.losses(
-            tokcom, outputs.clean_latents, clean, times, counted, inputs["input_ids"], outputs.token_hidden
+            tokcom, outputs.clean_latents, clean, times, counted, inputs["input_ids"], outputs.token_hidden, asked
         )
         if model.training:
             self.log_scalars("diffusion", parts)
@@ -169,16 +172,23 @@ class DenoiserTrainer(_TokComTrainer):
         shape = (times.shape[1], config.vae.chunk_size)
         spread = self._local(len(times), lambda count: torch.randn((count, *shape), generator=generator)).to(times)
         own = torch.sigmoid(torch.logit(times, eps=1e-6).unsqueeze(-1) + config.token_time_std * spread)
+        if config.token_cut_rate > 0:
+            draws = self._local(len(times), lambda count: torch.rand((count, shape[0], 2), generator=generator)).to(
+                times
+            )
+            place = torch.arange(shape[1], device=times.device)
+            finished = place < (draws[..., :1] * shape[1]).long()
+            own = torch.where(draws[..., 1:] < config.token_cut_rate, finished.to(own), own)
         return torch.where((times < 1.0).unsqueeze(-1), own.clamp(1e-4, 1 - 1e-4), times.unsqueeze(-1))
 
     def losses(
-        self, tokcom, predicted, clean, times, counted, input_ids, token_hidden=None
+        self, tokcom, predicted, clean, times, counted, input_ids, token_hidden=None, asked=None
     ) -> tuple[torch.Tensor, dict]:
         """Weighted sum of the velocity-weighted squared error of x1 and of the cross-entropy of its tokens.
 
         predicted, clean: (batch, chunks, latent), predicted None where only tokens are; times, counted: (batch, chunks);
         input_ids: (batch, length); token_hidden: (batch, chunks, chunk, hidden) where the denoiser predicts tokens itself,
-        and not through the decoder.
+        and not through the decoder; asked: (batch, chunks, chunk) where not all tokens are; the others' loss is zero.
         """
         config = tokcom.config
         # A row of padding behind its clean prefix counts nowhere: sums over at least one position, never a mean of none.
@@ -200,7 +210,13 @@ class DenoiserTrainer(_TokComTrainer):
                 hidden_states = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype))
                 head = tokcom.vae.decoder_head()
             labels = input_ids.view(*counted.shape, -1)[counted]
-            entropy = chunked_cross_entropy(hidden_states.flatten(0, 1), head, labels.reshape(-1))
+            if asked is None:
+                asked = torch.ones_like(input_ids, dtype=torch.bool).view(*counted.shape, -1)
+            which = asked[counted]
+            # With no token asked for, one of them still puts every parameter into the graph, with no weight.
+            share = which.float().mean()
+            which.view(-1)[0] |= ~which.any()
+            entropy = share * chunked_cross_entropy(hidden_states[which], head, labels[which])
             loss = loss + config.cross_entropy_weight * entropy
             parts["batch_ce_loss"] = entropy
         return loss, parts
@@ -210,7 +226,8 @@ class DenoiserTrainer(_TokComTrainer):
         if config.denoiser.attention == "block_causal":
             draw = torch.randint(len(config.block_sizes), (), generator=generator).item()
             size = min(config.block_sizes[int(draw)] or chunks, chunks)
-            first = int(torch.randint(chunks, (), generator=generator).item())
+            # Larger blocks begin anywhere, behind a first one of any length, which with single chunks would be lost work.
+            first = int(torch.randint(chunks, (), generator=generator).item()) if size > 1 else 0
             position = torch.arange(chunks)
             index = torch.where(position < first, 0, (position - first) // size + int(first > 0))
             return {"index": index, "blocks": int(index[-1]) + 1, "clean_first": False, "context": True}

@@ -1,0 +1,257 @@
+"""A denoiser whose deep layers read finished chunks once, and the sampler that draws tokens from it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from tokcom_hf import DenoisedModelConfig, TokComModel
+from tokcom_hf.models.flow_matching import commit_places
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+from test_tokcom_training import SHAPE, denoiser_trainer
+from test_tokcom_training import joint_model as joint
+
+
+def model(self_conditioning: bool = False, **flow) -> TokComModel:
+    """Random weights large enough that everything matters, but for how likely tokens are: those differ moderately."""
+    denoiser = SHAPE | {"attention": "block_causal", "num_context_layers": 2, "self_conditioning": self_conditioning}
+    defaults = {"token_time_std": 1.0, "token_window_size": 24, "scale_input": True, "eos_token_id": None}
+    built = joint(denoiser=denoiser, **defaults | flow).eval()
+    with torch.no_grad():
+        for name, parameter in built.denoiser.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+            assert "context" not in name or parameter.requires_grad
+    return built
+
+
+INDEX = torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+def test_blocks_see_themselves_and_finished_chunks_only():
+    net = model()
+    clean, x, t = torch.randn(1, 6, 32), torch.randn(1, 6, 32), torch.rand(1, 3)
+
+    def run(clean, x):
+        return net(x, t, context=clean, block_index=INDEX).token_hidden[0]
+
+    before = run(clean, x)
+
+    def changed(which: str, chunk: int) -> list[int]:
+        values = {"clean": clean.clone(), "x": x.clone()}
+        values[which][0, chunk] += 1.0
+        return (run(**values) - before).abs().amax((1, 2)).gt(1e-6).nonzero().flatten().tolist()
+
+    assert changed("clean", 0) == [2, 3, 4, 5]
+    assert changed("clean", 3) == [4, 5]
+    assert changed("clean", 5) == []
+    assert changed("x", 2) == [2, 3]
+
+
+def test_a_block_starts_from_the_state_of_the_chunk_before_it():
+    net = model()
+    with torch.no_grad():
+        for layer in net.denoiser.layers:
+            layer.self_attn.o_proj.weight.zero_()
+        for parameter in net.token_window.parameters():
+            parameter.zero_()
+        net.token_window.norm.weight.fill_(1.0)
+    clean, x, t = torch.randn(1, 6, 32), torch.randn(1, 6, 32), torch.rand(1, 3)
+
+    def states(clean):
+        return net(x, t, context=clean, block_index=INDEX).token_hidden[0]
+
+    other = clean.clone()
+    other[0, 0] += 1.0
+    # Without attention of the denoiser's own, only the first chunk of each later block knows of what stands before.
+    assert (states(clean) - states(other)).abs().amax((1, 2)).gt(1e-6).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 1, 1, 1), (4,)])
+def test_finishing_chunks_in_any_portions_equals_the_training_layout(sizes):
+    net = model()
+    clean, x, t = torch.randn(2, 6, 32), torch.randn(2, 6, 32), torch.rand(2, 3)
+    whole = net(x, t, context=clean, block_index=INDEX)
+    past, start = None, 0
+    for size in sizes:
+        past = net.denoiser.finish(clean[:, start : start + size], past, start)
+        start += size
+    last = net(x[:, 4:], t[:, 2], past_key_values=past, position_offset=4, previous=clean[:, 3:4])
+    torch.testing.assert_close(whole.token_hidden[:, 4:], last.token_hidden, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "commit"])
+@pytest.mark.parametrize("block_size", [None, 1, 3])
+def test_a_batch_of_uneven_prompts_equals_its_rows(sampler, block_size):
+    net = model(self_conditioning=sampler == "euler")
+    rows = [torch.randint(1, 50, (length,)) for length in (7, 2, 4)]
+    ids, mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)], mask[place, : len(row)] = row, 1
+    # Nearly greedy, from no noise: nothing is left to chance.
+    net._noise = lambda shape, generator: torch.zeros(shape)
+    settings = {"num_generate_chunks": 4, "num_steps": 4, "block_size": block_size, "sampler": sampler}
+    batch = net.generate(ids, prompt_mask=mask, posterior_temperature=1e-3, **settings)
+    for place, row in enumerate(rows):
+        single = net.generate(row[None], posterior_temperature=1e-3, **settings)
+        assert torch.equal(single[0], batch[place, : len(row) + 16]), place
+
+
+def test_round_trip(tmp_path):
+    net = model()
+    net.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert loaded.config.denoiser.num_context_layers == 2
+    draw = lambda net: net.generate(  # noqa: E731
+        torch.arange(8)[None], 0, 3, block_size=1, sampler="commit", generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(draw(net), draw(loaded))
+
+
+def test_checkpointed_layers_have_the_same_gradients():
+    net, grads = model().train(), []
+    x, t = torch.randn(2, 6, 32), torch.rand(2, 3)
+    for checkpointing in (False, True):
+        if checkpointing:
+            net.gradient_checkpointing_enable()
+        net.zero_grad()
+        net(x, t, context=x, block_index=INDEX).token_hidden.square().sum().backward()
+        grads.append([layer.mlp.up_proj.weight.grad.clone() for layer in net.denoiser.context_encoder.layers])
+    for one, other in zip(*grads):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other)
+
+
+def test_it_needs_block_causal_attention():
+    with pytest.raises(ValueError, match="positive with attention='block_causal'; got 2 with 'bidirectional'"):
+        DenoisedModelConfig(num_context_layers=2)
+
+
+# ---------------------------------------------------------------- commit
+def test_places_are_drawn_from_left_to_right():
+    assert commit_places(4, 16) == [[0], [1], [2], [3]]
+    assert commit_places(4, 2) == [[0, 1], [2, 3]]
+    assert commit_places(4, 1) == [[0, 1, 2, 3]]
+
+
+def test_committed_tokens_follow_the_models_own_distributions():
+    net, count = model(), 4000
+    prompt = torch.arange(8)
+    with torch.no_grad():
+        net.vae.lm_head.weight.mul_(0.3)
+    ids = net.generate(
+        prompt.expand(count, -1), num_generate_chunks=1, num_steps=4, sampler="commit",
+        generator=torch.Generator().manual_seed(0),
+    )[:, 8:]  # fmt: skip
+    clean = net.standardize(net.encode(prompt[None]))
+    past = net.denoiser.finish(clean)
+
+    def probabilities(known: list[int]) -> torch.Tensor:
+        """Of the token behind the `known` ones of the chunk, from a forward of the model."""
+        times = torch.zeros(1, 1, 4)
+        times[..., : len(known)] = 1.0
+        chunk = net.standardize(net.encode(torch.tensor([known + [0] * (4 - len(known))])))
+        x = torch.where(net.per_entry(times) > 0, chunk, torch.randn(1, 1, 32))
+        output = net(
+            x, times.mean(-1), token_times=times, past_key_values=past, position_offset=2, previous=clean[:, -1:]
+        )
+        logits = torch.nn.functional.linear(output.token_hidden[0, 0, len(known)], net.token_head())
+        return logits[:50].softmax(-1).detach()
+
+    def close(drawn: torch.Tensor, expected: torch.Tensor) -> None:
+        seen = torch.bincount(drawn, minlength=50)[:50] / len(drawn)
+        spread = (expected * (1 - expected) / len(drawn)).sqrt()
+        assert bool(((seen - expected).abs() < 5 * spread + 1e-3).all())
+        # Not merely even.
+        assert (expected - 1 / 50).abs().max() > 10 / 50 / len(drawn) ** 0.5
+
+    close(ids[:, 0], probabilities([]))
+    first = int(ids[:, 0].mode().values)
+    behind = ids[ids[:, 0] == first]
+    close(behind[:, 1], probabilities([first]))
+    second = int(behind[:, 1].mode().values)
+    assert not torch.allclose(probabilities([first]), probabilities([(first + 1) % 50]), atol=1e-3)
+    rest = behind[behind[:, 1] == second]
+    if len(rest) > 200:
+        close(rest[:, 2], probabilities([first, second]))
+
+
+def test_few_steps_draw_several_tokens_at_once(monkeypatch):
+    net = model()
+    calls = []
+    forward = net.denoiser.forward
+    monkeypatch.setattr(net.denoiser, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1])
+    for steps, passes in ((1, 1), (2, 2), (4, 4), (50, 4)):
+        calls.clear()
+        assert net.generate(num_chunks=3, num_steps=steps, sampler="commit").shape == (1, 12)
+        assert len(calls) == passes
+
+
+def test_commit_says_what_it_needs():
+    with pytest.raises(ValueError, match="needs a model trained with token_time_std"):
+        joint().generate(num_chunks=2, sampler="commit")
+    with pytest.raises(ValueError, match="another sampler than heun and commit"):
+        model().generate(num_chunks=2, sampler="commit", token_lag=1.0)
+    with pytest.raises(ValueError, match="takes another one"):
+        model().denoise_reconstruct(torch.randint(50, (1, 8)), sampler="commit")
+    with pytest.raises(ValueError, match="euler, renoise, heun, or commit"):
+        model().generate(num_chunks=2, sampler="magic")
+
+
+# ---------------------------------------------------------------- training
+def test_cut_chunks_are_clean_up_to_a_place_and_noise_behind_it(tmp_path):
+    net = model(token_cut_rate=0.5)
+    trainer = denoiser_trainer(tmp_path, net)
+    own = trainer._token_times(torch.full((500, 4), 0.3), net.config, torch.Generator().manual_seed(0)).view(-1, 4)
+    known = own > 0.999
+    cut = (known | (own < 1e-3)).all(-1)
+    assert abs(float(cut.float().mean()) - 0.5) < 0.05
+    lengths = known[cut].sum(-1)
+    assert bool((known[cut] == (torch.arange(4) < lengths[:, None])).all())
+    # Every place is asked for, none is cut off entirely, and all cuts are as likely.
+    torch.testing.assert_close(
+        torch.bincount(lengths, minlength=5)[:4] / len(lengths), torch.full((4,), 0.25), atol=0.05, rtol=0
+    )
+    assert int(lengths.max()) == 3
+
+
+def test_tokens_that_are_known_anyway_cost_nothing(tmp_path):
+    net = model(token_loss_max_time=0.5)
+    trainer = denoiser_trainer(tmp_path, net)
+    ids, hidden = torch.randint(0, 50, (2, 16)), torch.randn(2, 4, 4, net.token_head().shape[1])
+    counted = torch.ones(2, 4, dtype=torch.bool)
+    counted[1, 3] = False
+    asked = torch.rand(2, 4, 4) < 0.5
+    loss, _ = trainer.losses(net, None, torch.zeros(2, 4, 32), torch.full((2, 4), 0.5), counted, ids, hidden, asked)
+    each = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(hidden, net.token_head()).flatten(0, 2), ids.flatten(), reduction="none"
+    ).view(2, 4, 4)
+    chosen = asked & counted[..., None]
+    torch.testing.assert_close(loss, each[chosen].sum() / (7 * 4))
+    nothing, _ = trainer.losses(
+        net, None, torch.zeros(2, 4, 32), torch.full((2, 4), 0.5), counted, ids, hidden.requires_grad_(), asked & False
+    )
+    nothing.backward()
+    assert nothing.item() == 0 and hidden.grad.abs().max() == 0
+
+
+def test_settings_without_token_times_are_refused():
+    for wrong in ({"token_cut_rate": 0.5}, {"token_loss_max_time": 0.5}):
+        with pytest.raises(ValueError, match="set token_time_std > 0"):
+            joint(**wrong)
+
+
+def test_single_chunks_waste_no_first_block(tmp_path):
+    net = model(block_sizes=[1])
+    plan = denoiser_trainer(tmp_path, net)._plan(6, net.config, torch.Generator().manual_seed(0))
+    assert plan["index"].tolist() == list(range(6))
