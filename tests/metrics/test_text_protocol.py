@@ -103,10 +103,10 @@ def test_measured_rows_hold_mean_and_spread_and_the_frontier_its_settings(sample
     row = measure_sampler(samplers["tokcom"], judge, [0, 1], 6, 16, prefixes, continuation_length=8)
     assert {"brier_lm", "kn_perplexity", "entropy", "auc", "overlap_8", "tokens_per_second"} <= set(row)
     assert row["kn_perplexity"]["std"] > 0 and row["tokens"]["mean"] == 96
-    settings = [{"temperature": 0.5}, {"temperature": 2.0}]
+    settings = [{"temperature": 1e-3}, {"temperature": 2.0}]
     causal = samplers["causal"].model
     points = frontier(lambda **point: CausalSampler(causal, 0, **point), settings, judge, 6, 16)
-    assert [point["temperature"] for point in points] == [0.5, 2.0]
+    assert [point["temperature"] for point in points] == [1e-3, 2.0]
     assert points[0]["entropy"] < points[1]["entropy"]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..models.token_sampling import sample_tokens
 from .text_ngram import KneserNey
 
 
@@ -72,7 +73,7 @@ class CausalSampler:
 
     @torch.no_grad()
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
-        generator = torch.Generator(self.model.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
 
         def generate(ids: torch.Tensor) -> torch.Tensor:
             # A bare loop over the cache: as fast as `generate`, and seeded by a generator of its own.
@@ -80,11 +81,7 @@ class CausalSampler:
             for _ in range(length):
                 outputs = self.model(tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache, logits = outputs.past_key_values, outputs.logits[:, -1].float()
-                if self.temperature > 0:
-                    probabilities = (logits / self.temperature).softmax(dim=-1)
-                    tokens.append(torch.multinomial(probabilities, 1, generator=generator))
-                else:
-                    tokens.append(logits.argmax(dim=-1, keepdim=True))
+                tokens.append(sample_tokens(logits, self.temperature, generator)[:, None])
             return torch.cat(tokens, dim=1)
 
         return _continue(generate, prefixes, draws, length, self.batch_size, self.model.device)

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from .chunked_cross_entropy import chunked_cross_entropy
 from .configuration_tokcom_vae import TokComVAEConfig
 from .layers import Block, rotary_embeddings
+from .token_sampling import sample_tokens
 
 
 @dataclass
@@ -250,13 +251,5 @@ class TokComVAE(PreTrainedModel):
         pieces = []
         # 1024 tokens at a time bound the logits to a few hundred megabytes at a 50k vocabulary.
         for part in hidden_states.split(max(1, 1024 // max(1, len(hidden_states))), dim=1):
-            logits = self._token_logits(part, head)
-            if temperature > 0:
-                probabilities = (logits.float() / temperature).softmax(dim=-1).flatten(0, 1)
-                # Drawn on the CPU, where the generator lives, so that a seed means the same on every device.
-                ids = torch.multinomial(probabilities.cpu(), 1, generator=generator)
-                ids = ids.view(logits.shape[:2]).to(logits.device)
-            else:
-                ids = logits.argmax(dim=-1)
-            pieces.append(ids)
+            pieces.append(sample_tokens(self._token_logits(part, head), temperature, generator))
         return torch.cat(pieces, dim=1)
