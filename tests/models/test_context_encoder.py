@@ -212,7 +212,7 @@ def test_commit_says_what_it_needs():
 def test_cut_chunks_are_clean_up_to_a_place_and_noise_behind_it(tmp_path):
     net = model(token_cut_rate=0.5)
     trainer = denoiser_trainer(tmp_path, net)
-    own = trainer._token_times(torch.full((500, 4), 0.3), net.config, torch.Generator().manual_seed(0)).view(-1, 4)
+    own = trainer._token_times(torch.full((500, 4), 0.3), net.config, torch.Generator().manual_seed(0))[0].view(-1, 4)
     known = own > 0.999
     cut = (known | (own < 1e-3)).all(-1)
     assert abs(float(cut.float().mean()) - 0.5) < 0.05
@@ -225,24 +225,36 @@ def test_cut_chunks_are_clean_up_to_a_place_and_noise_behind_it(tmp_path):
     assert int(lengths.max()) == 3
 
 
-def test_tokens_that_are_known_anyway_cost_nothing(tmp_path):
-    net = model(token_loss_max_time=0.5)
+def test_tokens_that_are_known_anyway_cost_nothing(tmp_path, monkeypatch):
+    net = model(token_loss_max_time=0.2, block_sizes=[1])
     trainer = denoiser_trainer(tmp_path, net)
-    ids, hidden = torch.randint(0, 50, (2, 16)), torch.randn(2, 4, 4, net.token_head().shape[1])
-    counted = torch.ones(2, 4, dtype=torch.bool)
-    counted[1, 3] = False
-    asked = torch.rand(2, 4, 4) < 0.5
-    loss, _ = trainer.losses(net, None, torch.zeros(2, 4, 32), torch.full((2, 4), 0.5), counted, ids, hidden, asked)
+    ids = torch.randint(0, 50, (2, 16))
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, 12:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "latents": net.encode(ids)}
+    seen = []
+    forward = net.forward
+    monkeypatch.setattr(net, "forward", lambda *a, **k: (seen.append((a, k)), forward(*a, **k))[1])
+    loss = trainer.compute_loss(net, inputs)
+    (x, t), given = seen[0]
+    asked = given.pop("token_mask")
+    known = given["token_times"] >= 0.2
+    assert (
+        bool((asked == ~known & (torch.arange(8).view(2, 4, 1) < 7)).all()) and bool(asked.any()) and bool(known.any())
+    )
+    hidden = forward(x, t, **given).token_hidden
     each = torch.nn.functional.cross_entropy(
         torch.nn.functional.linear(hidden, net.token_head()).flatten(0, 2), ids.flatten(), reduction="none"
     ).view(2, 4, 4)
-    chosen = asked & counted[..., None]
-    torch.testing.assert_close(loss, each[chosen].sum() / (7 * 4))
-    nothing, _ = trainer.losses(
-        net, None, torch.zeros(2, 4, 32), torch.full((2, 4), 0.5), counted, ids, hidden.requires_grad_(), asked & False
-    )
+    torch.testing.assert_close(loss, each[asked].sum() / (7 * 4))
+    # Nothing to ask for: no loss, yet a gradient for everybody, as processes that train together expect.
+    net.config.token_loss_max_time = 1e-9
+    nothing = trainer.compute_loss(net.train(), inputs)
     nothing.backward()
-    assert nothing.item() == 0 and hidden.grad.abs().max() == 0
+    trained = [p for p in net.denoiser.parameters() if p.requires_grad]
+    assert nothing.item() == 0 and all(p.grad is not None and p.grad.abs().max() == 0 for p in trained)
+    with pytest.raises(ValueError, match="pass only_tokens=True"):
+        net(x, t, **given | {"token_mask": asked, "only_tokens": False})
 
 
 def test_settings_without_token_times_are_refused():
@@ -255,3 +267,27 @@ def test_single_chunks_waste_no_first_block(tmp_path):
     net = model(block_sizes=[1])
     plan = denoiser_trainer(tmp_path, net)._plan(6, net.config, torch.Generator().manual_seed(0))
     assert plan["index"].tolist() == list(range(6))
+
+
+def test_copies_of_a_row_share_their_context_and_ask_for_every_token(tmp_path):
+    net = model(token_cut_rate=1.0, noise_copies=4)
+    trainer = denoiser_trainer(tmp_path, net)
+    times, asked = trainer._token_times(torch.full((3 * 4, 5), 0.3), net.config, torch.Generator().manual_seed(0))
+    known = (times > 0.999).view(3, 4, 5, 4)
+    asked = asked.view(3, 4, 5, 4)
+    assert bool((asked.sum(1) == 1).all()) and bool((asked.sum(-1) == 1).all())
+    assert bool((known.sum(-1) == asked.float().argmax(-1)).all())
+    # A batch of copies is the same rows, each on its own, beside their own context.
+    clean, x, t = torch.randn(2, 6, 32), torch.randn(2 * 3, 6, 32), torch.rand(2 * 3, 3)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).repeat_interleave(3, 0)
+    together = net(x, t, context=clean, block_index=INDEX, attention_mask=mask).token_hidden
+    for row in range(6):
+        alone = net(
+            x[row : row + 1], t[row : row + 1], context=clean[row // 3 : row // 3 + 1], block_index=INDEX,
+            attention_mask=mask[row : row + 1],
+        )  # fmt: skip
+        real = mask[row].bool()
+        torch.testing.assert_close(together[row, real], alone.token_hidden[0, real], atol=1e-5, rtol=1e-5)
+    trainer.train()
+    with pytest.raises(ValueError, match="noise_copies must be 1, or more with"):
+        joint(noise_copies=2)

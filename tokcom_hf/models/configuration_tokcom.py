@@ -27,6 +27,9 @@ class TokComConfig(PreTrainedConfig):
         Needs noise_likelihood and mse_weight=0; makes `generate(token_lag=...)` possible.
     token_cut_rate: share of training chunks whose tokens are clean up to a random place and noise from it on instead, as
         `generate(sampler="commit")` meets them. Needs token_time_std.
+    noise_copies: noisy copies of each row in a training step, which share one pass of the context encoder. The cuts of a
+        chunk differ between its copies and each copy is asked for the token behind its cut: with as many copies as a
+        chunk has tokens, every token is learned from all those before it. Above 1 it needs denoiser.num_context_layers.
     token_loss_max_time: tokens at later times are not asked for: their own latents already tell which they are, so that
         their loss is next to zero and only costs time; they count as zero. Needs token_time_std; 1: ask for all.
     token_window_size: width of a map, one for all tokens, that adds to each token's distribution what the tokens beside it
@@ -61,6 +64,7 @@ class TokComConfig(PreTrainedConfig):
     token_time_std: float | int = 0.0
     token_cut_rate: float | int = 0.0
     token_loss_max_time: float | int = 1.0
+    noise_copies: int = 1
     token_window_size: int = 0
     train_embeddings: bool = False
     independent_times: bool = False
@@ -110,6 +114,11 @@ class TokComConfig(PreTrainedConfig):
         if self.token_time_std > 0 and (not self.noise_likelihood or self.mse_weight > 0):
             raise ValueError(
                 "token_time_std needs noise_likelihood=True (it knows the times of tokens) and mse_weight=0."
+            )
+        if self.noise_copies < 1 or (self.noise_copies > 1 and not self.denoiser.num_context_layers):
+            raise ValueError(
+                f"noise_copies must be 1, or more with denoiser.num_context_layers > 0; got {self.noise_copies} with "
+                f"{self.denoiser.num_context_layers} such layers."
             )
         if self.token_time_std == 0 and (self.token_cut_rate > 0 or self.token_loss_max_time < 1):
             raise ValueError(

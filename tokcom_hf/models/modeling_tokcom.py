@@ -83,11 +83,16 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         of `token_head` gives logits of each token; `clean_latents` is the mean latent of their softmax at
         `posterior_temperature`, None with `only_tokens=True`, which saves those logits. `token_times` (batch, chunks,
         chunk_size) are the tokens' times where they differ from their chunk's; `previous` (batch, 1, latent) is the clean
-        latent left of the first, for a `token_window`; `token_head` saves computing it again.
+        latent left of the first, for a `token_window`; `token_head` saves computing it again. With `token_mask` (batch,
+        chunks, chunk_size) and `only_tokens`, `token_hidden` is that of the tokens in it alone, (tokens, width).
         """
         temperature, only_tokens = kwargs.pop("posterior_temperature", 1.0), kwargs.pop("only_tokens", False)
         times, previous = kwargs.pop("token_times", None), kwargs.pop("previous", None)
-        head = kwargs.pop("token_head", None)
+        head, token_mask = kwargs.pop("token_head", None), kwargs.pop("token_mask", None)
+        if token_mask is not None and not only_tokens:
+            raise ValueError(
+                "token_mask leaves tokens out, and the mean latent needs all: pass only_tokens=True with it."
+            )
         config = self.config
         if times is None and (config.scale_input or config.noise_likelihood or config.token_window_size):
             times = timesteps.view(len(timesteps), -1)
@@ -101,10 +106,15 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         output = self.denoiser(inputs, timesteps, **kwargs)
         if config.clean_latents == "posterior_mean":
             hidden = output.clean_latents.unflatten(-1, (config.vae.chunk_size, -1))
+            hidden = hidden if token_mask is None else hidden[token_mask]
             if self.token_window is not None:
-                hidden = self.token_window(hidden, inputs, times, previous, **kwargs)
+                context = kwargs.get("context")
+                if context is not None:
+                    kwargs["context"] = context.repeat_interleave(len(latents) // len(context), 0)
+                hidden = self.token_window(hidden, inputs, times, previous, token_mask=token_mask, **kwargs)
             if config.noise_likelihood:
-                hidden = torch.cat([hidden, self._evidence(latents, times).to(hidden.dtype)], dim=-1)
+                evidence = self._evidence(latents, times).to(hidden.dtype)
+                hidden = torch.cat([hidden, evidence if token_mask is None else evidence[token_mask]], dim=-1)
             output.token_hidden, output.clean_latents = hidden, None
             if not only_tokens:
                 head = self.token_head() if head is None else head

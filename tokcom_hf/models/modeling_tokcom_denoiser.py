@@ -130,7 +130,8 @@ class DenoisedModel(PreTrainedModel):
             self_condition: earlier prediction of the clean latents, same shape as `latents`; None means zeros.
             attention_mask: (batch, prefix + chunks), 1 = real, 0 = padding.
             context: clean latents (batch, chunks, latent) of the same positions. Training of `block_causal` models: block b
-                of `latents` sees itself and the clean blocks before b.
+                of `latents` sees itself and the clean blocks before b. With a context encoder `latents` may hold several
+                noisy copies of each row, one after the other: (copies · batch, chunks, latent).
             block_index: (chunks,) block number of each position, rising from 0; needed with `context`.
             past_key_values: what `finish` returned for the chunks before.
             position_offset: position of the first latent.
@@ -181,9 +182,12 @@ class DenoisedModel(PreTrainedModel):
         if self.context_encoder is not None and self.state_proj is not None:
             states, last = None, None if past_key_values is None else past_key_values.state
             if context is not None:
-                states, _ = self.context_encoder(context, position_offset, attention_mask)
-                prefixes = [layer.self_attn.key_value(states, rotary) for layer in self.layers]
-                states = states.unsqueeze(2)
+                copies = len(latents) // len(context)
+                real = None if attention_mask is None else attention_mask[::copies]
+                states, _ = self.context_encoder(context, position_offset, real)
+                keys = (layer.self_attn.key_value(states, rotary) for layer in self.layers)
+                prefixes = [(k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0)) for k, v in keys]
+                states = states.repeat_interleave(copies, 0).unsqueeze(2)
             # Only a chunk right behind a finished one has a state to start from; zeros stand for the others'.
             before = chunk_before(
                 torch.zeros_like(hidden_states).unsqueeze(2), None if last is None else last.unsqueeze(2), states,

@@ -31,22 +31,25 @@ class TokenWindow(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, latents: torch.Tensor, times: torch.Tensor, previous: torch.Tensor | None = None,
         self_condition: torch.Tensor | None = None, context: torch.Tensor | None = None,
-        block_index: torch.LongTensor | None = None, attention_mask: torch.LongTensor | None = None, **kwargs,
+        block_index: torch.LongTensor | None = None, attention_mask: torch.LongTensor | None = None,
+        token_mask: torch.Tensor | None = None, **kwargs,
     ) -> torch.Tensor:  # fmt: skip
         """
         Args:
-            hidden_states: the denoiser's, (batch, chunks, chunk_size, hidden).
+            hidden_states: the denoiser's, (batch, chunks, chunk_size, hidden), or (tokens, hidden) of those in `token_mask`.
             latents: what the denoiser saw, (batch, chunks, latent).
             times: (batch, 1 or chunks, 1 or chunk_size).
             previous: clean latent left of the first chunk, (batch, 1, latent); None: nothing.
+            token_mask: (batch, chunks, chunk_size), the tokens to look at; None: all.
             self_condition, context, block_index, attention_mask: as in the denoiser; other arguments of it are ignored.
 
         Returns:
-            (batch, chunks, chunk_size, hidden).
+            as `hidden_states`.
         """
         own = self._tokens(latents, times, self_condition)
         before = chunk_before(own, self._finished(previous), self._finished(context), block_index, attention_mask)
-        windows = torch.cat([before, own], dim=2).unfold(2, self.chunk_size + 1, 1).flatten(-2)
+        windows = torch.cat([before, own], dim=2).unfold(2, self.chunk_size + 1, 1)
+        windows = (windows if token_mask is None else windows[token_mask]).flatten(-2)
         added = self.down(nn.functional.silu(self.up(windows.to(self.up.weight.dtype))))
         return self.norm(hidden_states + added)
 

@@ -128,6 +128,9 @@ class DenoiserTrainer(_TokComTrainer):
         clean = tokcom.standardize(latents)
         chunk = config.vae.chunk_size
         mask = inputs["attention_mask"].view(len(clean), -1, chunk).any(dim=-1)
+        context, ids = clean, inputs["input_ids"]
+        if config.noise_copies > 1:
+            clean, mask, ids = (value.repeat_interleave(config.noise_copies, 0) for value in (clean, mask, ids))
         generator = self._generator(model.training)
         plan = self._plan(clean.shape[1], config, generator)
         t = self._local(len(clean), lambda count: sample_times(
@@ -140,17 +143,14 @@ class DenoiserTrainer(_TokComTrainer):
             t[:, 0] = 1.0
         times = t[:, index]
         arguments: dict[str, Any] = {"attention_mask": mask.long(), "block_index": index}
-        entry_times = times
+        entry_times, asked = times, None
         if config.token_time_std > 0:
-            arguments["token_times"] = self._token_times(times, config, generator)
+            arguments["token_times"], asked = self._token_times(times, config, generator)
             entry_times = tokcom.per_entry(arguments["token_times"])
         x_t = interpolate(noise, clean, entry_times)
         counted = mask & (times < 1.0)
-        asked = None
-        if config.token_loss_max_time < 1:
-            asked = arguments["token_times"] < config.token_loss_max_time
         if plan["context"]:
-            arguments["context"] = clean
+            arguments["context"] = context
         condition = None
         draws = torch.rand((), generator=generator).item()
         if config.denoiser.self_conditioning and draws < config.self_conditioning_rate:
@@ -159,36 +159,57 @@ class DenoiserTrainer(_TokComTrainer):
             condition = torch.where((times < 1.0).unsqueeze(-1), condition, clean.detach())
         if config.clean_latents == "posterior_mean" and config.mse_weight == 0:
             arguments["only_tokens"] = True
+        share = None
+        if asked is not None:
+            asked = asked & counted.unsqueeze(-1)
+            share = asked.sum() / (counted.sum() * chunk).clamp(min=1)
+            # With no token to ask for, one of them still puts every parameter into the graph, with no weight.
+            asked.view(-1)[0] |= ~asked.any()
+            arguments["token_mask"] = asked
         outputs = model(x_t, t, self_condition=condition, **arguments)
         loss, parts = self.losses(
-            tokcom, outputs.clean_latents, clean, times, counted, inputs["input_ids"], outputs.token_hidden, asked
+            tokcom, outputs.clean_latents, clean, times, counted, ids, outputs.token_hidden, asked, share
         )
         if model.training:
             self.log_scalars("diffusion", parts)
         return (loss, outputs) if return_outputs else loss
 
-    def _token_times(self, times: torch.Tensor, config, generator: torch.Generator) -> torch.Tensor:
-        """Times of the tokens (batch, chunks, chunk), spread around their chunks' (batch, chunks); clean stays clean."""
-        shape = (times.shape[1], config.vae.chunk_size)
+    def _token_times(
+        self, times: torch.Tensor, config, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Times of the tokens (batch, chunks, chunk), spread around their chunks' (batch, chunks); clean stays clean.
+
+        Returns:
+            the times, and which tokens the loss asks for, None for all.
+        """
+        shape, copies = (times.shape[1], config.vae.chunk_size), config.noise_copies
         spread = self._local(len(times), lambda count: torch.randn((count, *shape), generator=generator)).to(times)
         own = torch.sigmoid(torch.logit(times, eps=1e-6).unsqueeze(-1) + config.token_time_std * spread)
+        asked = own < config.token_loss_max_time if config.token_loss_max_time < 1 else None
         if config.token_cut_rate > 0:
-            draws = self._local(len(times), lambda count: torch.rand((count, shape[0], 2), generator=generator)).to(
-                times
-            )
+            rows = len(times) // copies
+            draws = self._local(rows, lambda count: torch.rand((count, shape[0], 2), generator=generator)).to(times)
+            draws = draws.repeat_interleave(copies, 0)
+            copy = torch.arange(copies, device=times.device).repeat(rows)[:, None, None]
+            cut = ((draws[..., :1] * shape[1]).long() + copy) % shape[1]
+            is_cut = draws[..., 1:] < config.token_cut_rate
             place = torch.arange(shape[1], device=times.device)
-            finished = place < (draws[..., :1] * shape[1]).long()
-            own = torch.where(draws[..., 1:] < config.token_cut_rate, finished.to(own), own)
-        return torch.where((times < 1.0).unsqueeze(-1), own.clamp(1e-4, 1 - 1e-4), times.unsqueeze(-1))
+            own = torch.where(is_cut, (place < cut).to(own), own)
+            if asked is not None or copies > 1:
+                asked = torch.ones_like(own, dtype=torch.bool) if asked is None else asked
+                # The other copies ask for the tokens further right.
+                asked = torch.where(is_cut, place == cut if copies > 1 else place >= cut, asked)
+        return torch.where((times < 1.0).unsqueeze(-1), own.clamp(1e-4, 1 - 1e-4), times.unsqueeze(-1)), asked
 
     def losses(
-        self, tokcom, predicted, clean, times, counted, input_ids, token_hidden=None, asked=None
+        self, tokcom, predicted, clean, times, counted, input_ids, token_hidden=None, asked=None, share=None
     ) -> tuple[torch.Tensor, dict]:
         """Weighted sum of the velocity-weighted squared error of x1 and of the cross-entropy of its tokens.
 
         predicted, clean: (batch, chunks, latent), predicted None where only tokens are; times, counted: (batch, chunks);
         input_ids: (batch, length); token_hidden: (batch, chunks, chunk, hidden) where the denoiser predicts tokens itself,
-        and not through the decoder; asked: (batch, chunks, chunk) where not all tokens are; the others' loss is zero.
+        and not through the decoder; asked: (batch, chunks, chunk) where not all tokens are, then token_hidden is theirs,
+        (tokens, hidden), and share what they are of all counted tokens: the loss of the others is zero.
         """
         config = tokcom.config
         # A row of padding behind its clean prefix counts nowhere: sums over at least one position, never a mean of none.
@@ -203,20 +224,17 @@ class DenoiserTrainer(_TokComTrainer):
             loss = loss + config.mse_weight * weighted
             parts["batch_velocity_loss"] = weighted
         if config.cross_entropy_weight > 0 and bool(counted.any()):
-            if token_hidden is not None:
-                hidden_states, head = token_hidden[counted], tokcom.token_head()
+            labels = input_ids.view(*counted.shape, -1)
+            if asked is not None:
+                hidden_states, head, labels = token_hidden, tokcom.token_head(), labels[asked]
+            elif token_hidden is not None:
+                hidden_states, head, labels = token_hidden[counted].flatten(0, 1), tokcom.token_head(), labels[counted]
             else:
                 latents = tokcom.unstandardize(predicted)[counted]
-                hidden_states = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype))
-                head = tokcom.vae.decoder_head()
-            labels = input_ids.view(*counted.shape, -1)[counted]
-            if asked is None:
-                asked = torch.ones_like(input_ids, dtype=torch.bool).view(*counted.shape, -1)
-            which = asked[counted]
-            # With no token asked for, one of them still puts every parameter into the graph, with no weight.
-            share = which.float().mean()
-            which.view(-1)[0] |= ~which.any()
-            entropy = share * chunked_cross_entropy(hidden_states[which], head, labels[which])
+                hidden_states = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype)).flatten(0, 1)
+                head, labels = tokcom.vae.decoder_head(), labels[counted]
+            entropy = chunked_cross_entropy(hidden_states, head, labels.reshape(-1))
+            entropy = entropy if share is None else entropy * share
             loss = loss + config.cross_entropy_weight * entropy
             parts["batch_ce_loss"] = entropy
         return loss, parts
