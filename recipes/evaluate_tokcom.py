@@ -70,9 +70,13 @@ class RunArguments:
         },
     )
     token_lag: float = field(default=0.0, metadata={"help": "How far tokens of a chunk wait for those left of them."})
-    sampler: str = field(default="euler", metadata={"help": "euler, renoise or heun."})
+    sampler: str | None = field(
+        default=None, metadata={"help": "euler, renoise, heun or commit; none takes the model's own."}
+    )
     time_grid: str = field(default="uniform", metadata={"help": "uniform, quadratic or cosine."})
-    block_size: int | None = field(default=None, metadata={"help": "Chunks denoised together; none means all."})
+    block_size: int | None = field(
+        default=None, metadata={"help": "Chunks denoised together, 0 all; none: the model's own."}
+    )
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance on the prompt."})
     num_prefixes: int = field(default=300, metadata={"help": "Prefixes of BrierLM."})
     prefix_length: int = field(default=64, metadata={"help": "Tokens per prefix, a multiple of the chunk size."})
@@ -191,7 +195,7 @@ def all_samplers(
     }
     parameters = {"TokCom": count_parameters(model)}
     for size in run.block_sizes:
-        samplers[f"TokCom, block {size or 'all'}"] = TokComSampler(model, settings | {"block_size": size or None})
+        samplers[f"TokCom, block {size or 'all'}"] = TokComSampler(model, settings | {"block_size": size})
     for folder in run.variants:
         variant = load_tokcom(folder)
         parameters[folder] = count_parameters(variant)

@@ -46,9 +46,16 @@ class InferenceArguments:
     noise_level: float = field(default=0.5, metadata={"help": "Start of denoise_reconstruct: 0 pure noise, 1 clean."})
     batch_size: int = field(default=1, metadata={"help": "Texts to generate; otherwise rows per forward pass."})
     temperature: float = field(default=0.0, metadata={"help": "Of the decoder's token distribution; 0 is greedy."})
-    sampler: str = field(default="euler", metadata={"help": "euler, renoise or heun."})
+    posterior_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Of the token distributions of models that predict tokens; below 1 is safer text."},
+    )
+    sampler: str | None = field(
+        default=None, metadata={"help": "euler, renoise, heun or commit; none takes the model's own."}
+    )
     block_size: int | None = field(
-        default=None, metadata={"help": "Chunks generated in parallel; 1 is chunk by chunk, none all of them."}
+        default=None,
+        metadata={"help": "Chunks generated in parallel: 1 chunk by chunk, 0 all; none takes the model's own."},
     )
     token_lag: float = field(
         default=0.0,
@@ -150,7 +157,8 @@ def sampling(run: InferenceArguments) -> dict[str, Any]:
 
 def generating(run: InferenceArguments) -> dict[str, Any]:
     """Options of `generate`, with or without a prompt."""
-    own = {"temperature": run.temperature, "block_size": run.block_size, "token_lag": run.token_lag}
+    names = ("temperature", "posterior_temperature", "block_size", "token_lag")
+    own = {name: getattr(run, name) for name in names}
     return sampling(run) | own
 
 
@@ -212,7 +220,7 @@ def batches(pieces: list[torch.Tensor], batch_size: int, description: str):
 @torch.no_grad()
 def reconstruct(model: Any, tokenizer: Any, texts: list[str], run: InferenceArguments) -> list[dict[str, Any]]:
     """Each text through the latents and back, after noise and denoising in mode denoise_reconstruct."""
-    options, vae, results = sampling(run), getattr(model, "vae", model), []
+    options, vae, results = sampling(run) | {"sampler": run.sampler or "euler"}, getattr(model, "vae", model), []
     for text in texts:
         ids, pieces, count = windows(model, tokenizer, text)
         parts = []

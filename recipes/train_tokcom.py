@@ -89,10 +89,6 @@ class RunArguments:
     )
     sample_chunks: int = field(default=32, metadata={"help": "Chunks of the samples shown at the end."})
     sample_steps: int = field(default=32, metadata={"help": "Flow steps of those samples."})
-    sample_block_size: int | None = field(
-        default=None, metadata={"help": "Chunks of a sample generated in parallel; none means all."}
-    )
-    sample_token_lag: float = field(default=0.0, metadata={"help": "token_lag of the samples."})
     prompt: str = field(default="The function returns", metadata={"help": "Prompt of the conditional sample."})
 
 
@@ -235,8 +231,7 @@ def report(out: Path, model: TokComModel, data, run: RunArguments, results: dict
     """Samples, results.json and the model card; prints what a newcomer wants to see."""
     device = model.device
     generator = torch.Generator().manual_seed(run.seed)
-    settings = {"num_steps": run.sample_steps, "block_size": run.sample_block_size, "token_lag": run.sample_token_lag,
-                "generator": generator}  # fmt: skip
+    settings = {"num_steps": run.sample_steps, "generator": generator}
     generated = model.generate(num_chunks=run.sample_chunks, **settings)[0]
     prompt = data.tokenizer(run.prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
     continued = model.generate(prompt, num_generate_chunks=run.sample_chunks, **settings)[0]

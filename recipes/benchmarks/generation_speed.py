@@ -48,6 +48,9 @@ class RunArguments:
     num_layers: int = field(default=6, metadata={"help": "Denoiser layers of a TokCom with random weights."})
     vocab_size: int = field(default=4097, metadata={"help": "Vocabulary of models with random weights."})
     temperature: float = field(default=0.0, metadata={"help": "Decoder temperature of TokCom."})
+    sampler: str | None = field(
+        default=None, metadata={"help": "euler, renoise, heun or commit; none takes the model's own."}
+    )
     token_lag: float = field(default=0.0, metadata={"help": "How far tokens of a chunk wait for those left of them."})
     repeats: int = field(
         default=3, metadata={"help": "Timed runs of each, alternating; one run to warm up comes first."}
@@ -75,8 +78,8 @@ def main() -> None:
         for block in run.block_sizes:
             for steps in run.num_steps:
                 settings = {
-                    "num_steps": steps, "block_size": block or None, "temperature": run.temperature,
-                    "token_lag": run.token_lag,
+                    "num_steps": steps, "block_size": block, "temperature": run.temperature,
+                    "token_lag": run.token_lag, "sampler": run.sampler,
                 }  # fmt: skip
                 contestants: dict[str, Sampler] = {
                     "autoregressive": CausalSampler(baseline, start_id, batch_size=batch),

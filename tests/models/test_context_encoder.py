@@ -291,3 +291,22 @@ def test_copies_of_a_row_share_their_context_and_ask_for_every_token(tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match="noise_copies must be 1, or more with"):
         joint(noise_copies=2)
+
+
+def test_a_model_knows_how_it_is_best_sampled(monkeypatch):
+    net = model(sampler="commit", block_size=2)
+    calls = []
+    finish = net.denoiser.finish
+    monkeypatch.setattr(net.denoiser, "finish", lambda *a, **k: (calls.append("block"), finish(*a, **k))[1])
+    commit = net._commit
+    monkeypatch.setattr(net, "_commit", lambda *a: (calls.append("commit"), commit(*a))[1])
+    net.generate(num_chunks=4)
+    assert calls == ["commit", "block", "commit"]
+    calls.clear()
+    net.generate(num_chunks=4, block_size=0, sampler="euler", num_steps=2)
+    assert calls == []
+    with pytest.raises(ValueError, match="block_size must not be negative"):
+        net.generate(num_chunks=4, block_size=-1)
+    for wrong in ({"sampler": "commit"}, {"block_size": -1}):
+        with pytest.raises(ValueError, match="needs token_time_std > 0; got"):
+            joint(**wrong)

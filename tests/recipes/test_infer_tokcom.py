@@ -212,5 +212,7 @@ def test_options_of_generation_reach_the_model(recipe, monkeypatch):
     monkeypatch.setattr(TokComModel, "generate", generate)
     for mode in (("generate",), ("conditional", "--prompt", "a")):
         seen.clear()
-        recipe("--mode", *mode, "--block_size", 2, "--token_lag", 0.5, "--temperature", 0.3, "--num_steps", 7)
+        recipe("--mode", *mode, "--block_size", 2, "--token_lag", 0.5, "--temperature", 0.3, "--num_steps", 7,
+               "--posterior_temperature", 0.8)  # fmt: skip
+        assert seen["posterior_temperature"] == 0.8 and seen["sampler"] is None
         assert (seen["block_size"], seen["token_lag"], seen["temperature"], seen["num_steps"]) == (2, 0.5, 0.3, 7)

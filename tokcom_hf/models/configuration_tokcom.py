@@ -48,6 +48,7 @@ class TokComConfig(PreTrainedConfig):
     prefix_dropout: share of training rows without any clean prefix (needed for guidance).
     self_conditioning_rate: share of training steps that see an earlier prediction (with denoiser.self_conditioning).
     block_sizes: chunks per block drawn in training of a block_causal denoiser; 0 stands for the whole sequence.
+    sampler, block_size: what `generate` does where its caller does not say; block_size 0 stands for all chunks.
     eos_token_id: ends a generated sequence and fills the chunk before an odd prompt; None keeps everything.
     max_chunks: chunks per sequence in training (1024 tokens / 4).
     """
@@ -78,6 +79,8 @@ class TokComConfig(PreTrainedConfig):
     prefix_dropout: float | int = 0.1
     self_conditioning_rate: float | int = 0.5
     block_sizes: tuple[int, ...] | list[int] = (1, 4, 16, 64, 0)
+    sampler: Literal["euler", "renoise", "heun", "commit"] = "euler"
+    block_size: int = 0
     eos_token_id: int | None = None
     max_chunks: int = 256
     initializer_range: float = 0.02
@@ -124,6 +127,11 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(
                 "token_cut_rate and token_loss_max_time are about times of tokens: set token_time_std > 0, or leave them at "
                 f"0 and 1; got {self.token_cut_rate} and {self.token_loss_max_time}."
+            )
+        if self.block_size < 0 or (self.sampler == "commit" and self.token_time_std == 0):
+            raise ValueError(
+                f"block_size must not be negative, and sampler='commit' needs token_time_std > 0; got {self.block_size}, "
+                f"{self.sampler!r} and {self.token_time_std}."
             )
         if self.train_embeddings and (self.clean_latents != "posterior_mean" or not self.vae.nearest_decoder):
             raise ValueError(

@@ -65,7 +65,7 @@ class TokComGeneration:
         num_generate_chunks: int = 64,
         num_steps: int = 50,
         batch_size: int = 1,
-        sampler: str = "euler",
+        sampler: str | None = None,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         prompt_mask: torch.LongTensor | None = None,
@@ -87,12 +87,14 @@ class TokComGeneration:
             batch_size: sequences to generate without a prompt.
             sampler: "euler", "renoise" (stochastic), "heun" (second order), or "commit": the tokens of a chunk are drawn one
                 after the other, each from its distribution given those before it, without a path from noise; at most one
-                pass per token, with fewer `num_steps` several tokens at once. Only with `token_time_std`.
+                pass per token, with fewer `num_steps` several tokens at once. Only with `token_time_std`. None takes the
+                config's.
             temperature: of the decoder's token distribution; 0 is greedy.
             generator: CPU generator; makes the output reproducible on any device.
             prompt_mask: (batch, length), 1 = token, 0 = padding.
             time_grid: "uniform", "quadratic" or "cosine".
-            block_size: chunks denoised in parallel; None = all of them, 1 = chunk by chunk, from left to right.
+            block_size: chunks denoised in parallel: 0 = all of them, 1 = chunk by chunk, from left to right; None takes the
+                config's.
             guidance_scale: x1 = without prompt + scale · (with prompt − without); 1 = off.
             final_clean_pass: run the denoiser once more at t = 1.
             posterior_temperature: of the token distributions whose mean is x1, or that "commit" draws from; below 1 the
@@ -109,10 +111,14 @@ class TokComGeneration:
             ValueError: a count below 1, an empty prompt, or prompt ids outside the vocabulary.
         """
         _check_steps(num_steps)
+        sampler = self.config.sampler if sampler is None else sampler
+        block_size = self.config.block_size if block_size is None else block_size
         wanted = num_chunks if prompt_ids is None else num_generate_chunks
-        for name, value in (("chunks to generate", wanted), ("batch_size", batch_size), ("block_size", block_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"The number of {name} must be at least 1, got {value}.")
+        for name, value in (("number of chunks to generate", wanted), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"The {name} must be at least 1, got {value}.")
+        if block_size < 0:
+            raise ValueError(f"block_size must not be negative (0 = all chunks in parallel), got {block_size}.")
         chunk = self.config.vae.chunk_size
         if prompt_ids is None:
             prompt = self._noise((batch_size, 0, self.config.vae.latent_size), generator)
