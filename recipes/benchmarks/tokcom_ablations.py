@@ -98,7 +98,7 @@ def train(row: dict[str, Any], run: RunArguments, source: TextSource, out: Path)
     command = [sys.executable, str(RECIPES / "train_tokcom.py"), "--config", run.train_config]
     command += ["--output_dir", str(folder), "--run.stage", stage, "--overwrite"]
     command += ["--run.seed", str(source.split_seed), "--validation_share", str(source.validation_share)]
-    for name in ("train_file", "dataset_name", "dataset_config", "text_column", "max_documents"):
+    for name in ("train_file", "validation_file", "dataset_name", "dataset_config", "text_column", "max_documents"):
         if getattr(source, name) is not None:
             command += [f"--run.{name}", str(getattr(source, name))]
     command += ["--run.streaming", str(source.streaming).lower()]

@@ -63,7 +63,7 @@ WARMUP = 0.3
 PAPER = {"codebook_dim": 64, "temperature_scale": "mean", "entropy_temperature": 25.0}
 PAPER_COMMITMENT_EPOCHS = 5
 PAPER_RESET_INTERVAL = 30
-PAPER_ANNEAL = 0.03
+PAPER_ANNEAL = 0.01
 NO_REMEDIES = {"entropy_weight": 0.0, "temperature": 0.0, "reset_fraction": 0.0}
 
 
