@@ -67,9 +67,11 @@ def test_causal_continuations_follow_their_own_prefix(samplers):
     prefixes = np.random.default_rng(3).integers(0, VOCABULARY - 1, (4, 8))
     both = greedy.continuations(prefixes, 2, 5, seed=0)
     assert np.array_equal(both[:, 0], both[:, 1])
+    ids = torch.tensor(prefixes)
     with torch.no_grad():
-        following = samplers["causal"].model(torch.tensor(prefixes)).logits[:, -1].argmax(-1)
-    assert both[:, 0, 0].tolist() == following.tolist()
+        for _ in range(5):
+            ids = torch.cat([ids, samplers["causal"].model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert both[:, 0].tolist() == ids[:, 8:].tolist()
 
 
 def test_tokcom_rows_do_not_stop_at_eos_and_the_setting_survives(tokcom):
