@@ -25,7 +25,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.metrics.compute import count_parameters
 from tokcom_hf.metrics.latent_path import sampling_path
-from tokcom_hf.metrics.reconstruction import denoising_metrics
+from tokcom_hf.metrics.reconstruction import can_commit, denoising_metrics, next_token_loss
 from tokcom_hf.metrics.text import KneserNey, TextJudge, denoise_reconstruct_accuracy, detailed_reconstruction
 from tokcom_hf.metrics.text_generation import (
     CausalSampler,
@@ -138,6 +138,9 @@ def main() -> None:
     print_row("held-out text", rows["held-out text"], header=True)
     samplers, parameters = all_samplers(run, model, data, judge, train, vocabulary, chunk)
     results["parameters"] = parameters
+    results["next_token_loss"] = next_token_losses(samplers, held_out)
+    for name, loss in results["next_token_loss"].items():
+        print(f"held-out loss of the next token, {name}: {loss:.4f} nats")
     for name, sampler in samplers.items():
         seeds = run.seeds
         rows[name] = measure_sampler(
@@ -210,6 +213,27 @@ def all_samplers(
         parameters[folder] = count_parameters(baseline)
         samplers[baseline_name(folder)] = CausalSampler(baseline, data.tokenizer.eos_token_id)
     return samplers, parameters
+
+
+@torch.no_grad()
+def next_token_losses(samplers: dict[str, Sampler], held_out: np.ndarray, batch_size: int = 16) -> dict[str, float]:
+    """Of each network that has one, on the same rows: at most 256, evenly spaced, without each row's first token."""
+    rows = torch.from_numpy(held_out[:: -(-len(held_out) // 256)]).split(batch_size)
+    losses: dict[str, float] = {}
+    measured: list[Any] = []
+    for name, sampler in samplers.items():
+        model = getattr(sampler, "model", None)
+        if isinstance(sampler, CausalSampler):
+            loss = lambda ids, model=model: float(model(ids.to(model.device), labels=ids.to(model.device)).loss)  # noqa: E731
+        elif isinstance(sampler, TokComSampler) and can_commit(model) and model not in measured:
+            loss = lambda ids, model=model: next_token_loss(model, ids.to(model.device), torch.ones_like(ids))  # noqa: E731
+        else:
+            continue
+        measured.append(model)
+        losses["TokCom" if name.startswith("TokCom, ") else name] = sum(loss(ids) * len(ids) for ids in rows) / sum(
+            len(ids) for ids in rows
+        )
+    return losses
 
 
 def with_temperature(model, heat: float | None) -> dict[str, float]:

@@ -12,6 +12,7 @@ Leaves in the output folder: the model (`AutoModel.from_pretrained`), its tokeni
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -247,6 +248,9 @@ def report(out: Path, model: TokComModel, data, run: RunArguments, results: dict
     for t in TIMES:
         print(f"  t {t:g}   denoised {denoiser[f'denoised_accuracy_t_{t:g}']:.2%}   "
               f"noisy latent decoded directly {denoiser[f'direct_accuracy_t_{t:g}']:.2%}")  # fmt: skip
+    if "next_token_loss" in denoiser:
+        loss = denoiser["next_token_loss"]
+        print(f"\nheld-out loss of the next token: {loss:.3f} nats, a perplexity of {math.exp(loss):.1f}")
     print(f"\ngenerated from nothing:\n  {text!r}\n\ncontinuing {run.prompt!r}:\n  {continuation!r}")
     (out / "samples.txt").write_text(f"{text}\n\n---\n\n{continuation}\n", encoding="utf-8")
     results["samples"] = {"generated": text, "conditional": continuation}

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel
 
 from tokcom_hf import DenoisedModelConfig, TokComModel
+from tokcom_hf.metrics.reconstruction import next_token_loss
 from tokcom_hf.models.flow_matching import commit_places
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
@@ -18,6 +19,7 @@ from test_tokcom_training import joint_model as joint
 def model(self_conditioning: bool = False, **flow) -> TokComModel:
     """Random weights large enough that everything matters, but for how likely tokens are: those differ moderately."""
     denoiser = SHAPE | {"attention": "block_causal", "num_context_layers": 2, "self_conditioning": self_conditioning}
+    denoiser = flow.pop("denoiser", denoiser)
     defaults = {"token_time_std": 1.0, "token_window_size": 24, "scale_input": True, "eos_token_id": None}
     built = joint(denoiser=denoiser, **defaults | flow).eval()
     with torch.no_grad():
@@ -310,3 +312,25 @@ def test_a_model_knows_how_it_is_best_sampled(monkeypatch):
     for wrong in ({"sampler": "commit"}, {"block_size": -1}):
         with pytest.raises(ValueError, match="needs token_time_std > 0; got"):
             joint(**wrong)
+
+
+@pytest.mark.parametrize("num_context_layers", [0, 2])
+def test_the_next_token_loss_is_that_of_what_commit_draws_from(monkeypatch, num_context_layers):
+    denoiser = SHAPE | {"attention": "block_causal", "num_context_layers": num_context_layers}
+    net = model(denoiser=denoiser)
+    ids, mask = torch.randint(0, 50, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[1, 6:] = 0
+    losses = []
+
+    def read(hidden, head, temperature, generator):
+        """In place of drawing: notes how likely the true token was, and goes on with it."""
+        place = len(losses)
+        losses.append(-torch.nn.functional.linear(hidden[:, 0], head).log_softmax(-1)[torch.arange(2), ids[:, place]])
+        return ids[:, place : place + 1]
+
+    monkeypatch.setattr(net.vae, "read_tokens", read)
+    net._noise = lambda shape, generator: torch.zeros(shape)
+    net.generate(num_chunks=3, batch_size=2, num_steps=4, sampler="commit", block_size=1)
+    expected = torch.stack(losses, dim=1)
+    counted = mask.bool() & (torch.arange(12) > 0)
+    assert abs(next_token_loss(net, ids, mask) - float(expected[counted].mean())) < 1e-4
