@@ -31,8 +31,8 @@ from tokcom_hf.metrics.text_protocol import held_out_prefixes, measure_sampler
 
 RECIPES = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = RECIPES / "configs" / "tiny" / "tokcom_ablations.yaml"
-COLUMNS = ("token_accuracy_sigma_0.5", "denoised_accuracy_t_0.3", "brier_lm", "kn_perplexity_held_out", "entropy", "auc",
-           "overlap_8")  # fmt: skip
+COLUMNS = ("token_accuracy_sigma_0.5", "denoised_accuracy_t_0.3", "next_token_loss", "brier_lm", "kn_perplexity_held_out",
+           "entropy", "auc", "overlap_8")  # fmt: skip
 
 
 @dataclass
@@ -57,6 +57,7 @@ def main() -> None:
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource}, DEFAULT_CONFIG)
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
     only = run.only if isinstance(run.only, list) else [run.only]
+    run.seeds = run.seeds if isinstance(run.seeds, list) else [run.seeds]
     rows = [{"name": "start"}, *run.rows]
     names = [row["name"] for row in rows]
     unknown = sorted(set(only) - set(names))
@@ -140,7 +141,8 @@ def show(name: str, result: dict[str, Any]) -> None:
             value = result["generated"][key]
             cells.append(f"{value['mean']:.4g} ± {value['std']:.2g}")
         else:
-            cells.append(f"{result['accuracies'][key]:.4f}")
+            value = result["accuracies"].get(key)
+            cells.append("-" if value is None else f"{value:.4f}")
     print(f"{name:24}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
 
 
