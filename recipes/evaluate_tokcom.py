@@ -219,21 +219,22 @@ def all_samplers(
 def next_token_losses(samplers: dict[str, Sampler], held_out: np.ndarray, batch_size: int = 16) -> dict[str, float]:
     """Of each network that has one, on the same rows: at most 256, evenly spaced, without each row's first token."""
     rows = torch.from_numpy(held_out[:: -(-len(held_out) // 256)]).split(batch_size)
-    losses: dict[str, float] = {}
-    measured: list[Any] = []
+    networks: dict[str, Any] = {}
     for name, sampler in samplers.items():
-        model = getattr(sampler, "model", None)
-        if isinstance(sampler, CausalSampler):
-            loss = lambda ids, model=model: float(model(ids.to(model.device), labels=ids.to(model.device)).loss)  # noqa: E731
-        elif isinstance(sampler, TokComSampler) and can_commit(model) and model not in measured:
-            loss = lambda ids, model=model: next_token_loss(model, ids.to(model.device), torch.ones_like(ids))  # noqa: E731
-        else:
-            continue
-        measured.append(model)
-        losses["TokCom" if name.startswith("TokCom, ") else name] = sum(loss(ids) * len(ids) for ids in rows) / sum(
-            len(ids) for ids in rows
-        )
-    return losses
+        if isinstance(sampler, TokComSampler) and can_commit(sampler.model):
+            # All rows of the first model have its weights.
+            networks["TokCom" if name.startswith("TokCom, ") else name] = sampler.model
+        elif isinstance(sampler, CausalSampler):
+            networks[name] = sampler.model
+
+    def loss(model: Any, ids: torch.Tensor) -> float:
+        ids = ids.to(model.device)
+        if model.config.model_type == "tokcom":
+            return next_token_loss(model, ids, torch.ones_like(ids))
+        return float(model(ids, labels=ids).loss)
+
+    count = sum(len(ids) for ids in rows)
+    return {name: sum(loss(model, ids) * len(ids) for ids in rows) / count for name, model in networks.items()}
 
 
 def with_temperature(model, heat: float | None) -> dict[str, float]:
@@ -274,7 +275,11 @@ def frontiers(run: RunArguments, model, data, judge, length: int) -> dict[str, l
     }  # fmt: skip
     usual = [0.9, 1.0] if model.config.clean_latents == "posterior_mean" else [0.0, 1.0]
     heats = run.frontier_temperatures or usual
-    grid = [{"temperature": heat, "num_steps": steps} for heat, steps in product(heats, run.frontier_steps)]
+    steps = run.frontier_steps
+    if (run.sampler or model.config.sampler) == "commit":
+        # It passes at most once over each token of a chunk: more steps are the same samples.
+        steps = sorted({min(count, model.config.vae.chunk_size) for count in steps})
+    grid = [{"temperature": heat, "num_steps": count} for heat, count in product(heats, steps)]
 
     def sampler(temperature: float, num_steps: int) -> TokComSampler:
         return TokComSampler(model, common | {"num_steps": num_steps} | with_temperature(model, temperature))

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layers import Attention, KeyValue, SwiGLU, rotary_embeddings
+from .layers import Block, KeyValue, rotary_embeddings
 
 
 def joined(before: list[KeyValue], after: list[KeyValue]) -> list[KeyValue]:
@@ -36,22 +35,6 @@ class FinishedChunks:
         return FinishedChunks(joined(self.layers, new.layers), joined(self.encoder, new.encoder), new.state)
 
 
-class ContextLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block that reads a prefix."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = SwiGLU(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, hidden_states, rotary, attention_mask, prefix):
-        attended, key_value = self.self_attn(self.input_layernorm(hidden_states), rotary, attention_mask, prefix)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), key_value
-
-
 class ContextEncoder(nn.Module):
     """Clean latents → a state per chunk that knows all chunks up to it."""
 
@@ -59,7 +42,7 @@ class ContextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.input_proj = nn.Linear(config.latent_size, config.hidden_size)
-        self.layers = nn.ModuleList([ContextLayer(config) for _ in range(config.num_context_layers)])
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_context_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(

@@ -109,7 +109,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; returns what `Attention` returns."""
 
     def __init__(self, config):
         super().__init__()
@@ -118,10 +118,18 @@ class Block(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, position_embeddings: KeyValue) -> torch.Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_embeddings)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: KeyValue,
+        attention_mask: torch.Tensor | None = None,
+        prefix: KeyValue | None = None,
+    ) -> tuple[torch.Tensor, KeyValue]:
+        attended, key_value = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, prefix
+        )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), key_value
 
 
 def check_transformer_shape(config) -> None:

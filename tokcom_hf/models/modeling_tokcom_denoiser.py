@@ -84,7 +84,7 @@ class DenoisedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _supports_sdpa = True
-    _no_split_modules = ["DenoiserBlock", "ContextLayer"]
+    _no_split_modules = ["DenoiserBlock", "Block"]
 
     def __init__(self, config: DenoisedModelConfig):
         super().__init__(config)

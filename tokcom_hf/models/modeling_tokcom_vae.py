@@ -52,7 +52,7 @@ class ChunkTransformer(nn.Module):
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         rotary = rotary_embeddings(positions, head_dim, self.config.rope_theta, hidden_states.dtype)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, rotary)
+            hidden_states, _ = layer(hidden_states, rotary)
         return self.norm(hidden_states)
 
 

@@ -209,7 +209,8 @@ class DenoiserTrainer(_TokComTrainer):
         predicted, clean: (batch, chunks, latent), predicted None where only tokens are; times, counted: (batch, chunks);
         input_ids: (batch, length); token_hidden: (batch, chunks, chunk, hidden) where the denoiser predicts tokens itself,
         and not through the decoder; asked: (batch, chunks, chunk) where not all tokens are, then token_hidden is theirs,
-        (tokens, hidden), and share what they are of all counted tokens: the loss of the others is zero.
+        (tokens, hidden), and share what they are of all counted tokens: the loss of the others is zero, while the part
+        "batch_ce_loss" is the mean over those asked for.
         """
         config = tokcom.config
         # A row of padding behind its clean prefix counts nowhere: sums over at least one position, never a mean of none.
@@ -234,9 +235,8 @@ class DenoiserTrainer(_TokComTrainer):
                 hidden_states = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype)).flatten(0, 1)
                 head, labels = tokcom.vae.decoder_head(), labels[counted]
             entropy = chunked_cross_entropy(hidden_states, head, labels.reshape(-1))
-            entropy = entropy if share is None else entropy * share
-            loss = loss + config.cross_entropy_weight * entropy
             parts["batch_ce_loss"] = entropy
+            loss = loss + config.cross_entropy_weight * (entropy if share is None else entropy * share)
         return loss, parts
 
     def _plan(self, chunks: int, config, generator: torch.Generator) -> dict[str, Any]:
