@@ -213,12 +213,15 @@ def test_commit_says_what_it_needs():
 def test_cut_chunks_are_clean_up_to_a_place_and_noise_behind_it(tmp_path):
     net = model(token_cut_rate=0.5)
     trainer = denoiser_trainer(tmp_path, net)
-    own = trainer._token_times(torch.full((500, 4), 0.3), net.config, torch.Generator().manual_seed(0))[0].view(-1, 4)
+    own, _, times = trainer._token_times(torch.full((500, 4), 0.3), net.config, torch.Generator().manual_seed(0))
+    own, times = own.view(-1, 4), times.view(-1)
     known = own > 0.999
     cut = (known | (own < 1e-3)).all(-1)
     assert abs(float(cut.float().mean()) - 0.5) < 0.05
     lengths = known[cut].sum(-1)
     assert bool((known[cut] == (torch.arange(4) < lengths[:, None])).all())
+    # The chunk is told the share of its clean tokens, as by the sampler "commit"; the others keep their time.
+    assert torch.equal(times[cut], lengths / 4) and bool((times[~cut] == 0.3).all())
     # Every place is asked for, none is cut off entirely, and all cuts are as likely.
     torch.testing.assert_close(
         torch.bincount(lengths, minlength=5)[:4] / len(lengths), torch.full((4,), 0.25), atol=0.05, rtol=0
@@ -273,7 +276,7 @@ def test_single_chunks_waste_no_first_block(tmp_path):
 def test_copies_of_a_row_share_their_context_and_ask_for_every_token(tmp_path):
     net = model(token_cut_rate=1.0, noise_copies=4)
     trainer = denoiser_trainer(tmp_path, net)
-    times, asked = trainer._token_times(torch.full((3 * 4, 5), 0.3), net.config, torch.Generator().manual_seed(0))
+    times, asked, _ = trainer._token_times(torch.full((3 * 4, 5), 0.3), net.config, torch.Generator().manual_seed(0))
     known = (times > 0.999).view(3, 4, 5, 4)
     asked = asked.view(3, 4, 5, 4)
     assert bool((asked.sum(1) == 1).all()) and bool((asked.sum(-1) == 1).all())

@@ -171,9 +171,12 @@ def test_time_per_position_equals_one_time_where_they_are_equal():
     model, x = tiny_model(), torch.randn(2, 6, 16)
     t = torch.tensor([0.2, 0.7])
     expected = model(x, t).clean_latents
+    embedded: list[int] = []
+    model.denoiser.time_mlp.register_forward_pre_hook(lambda module, inputs: embedded.append(len(inputs[0])))
     torch.testing.assert_close(model(x, t[:, None].expand(2, 6)).clean_latents, expected)
     index = torch.tensor([0, 0, 0, 1, 1, 1])
     torch.testing.assert_close(model(x, t[:, None].expand(2, 2), block_index=index).clean_latents, expected)
+    assert embedded == [2, 2], "a time is embedded once, however many positions have it"
     with pytest.raises(ValueError, match="timesteps must be"):
         model(x, torch.rand(2, 4))
 

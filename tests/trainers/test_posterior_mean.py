@@ -177,8 +177,8 @@ def test_tokens_have_times_of_their_own(tmp_path):
     model = joint(token_time_std=2.0, scale_input=True)
     trainer = denoiser_trainer(tmp_path, model, max_steps=4)
     chunks = torch.tensor([[0.3, 1.0, 0.6]]).repeat(500, 1)
-    own, asked = trainer._token_times(chunks, model.config, torch.Generator().manual_seed(0))
-    assert asked is None
+    own, asked, same = trainer._token_times(chunks, model.config, torch.Generator().manual_seed(0))
+    assert asked is None and torch.equal(same, chunks)
     assert own.shape == (500, 3, 4) and bool((own[:, 1] == 1).all())
     logits = torch.logit(own[:, [0, 2]].double())
     torch.testing.assert_close(logits.std((0, 2)), torch.full((2,), 2.0, dtype=torch.double), atol=0.1, rtol=0)

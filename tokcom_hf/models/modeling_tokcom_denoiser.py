@@ -48,12 +48,9 @@ class AdaptiveNorm(nn.Module):
         # adaLN-Zero: a new block normalises as if unconditioned.
         self.scale_shift_mlp[1].zero_init = True
 
-    def forward(self, hidden_states: torch.Tensor, time: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
-        """`time` (batch, groups, hidden) holds one embedding per distinct t, `groups` (length,) which one a position has."""
-        modulation = self.scale_shift_mlp(time)
-        if groups is not None:
-            modulation = modulation[:, groups]
-        scale, shift = modulation.chunk(2, dim=-1)
+    def forward(self, hidden_states: torch.Tensor, time: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        """`time` (times, hidden) holds one embedding per distinct t; `which` (batch or 1, length or 1) says where it stands."""
+        scale, shift = nn.functional.embedding(which, self.scale_shift_mlp(time)).chunk(2, dim=-1)
         return self.norm(hidden_states) * (1 + scale) + shift
 
 
@@ -67,12 +64,12 @@ class DenoiserBlock(GradientCheckpointingLayer):
         self.adaln_attn = AdaptiveNorm(config)
         self.adaln_mlp = AdaptiveNorm(config)
 
-    def forward(self, hidden_states, time, groups, rotary, attention_mask, prefix):
+    def forward(self, hidden_states, time, which, rotary, attention_mask, prefix):
         attended, key_value = self.self_attn(
-            self.adaln_attn(hidden_states, time, groups), rotary, attention_mask, prefix
+            self.adaln_attn(hidden_states, time, which), rotary, attention_mask, prefix
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.adaln_mlp(hidden_states, time, groups)), key_value
+        return hidden_states + self.mlp(self.adaln_mlp(hidden_states, time, which)), key_value
 
 
 class DenoisedModel(PreTrainedModel):
@@ -194,14 +191,17 @@ class DenoisedModel(PreTrainedModel):
                 block_index, attention_mask,
             )  # fmt: skip
             hidden_states = hidden_states + self.state_proj(before.squeeze(2))
+        # Many chunks have the same time, and an embedding costs as much as half of a layer.
+        distinct, which = times.unique(return_inverse=True) if times.numel() > 1 else (times.flatten(), times.long() * 0)
+        which = which if groups is None else which[:, groups]
         sinusoid = time_sinusoid(
-            times * self.config.time_scale, self.config.hidden_size, float(self.config.time_max_period)
+            distinct * self.config.time_scale, self.config.hidden_size, float(self.config.time_max_period)
         )
         time = self.time_mlp(sinusoid.to(dtype))
         key_values: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
             prefix = None if prefixes is None else prefixes[index]
-            hidden_states, key_value = layer(hidden_states, time, groups, rotary, mask, prefix)
+            hidden_states, key_value = layer(hidden_states, time, which, rotary, mask, prefix)
             if return_key_values:
                 key_values.append(key_value)
         clean_latents = self.output_proj(self.norm(hidden_states[:, :chunks]))

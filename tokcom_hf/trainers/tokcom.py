@@ -145,7 +145,7 @@ class DenoiserTrainer(_TokComTrainer):
         arguments: dict[str, Any] = {"attention_mask": mask.long(), "block_index": index}
         entry_times, asked = times, None
         if config.token_time_std > 0:
-            arguments["token_times"], asked = self._token_times(times, config, generator)
+            arguments["token_times"], asked, t = self._token_times(times, config, generator)
             entry_times = tokcom.per_entry(arguments["token_times"])
         x_t = interpolate(noise, clean, entry_times)
         counted = mask & (times < 1.0)
@@ -176,13 +176,14 @@ class DenoiserTrainer(_TokComTrainer):
 
     def _token_times(
         self, times: torch.Tensor, config, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Times of the tokens (batch, chunks, chunk), spread around their chunks' (batch, chunks); clean stays clean.
 
         Returns:
-            the times, and which tokens the loss asks for, None for all.
+            the times, which tokens the loss asks for (None for all), and the chunks' times: of a chunk cut in two the share
+            of its clean tokens, which is what the sampler "commit" says.
         """
-        shape, copies = (times.shape[1], config.vae.chunk_size), config.noise_copies
+        shape, copies, chunk_times = (times.shape[1], config.vae.chunk_size), config.noise_copies, times
         spread = self._local(len(times), lambda count: torch.randn((count, *shape), generator=generator)).to(times)
         own = torch.sigmoid(torch.logit(times, eps=1e-6).unsqueeze(-1) + config.token_time_std * spread)
         asked = own < config.token_loss_max_time if config.token_loss_max_time < 1 else None
@@ -193,13 +194,15 @@ class DenoiserTrainer(_TokComTrainer):
             copy = torch.arange(copies, device=times.device).repeat(rows)[:, None, None]
             cut = ((draws[..., :1] * shape[1]).long() + copy) % shape[1]
             is_cut = draws[..., 1:] < config.token_cut_rate
+            chunk_times = torch.where((is_cut & (times < 1.0).unsqueeze(-1)).squeeze(-1), cut.squeeze(-1) / shape[1], times)
             place = torch.arange(shape[1], device=times.device)
             own = torch.where(is_cut, (place < cut).to(own), own)
             if asked is not None or copies > 1:
                 asked = torch.ones_like(own, dtype=torch.bool) if asked is None else asked
                 # The other copies ask for the tokens further right.
                 asked = torch.where(is_cut, place == cut if copies > 1 else place >= cut, asked)
-        return torch.where((times < 1.0).unsqueeze(-1), own.clamp(1e-4, 1 - 1e-4), times.unsqueeze(-1)), asked
+        own = torch.where((times < 1.0).unsqueeze(-1), own.clamp(1e-4, 1 - 1e-4), times.unsqueeze(-1))
+        return own, asked, chunk_times
 
     def losses(
         self, tokcom, predicted, clean, times, counted, input_ids, token_hidden=None, asked=None, share=None
