@@ -24,9 +24,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.metrics.compute import count_parameters
+from tokcom_hf.metrics.denoising import can_commit, denoising_metrics, next_token_loss
 from tokcom_hf.metrics.latent_path import sampling_path
-from tokcom_hf.metrics.reconstruction import can_commit, denoising_metrics, next_token_loss
 from tokcom_hf.metrics.text import KneserNey, TextJudge, denoise_reconstruct_accuracy, detailed_reconstruction
+from tokcom_hf.metrics.text_comparison import compare
 from tokcom_hf.metrics.text_generation import (
     CausalSampler,
     KneserNeySampler,
@@ -38,8 +39,6 @@ from tokcom_hf.metrics.text_protocol import (
     frontier,
     held_out_prefixes,
     measure_sampler,
-    ratio_at_equal_entropy,
-    ratios_on_frontier,
     summarize,
 )
 
@@ -294,38 +293,6 @@ def frontiers(run: RunArguments, model, data, judge, length: int) -> dict[str, l
         make = lambda net: lambda **point: CausalSampler(net, data.tokenizer.eos_token_id, **point)  # noqa: E731
         curves[name] = frontier(make(baseline), points, **arguments)
     return curves
-
-
-def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
-    """TokCom against each baseline at equal entropy, few steps against many, copying against held-out text."""
-    found: dict[str, Any] = {"equal_entropy": {}, "steps": {}, "steps_at_equal_entropy": {}}
-    lines = ["\ncomparisons"]
-    for name, target in ((key, point) for key in baselines for point in curves[key]):
-        label = f"{name} at temperature {target['temperature']:g} (entropy {target['entropy']:.2f})"
-        found["equal_entropy"][label] = {}
-        for scorer, key in (("train", "kn_perplexity"), ("held-out", "kn_perplexity_held_out")):
-            best = found["equal_entropy"][label][scorer] = ratio_at_equal_entropy(curves["TokCom"], target, key=key)
-            text = "no TokCom point within 0.1 nats of its entropy"
-            if best is not None:
-                text = f"TokCom's perplexity is {best['ratio']:.3g} x ({best['num_steps']} steps, {best['temperature']:g})"
-            lines.append(f"  {label}, {scorer} scorer: {text}")
-    for heat in sorted({point["temperature"] for point in curves["TokCom"]}):
-        at = {p["num_steps"]: p["kn_perplexity_held_out"] for p in curves["TokCom"] if p["temperature"] == heat}
-        if 16 in at and 50 in at:
-            found["steps"][f"temperature {heat:g}"] = at[16] / at[50]
-            lines.append(f"  16 steps / 50 steps at temperature {heat:g}: perplexity ratio {at[16] / at[50]:.3f}")
-    few, many = ([p for p in curves["TokCom"] if p["num_steps"] == steps] for steps in (16, 50))
-    for scorer, key in (("train", "kn_perplexity"), ("held-out", "kn_perplexity_held_out")):
-        for entropy, ratio in ratios_on_frontier(few, many, key):
-            found["steps_at_equal_entropy"][f"{entropy:.2f}, {scorer}"] = ratio
-            lines.append(
-                f"  16 steps / 50 steps at entropy {entropy:.2f}, {scorer} scorer: perplexity ratio {ratio:.3f}"
-            )
-    tokcom = next(name for name in rows if name.startswith("TokCom, ") and "one step" not in name)
-    excess = rows[tokcom]["overlap_8"]["mean"] - rows["held-out text"]["overlap_8"]["mean"]
-    found["overlap_8_above_held_out"] = excess
-    lines.append(f"  8-gram overlap with train, above held-out text: {100 * excess:+.2f} points")
-    return found | {"lines": lines}
 
 
 def print_accuracies(results: dict[str, Any]) -> None:

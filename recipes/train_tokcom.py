@@ -41,7 +41,8 @@ from tokcom_hf.data.latent_rows import encode_rows
 from tokcom_hf.data.text import load_text_rows
 from tokcom_hf.data.tokenizers import check_tokenizer
 from tokcom_hf.hub import push_folder
-from tokcom_hf.metrics.reconstruction import denoising_metrics, reconstruction_metrics
+from tokcom_hf.metrics.denoising import denoising_metrics
+from tokcom_hf.metrics.reconstruction import reconstruction_metrics
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 

@@ -9,13 +9,12 @@ from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.latent_path import sampling_path
 from tokcom_hf.metrics.text import KneserNey, TextJudge, detailed_reconstruction
+from tokcom_hf.metrics.text_comparison import ratio_at_equal_entropy, ratios_on_frontier
 from tokcom_hf.metrics.text_generation import CausalSampler, KneserNeySampler, ShuffledChunkSampler, TokComSampler
 from tokcom_hf.metrics.text_protocol import (
     frontier,
     held_out_prefixes,
     measure_sampler,
-    ratio_at_equal_entropy,
-    ratios_on_frontier,
 )
 
 VOCABULARY = 31

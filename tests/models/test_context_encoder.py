@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel
 
 from tokcom_hf import DenoisedModelConfig, TokComModel
-from tokcom_hf.metrics.reconstruction import next_token_loss
+from tokcom_hf.metrics.denoising import next_token_loss
 from tokcom_hf.models.flow_matching import commit_places
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))

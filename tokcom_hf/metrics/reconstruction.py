@@ -1,10 +1,8 @@
-"""How well latents carry text: accuracies of the autoencoder and of the denoiser, with and without noise."""
+"""How well latents carry text: tokens, chunks, sequences, rare tokens, random chunks, and accuracy against latent noise."""
 
 from typing import Any
 
 import torch
-
-from ..models.chunked_cross_entropy import chunked_cross_entropy
 
 
 def token_and_chunk_accuracy(
@@ -59,75 +57,53 @@ def reconstruction_metrics(
     return metrics
 
 
-@torch.no_grad()
-def denoising_metrics(
-    model: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    times: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9),
-    seed: int = 0,
+def rare_token_accuracy(
+    predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, train_counts: torch.Tensor, at_most: int = 10
 ) -> dict[str, float]:
-    """Token accuracy of one denoiser prediction from x_t, beside decoding x_t itself, for each t (0 noise, 1 clean).
-
-    Returns `denoised_accuracy_t_0.1`, `direct_accuracy_t_0.1`, and so on; and `next_token_loss` of models that can draw
-    token after token.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    ids, mask = input_ids.to(device), attention_mask.to(device)
-    clean = model.standardize(model.encode(ids))
-    chunk_mask = mask.view(len(mask), -1, model.config.vae.chunk_size).any(dim=-1).long()
-    generator = torch.Generator().manual_seed(seed)
-    noise = (torch.randn(clean.shape, generator=generator) * model.config.noise_std).to(clean)
-    metrics = {}
-    for t in times:
-        x_t = (1 - t) * noise + t * clean
-        steps = torch.full((len(ids),), t, device=device)
-        predicted = model(x_t, steps, attention_mask=chunk_mask).clean_latents
-        for name, latents in (("denoised", predicted), ("direct", x_t)):
-            decoded = model.decode(model.unstandardize(latents))
-            accuracy = token_and_chunk_accuracy(decoded, ids, mask, model.config.vae.chunk_size)["token_accuracy"]
-            metrics[f"{name}_accuracy_t_{t:g}"] = accuracy
-    if can_commit(model):
-        metrics["next_token_loss"] = next_token_loss(model, ids, mask)
-    return metrics
-
-
-def can_commit(model: Any) -> bool:
-    """Whether a `TokComModel` knows how likely each token is given those before it."""
-    return model.config.token_time_std > 0 and model.config.denoiser.attention == "block_causal"
-
-
-@torch.no_grad()
-def next_token_loss(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> float:
-    """Mean cross-entropy in nats of each token given all before it in its row, the rows' first tokens left out.
-
-    The sampler "commit" with block_size=1 draws from these very distributions, so this is minus the exact log-likelihood per
-    token, to be compared with the loss of a causal language model on the same rows.
+    """Accuracy on tokens seen at most `at_most` times in training, and their share of the text.
 
     Args:
-        model: `TokComModel` with block-causal attention, trained with `token_time_std` > 0.
-        input_ids, attention_mask: (rows, length), `length` a multiple of the chunk size; 0 = padding.
+        predicted, target, mask: (rows, length).
+        train_counts: (vocabulary,) occurrences of each id in the training text.
     """
-    chunk = model.config.vae.chunk_size
-    clean = model.standardize(model.encode(input_ids))
-    labels: Any = input_ids.masked_fill(attention_mask == 0, -100)
-    labels[:, 0] = -100
-    labels, places = labels.view(*clean.shape[:2], chunk), torch.arange(chunk, device=clean.device)
-    real = attention_mask.view(*clean.shape[:2], chunk).any(dim=-1)
-    total, count = 0.0, 0
-    for place in range(chunk):
-        times = (places < place).to(clean).expand(*clean.shape[:2], chunk)
-        asked = (places == place).expand_as(times) & (labels >= 0)
-        if not bool(asked.any()):
-            continue
-        # Nothing is seen of tokens at t = 0 but noise of mean zero; the mean itself keeps the measure free of chance.
-        hidden = model(
-            clean * model.per_entry(times), torch.full((1,), place / chunk, device=clean.device), token_times=times,
-            context=clean, block_index=torch.arange(clean.shape[1], device=clean.device), attention_mask=real.long(),
-            only_tokens=True, token_mask=asked,
-        ).token_hidden  # fmt: skip
-        number = int(asked.sum())
-        total += float(chunked_cross_entropy(hidden, model.token_head(), labels[asked])) * number
-        count += number
-    return total / max(1, count)
+    rare = (train_counts.to(target.device)[target] <= at_most) & mask.bool()
+    count = int(rare.sum())
+    right = int(((predicted == target) & rare).sum())
+    return {
+        "rare_token_accuracy": right / count if count else float("nan"),
+        "rare_token_share": count / max(1, int(mask.sum())),
+    }
+
+
+@torch.no_grad()
+def detailed_reconstruction(
+    vae: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    train_counts: torch.Tensor,
+    noise_levels: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0),
+    seed: int = 0,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Every reconstruction number of a VAE on held-out rows (rows, length).
+
+    Returns `token_accuracy`, `chunk_accuracy` (and `..._sigma_0.5` per noise level, in standard deviations of the
+    latents), `latent_std`, `active_dimensions`, `sequence_accuracy` (whole rows right), `rare_token_accuracy`,
+    `rare_token_share` and `random_chunk_accuracy`, on chunks of uniformly random ids, where language does not help.
+    """
+    metrics = reconstruction_metrics(vae, input_ids, attention_mask, noise_levels, seed, batch_size)
+    predicted = _round_trip(vae, input_ids, batch_size)
+    wrong = (predicted != input_ids) & attention_mask.bool()
+    metrics["sequence_accuracy"] = float((~wrong.any(dim=1)).float().mean())
+    metrics |= rare_token_accuracy(predicted, input_ids, attention_mask, train_counts)
+    generator = torch.Generator().manual_seed(seed)
+    random_ids = torch.randint(vae.config.omni_token_id, input_ids.shape, generator=generator)
+    accuracies = token_and_chunk_accuracy(
+        _round_trip(vae, random_ids, batch_size), random_ids, torch.ones_like(random_ids), vae.config.chunk_size
+    )
+    return metrics | {f"random_{name}": value for name, value in accuracies.items()}
+
+
+def _round_trip(vae: Any, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    device = next(vae.parameters()).device
+    return torch.cat([vae.decode(vae.encode(rows.to(device))).cpu() for rows in ids.split(batch_size)])

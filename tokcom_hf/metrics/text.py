@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .reconstruction import token_and_chunk_accuracy
-from .text_accuracy import denoise_reconstruct_accuracy, detailed_reconstruction, rare_token_accuracy
+from .denoising import denoise_reconstruct_accuracy
+from .reconstruction import detailed_reconstruction, rare_token_accuracy, token_and_chunk_accuracy
 from .text_brier import brier_lm, brier_scores
 from .text_diversity import distinct_n, jensen_shannon, ngrams, self_bleu, unigram_entropy
 from .text_memorisation import TrainIndex, memorisation

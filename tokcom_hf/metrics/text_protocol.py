@@ -97,35 +97,3 @@ def frontier(
         if report is not None:
             report(points[-1])
     return points
-
-
-def ratio_at_equal_entropy(
-    points: Sequence[Point], baseline: Point, tolerance: float = 0.1, key: str = "kn_perplexity_held_out"
-) -> Point | None:
-    """Best perplexity of `points` whose entropy is within `tolerance` nats of the baseline's, over the baseline's.
-
-    Returns:
-        the point with `ratio` added, or None where no point comes that near.
-    """
-    near = [point for point in points if abs(point["entropy"] - baseline["entropy"]) <= tolerance]
-    if not near:
-        return None
-    best = min(near, key=lambda point: point[key])
-    return {**best, "ratio": best[key] / baseline[key]}
-
-
-def ratios_on_frontier(
-    points: Sequence[Point], reference: Sequence[Point], key: str = "kn_perplexity_held_out"
-) -> list[tuple[float, float]]:
-    """Perplexity of each point over that of the reference curve at the same entropy, as (entropy, ratio).
-
-    The reference's logarithm is interpolated between its points; points outside its entropies are left out.
-    """
-    curve = sorted(reference, key=lambda point: point["entropy"])
-    entropies = [point["entropy"] for point in curve]
-    logarithms = np.log([point[key] for point in curve])
-    return [
-        (point["entropy"], float(point[key] / np.exp(np.interp(point["entropy"], entropies, logarithms))))
-        for point in points
-        if len(curve) > 1 and entropies[0] <= point["entropy"] <= entropies[-1]
-    ]

@@ -49,7 +49,7 @@ class AdaptiveNorm(nn.Module):
         self.scale_shift_mlp[1].zero_init = True
 
     def forward(self, hidden_states: torch.Tensor, time: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-        """`time` (times, hidden) holds one embedding per distinct t; `which` (batch or 1, length or 1) says where it stands."""
+        """`time` (times, hidden): one embedding per distinct t; `which` (batch or 1, length or 1): the one of a position."""
         scale, shift = nn.functional.embedding(which, self.scale_shift_mlp(time)).chunk(2, dim=-1)
         return self.norm(hidden_states) * (1 + scale) + shift
 
@@ -192,7 +192,9 @@ class DenoisedModel(PreTrainedModel):
             )  # fmt: skip
             hidden_states = hidden_states + self.state_proj(before.squeeze(2))
         # Many chunks have the same time, and an embedding costs as much as half of a layer.
-        distinct, which = times.unique(return_inverse=True) if times.numel() > 1 else (times.flatten(), times.long() * 0)
+        distinct, which = (
+            times.unique(return_inverse=True) if times.numel() > 1 else (times.flatten(), times.long() * 0)
+        )
         which = which if groups is None else which[:, groups]
         sinusoid = time_sinusoid(
             distinct * self.config.time_scale, self.config.hidden_size, float(self.config.time_max_period)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..metrics.reconstruction import denoising_metrics, reconstruction_metrics
+from ..metrics.denoising import denoising_metrics
+from ..metrics.reconstruction import reconstruction_metrics
 from ..models.chunked_cross_entropy import chunked_cross_entropy
 from ..models.flow_matching import interpolate, sample_times, velocity_weight
 from .base import CompressionTrainer, CompressionTrainingArguments
@@ -194,7 +195,9 @@ class DenoiserTrainer(_TokComTrainer):
             copy = torch.arange(copies, device=times.device).repeat(rows)[:, None, None]
             cut = ((draws[..., :1] * shape[1]).long() + copy) % shape[1]
             is_cut = draws[..., 1:] < config.token_cut_rate
-            chunk_times = torch.where((is_cut & (times < 1.0).unsqueeze(-1)).squeeze(-1), cut.squeeze(-1) / shape[1], times)
+            chunk_times = torch.where(
+                (is_cut & (times < 1.0).unsqueeze(-1)).squeeze(-1), cut.squeeze(-1) / shape[1], times
+            )
             place = torch.arange(shape[1], device=times.device)
             own = torch.where(is_cut, (place < cut).to(own), own)
             if asked is not None or copies > 1:
