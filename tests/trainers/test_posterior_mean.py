@@ -30,11 +30,14 @@ def test_the_mean_latent_is_the_mean_of_latents():
     drawn = torch.stack([torch.multinomial(p, 20000, replacement=True) for p in probabilities], dim=0)
     latents = model.vae.encode(drawn.transpose(1, 2).reshape(3, -1))
     torch.testing.assert_close(latents.mean(1), expected, atol=0.05, rtol=0)
-    # Of one certain token per place it is the latent itself, and every token has unit scale.
+    # Of one certain token per place it is the latent itself, and every token has unit scale but for the norm's epsilon.
     ids = torch.randint(51, (2, 4))
     certain = torch.nn.functional.one_hot(ids, 51).float()
     torch.testing.assert_close(model.vae.expected_latents(certain), model.vae.encode(ids)[:, 0])
-    torch.testing.assert_close(model.vae.encode(ids).square().mean(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    square = model.vae.token_latents.weight[ids].square().mean(-1)
+    expected = square / (square + model.config.vae.rms_norm_eps)
+    torch.testing.assert_close(model.vae.encode(ids).view(2, 4, -1).square().mean(-1), expected)
+    assert bool((expected > 0.98).all())
 
 
 def test_forward_gives_the_mean_of_its_own_tokens(monkeypatch):

@@ -79,8 +79,6 @@ class TokComVAE(PreTrainedModel):
         )
         nearest = config.nearest_decoder
         self.decoder = None if nearest else ChunkTransformer(config, config.num_decoder_layers)
-        if self.token_latents is not None:
-            self.token_latents.unit_scale = True
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # The denoiser's own head then, behind another linear map: two small ones would hardly learn at first.
         self.lm_head.fan_in_init = self.embed_tokens.fan_in_init = nearest
@@ -93,10 +91,6 @@ class TokComVAE(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if getattr(module, "unit_scale", False):
-            # Read after normalization: of unit scale from the start, or the first steps would turn rows at random.
-            init.normal_(module.weight, std=1.0)
-            return
         if getattr(module, "fan_in_init", False):
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             return
