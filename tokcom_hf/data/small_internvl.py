@@ -8,8 +8,6 @@ checkpoints in the format of `OpenGVLab/InternVL3-1B-hf` and the small model ali
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -17,12 +15,11 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from .small_vlm import scene_words
+from .scene_tokenizer import scene_tokenizer
 
 IMAGE_TOKENS = {
     "start_image_token": "<img>",
@@ -82,19 +79,8 @@ class TileProcessor:
 
 
 def scene_tile_processor(image_size: int, image_seq_length: int) -> TileProcessor:
-    """Word-level tokenizer of the procedural scenes and an image processor for squares of `image_size` pixels."""
-    special = ["<pad>", "</s>", "<unk>", *IMAGE_TOKENS.values()]
-    vocabulary = {word: index for index, word in enumerate([*special, *scene_words()])}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=IMAGE_TOKENS,
-    )
+    """The procedural scenes' tokenizer and an image processor for squares of `image_size` pixels."""
+    tokenizer = scene_tokenizer(IMAGE_TOKENS)
     size = {"height": image_size, "width": image_size}
     return TileProcessor(tokenizer, GotOcr2ImageProcessorPil(size=size, crop_to_patches=False), image_seq_length)
 
