@@ -336,3 +336,21 @@ def test_the_next_token_loss_is_that_of_what_commit_draws_from(monkeypatch, num_
     expected = torch.stack(losses, dim=1)
     counted = mask.bool() & (torch.arange(12) > 0)
     assert abs(next_token_loss(net, ids, mask) - float(expected[counted].mean())) < 1e-4
+
+
+def test_commit_looks_at_no_token_but_those_it_draws(monkeypatch):
+    net = model(sampler="commit", block_size=2)
+    asked: list[int] = []
+    forward = type(net).forward
+
+    def watched(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        asked.append(output.token_hidden.shape[0])
+        return output
+
+    monkeypatch.setattr(type(net), "forward", watched)
+    net.generate(num_chunks=6, batch_size=3, num_steps=4)
+    assert asked == [3 * 2] * 4 * 3, "rows · chunks of a block, in each of four passes over three blocks"
+    asked.clear()
+    net.generate(num_chunks=6, batch_size=3, num_steps=2)
+    assert asked == [3 * 2 * 2] * 2 * 3

@@ -97,15 +97,18 @@ class BlockSampling:
 
     def _commit(self, denoise, last, x, num_steps: int, generator, options) -> tuple[torch.Tensor, torch.LongTensor]:
         """Draws token after token of the chunks x (batch, chunks, latent): those drawn are at t = 1, the others at t = 0."""
-        places, head = self.config.vae.chunk_size, options["token_head"]
+        places, head = self.config.vae.chunk_size, self.vae.lm_head.weight
         size = x.shape[-1] // places
-        # Behind the columns that meet the hidden states, the head holds the standardised latents of all tokens.
-        table = head[:, -size - 1 : -1]
+        # The token head is `lm_head`, the standardised latents of all tokens and their squares side by side. At t = 0 a
+        # token's own latent tells nothing of it: the factors of the last two are zero.
+        table = options["token_head"][:, -size - 1 : -1]
         times, tokens = torch.zeros(places, device=x.device), x.unflatten(-1, (places, -1)).clone()
         drawn = []
         for now in commit_places(places, num_steps):
+            options["token_mask"] = torch.zeros(tokens.shape[:-1], dtype=torch.bool, device=x.device)
+            options["token_mask"][:, :, now] = True
             denoise(tokens.flatten(-2), self.per_entry(times).view(1, 1, -1))
-            hidden = last[0][:, :, now].flatten(1, 2)
+            hidden = last[0][:, : head.shape[1]].view(len(x), -1, head.shape[1])
             ids = self.vae.read_tokens(hidden, head, options["posterior_temperature"], generator)
             drawn.append(ids.unflatten(1, (-1, len(now))))
             tokens[:, :, now] = nn.functional.embedding(drawn[-1], table).to(tokens.dtype)
