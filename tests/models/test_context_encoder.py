@@ -338,6 +338,20 @@ def test_the_next_token_loss_is_that_of_what_commit_draws_from(monkeypatch, num_
     assert abs(next_token_loss(net, ids, mask) - float(expected[counted].mean())) < 1e-4
 
 
+def test_training_tells_a_cut_chunk_what_commit_tells_it(tmp_path, monkeypatch):
+    net = model(token_cut_rate=1.0, noise_copies=4, block_sizes=[1])
+    told: list[torch.Tensor] = []
+    forward = net.denoiser.forward
+    monkeypatch.setattr(net.denoiser, "forward", lambda x, t, **more: (told.append(t), forward(x, t, **more))[1])
+    ids = torch.randint(0, 50, (3, 24))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "latents": net.encode(ids)}
+    denoiser_trainer(tmp_path, net).compute_loss(net, inputs)
+    assert told[0].shape == (12, 6) and told[0].unique().tolist() == [0.0, 0.25, 0.5, 0.75]
+    told.clear()
+    net.generate(num_chunks=1, sampler="commit", num_steps=4)
+    assert torch.cat(told).flatten().tolist() == [0.0, 0.25, 0.5, 0.75]
+
+
 def test_commit_looks_at_no_token_but_those_it_draws(monkeypatch):
     net = model(sampler="commit", block_size=2)
     asked: list[int] = []

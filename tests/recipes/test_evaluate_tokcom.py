@@ -258,3 +258,15 @@ def test_temperature_is_the_posteriors_where_tokens_are_predicted():
     assert setting("posterior_mean", 0.9) == {"posterior_temperature": 0.9}
     assert setting("latent", None) == {"temperature": 0.0}
     assert setting("latent", 0.9) == {"temperature": 0.9}
+
+
+def test_the_frontier_of_commit_measures_no_step_count_twice():
+    recipe = runpy.run_path(str(RECIPES / "evaluate_tokcom.py"), run_name="recipe")
+    grids = []
+    recipe["frontiers"].__globals__["frontier"] = lambda make, grid, **arguments: grids.append(grid) or []
+    run = recipe["RunArguments"](frontier_steps=[1, 2, 4, 8, 50], frontier_temperatures=[1.0], seeds=[0])
+    vae = SimpleNamespace(chunk_size=4)
+    for sampler, steps in (("commit", [1, 2, 4]), ("euler", [1, 2, 4, 8, 50])):
+        model = SimpleNamespace(config=SimpleNamespace(sampler=sampler, clean_latents="posterior_mean", vae=vae))
+        recipe["frontiers"](run, model, None, None, 16)
+        assert [point["num_steps"] for point in grids.pop()] == steps

@@ -38,6 +38,9 @@ def test_the_mean_latent_is_the_mean_of_latents():
     expected = square / (square + model.config.vae.rms_norm_eps)
     torch.testing.assert_close(model.vae.encode(ids).view(2, 4, -1).square().mean(-1), expected)
     assert bool((expected > 0.98).all())
+    # An optimizer step must be able to turn a row: the table starts as small as other weights.
+    std = model.vae.token_latents.weight.std()
+    torch.testing.assert_close(std, torch.tensor(model.config.vae.initializer_range), atol=0.004, rtol=0)
 
 
 def test_forward_gives_the_mean_of_its_own_tokens(monkeypatch):

@@ -40,7 +40,7 @@ class TokComConfig(PreTrainedConfig):
     independent_times: every position behind the clean prefix draws its own training time (2407.01392), so that
         `generate(block_size=...)` may finish blocks from left to right; otherwise all share one.
     noise_std: standard deviation of the flow's noise x0; 0.05 is documented, 1–2 on standardised latents works. Hiding a
-        token of twice the width takes √2 times the noise: √(latent_size / chunk_size / 32) matches the times below.
+        token of twice the width takes √2 times the noise: √(latent_size / chunk_size / 32) is as hard as 1 at width 32.
     time_distribution, time_mean, time_std: training times, "uniform" (documented) or "logit_normal" σ(N(mean, std²)).
     mse_weight: weight of the velocity-weighted squared error of x1; 0 is documented.
     cross_entropy_weight: weight of the cross-entropy through the frozen decoder; 1 is documented.

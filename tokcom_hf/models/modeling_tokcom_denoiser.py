@@ -191,10 +191,11 @@ class DenoisedModel(PreTrainedModel):
                 block_index, attention_mask,
             )  # fmt: skip
             hidden_states = hidden_states + self.state_proj(before.squeeze(2))
-        # Many chunks have the same time, and an embedding costs as much as half of a layer.
-        distinct, which = (
-            times.unique(return_inverse=True) if times.numel() > 1 else (times.flatten(), times.long() * 0)
-        )
+        if times.numel() == 1:
+            distinct, which = times.view(1), torch.zeros_like(times, dtype=torch.long)
+        else:
+            # Many chunks have the same time, and an embedding costs as much as half of a layer.
+            distinct, which = times.unique(return_inverse=True)
         which = which if groups is None else which[:, groups]
         sinusoid = time_sinusoid(
             distinct * self.config.time_scale, self.config.hidden_size, float(self.config.time_max_period)
