@@ -20,7 +20,8 @@ def model(self_conditioning: bool = False, **flow) -> TokComModel:
     """Random weights large enough that everything matters, but for how likely tokens are: those differ moderately."""
     denoiser = SHAPE | {"attention": "block_causal", "num_context_layers": 2, "self_conditioning": self_conditioning}
     denoiser = flow.pop("denoiser", denoiser)
-    defaults = {"token_time_std": 1.0, "token_window_size": 24, "scale_input": True, "eos_token_id": None}
+    defaults = {"token_time_std": 1.0, "token_window_size": 24, "token_attention_heads": 2, "scale_input": True}
+    defaults["eos_token_id"] = None
     built = joint(denoiser=denoiser, **defaults | flow).eval()
     with torch.no_grad():
         for parameter in built.denoiser.parameters():
@@ -57,9 +58,9 @@ def test_a_block_starts_from_the_state_of_the_chunk_before_it():
     with torch.no_grad():
         for layer in net.denoiser.layers:
             layer.self_attn.o_proj.weight.zero_()
-        for parameter in net.token_window.parameters():
-            parameter.zero_()
-        net.token_window.norm.weight.fill_(1.0)
+        for module in (net.token_window, net.token_attention):
+            for parameter in module.parameters():
+                parameter.zero_()
     clean, x, t = torch.randn(1, 6, 32), torch.randn(1, 6, 32), torch.rand(1, 3)
 
     def states(clean):
@@ -85,7 +86,7 @@ def test_finishing_chunks_in_any_portions_equals_the_training_layout(sizes):
     whole = net(x, t, context=clean, block_index=INDEX)
     past, start = None, 0
     for size in sizes:
-        past = net.denoiser.finish(clean[:, start : start + size], past, start)
+        past = net.finish(clean[:, start : start + size], past, start)
         start += size
     last = net(x[:, 4:], t[:, 2], past_key_values=past, position_offset=4, previous=clean[:, 3:4])
     torch.testing.assert_close(whole.token_hidden[:, 4:], last.token_hidden, atol=1e-5, rtol=1e-5)
@@ -102,9 +103,9 @@ def test_a_batch_of_uneven_prompts_equals_its_rows(sampler, block_size):
     # Nearly greedy, from no noise: nothing is left to chance.
     net._noise = lambda shape, generator: torch.zeros(shape)
     settings = {"num_generate_chunks": 4, "num_steps": 4, "block_size": block_size, "sampler": sampler}
-    batch = net.generate(ids, prompt_mask=mask, posterior_temperature=1e-3, **settings)
+    batch = net.generate(ids, prompt_mask=mask, posterior_temperature=1e-4, **settings)
     for place, row in enumerate(rows):
-        single = net.generate(row[None], posterior_temperature=1e-3, **settings)
+        single = net.generate(row[None], posterior_temperature=1e-4, **settings)
         assert torch.equal(single[0], batch[place, : len(row) + 16]), place
 
 
@@ -149,13 +150,13 @@ def test_committed_tokens_follow_the_models_own_distributions():
     net, count = model(), 4000
     prompt = torch.arange(8)
     with torch.no_grad():
-        net.vae.lm_head.weight.mul_(0.3)
+        net.vae.lm_head.weight.mul_(0.5)
     ids = net.generate(
         prompt.expand(count, -1), num_generate_chunks=1, num_steps=4, sampler="commit",
         generator=torch.Generator().manual_seed(0),
     )[:, 8:]  # fmt: skip
     clean = net.standardize(net.encode(prompt[None]))
-    past = net.denoiser.finish(clean)
+    past = net.finish(clean)
 
     def probabilities(known: list[int]) -> torch.Tensor:
         """Of the token behind the `known` ones of the chunk, from a forward of the model."""
@@ -281,6 +282,13 @@ def test_copies_of_a_row_share_their_context_and_ask_for_every_token(tmp_path):
     asked = asked.view(3, 4, 5, 4)
     assert bool((asked.sum(1) == 1).all()) and bool((asked.sum(-1) == 1).all())
     assert bool((known.sum(-1) == asked.float().argmax(-1)).all())
+    # Without a cut, too, no token is asked for by two copies, and none whose time is late.
+    net.config.token_cut_rate, net.config.token_loss_max_time = 0.5, 0.2
+    times, asked, _ = trainer._token_times(torch.full((300 * 4, 5), 0.3), net.config, torch.Generator().manual_seed(0))
+    asked, times = asked.view(300, 4, 5, 4), times.view(300, 4, 5, 4)
+    assert int(asked.sum(1).max()) == 1 and int(asked.sum(-1).max()) == 1
+    assert float(times[asked].max()) < 0.2
+    net.config.token_cut_rate, net.config.token_loss_max_time = 1.0, 1.0
     # A batch of copies is the same rows, each on its own, beside their own context.
     clean, x, t = torch.randn(2, 6, 32), torch.randn(2 * 3, 6, 32), torch.rand(2 * 3, 3)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).repeat_interleave(3, 0)

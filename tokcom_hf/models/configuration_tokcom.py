@@ -29,11 +29,15 @@ class TokComConfig(PreTrainedConfig):
         `generate(sampler="commit")` meets them. Needs token_time_std.
     noise_copies: noisy copies of each row in a training step, which share one pass of the context encoder. The cuts of a
         chunk differ between its copies and each copy is asked for the token behind its cut: with as many copies as a
-        chunk has tokens, every token is learned from all those before it. Above 1 it needs denoiser.num_context_layers.
+        chunk has tokens, every token is learned from all those before it. A chunk without a cut is asked for that one token
+        too, if its time is early enough. Above 1 it needs denoiser.num_context_layers.
     token_loss_max_time: tokens at later times are not asked for: their own latents already tell which they are, so that
         their loss is next to zero and only costs time; they count as zero. Needs token_time_std; 1: ask for all.
     token_window_size: width of a map, one for all tokens, that adds to each token's distribution what the tokens beside it
         tell (models/token_window.py); 0: none. Needs "posterior_mean".
+    token_attention_heads: heads of an attention over the single tokens of finished chunks, from which each token's
+        distribution reads what stood where before (models/token_attention.py); 0: none. Needs "posterior_mean" and
+        denoiser.attention="block_causal".
     train_embeddings: the token tables of the VAE train with the denoiser, so that latents of alike tokens come to lie near
         each other (2211.15089); otherwise the VAE is frozen (documented). Needs "posterior_mean" and
         vae.nearest_decoder.
@@ -68,6 +72,7 @@ class TokComConfig(PreTrainedConfig):
     token_loss_max_time: float | int = 1.0
     noise_copies: int = 1
     token_window_size: int = 0
+    token_attention_heads: int = 0
     train_embeddings: bool = False
     independent_times: bool = False
     noise_std: float | int = 0.05
@@ -115,6 +120,16 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError("noise_likelihood belongs to clean_latents='posterior_mean'; latents have no logits.")
         if self.token_window_size and self.clean_latents != "posterior_mean":
             raise ValueError("token_window_size belongs to clean_latents='posterior_mean'; latents have no tokens.")
+        heads, width = self.token_attention_heads, self.vae.hidden_size
+        if heads and (self.clean_latents != "posterior_mean" or self.denoiser.attention != "block_causal"):
+            raise ValueError(
+                "token_attention_heads belongs to clean_latents='posterior_mean' with denoiser.attention='block_causal': it "
+                f"reads tokens of finished chunks; got {self.clean_latents!r} and {self.denoiser.attention!r}."
+            )
+        if heads < 0 or (heads and width % (2 * heads)):
+            raise ValueError(
+                f"vae.hidden_size must be an even multiple of token_attention_heads, got {width} and {heads}."
+            )
         if self.token_time_std > 0 and (not self.noise_likelihood or self.mse_weight > 0):
             raise ValueError(
                 "token_time_std needs noise_likelihood=True (it knows the times of tokens) and mse_weight=0."

@@ -23,12 +23,15 @@ class FinishedChunks:
     """What later chunks need of finished ones.
 
     layers: keys and values of each denoiser layer; encoder: of each `ContextEncoder` layer; state: of the last chunk,
-    (batch, 1, hidden), None without an encoder.
+    (batch, 1, hidden), None without an encoder; tokens: keys and values of a `TokenAttention`, None without one; latent: the
+    last chunk's, (batch, 1, latent), where there are tokens.
     """
 
     layers: list[KeyValue]
     encoder: list[KeyValue]
     state: torch.Tensor | None = None
+    tokens: KeyValue | None = None
+    latent: torch.Tensor | None = None
 
     def extended(self, new: "FinishedChunks") -> "FinishedChunks":
         """These chunks and the `new` ones behind them."""

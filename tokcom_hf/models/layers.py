@@ -45,6 +45,16 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+def attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask
+) -> torch.Tensor:
+    """Attention as `module.config` says, (batch, heads, length, head_dim) → (batch, length, heads, head_dim)."""
+    function: Callable = eager_attention
+    if module.config._attn_implementation != "eager":
+        function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    return function(module, query, key, value, attention_mask, scaling=module.scaling, dropout=0.0, is_causal=False)[0]
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with biased q/k/v projections, optionally reading keys and values of a prefix."""
 
@@ -72,24 +82,21 @@ class Attention(nn.Module):
         """Returns (output, (key, value) of the positions given here, rotated)."""
         query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
         own = self.key_value(hidden_states, position_embeddings)
-        query = _rotated(query, position_embeddings)
+        query = rotated(query, position_embeddings)
         key, value = own
         if prefix is not None:
             key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
-        attend: Callable = eager_attention
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        output, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, is_causal=False)
+        output = attend(self, query, key, value, attention_mask)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), own
 
     def key_value(self, hidden_states: torch.Tensor, position_embeddings: KeyValue) -> KeyValue:
         """Rotated keys, and values, of (batch, length, hidden): each (batch, key_value_heads, length, head_dim)."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        return _rotated(key, position_embeddings), self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        return rotated(key, position_embeddings), self.v_proj(hidden_states).view(shape).transpose(1, 2)
 
 
-def _rotated(heads: torch.Tensor, position_embeddings: KeyValue) -> torch.Tensor:
+def rotated(heads: torch.Tensor, position_embeddings: KeyValue) -> torch.Tensor:
     """RoPE on (batch, heads, length, head_dim)."""
     cos, sin = (part.unsqueeze(1) for part in position_embeddings)
     return heads * cos + rotate_half(heads) * sin

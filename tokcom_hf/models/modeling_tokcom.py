@@ -10,10 +10,12 @@ from transformers import initialization as init
 
 from .chunked_cross_entropy import LOGITS_AT_ONCE
 from .configuration_tokcom import TokComConfig
+from .context_encoder import FinishedChunks, joined
 from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput
 from .modeling_tokcom_vae import TokComVAE
 from .pipeline_tokcom import custom_pipelines
 from .tokcom_generation import TokComGeneration
+from .token_attention import TokenAttention
 from .token_window import TokenWindow
 
 # 1 − t is kept at least this large in the evidence of x_t: every token is certain by then, and larger logits would only
@@ -42,8 +44,16 @@ class TokComModel(TokComGeneration, PreTrainedModel):
             vae = config.vae
             self.token_window = TokenWindow(
                 vae.chunk_size, vae.latent_size // vae.chunk_size, config.denoiser.self_conditioning,
-                config.token_window_size, vae.hidden_size, vae.rms_norm_eps,
+                config.token_window_size, vae.hidden_size,
             )  # fmt: skip
+        self.token_attention = None
+        if config.token_attention_heads:
+            self.token_attention = TokenAttention(
+                config.denoiser, config.vae.chunk_size, config.vae.hidden_size, config.token_attention_heads
+            )
+        self.token_norm = None
+        if self.token_window is not None or self.token_attention is not None:
+            self.token_norm = nn.RMSNorm(config.vae.hidden_size, eps=config.vae.rms_norm_eps)
         self.register_buffer("latent_mean", torch.zeros(config.vae.latent_size))
         self.register_buffer("latent_std", torch.ones(config.vae.latent_size))
         self.post_init()
@@ -58,8 +68,8 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         if isinstance(module, TokComModel):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)
-        if isinstance(module, TokenWindow):
-            init.ones_(module.norm.weight)
+        if isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the folder also names its pipeline, whose code travels as one of this file's imports."""
@@ -107,11 +117,8 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         if config.clean_latents == "posterior_mean":
             hidden = output.clean_latents.unflatten(-1, (config.vae.chunk_size, -1))
             hidden = hidden if token_mask is None else hidden[token_mask]
-            if self.token_window is not None:
-                context = kwargs.get("context")
-                if context is not None:
-                    kwargs["context"] = context.repeat_interleave(len(latents) // len(context), 0)
-                hidden = self.token_window(hidden, inputs, times, previous, token_mask=token_mask, **kwargs)
+            if self.token_norm is not None:
+                hidden = self.token_norm(self._beside(hidden, inputs, times, previous, token_mask, **kwargs))
             if config.noise_likelihood:
                 evidence = self._evidence(latents, times).to(hidden.dtype)
                 hidden = torch.cat([hidden, evidence if token_mask is None else evidence[token_mask]], dim=-1)
@@ -120,6 +127,48 @@ class TokComModel(TokComGeneration, PreTrainedModel):
                 head = self.token_head() if head is None else head
                 output.clean_latents = self.standardize(self._mean_latents(output.token_hidden, temperature, head))
         return output
+
+    def _beside(self, hidden, inputs, times, previous, token_mask, context=None, **kwargs) -> torch.Tensor:
+        """`hidden`, what the tokens beside add to it, and what it then reads from those of the finished chunks."""
+        if self.token_window is not None:
+            repeated = None if context is None else context.repeat_interleave(len(inputs) // len(context), 0)
+            hidden = hidden + self.token_window(
+                inputs, times, previous, token_mask=token_mask, context=repeated, **kwargs
+            )
+        past, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if self.token_attention is None or (past is None and context is None):
+            return hidden
+        if context is None:
+            keys, index = past.tokens, None
+        else:
+            index = kwargs.get("block_index")
+            if index is None:
+                index = torch.zeros(context.shape[1], dtype=torch.long, device=context.device)
+            keys = self.token_attention.key_value(
+                context, attention_mask=None if mask is None else mask[:: len(inputs) // len(context)]
+            )
+        if token_mask is None:
+            token_mask = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+        offset = kwargs.get("position_offset", 0)
+        read = self.token_attention(hidden.flatten(0, -2), keys, token_mask, offset, index, mask)
+        return hidden + read.view_as(hidden)
+
+    def finish(
+        self,
+        latents: torch.Tensor,
+        past: FinishedChunks | None = None,
+        position_offset: int = 0,
+        attention_mask: torch.Tensor | None = None,
+    ) -> FinishedChunks:
+        """What later chunks need of clean ones in the flow's space; arguments as `DenoisedModel.finish`."""
+        finished = self.denoiser.finish(latents, past, position_offset, attention_mask)
+        if self.token_attention is not None:
+            last = None if past is None else past.latent
+            tokens = self.token_attention.key_value(latents, position_offset, last, attention_mask)
+            if past is not None and past.tokens is not None:
+                tokens = joined([past.tokens], [tokens])[0]
+            finished.tokens, finished.latent = tokens, latents[:, -1:]
+        return finished
 
     def per_entry(self, per_token: torch.Tensor) -> torch.Tensor:
         """(..., 1 or chunk_size) → (..., 1 or latent): one value for all entries of a token."""

@@ -219,7 +219,7 @@ class TokComGeneration(BlockSampling):
         padding = (
             None if mask is None else nn.functional.pad(mask, (0, start + block.shape[1] - mask.shape[1]), value=1)
         )
-        return self.denoiser.finish(block, past, start, padding)
+        return self.finish(block, past, start, padding)
 
     # ------------------------------------------------------------------ helpers
     def _noise(self, shape, generator: torch.Generator | None) -> torch.Tensor:

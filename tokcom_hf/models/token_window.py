@@ -10,15 +10,13 @@ from torch import nn
 
 
 class TokenWindow(nn.Module):
-    """A two-layer map over each token's window, added to the denoiser's `token_hidden` and normalised with it.
+    """A two-layer map over each token's window, to be added to the denoiser's `token_hidden`.
 
     The window of a token: itself and as many tokens left of it as a chunk has; of each its noisy latent, the earlier
     prediction of it where the model is self-conditioned, and its time. Zeros stand for what is not there.
     """
 
-    def __init__(
-        self, chunk_size: int, token_size: int, self_conditioning: bool, width: int, hidden_size: int, eps: float
-    ):
+    def __init__(self, chunk_size: int, token_size: int, self_conditioning: bool, width: int, hidden_size: int):
         super().__init__()
         self.chunk_size = chunk_size
         self.self_conditioning = self_conditioning
@@ -26,17 +24,15 @@ class TokenWindow(nn.Module):
         # With the usual small initial weights, what stands left of a token would go unseen for long.
         self.up.fan_in_init = True
         self.down = nn.Linear(width, hidden_size)
-        self.norm = nn.RMSNorm(hidden_size, eps=eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, latents: torch.Tensor, times: torch.Tensor, previous: torch.Tensor | None = None,
+        self, latents: torch.Tensor, times: torch.Tensor, previous: torch.Tensor | None = None,
         self_condition: torch.Tensor | None = None, context: torch.Tensor | None = None,
         block_index: torch.LongTensor | None = None, attention_mask: torch.LongTensor | None = None,
         token_mask: torch.Tensor | None = None, **kwargs,
     ) -> torch.Tensor:  # fmt: skip
         """
         Args:
-            hidden_states: the denoiser's, (batch, chunks, chunk_size, hidden), or (tokens, hidden) of those in `token_mask`.
             latents: what the denoiser saw, (batch, chunks, latent).
             times: (batch, 1 or chunks, 1 or chunk_size).
             previous: clean latent left of the first chunk, (batch, 1, latent); None: nothing.
@@ -44,14 +40,13 @@ class TokenWindow(nn.Module):
             self_condition, context, block_index, attention_mask: as in the denoiser; other arguments of it are ignored.
 
         Returns:
-            as `hidden_states`.
+            (batch, chunks, chunk_size, hidden), or (tokens, hidden) of the tokens in `token_mask`.
         """
         own = self._tokens(latents, times, self_condition)
         before = chunk_before(own, self._finished(previous), self._finished(context), block_index, attention_mask)
         windows = torch.cat([before, own], dim=2).unfold(2, self.chunk_size + 1, 1)
         windows = (windows if token_mask is None else windows[token_mask]).flatten(-2)
-        added = self.down(nn.functional.silu(self.up(windows.to(self.up.weight.dtype))))
-        return self.norm(hidden_states + added)
+        return self.down(nn.functional.silu(self.up(windows.to(self.up.weight.dtype))))
 
     def _tokens(self, latents: torch.Tensor, times: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
         """Latent, earlier prediction and time of each token, (batch, chunks, chunk_size, features)."""

@@ -202,8 +202,9 @@ class DenoiserTrainer(_TokComTrainer):
             own = torch.where(is_cut, (place < cut).to(own), own)
             if asked is not None or copies > 1:
                 asked = torch.ones_like(own, dtype=torch.bool) if asked is None else asked
-                # The other copies ask for the tokens further right.
-                asked = torch.where(is_cut, place == cut if copies > 1 else place >= cut, asked)
+                # The other copies ask for the other tokens; of chunks without a cut too, or those would count for more.
+                one, all_behind = (asked | is_cut) & (place == cut), torch.where(is_cut, place >= cut, asked)
+                asked = one if copies > 1 else all_behind
         own = torch.where((times < 1.0).unsqueeze(-1), own.clamp(1e-4, 1 - 1e-4), times.unsqueeze(-1))
         return own, asked, chunk_times
 
