@@ -52,13 +52,14 @@ def test_a_key_is_made_of_a_token_and_those_left_of_it():
     other = clean.clone()
     other[:, 1, 2 * TOKEN] += 1.0
     for part, now in zip((key, value), module.key_value(other)):
-        assert part.shape == (BATCH, 4, CHUNKS * PLACES, HIDDEN // 4)
-        assert (now - part).abs().amax((0, 1, 3)).gt(0).nonzero().flatten().tolist() == [6, 7, 8, 9]
+        assert part.shape == (BATCH, 4, 1 + CHUNKS * PLACES, HIDDEN // 4)
+        assert part[:, :, 0].abs().max() == 0
+        assert (now - part).abs().amax((0, 1, 3)).gt(0).nonzero().flatten().tolist() == [7, 8, 9, 10]
     # The same tokens give the same value whatever their places: one map for all.
     tokens = torch.randn(1, CHUNKS * PLACES, TOKEN)
     _, here = module.key_value(tokens.view(1, CHUNKS, -1))
     _, shifted = module.key_value(tokens.roll(1, dims=1).view(1, CHUNKS, -1))
-    torch.testing.assert_close(here[:, :, 4:-1], shifted[:, :, 5:])
+    torch.testing.assert_close(here[:, :, 5:-1], shifted[:, :, 6:])
 
 
 def test_chunks_finished_one_after_the_other_have_the_keys_of_all_at_once():
@@ -68,7 +69,7 @@ def test_chunks_finished_one_after_the_other_have_the_keys_of_all_at_once():
     for start in (1, 3):
         part = module.key_value(clean[:, start : start + 2], start, clean[:, start - 1 : start])
         for one, other in zip(whole, part):
-            torch.testing.assert_close(one[:, :, start * PLACES : (start + 2) * PLACES], other)
+            torch.testing.assert_close(one[:, :, 1 + start * PLACES :][:, :, : 2 * PLACES], other)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -170,7 +170,7 @@ class TokComVAE(PreTrainedModel):
     def posterior(self, chunks: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids (batch, chunk) → mean (batch, latent) and, if variational, log-variance (batch, latent) in float32."""
         if self.encoder is None:
-            return nn.functional.embedding(chunks, self.token_table()).flatten(1), None
+            return self._of_unit_scale(self.token_latents(chunks)).flatten(1), None
         hidden_states = self.encoder(self.embed_tokens(chunks))
         last = hidden_states.flatten(1) if self.config.chunk_projection == "all" else hidden_states[:, -1]
         mean = self.latent_proj(last)
@@ -182,8 +182,10 @@ class TokComVAE(PreTrainedModel):
 
     def token_table(self) -> torch.Tensor:
         """Latents of single tokens (vocab, latent / chunk), root-mean-square 1; only with `encoder="embedding"`."""
-        weight = self.token_latents.weight
-        return nn.functional.rms_norm(weight.float(), weight.shape[-1:], eps=self.config.rms_norm_eps).to(weight.dtype)
+        return self._of_unit_scale(self.token_latents.weight)
+
+    def _of_unit_scale(self, rows: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(rows.float(), rows.shape[-1:], eps=self.config.rms_norm_eps).to(rows.dtype)
 
     def expected_latents(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Token probabilities (..., chunk, vocab) → mean latents (..., latent): exact, as the encoder is linear."""

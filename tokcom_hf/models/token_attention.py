@@ -49,6 +49,8 @@ class TokenAttention(nn.Module):
     ) -> KeyValue:
         """Keys and values of the tokens of clean latents (batch, chunks, latent), as (batch, heads, tokens, head_dim).
 
+        Those of the first chunks (position_offset 0) come behind the one that says nothing.
+
         position_offset: chunks before them; previous: clean latent of the last of those, (batch, 1, latent); attention_mask:
         (batch, position_offset + chunks), 1 = real, 0 = padding.
         """
@@ -60,7 +62,10 @@ class TokenAttention(nn.Module):
         key, value = (self._heads(projection(windows)) for projection in (self.k_proj, self.v_proj))
         start = position_offset * self.chunk_size
         positions = torch.arange(start, start + key.shape[2], device=key.device)
-        return rotated(key, self._rotary(positions[None], key.dtype)), value
+        key = rotated(key, self._rotary(positions[None], key.dtype))
+        if position_offset == 0:
+            key, value = (nn.functional.pad(part, (0, 0, 1, 0)) for part in (key, value))
+        return key, value
 
     def forward(
         self,
@@ -74,7 +79,7 @@ class TokenAttention(nn.Module):
         """
         Args:
             hidden_states: (tokens, hidden) of the tokens in `token_mask`.
-            key_value: of finished chunks. Several noisy copies of a row, one after the other, share the row's keys.
+            key_value: of all finished chunks. Several noisy copies of a row, one after the other, share the row's keys.
             token_mask: (copies · batch, chunks, chunk_size), the tokens that look.
             position_offset: chunks before the first of these.
             block_index: (chunks,) block number of each chunk where the keys are those of the same chunks, finished: a token
@@ -85,7 +90,7 @@ class TokenAttention(nn.Module):
             what the tokens read, (tokens, hidden).
         """
         key, value = key_value
-        rows, length = len(key), key.shape[2]
+        rows, length = len(key), key.shape[2] - 1
         copies = len(token_mask) // rows
         which, chunk, place = token_mask.nonzero(as_tuple=True)
         query = self.q_proj(self.norm(hidden_states))
@@ -111,7 +116,6 @@ class TokenAttention(nn.Module):
             visible = real[:, None, :] if visible is None else visible & real[:, None, :]
         if visible is not None:
             visible = nn.functional.pad(visible, (1, 0), value=True)[:, None]
-        key, value = (nn.functional.pad(part, (0, 0, 1, 0)) for part in (key, value))
         read = attend(self, query, key, value, visible).flatten(2)
         return self.o_proj(read.flatten(0, 1) if slot is None else read[row, slot])
 
