@@ -92,6 +92,13 @@ def test_finishing_chunks_in_any_portions_equals_the_training_layout(sizes):
     torch.testing.assert_close(whole.token_hidden[:, 4:], last.token_hidden, atol=1e-5, rtol=1e-5)
 
 
+def test_what_only_the_denoiser_finished_is_refused():
+    net = model()
+    past = net.denoiser.finish(torch.randn(1, 2, 32))
+    with pytest.raises(ValueError, match="make them with TokComModel"):
+        net(torch.randn(1, 1, 32), torch.zeros(1), past_key_values=past, position_offset=2)
+
+
 @pytest.mark.parametrize("sampler", ["euler", "commit"])
 @pytest.mark.parametrize("block_size", [None, 1, 3])
 def test_a_batch_of_uneven_prompts_equals_its_rows(sampler, block_size):

@@ -140,6 +140,8 @@ class TokComModel(TokComGeneration, PreTrainedModel):
             return hidden
         if context is None:
             keys, index = past.tokens, None
+            if keys is None:
+                raise ValueError("past_key_values hold no tokens to look at: make them with TokComModel.finish.")
         else:
             index = kwargs.get("block_index")
             if index is None:
