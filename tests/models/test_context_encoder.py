@@ -92,6 +92,28 @@ def test_finishing_chunks_in_any_portions_equals_the_training_layout(sizes):
     torch.testing.assert_close(whole.token_hidden[:, 4:], last.token_hidden, atol=1e-5, rtol=1e-5)
 
 
+def test_tokens_of_finished_chunks_are_read_in_training_and_generation():
+    net = model().train()
+    clean, x, t = torch.randn(1, 6, 32), torch.randn(1, 6, 32), torch.rand(1, 3)
+    past = net.finish(clean[:, :4])
+
+    def outputs() -> list[torch.Tensor]:
+        generating = net(x[:, 4:], t[:, 2], past_key_values=past, position_offset=4, previous=clean[:, 3:4])
+        alone = net(x[:, 4:], t[:, 2])
+        return [net(x, t, context=clean, block_index=INDEX).token_hidden, generating.token_hidden, alone.token_hidden]
+
+    before = outputs()
+    before[0].square().sum().backward()
+    trained = dict(net.token_attention.named_parameters())
+    # A bias of all keys alike shifts every score but that of the key that says nothing.
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values()), trained.keys()
+    with torch.no_grad():
+        net.token_attention.o_proj.weight.zero_()
+    changed = [(now - then).abs().amax((0, 2, 3)).gt(1e-6).tolist() for now, then in zip(outputs(), before)]
+    # Nothing stands before the first block, and nothing before a text without a prompt.
+    assert changed == [[False, False, True, True, True, True], [True, True], [False, False]]
+
+
 def test_what_only_the_denoiser_finished_is_refused():
     net = model()
     past = net.denoiser.finish(torch.randn(1, 2, 32))
@@ -295,6 +317,8 @@ def test_copies_of_a_row_share_their_context_and_ask_for_every_token(tmp_path):
     asked, times = asked.view(300, 4, 5, 4), times.view(300, 4, 5, 4)
     assert int(asked.sum(1).max()) == 1 and int(asked.sum(-1).max()) == 1
     assert float(times[asked].max()) < 0.2
+    uncut = ((times > 2e-4) & (times < 0.999)).any(-1)
+    assert 0.4 < float(uncut.float().mean()) < 0.6 and bool(asked[uncut].any())
     net.config.token_cut_rate, net.config.token_loss_max_time = 1.0, 1.0
     # A batch of copies is the same rows, each on its own, beside their own context.
     clean, x, t = torch.randn(2, 6, 32), torch.randn(2 * 3, 6, 32), torch.rand(2 * 3, 3)

@@ -29,8 +29,8 @@ class TokComConfig(PreTrainedConfig):
         `generate(sampler="commit")` meets them. Needs token_time_std.
     noise_copies: noisy copies of each row in a training step, which share one pass of the context encoder. The cuts of a
         chunk differ between its copies and each copy is asked for the token behind its cut: with as many copies as a
-        chunk has tokens, every token is learned from all those before it. A chunk without a cut is asked for that one token
-        too, if its time is early enough. Above 1 it needs denoiser.num_context_layers.
+        chunk has tokens, every token is learned from all those before it. With token_cut_rate > 0 a chunk without a cut is
+        asked for that one token too, if its time is early enough. Above 1 it needs denoiser.num_context_layers.
     token_loss_max_time: tokens at later times are not asked for: their own latents already tell which they are, so that
         their loss is next to zero and only costs time; they count as zero. Needs token_time_std; 1: ask for all.
     token_window_size: width of a map, one for all tokens, that adds to each token's distribution what the tokens beside it
