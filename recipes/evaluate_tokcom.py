@@ -26,8 +26,13 @@ from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.metrics.compute import count_parameters
 from tokcom_hf.metrics.denoising import can_commit, denoising_metrics, next_token_loss
 from tokcom_hf.metrics.latent_path import sampling_path
-from tokcom_hf.metrics.text import KneserNey, TextJudge, denoise_reconstruct_accuracy, detailed_reconstruction
-from tokcom_hf.metrics.text_comparison import compare
+from tokcom_hf.metrics.text import (
+    KneserNey,
+    TextJudge,
+    denoise_reconstruct_accuracy,
+    detailed_reconstruction,
+)
+from tokcom_hf.metrics.text_comparison import brier_lm_differences, compare
 from tokcom_hf.metrics.text_generation import (
     CausalSampler,
     KneserNeySampler,
@@ -35,19 +40,11 @@ from tokcom_hf.metrics.text_generation import (
     ShuffledChunkSampler,
     TokComSampler,
 )
-from tokcom_hf.metrics.text_protocol import (
-    frontier,
-    held_out_prefixes,
-    measure_sampler,
-    summarize,
-)
+from tokcom_hf.metrics.text_protocol import frontier, held_out_prefixes, measure_sampler, summarize
+from tokcom_hf.metrics.text_report import print_accuracies, print_row
+from tokcom_hf.plots_text import draw_evaluation
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "evaluate_tokcom.yaml"
-COLUMNS = {
-    "brier_lm": "BrierLM", "brier_1": "Brier-1", "kn_perplexity": "KN train", "kn_perplexity_held_out": "KN held-out",
-    "entropy": "entropy", "distinct_2": "dist-2", "self_bleu": "selfBLEU", "js_1": "JS-1", "js_2": "JS-2", "auc": "AUC",
-    "overlap_8": "8-gram", "longest_match": "longest", "tokens_per_second": "tok/s",
-}  # fmt: skip
 
 
 @dataclass
@@ -140,12 +137,16 @@ def main() -> None:
     results["next_token_loss"] = next_token_losses(samplers, held_out)
     for name, loss in results["next_token_loss"].items():
         print(f"held-out loss of the next token, {name}: {loss:.4f} nats")
+    scores: dict[str, list[np.ndarray]] = {}
     for name, sampler in samplers.items():
-        seeds = run.seeds
         rows[name] = measure_sampler(
-            sampler, judge, seeds, run.num_samples, length, prefixes, run.draws, run.continuation_length
-        )
+            sampler, judge, run.seeds, run.num_samples, length, prefixes, run.draws, run.continuation_length,
+            scores.setdefault(name, []),
+        )  # fmt: skip
         print_row(name, rows[name])
+    differences = results["brier_lm_differences"] = brier_lm_differences(scores)
+    for name, found in differences.items():
+        print("BrierLM from probabilities, TokCom minus {}: {difference:+.3f} ± {error:.3f}".format(name, **found))
 
     curves = results["frontier"] = frontiers(run, model, data, judge, length)
     results["comparisons"] = compare(rows, curves, [name for name in samplers if name.startswith("autoregressive")])
@@ -154,7 +155,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
     write_samples(out, samplers, data, held_out, run, length)
-    draw(out, results)
+    if not draw_evaluation(out, results):
+        print('No figures: matplotlib is not installed (pip install "tokcom_hf[plots]").')
     print(f"\nresults in {out}")
 
 
@@ -295,56 +297,12 @@ def frontiers(run: RunArguments, model, data, judge, length: int) -> dict[str, l
     return curves
 
 
-def print_accuracies(results: dict[str, Any]) -> None:
-    print("\nheld-out reconstruction")
-    for name, value in results["reconstruction"].items():
-        print(f"  {name:28} {value:.5g}")
-    print("held-out denoising: noisy latents decoded, after one prediction, after the whole flow (reconstructed)")
-    for name, value in results["denoising"].items():
-        print(f"  {name:28} {value:.4f}")
-    std = results["latent_std_per_dimension"]
-    print(f"standard deviation per latent dimension: {std[0]:.3f} ... {std[len(std) // 2]:.3f} ... {std[-1]:.3f}")
-    norms = "  ".join(
-        f"{t:.2f}:{norm:.3f}" for t, norm in zip(results["sampling_path"]["t"], results["sampling_path"]["rms"])
-    )
-    print(f"root mean square of x along the sampling path (t:rms)  {norms}\n")
-
-
-def print_row(name: str, row: dict[str, dict[str, float]], header: bool = False) -> None:
-    if header:
-        print(f"{'mean ± std over seeds':40}" + "".join(f"{title:>20}" for title in COLUMNS.values()))
-    cells = [f"{row[key]['mean']:.4g} ± {row[key]['std']:.2g}" if key in row else "-" for key in COLUMNS]
-    print(f"{name:40}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
-
-
 def write_samples(out: Path, samplers, data, held_out: np.ndarray, run: RunArguments, length: int) -> None:
     """One row of every generator, to be read."""
     texts = [("held-out text", held_out[0])]
     texts += [(name, sampler.rows(1, length, run.seeds[0])[0]) for name, sampler in samplers.items()]
     text = "\n\n".join(f"=== {name}\n{data.tokenizer.decode(ids)}" for name, ids in texts)
     (out / "samples.txt").write_text(text + "\n", encoding="utf-8")
-
-
-def draw(out: Path, results: dict[str, Any]) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print('No figures: matplotlib is not installed (pip install "tokcom_hf[plots]").')
-        return
-    from tokcom_hf.plots_text import plot_accuracy_against_noise, plot_denoising_against_time, plot_frontier
-
-    plot_accuracy_against_noise(results["reconstruction"], out / "accuracy_against_noise.png")
-    plot_denoising_against_time(results["denoising"], out / "denoising.png")
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for name, points in results["frontier"].items():
-        for point in points:
-            line = f"TokCom, temperature {point['temperature']:g}" if name == "TokCom" else name
-            label = point["num_steps"] if name == "TokCom" else f"T={point['temperature']:g}"
-            curves.setdefault(line, []).append({**point, "label": label})
-    shown = ("held-out text", "unigram", "Kneser-Ney 5-gram", "shuffled train chunks")
-    keys = ("entropy", "kn_perplexity_held_out")
-    anchors = {name: {key: results["rows"][name][key]["mean"] for key in keys} for name in shown}
-    plot_frontier(curves, anchors, out / "frontier.png")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from tokcom_hf.metrics.text import (
     TextJudge,
     TrainIndex,
     brier_lm,
+    brier_lm_difference,
     brier_scores,
+    brier_scores_from_log_probs,
+    brier_summary,
     distinct_n,
     jensen_shannon,
     memorisation,
@@ -51,6 +54,39 @@ def test_brier_is_unbiased_over_all_pairs_of_draws():
         for w, weight in p.items():
             marginal[w[:n]] = marginal.get(w[:n], 0) + weight
         assert mean[n - 1] == pytest.approx(2 * marginal[y[:n]] - sum(v**2 for v in marginal.values()))
+
+
+def test_brier_from_probabilities_has_the_same_expectation():
+    p = {(0, 0, 0, 0): 0.5, (0, 1, 0, 0): 0.3, (1, 0, 0, 0): 0.2}
+    y = (0, 1, 0, 0)
+
+    def token_log_probs(text):
+        mass = [sum(v for w, v in p.items() if w[:n] == text[:n]) for n in range(5)]
+        return [np.log(mass[n] / mass[n - 1]) for n in range(1, 5)]
+
+    mean = np.zeros(4)
+    for a in p:
+        mean += p[a] * brier_scores_from_log_probs(np.array([[token_log_probs(a)]]), np.array([token_log_probs(y)]))[0]
+    for n in range(1, 5):
+        marginal = {}
+        for w, weight in p.items():
+            marginal[w[:n]] = marginal.get(w[:n], 0) + weight
+        assert mean[n - 1] == pytest.approx(2 * marginal[y[:n]] - sum(v**2 for v in marginal.values()))
+    with pytest.raises(ValueError, match="Expected log-probabilities"):
+        brier_scores_from_log_probs(np.zeros((2, 4)), np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="must hold 4 tokens"):
+        brier_scores_from_log_probs(np.zeros((2, 1, 3)), np.zeros((2, 4)))
+
+
+def test_the_difference_of_two_models_is_measured_on_the_same_prefixes():
+    generator = np.random.default_rng(0)
+    easy = generator.random((400, 1)) * np.ones(4)
+    first, second = easy + 0.02, easy + generator.normal(0, 0.01, (400, 4))
+    found = brier_lm_difference(first, second)
+    assert found["difference"] == pytest.approx(2.0, abs=0.2)
+    assert 0 < found["error"] < 0.2 < brier_summary(first)["brier_lm_error"]
+    with pytest.raises(ValueError, match="same prefixes"):
+        brier_lm_difference(first[1:], second)
 
 
 def test_more_draws_average_over_pairs():

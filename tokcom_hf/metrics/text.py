@@ -10,7 +10,7 @@ import numpy as np
 
 from .denoising import denoise_reconstruct_accuracy
 from .reconstruction import detailed_reconstruction, rare_token_accuracy, token_and_chunk_accuracy
-from .text_brier import brier_lm, brier_scores
+from .text_brier import brier_lm, brier_lm_difference, brier_scores, brier_scores_from_log_probs, brier_summary
 from .text_diversity import distinct_n, jensen_shannon, ngrams, self_bleu, unigram_entropy
 from .text_memorisation import TrainIndex, memorisation
 from .text_ngram import KneserNey
@@ -21,7 +21,10 @@ __all__ = [
     "TextJudge",
     "TrainIndex",
     "brier_lm",
+    "brier_lm_difference",
     "brier_scores",
+    "brier_scores_from_log_probs",
+    "brier_summary",
     "denoise_reconstruct_accuracy",
     "detailed_reconstruction",
     "distinct_n",

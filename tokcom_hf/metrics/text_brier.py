@@ -2,7 +2,8 @@
 
 For a prefix with true continuation y and independent samples a, b of the model, 1{a=y} + 1{b=y} − 1{a=b} is an unbiased
 estimate of 2·p(y) − Σ_w p(w)², one minus the Brier score. It is taken over the first n tokens, n = 1 … 4, averaged over
-prefixes, and BrierLM is 100 times the geometric mean of the four.
+prefixes, and BrierLM is 100 times the geometric mean of the four. Where p is known, 2·p(y) − p(a) estimates the same with
+less noise: few samples agree with anything in four tokens.
 """
 
 from itertools import combinations
@@ -45,6 +46,36 @@ def brier_scores(samples: np.ndarray, targets: np.ndarray, max_order: int = 4) -
     return 2 * hits - collisions / len(pairs)
 
 
+def brier_scores_from_log_probs(
+    sample_log_probs: np.ndarray, target_log_probs: np.ndarray, max_order: int = 4
+) -> np.ndarray:
+    """Brier-n of each prefix where the model says how likely texts are: 2·p(y) − mean over draws of p(draw).
+
+    Since the draws a come from p, the mean of p(a) is Σ_w p(w)²: the same expectation as `brier_scores`, without waiting for
+    samples to agree.
+
+    Args:
+        sample_log_probs: (prefixes, draws, ≥ max_order), log p in nats of each token of each draw given those before it.
+        target_log_probs: (prefixes, ≥ max_order), of the true continuations.
+
+    Returns:
+        (prefixes, max_order) values in [−1, 2].
+
+    Raises:
+        ValueError: shapes that do not fit, or too short continuations.
+    """
+    drawn, target = np.asarray(sample_log_probs, dtype=np.float64), np.asarray(target_log_probs, dtype=np.float64)
+    if drawn.ndim != 3 or target.ndim != 2 or len(drawn) != len(target):
+        raise ValueError(
+            f"Expected log-probabilities (prefixes, draws, tokens) and (prefixes, tokens), got {drawn.shape} and "
+            f"{target.shape}."
+        )
+    if min(drawn.shape[2], target.shape[1]) < max_order:
+        raise ValueError(f"Continuations must hold {max_order} tokens, got {drawn.shape[2]} and {target.shape[1]}.")
+    probability = np.exp(target[:, :max_order].cumsum(axis=-1))
+    return 2 * probability - np.exp(drawn[..., :max_order].cumsum(axis=-1)).mean(axis=1)
+
+
 def brier_lm(
     samples: np.ndarray, targets: np.ndarray, max_order: int = 4, bootstrap: int = 200, seed: int = 0
 ) -> dict[str, float]:
@@ -54,13 +85,38 @@ def brier_lm(
         brier_lm: 100 · (Π Brier-n)^¼; 0 where an average is not positive (a model worse than that is not ranked by it).
         brier_lm_error: bootstrap standard error. brier_1 … brier_4: averages · 100. prefixes: their number.
     """
-    scores = brier_scores(samples, targets, max_order)
+    return brier_summary(brier_scores(samples, targets, max_order), bootstrap, seed)
+
+
+def brier_summary(scores: np.ndarray, bootstrap: int = 200, seed: int = 0) -> dict[str, float]:
+    """What `brier_lm` returns, from the scores (prefixes, orders) of `brier_scores` or `brier_scores_from_log_probs`."""
     draws = np.random.default_rng(seed).integers(0, len(scores), (bootstrap, len(scores)))
     resampled = [_geometric_mean(scores[rows].mean(axis=0)) for rows in draws]
     means = scores.mean(axis=0)
     result = {"brier_lm": _geometric_mean(means), "brier_lm_error": float(np.std(resampled))}
     result |= {f"brier_{n}": 100.0 * float(mean) for n, mean in enumerate(means, 1)}
     return result | {"prefixes": float(len(scores))}
+
+
+def brier_lm_difference(
+    first: np.ndarray, second: np.ndarray, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """BrierLM of `first` minus that of `second`, scores (prefixes, orders) of two models on the same prefixes.
+
+    Returns:
+        difference, and its bootstrap standard error over prefixes: prefixes that are easy for both do not blur it.
+
+    Raises:
+        ValueError: scores of different shapes.
+    """
+    if np.shape(first) != np.shape(second):
+        raise ValueError(
+            f"Both models must be scored on the same prefixes, got scores {np.shape(first)} and {np.shape(second)}."
+        )
+    draws = np.random.default_rng(seed).integers(0, len(first), (bootstrap, len(first)))
+    resampled = [_geometric_mean(first[rows].mean(0)) - _geometric_mean(second[rows].mean(0)) for rows in draws]
+    difference = _geometric_mean(first.mean(axis=0)) - _geometric_mean(second.mean(axis=0))
+    return {"difference": difference, "error": float(np.std(resampled))}
 
 
 def _geometric_mean(means: np.ndarray) -> float:

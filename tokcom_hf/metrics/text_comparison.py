@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .text_brier import brier_lm_difference
 from .text_protocol import Point
 
 
@@ -38,6 +39,24 @@ def ratios_on_frontier(
         for point in points
         if len(curve) > 1 and entropies[0] <= point["entropy"] <= entropies[-1]
     ]
+
+
+def brier_lm_differences(scores: dict[str, list[np.ndarray]]) -> dict[str, dict[str, float]]:
+    """TokCom's BrierLM minus that of each autoregressive baseline, on the same prefixes.
+
+    Args:
+        scores: name → Brier scores (prefixes, orders) from probabilities of each sampling seed, which are averaged; none for
+            a sampler that does not know them. Names as in `compare`.
+
+    Returns:
+        baseline → difference and its bootstrap error.
+    """
+    means = {name: np.mean(runs, axis=0) for name, runs in scores.items() if runs}
+    tokcom = next((means[name] for name in means if name.startswith("TokCom, ")), None)
+    if tokcom is None:
+        return {}
+    baselines = [name for name in means if name.startswith("autoregressive")]
+    return {name: brier_lm_difference(tokcom, means[name]) for name in baselines}
 
 
 def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:

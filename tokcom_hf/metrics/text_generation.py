@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from ..models.token_sampling import sample_tokens
+from .denoising import can_commit
+from .text_likelihood import causal_log_probs, tokcom_log_probs
 from .text_ngram import KneserNey
 
 
@@ -25,6 +27,10 @@ class Sampler(Protocol):
 
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
         """Ids (prefixes, draws, length) after `prefixes` (prefixes, prefix length)."""
+        ...
+
+    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
+        """log p in nats of each token of (prefixes, draws, length) that `continuations` would draw; None: not known."""
         ...
 
 
@@ -57,6 +63,22 @@ class TokComSampler:
         with _without_end(self.model):
             return _continue(generate, prefixes, draws, length, self.batch_size, self.model.device)
 
+    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
+        config = self.model.config
+        # A path from noise hides p, as does noise that an undrawn token's input still holds.
+        one_by_one = (
+            can_commit(self.model)
+            and config.scale_input
+            and (self.settings.get("sampler") or config.sampler) == "commit"
+            and (config.block_size if self.settings.get("block_size") is None else self.settings["block_size"]) == 1
+            and self.settings.get("num_steps", config.vae.chunk_size) >= config.vae.chunk_size
+            and self.settings.get("guidance_scale", 1.0) == 1.0
+        )
+        if not one_by_one:
+            return None
+        heat = self.settings.get("posterior_temperature", 1.0)
+        return tokcom_log_probs(self.model, torch.as_tensor(prefixes), torch.as_tensor(continuations), heat).numpy()
+
 
 @dataclass
 class CausalSampler:
@@ -88,6 +110,13 @@ class CausalSampler:
             parts.append(torch.stack(tokens, dim=1).view(len(ids), draws, length).cpu())
         return torch.cat(parts).numpy()
 
+    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
+        if self.temperature == 0:
+            return None
+        return causal_log_probs(
+            self.model, torch.as_tensor(prefixes), torch.as_tensor(continuations), self.temperature
+        ).numpy()
+
 
 @dataclass
 class KneserNeySampler:
@@ -101,6 +130,9 @@ class KneserNeySampler:
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
         repeated = np.repeat(prefixes, draws, axis=0)
         return self.model.sample(len(repeated), length, seed, repeated).reshape(len(prefixes), draws, length)
+
+    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
+        return None
 
 
 @dataclass
@@ -119,6 +151,9 @@ class ShuffledChunkSampler:
 
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
         return self.rows(len(prefixes) * draws, length, seed).reshape(len(prefixes), draws, length)
+
+    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
+        return None
 
 
 def _batches(count: int, size: int) -> Iterator[int]:

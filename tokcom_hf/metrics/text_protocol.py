@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .text import TextJudge
-from .text_brier import brier_lm
+from .text_brier import brier_lm, brier_scores_from_log_probs, brier_summary
 from .text_generation import Sampler
 
 Point = dict[str, Any]
@@ -43,11 +43,15 @@ def measure_sampler(
     prefixes: tuple[np.ndarray, np.ndarray] | None = None,
     draws: int = 2,
     continuation_length: int = 4,
+    scores: list[np.ndarray] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Unconditional metrics of `count` rows per seed, and BrierLM on `prefixes`.
 
+    scores: where given, the Brier scores (prefixes, orders) from probabilities of each seed are appended to it.
+
     Returns:
-        metric -> {"mean", "std"} over the seeds (std 0 for one seed), with `tokens_per_second` among the metrics.
+        metric -> {"mean", "std"} over the seeds (std 0 for one seed), with `tokens_per_second` among the metrics; BrierLM
+        and its parts a second time as `brier_lm_from_probabilities` ... where the sampler knows those.
     """
     runs = []
     for seed in seeds:
@@ -60,6 +64,14 @@ def measure_sampler(
             # Other noise than the rows'.
             continued = sampler.continuations(given, draws, max(continuation_length, targets.shape[1]), seed + 10_000)
             run |= brier_lm(continued, targets)
+            drawn = sampler.log_probs(given, continued[..., : targets.shape[1]])
+            target = None if drawn is None else sampler.log_probs(given, targets[:, None])
+            if drawn is not None and target is not None:
+                per_prefix = brier_scores_from_log_probs(drawn, target[:, 0])
+                known = brier_summary(per_prefix)
+                if scores is not None:
+                    scores.append(per_prefix)
+                run |= {f"{name}_from_probabilities": value for name, value in known.items() if name != "prefixes"}
         runs.append(run)
     return summarize(runs)
 
