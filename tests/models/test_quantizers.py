@@ -29,6 +29,9 @@ def test_nearest_codes_agree_with_distances_whatever_the_chunk():
     expected = torch.cdist(vectors.double(), codebook.double()).argmin(1)
     assert torch.equal(nearest_codes(vectors, codebook), expected)
     assert torch.equal(nearest_codes(vectors, codebook, max_scores=100), expected)
+    penalty = torch.randn(33)
+    dearer = torch.cdist(vectors.double(), codebook.double()).square() + penalty
+    assert torch.equal(nearest_codes(vectors, codebook, penalty, max_scores=100), dearer.argmin(1))
 
 
 @pytest.mark.parametrize("kind", ["ema", "fsq", "lfq"])
@@ -181,11 +184,68 @@ def test_resets_revive_a_collapsed_codebook():
     assert used[0.0] < 32 and used[0.3] >= 62
 
 
+def skewed(number: int, seed: int, width: float, share: float) -> torch.Tensor:
+    """Normal vectors, but a `share` of them in a cloud of standard deviation `width`."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(number, 8, generator=generator)
+    return torch.where(torch.rand(number, 1, generator=generator) < share, width * vectors + 1, vectors)
+
+
+def usage_entropy(codes: torch.Tensor, size: int) -> float:
+    share = torch.bincount(codes.flatten(), minlength=size) / codes.numel()
+    return float(-(share * share.clamp_min(1e-12).log()).sum() / math.log(size))
+
+
+@pytest.mark.parametrize(("width", "share", "least"), [(0.4, 0.5, 0.99), (0.1, 0.7, 0.9)])
+def test_balanced_codes_are_used_equally_in_training_and_in_inference(width, share, least):
+    """In a moderately dense cloud use becomes equal; one far denser than the rest does not make codes oscillate."""
+    settings = {"codebook_init": "kmeans", "ema_decay": 0.97, "reset_fraction": 0.3, "reset_interval": 1}
+    settings |= {"dead_code_threshold": 0.4, "dead_code_unit": "mean"}
+    entropy = {}
+    for rate in (0.0, 0.05):
+        quantizer = make(32, 8, **settings, balance_rate=rate)
+        for step in range(300):
+            quantizer(skewed(1024, step, width, share))
+        entropy[rate] = usage_entropy(quantizer.eval()(skewed(8192, 999, width, share)).codes, 32)
+    assert entropy[0.0] < 0.975 and entropy[0.05] > least
+
+
+def test_penalties_are_saved_and_grow_with_the_codebook():
+    quantizer = placed(make(32, 8, codebook_init="kmeans", balance_rate=0.05), torch.randn(256, 8))
+    for _ in range(5):
+        quantizer(torch.randn(256, 8))
+    # The penalties are part of the model, and only of one that has them.
+    assert "penalty" in quantizer.state_dict() and "penalty" not in make(32, 8).state_dict()
+    copy = make(32, 8, balance_rate=0.05).eval()
+    copy.load_state_dict(quantizer.state_dict())
+    features = torch.randn(64, 8)
+    assert torch.equal(copy(features).codes, quantizer.eval()(features).codes)
+    dearer = torch.cdist(features, quantizer.codebook).square() + quantizer.penalty
+    assert torch.equal(quantizer(features).codes, dearer.argmin(1)) and quantizer.penalty.std() > 0
+    before = quantizer.penalty.clone()
+    quantizer.expand(40)
+    assert torch.equal(quantizer.penalty[:32], before) and quantizer.penalty.shape == (40,)
+
+
+def test_a_balancing_step_moves_penalties_by_the_excess_use():
+    quantizer = placed(make(4, 8, codebook_init="data", balance_rate=0.1), torch.eye(4, 8))
+    quantizer.codebook.copy_(torch.eye(4, 8))
+    quantizer.code_sum.copy_(quantizer.codebook * quantizer.code_share[:, None])
+    vectors = torch.eye(4, 8)[[0, 0, 0, 1]] * torch.tensor([[1.5], [1.5], [1.5], [2.5]])
+    quantizer(vectors)
+    # Mean squared distances are 0.25, 2.25 and, over all, 0.75; the uses are 3, 1, 0 and 0 of a fair share of 1.
+    torch.testing.assert_close(quantizer.penalty, 0.1 * torch.tensor([0.25, 0.0, -0.75, -0.75]))
+    quantizer.config.dead_code_threshold, quantizer.config.dead_code_unit = 0.9, "mean"
+    quantizer.config.reset_fraction = 1.0
+    quantizer.code_share.copy_(torch.tensor([1.0, 1.0, 1.0, 0.0]) / 3)
+    # A code that moves to the first cluster is as dear as the one that is there.
+    assert quantizer.reset_dead_codes(vectors[:1], 4) == 1 and quantizer.penalty[3] == quantizer.penalty[0]
+
+
 def test_one_update_per_step_whatever_the_accumulation():
     vectors = torch.randn(32, 8)
-    whole, parts = (
-        placed(make(8, 8, codebook_init="data", reset_fraction=0.5, dead_code_threshold=3.0), vectors) for _ in "ab"
-    )
+    settings = {"codebook_init": "data", "reset_fraction": 0.5, "dead_code_threshold": 3.0, "balance_rate": 0.05}
+    whole, parts = (placed(make(8, 8, **settings), vectors) for _ in "ab")
     for quantizer, pieces in ((whole, [vectors]), (parts, vectors.split(8))):
         quantizer.update_in_forward = False
         for _ in range(3):
@@ -194,6 +254,7 @@ def test_one_update_per_step_whatever_the_accumulation():
             quantizer.update()
     assert int(whole.num_updates) == int(parts.num_updates) == 3
     torch.testing.assert_close(whole.codebook, parts.codebook, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole.penalty, parts.penalty, atol=1e-6, rtol=0)
 
 
 def test_freeze_keeps_every_code():

@@ -33,6 +33,7 @@ MODEL = {
     "codebook_init": "kmeans",
     "reset_interval": 2,
     "dead_code_unit": "mean",
+    "balance_rate": 0.05,
 }
 TRAINING = {
     "max_steps": 4,

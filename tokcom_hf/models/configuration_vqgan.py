@@ -57,6 +57,9 @@ class VQGANConfig(PreTrainedConfig):
         reset_fraction: at most this share of the codes is moved onto data at a time, dead codes only; 0 is never.
         reset_interval: optimizer steps between resets; 0 leaves the moment to the trainer (each epoch).
         reset_pool: vectors remembered per step and rank to reset onto.
+        balance_rate: how fast codes that are chosen more often than the others become dearer, so that all are used
+            equally; 0 leaves each vector its nearest code. Per step, in units of the squared distance between vectors
+            and codes; 0.05 is usual. What was learned holds in inference as well.
         freeze_codebook: codes never move.
         usage_decay: of the usage statistics that are only reported.
     """
@@ -101,6 +104,7 @@ class VQGANConfig(PreTrainedConfig):
     reset_fraction: float | int = 0.3
     reset_interval: int = 0
     reset_pool: int = 16384
+    balance_rate: float | int = 0.0
     freeze_codebook: bool = False
     usage_decay: float | int = 0.99
 
@@ -168,7 +172,9 @@ class VQGANConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         if not 0.0 <= self.reset_fraction <= 1.0:
             raise ValueError(f"reset_fraction must be in [0, 1], got {self.reset_fraction}.")
-        for name in ("commitment_weight", "entropy_weight", "temperature", "dead_code_threshold", "reset_interval"):
+        for name in (
+            "commitment_weight", "entropy_weight", "temperature", "dead_code_threshold", "reset_interval", "balance_rate",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.entropy_temperature <= 0:

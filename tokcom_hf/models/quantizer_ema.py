@@ -1,6 +1,7 @@
 """Learned codebook that follows moving averages and revives dead codes.
 
-Sources: VQ-VAE 1711.00937 (EMA codebook), CVQ-VAE 2307.15139 (moving dead codes onto data), rotation trick 2410.06424.
+Sources: VQ-VAE 1711.00937 (EMA codebook), CVQ-VAE 2307.15139 (moving dead codes onto data), rotation trick 2410.06424,
+equal use by a penalty on each code's distance: DeSieno, "Adding a conscience to competitive learning", ICNN 1988.
 """
 
 import math
@@ -39,6 +40,9 @@ class EMAQuantizer(Quantizer):
         self.register_buffer("ema_weight", torch.zeros(()))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        # Added to squared distances to each code. Only where it is learned: other folders have no such tensor.
+        self.register_buffer("penalty", torch.zeros(config.codebook_size) if config.balance_rate else None)
+        self._error: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
         self._pool: list[torch.Tensor] = []
         # Of the whole optimizer step, where its micro-batches were looked at ahead.
@@ -57,6 +61,8 @@ class EMAQuantizer(Quantizer):
         self._restart_average(torch.full_like(self.code_share, 1 / size), known=not self.config.ema_bias_correction)
         self.num_updates.zero_()
         self.initialized.fill_(self.config.codebook_init == "uniform")
+        if self.penalty is not None:
+            self.penalty.zero_()
 
     def _restart_average(self, share: torch.Tensor, known: bool) -> None:
         self.ema_weight.fill_(1.0 if known else 0.0)
@@ -77,7 +83,7 @@ class EMAQuantizer(Quantizer):
         if self.training and self.enabled and self.temperature > 0:
             codes = self.sample_codes(vectors.detach())
         else:
-            codes = nearest_codes(vectors.detach(), codebook)
+            codes = nearest_codes(vectors.detach(), codebook, self.penalty)
         return codes, codebook[codes]
 
     def distance_scale(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -99,9 +105,9 @@ class EMAQuantizer(Quantizer):
         return (squares - 2 * (vectors.mean(0) * codebook.mean(0)).sum()).clamp_min(1e-12)
 
     def assignment_logits(self, vectors: torch.Tensor, temperature: float, scale: torch.Tensor) -> torch.Tensor:
-        """−‖x − e‖² / (temperature · scale) up to a constant per row, `(n, k)`."""
+        """−(‖x − e‖² + penalty) / (temperature · scale) up to a constant per row, `(n, k)`."""
         # A copy: the update moves the codebook in place before the backward pass needs it.
-        return 2 * code_scores(vectors, self.codebook.float().clone()) / (temperature * scale)
+        return 2 * code_scores(vectors, self.codebook.float().clone(), self.penalty) / (temperature * scale)
 
     @torch.no_grad()
     def sample_codes(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -159,6 +165,8 @@ class EMAQuantizer(Quantizer):
         self.codebook.copy_(centres)
         # Half the mass goes by size, half evenly: a code without vectors in the sample is not yet a dead code.
         self._restart_average((count / count.sum() + 1 / size) / 2, known=True)
+        if self.penalty is not None:
+            self.penalty.zero_()
         self.initialized.fill_(True)
 
     @torch.no_grad()
@@ -168,6 +176,9 @@ class EMAQuantizer(Quantizer):
         count, total = cluster_sums(vectors, codes, self.codebook_size)
         self._pending = count if self._pending is None else self._pending.add_(count)
         self._sum = total if self._sum is None else self._sum.add_(total)
+        if self.penalty is not None:
+            error = vectors.new_zeros(self.codebook_size).index_add_(0, codes, (vectors - chosen).square().sum(1))
+            self._error = error if self._error is None else self._error.add_(error)
         if self.config.reset_fraction > 0:
             room = self.config.reset_pool - sum(len(part) for part in self._pool)
             if room > 0:
@@ -190,6 +201,9 @@ class EMAQuantizer(Quantizer):
         self.ema_weight.lerp_(torch.ones_like(self.ema_weight), blend)
         self._sum = None
         self._place(self.code_share > 1e-9)
+        if self.penalty is not None and self._error is not None:
+            self._balance(all_reduce(self._error), self.last_count)
+            self._error = None
         self.num_updates += 1
         pool, self._pool = self._pool, []
         interval = self.config.reset_interval
@@ -202,6 +216,17 @@ class EMAQuantizer(Quantizer):
         if self.cosine:
             moved = F.normalize(moved, dim=1)
         self.codebook.copy_(torch.where(which[:, None], moved, self.codebook))
+
+    def _balance(self, error: torch.Tensor, count: torch.Tensor) -> None:
+        """Makes codes dearer that were chosen too often: `error (k,)` summed squared distances of `count (k,)` vectors.
+
+        The step is in units of a code's own mean squared distance where that is small: one that suits the sparse parts of
+        the space would throw all vectors of a dense one from code to code.
+        """
+        mean = error.sum() / count.sum().clamp_min(1)
+        local = torch.where(count > 0, error / count.clamp_min(1), mean).clamp_max(mean)
+        excess = (count / count.sum().clamp_min(1) * self.codebook_size - 1).clamp_max(1)
+        self.penalty.add_(self.config.balance_rate * local * excess)
 
     def dead_codes(self, vectors_per_step: int) -> torch.Tensor:
         """Mask `(codebook_size,)` of codes whose moving average is below the threshold."""
@@ -230,6 +255,9 @@ class EMAQuantizer(Quantizer):
         chosen = sample_rows(pool.new_ones(len(pool)), len(dead), seed)
         dead = dead[: len(chosen)]
         vectors = pool[chosen]
+        if self.penalty is not None:
+            # As dear as the code that they chose so far: a free one would take all vectors around it.
+            self.penalty[dead] = self.penalty[nearest_codes(vectors, self.codebook.float(), self.penalty)]
         self.codebook[dead] = vectors
         self.code_share[dead] = self.ema_weight / self.codebook_size
         self.code_sum[dead] = vectors * self.code_share[dead][:, None]
@@ -254,8 +282,10 @@ class EMAQuantizer(Quantizer):
         self.code_share = torch.cat([self.code_share, share.expand(extra)])
         self.code_sum = torch.cat([self.code_sum, children * share])
         self.usage = torch.cat([self.usage, self.usage.new_zeros(extra)])
+        if self.penalty is not None:
+            self.penalty = torch.cat([self.penalty, self.penalty[parents]])
         self.codebook_size = codebook_size
-        self._pending, self._sum, self._pool = None, None, []
+        self._pending, self._sum, self._error, self._pool = None, None, None, []
 
 
 def rotate_to(vectors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -11,23 +11,31 @@ import torch.nn.functional as F
 MAX_SCORES = 1 << 22
 
 
-def code_scores(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """x·e − ‖e‖²/2, which orders codes as the negative squared distance does.
+def code_scores(vectors: torch.Tensor, codebook: torch.Tensor, penalty: torch.Tensor | None = None) -> torch.Tensor:
+    """x·e − (‖e‖² + penalty)/2, which orders codes as the negative squared distance (less a penalty per code) does.
 
     Args:
         vectors: `(n, d)`.
         codebook: `(k, d)`.
+        penalty: `(k,)` added to squared distances, or None.
 
     Returns:
-        scores `(n, k)`; −‖x − e‖² = 2·score − ‖x‖².
+        scores `(n, k)`; −‖x − e‖² − penalty = 2·score − ‖x‖².
     """
-    return torch.addmm(codebook.square().sum(1).mul_(-0.5), vectors, codebook.t())
+    return torch.addmm(_offsets(codebook, penalty), vectors, codebook.t())
+
+
+def _offsets(codebook: torch.Tensor, penalty: torch.Tensor | None) -> torch.Tensor:
+    squares = codebook.square().sum(1)
+    return (squares if penalty is None else squares + penalty).mul_(-0.5)
 
 
 @torch.no_grad()
-def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor, max_scores: int = MAX_SCORES) -> torch.Tensor:
-    """Index `(n,)` of the code nearest to each vector, at most `max_scores` scores in memory at a time."""
-    bias = codebook.square().sum(1).mul_(-0.5)
+def nearest_codes(
+    vectors: torch.Tensor, codebook: torch.Tensor, penalty: torch.Tensor | None = None, max_scores: int = MAX_SCORES
+) -> torch.Tensor:
+    """Index `(n,)` of the code of least squared distance and `penalty (k,)`, `max_scores` scores in memory at a time."""
+    bias = _offsets(codebook, penalty)
     table = codebook.t()
     rows = max(1, max_scores // codebook.shape[0])
     if vectors.shape[0] <= rows:
