@@ -4,6 +4,27 @@ from pathlib import Path
 from typing import Any
 
 
+def draw_evaluation(out: Path, results: dict[str, Any]) -> bool:
+    """The three figures of recipes/evaluate_tokcom.py into the folder `out`; False where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    plot_accuracy_against_noise(results["reconstruction"], out / "accuracy_against_noise.png")
+    plot_denoising_against_time(results["denoising"], out / "denoising.png")
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for name, points in results["frontier"].items():
+        for point in points:
+            line = f"TokCom, temperature {point['temperature']:g}" if name == "TokCom" else name
+            label = point["num_steps"] if name == "TokCom" else f"T={point['temperature']:g}"
+            curves.setdefault(line, []).append({**point, "label": label})
+    shown = ("held-out text", "unigram", "Kneser-Ney 5-gram", "shuffled train chunks")
+    keys = ("entropy", "kn_perplexity_held_out")
+    anchors = {name: {key: results["rows"][name][key]["mean"] for key in keys} for name in shown}
+    plot_frontier(curves, anchors, out / "frontier.png")
+    return True
+
+
 def plot_accuracy_against_noise(reconstruction: dict[str, float], path: Path) -> None:
     """Token and chunk accuracy of the VAE against latent noise σ (in latent standard deviations)."""
     figure, axes = _axes("latent noise σ / latent std", "held-out accuracy", "Decoding noisy latents")
@@ -88,24 +109,3 @@ def _save(figure, axes, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def draw_evaluation(out: Path, results: dict[str, Any]) -> bool:
-    """The three figures of recipes/evaluate_tokcom.py into the folder `out`; False where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    plot_accuracy_against_noise(results["reconstruction"], out / "accuracy_against_noise.png")
-    plot_denoising_against_time(results["denoising"], out / "denoising.png")
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for name, points in results["frontier"].items():
-        for point in points:
-            line = f"TokCom, temperature {point['temperature']:g}" if name == "TokCom" else name
-            label = point["num_steps"] if name == "TokCom" else f"T={point['temperature']:g}"
-            curves.setdefault(line, []).append({**point, "label": label})
-    shown = ("held-out text", "unigram", "Kneser-Ney 5-gram", "shuffled train chunks")
-    keys = ("entropy", "kn_perplexity_held_out")
-    anchors = {name: {key: results["rows"][name][key]["mean"] for key in keys} for name in shown}
-    plot_frontier(curves, anchors, out / "frontier.png")
-    return True

@@ -1,11 +1,13 @@
 """Probabilities of continuations are those that samplers draw from."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.text import TextJudge
 from tokcom_hf.metrics.text_generation import CausalSampler, KneserNeySampler, TokComSampler
@@ -13,23 +15,19 @@ from tokcom_hf.metrics.text_likelihood import causal_log_probs, tokcom_log_probs
 from tokcom_hf.metrics.text_ngram import KneserNey
 from tokcom_hf.metrics.text_protocol import held_out_prefixes, measure_sampler
 
-VOCABULARY = 31
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+from test_tokcom_training import SHAPE, joint_model
+
+VOCABULARY = 51
 
 
 @pytest.fixture(scope="module")
 def tokcom():
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "intermediate_size": 48,
-    }  # fmt: skip
-    vae = shape | {"vocab_size": VOCABULARY, "latent_size": 32, "encoder": "embedding", "nearest_decoder": True}
-    config = TokComConfig(
-        vae=vae, denoiser=shape | {"attention": "block_causal", "num_context_layers": 2}, eos_token_id=0, max_chunks=8,
-        clean_latents="posterior_mean", train_embeddings=True, noise_likelihood=True, scale_input=True,
-        token_time_std=1.0, sampler="commit", block_size=1, token_window_size=24, token_attention_heads=2,
-    )  # fmt: skip
-    model = TokComModel(config).eval()
+    denoiser = SHAPE | {"attention": "block_causal", "num_context_layers": 2}
+    model = joint_model(
+        denoiser=denoiser, scale_input=True, token_time_std=1.0, sampler="commit", block_size=1, token_window_size=24,
+        token_attention_heads=2,
+    ).eval()  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -30,8 +30,8 @@ class Sampler(Protocol):
         ...
 
     def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
-        """log p in nats of each token of (prefixes, draws, length) that `continuations` would draw; None: not known."""
-        ...
+        """log p in nats of each token of (prefixes, draws, length) that `continuations` would draw; None: not told."""
+        return None
 
 
 @dataclass
@@ -119,7 +119,7 @@ class CausalSampler:
 
 
 @dataclass
-class KneserNeySampler:
+class KneserNeySampler(Sampler):
     """Samples of an n-gram model; order 1 is the unigram sampler."""
 
     model: KneserNey
@@ -131,12 +131,9 @@ class KneserNeySampler:
         repeated = np.repeat(prefixes, draws, axis=0)
         return self.model.sample(len(repeated), length, seed, repeated).reshape(len(prefixes), draws, length)
 
-    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
-        return None
-
 
 @dataclass
-class ShuffledChunkSampler:
+class ShuffledChunkSampler(Sampler):
     """Training chunks in random order: every chunk is real, the text is not."""
 
     train: np.ndarray
@@ -151,9 +148,6 @@ class ShuffledChunkSampler:
 
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
         return self.rows(len(prefixes) * draws, length, seed).reshape(len(prefixes), draws, length)
-
-    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
-        return None
 
 
 def _batches(count: int, size: int) -> Iterator[int]:

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from ..models.context_encoder import FinishedChunks
-
 # Continuations scored at a time.
 ROWS_AT_ONCE = 512
 
@@ -38,7 +36,7 @@ def tokcom_log_probs(
     def score(prefix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         draws, length = tokens.shape[1:]
         clean = model.standardize(model.encode(prefix))
-        past = repeated(model.finish(clean), draws)
+        past = model.finish(clean).repeated(draws)
         previous, finished, columns = clean[:, -1:].repeat_interleave(draws, 0), clean.shape[1], []
         for part in torch.nn.functional.pad(tokens.flatten(0, 1), (0, -length % chunk)).split(chunk, dim=1):
             latent = model.standardize(model.encode(part))
@@ -77,19 +75,6 @@ def causal_log_probs(
         return found.view(tokens.shape)
 
     return _in_parts(score, prefixes.to(model.device), continuations.to(model.device))
-
-
-def repeated(past: FinishedChunks, count: int) -> FinishedChunks:
-    """Each row `count` times, copies side by side."""
-
-    def each(value: Any) -> Any:
-        if value is None:
-            return None
-        if torch.is_tensor(value):
-            return value.repeat_interleave(count, 0)
-        return type(value)(each(part) for part in value)
-
-    return FinishedChunks(**{name: each(value) for name, value in vars(past).items()})
 
 
 def _in_parts(

@@ -11,6 +11,7 @@ COLUMNS = {
 
 
 def print_accuracies(results: dict[str, Any]) -> None:
+    """Reconstruction, denoising, spread of the latents and length of the sampling path, of `evaluation.json`."""
     print("\nheld-out reconstruction")
     for name, value in results["reconstruction"].items():
         print(f"  {name:28} {value:.5g}")
@@ -26,6 +27,7 @@ def print_accuracies(results: dict[str, Any]) -> None:
 
 
 def print_row(name: str, row: dict[str, dict[str, float]], header: bool = False) -> None:
+    """One generator: metric → {"mean", "std"}; `header` prints the titles of the columns above it."""
     if header:
         print(f"{'mean ± std over seeds':40}" + "".join(f"{title:>20}" for title in COLUMNS.values()))
     cells = [f"{row[key]['mean']:.4g} ± {row[key]['std']:.2g}" if key in row else "-" for key in COLUMNS]

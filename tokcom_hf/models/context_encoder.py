@@ -37,6 +37,18 @@ class FinishedChunks:
         """These chunks and the `new` ones behind them."""
         return FinishedChunks(joined(self.layers, new.layers), joined(self.encoder, new.encoder), new.state)
 
+    def repeated(self, count: int) -> "FinishedChunks":
+        """Each row `count` times, copies side by side."""
+
+        def each(value):
+            if value is None:
+                return None
+            if torch.is_tensor(value):
+                return value.repeat_interleave(count, 0)
+            return type(value)(each(part) for part in value)
+
+        return FinishedChunks(**{name: each(value) for name, value in vars(self).items()})
+
 
 class ContextEncoder(nn.Module):
     """Clean latents → a state per chunk that knows all chunks up to it."""
