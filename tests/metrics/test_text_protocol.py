@@ -9,7 +9,7 @@ from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.latent_path import sampling_path
 from tokcom_hf.metrics.text import KneserNey, TextJudge, detailed_reconstruction
-from tokcom_hf.metrics.text_comparison import ratio_at_equal_entropy, ratios_on_frontier
+from tokcom_hf.metrics.text_comparison import brier_lm_differences, ratio_at_equal_entropy, ratios_on_frontier
 from tokcom_hf.metrics.text_generation import CausalSampler, KneserNeySampler, ShuffledChunkSampler, TokComSampler
 from tokcom_hf.metrics.text_protocol import (
     frontier,
@@ -147,3 +147,17 @@ def test_detailed_reconstruction_reports_every_number(tokcom):
     assert result["rare_token_accuracy"] == pytest.approx(result["token_accuracy"])
     assert result["rare_token_share"] == 1.0 and 0 <= result["sequence_accuracy"] <= result["chunk_accuracy"] <= 1
     assert {"token_accuracy_sigma_0.5", "random_chunk_accuracy", "active_dimensions"} <= set(result)
+
+
+def test_differences_are_tokcoms_own_row_against_each_baseline_that_knows_its_probabilities():
+    generator = np.random.default_rng(0)
+    base = generator.random((50, 4))
+    scores = {
+        "unigram": [], "TokCom, 4 steps": [base + 0.1, base + 0.3], "TokCom, block 4": [],
+        "autoregressive a": [base], "autoregressive b": [base + 0.2], "autoregressive greedy": [],
+    }  # fmt: skip
+    found = brier_lm_differences(scores)
+    assert set(found) == {"autoregressive a", "autoregressive b"}
+    assert found["autoregressive a"]["difference"] == pytest.approx(20.0, abs=0.1)
+    assert found["autoregressive b"]["difference"] == pytest.approx(0.0, abs=1e-9)
+    assert brier_lm_differences({"TokCom, 4 steps": [], "autoregressive a": [base]}) == {}
