@@ -4,6 +4,7 @@ import inspect
 import json
 import random
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.cli import RecipeError, parse_recipe, read_yaml
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.data.tokenizers import train_tokenizer
+from tokcom_hf.trainers.tokcom_budget import tokcom_budget
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 WORDS = [
@@ -113,6 +115,21 @@ def test_equal_tokens_means_equal_tokens(tmp_path, tokcom, corpus):
          "--head_dim", 8, "--per_device_train_batch_size", 2, "--use_cpu", "true", "--report_to", "none")  # fmt: skip
     budget = json.loads((out / "budget.json").read_text())
     assert budget["tokens"] == pytest.approx(budget["tokcom"]["tokens"], abs=32)
+
+
+def test_an_epoch_of_text_given_several_times_has_so_many_rows(tmp_path, tokcom, corpus):
+    rows = load_source(TextSource(train_file=str(corpus)), 32, str(tokcom)).train
+    model = TokComModel.from_pretrained(tokcom)
+    folder = tmp_path / "copies"
+    shutil.copytree(tokcom, folder)
+    torch.manual_seed(0)  # self-conditioning is drawn
+    once = tokcom_budget(folder, model, rows, draws=1)
+    (folder / "results.json").write_text(json.dumps({"rows": 3 * len(rows)}))
+    torch.manual_seed(0)
+    thrice = tokcom_budget(folder, model, rows, draws=1)
+    for name in ("tokens", "vae_flops", "encode_flops", "denoiser_flops"):
+        assert thrice[name] == pytest.approx(3 * once[name])
+    assert once["tokens"] == pytest.approx(0.06 * len(rows) * 32)
 
 
 @pytest.mark.slow

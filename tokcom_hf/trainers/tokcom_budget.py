@@ -19,7 +19,8 @@ def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, ba
     Args:
         folder: output folder of recipes/train_tokcom.py, with the checkpoints of both stages.
         model: the `TokComModel` of that folder.
-        rows: its training rows (items `input_ids`, `attention_mask`), all of one length.
+        rows: its training rows (items `input_ids`, `attention_mask`), all of one length. An epoch is as many rows as
+            `results.json` of the folder says: more than these where the text was given several times (`offset_copies`).
         draws: denoiser steps averaged over (block sizes and self-conditioning are drawn at random).
 
     Returns:
@@ -29,7 +30,8 @@ def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, ba
         FileNotFoundError: a stage left no complete checkpoint to read its epochs from.
     """
     length = len(rows[0]["input_ids"])
-    tokens = {stage: _epochs(Path(folder) / stage) * len(rows) * length for stage in ("vae", "denoiser")}
+    count = _row_count(Path(folder), len(rows))
+    tokens = {stage: _epochs(Path(folder) / stage) * count * length for stage in ("vae", "denoiser")}
     batch = [rows[index] for index in range(min(batch_size, len(rows)))]
     inputs = {name: torch.stack([torch.as_tensor(row[name]) for row in batch]) for name in batch[0]}
     per_token = {
@@ -37,7 +39,7 @@ def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, ba
     }
     vae_flops = tokens["vae"] * per_token["vae"]
     denoiser_flops = tokens["denoiser"] * per_token["denoiser"]
-    encode_flops = len(rows) * length * per_token["encode"]
+    encode_flops = count * length * per_token["encode"]
     return {
         "parameters": float(count_parameters(model)),
         "vae_tokens": tokens["vae"],
@@ -48,6 +50,11 @@ def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, ba
         "denoiser_flops": denoiser_flops,
         "flops": vae_flops + encode_flops + denoiser_flops,
     }
+
+
+def _row_count(folder: Path, given: int) -> int:
+    results = folder / "results.json"
+    return int(json.loads(results.read_text(encoding="utf-8")).get("rows", given)) if results.is_file() else given
 
 
 def _epochs(folder: Path) -> float:
