@@ -170,3 +170,13 @@ print(model.encode(processor(Image.new("RGB", (16, 16), "teal"))["pixel_values"]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=str(folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(expected)
+
+
+def test_balancing_switched_on_later_starts_even_and_keeps_the_trained_codes(tmp_path):
+    model = tiny().train()
+    model(images(8))
+    model.save_pretrained(tmp_path)
+    balanced = VQGAN.from_pretrained(tmp_path, balance_rate=0.05)
+    before, after = model.quantizer.state_dict(), balanced.quantizer.state_dict()
+    assert after.pop("penalty").eq(0).all() and after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -147,7 +147,12 @@ class VQGAN(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Quantizer):
+            # One buffer that the folder lacks (`balance_rate` switched on) must not cost those that it has.
+            buffers = [b for b in module.buffers(recurse=False) if getattr(b, "_is_hf_initialized", False)]
+            loaded = [buffer.clone() for buffer in buffers]
             module.reset_buffers()
+            for buffer, value in zip(buffers, loaded):
+                buffer.copy_(value)
         elif isinstance(module, nn.Conv2d | nn.Linear):
             # Looked up through the module, where transformers skips weights that came from a checkpoint.
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
