@@ -26,7 +26,7 @@ def tokcom():
     denoiser = SHAPE | {"attention": "block_causal", "num_context_layers": 2}
     model = joint_model(
         denoiser=denoiser, scale_input=True, token_time_std=1.0, sampler="commit", block_size=1, token_window_size=24,
-        token_attention_heads=2,
+        token_attention_heads=2, token_mlp_size=48,
     ).eval()  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():

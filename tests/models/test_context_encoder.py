@@ -21,6 +21,7 @@ def model(self_conditioning: bool = False, **flow) -> TokComModel:
     denoiser = SHAPE | {"attention": "block_causal", "num_context_layers": 2, "self_conditioning": self_conditioning}
     denoiser = flow.pop("denoiser", denoiser)
     defaults = {"token_time_std": 1.0, "token_window_size": 24, "token_attention_heads": 2, "scale_input": True}
+    defaults["token_mlp_size"] = 48
     defaults["eos_token_id"] = None
     built = joint(denoiser=denoiser, **defaults | flow).eval()
     with torch.no_grad():
@@ -112,6 +113,27 @@ def test_tokens_of_finished_chunks_are_read_in_training_and_generation():
     changed = [(now - then).abs().amax((0, 2, 3)).gt(1e-6).tolist() for now, then in zip(outputs(), before)]
     # Nothing stands before the first block, and nothing before a text without a prompt.
     assert changed == [[False, False, True, True, True, True], [True, True], [False, False]]
+
+
+def test_the_map_behind_token_attention_works_on_every_token():
+    """Also where nothing stands before, so that a text's first chunk is generated as it was trained."""
+    net = model().train()
+    clean, x, t = torch.randn(1, 6, 32), torch.randn(1, 6, 32), torch.rand(1, 3)
+    past = net.finish(clean[:, :4])
+
+    def outputs() -> list[torch.Tensor]:
+        generating = net(x[:, 4:], t[:, 2], past_key_values=past, position_offset=4, previous=clean[:, 3:4])
+        start = net(x[:, :2], t[:, 0])
+        return [net(x, t, context=clean, block_index=INDEX).token_hidden, generating.token_hidden, start.token_hidden]
+
+    before = outputs()
+    torch.testing.assert_close(before[2], before[0][:, :2], atol=1e-5, rtol=1e-5)
+    before[0].square().sum().backward()
+    trained = dict(net.token_mlp.named_parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values()), trained.keys()
+    with torch.no_grad():
+        net.token_mlp[1].down_proj.weight.zero_()
+    assert all(bool(((now - then).abs().amax(-1) > 1e-6).all()) for now, then in zip(outputs(), before))
 
 
 def test_what_only_the_denoiser_finished_is_refused():

@@ -128,3 +128,7 @@ def test_configs_that_cannot_be():
     bidirectional = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     with pytest.raises(ValueError, match="tokens of finished chunks; got 'posterior_mean' and 'bidirectional'"):
         config(token_attention_heads=4, denoiser=bidirectional)
+    with pytest.raises(ValueError, match="set token_attention_heads; got 8 and 0"):
+        config(token_mlp_size=8)
+    with pytest.raises(ValueError, match="reads: set token_attention_heads; got -8 and 4"):
+        config(token_mlp_size=-8, token_attention_heads=4)

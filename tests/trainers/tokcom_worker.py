@@ -40,7 +40,7 @@ networks = {"vae": (vae_trainer, None), "denoiser": (denoiser_trainer, None)}
 if options.stage == "embeddings":
     reading = joint_model(
         token_time_std=1.0, scale_input=True, token_cut_rate=0.5, token_loss_max_time=0.5, token_window_size=24,
-        noise_copies=2, token_attention_heads=2,
+        noise_copies=2, token_attention_heads=2, token_mlp_size=48,
         denoiser=SHAPE | {"attention": "block_causal", "num_context_layers": 1},
     )  # fmt: skip
     networks["embeddings"] = (denoiser_trainer, reading)

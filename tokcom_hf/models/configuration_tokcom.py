@@ -38,6 +38,8 @@ class TokComConfig(PreTrainedConfig):
     token_attention_heads: heads of an attention over the single tokens of finished chunks, from which each token's
         distribution reads what stood where before (models/token_attention.py); 0: none. Needs "posterior_mean" and
         denoiser.attention="block_causal".
+    token_mlp_size: width of a SwiGLU behind that attention, which works on what each token has read; 0: none. Needs
+        token_attention_heads.
     train_embeddings: the token tables of the VAE train with the denoiser, so that latents of alike tokens come to lie near
         each other (2211.15089); otherwise the VAE is frozen (documented). Needs "posterior_mean" and
         vae.nearest_decoder.
@@ -73,6 +75,7 @@ class TokComConfig(PreTrainedConfig):
     noise_copies: int = 1
     token_window_size: int = 0
     token_attention_heads: int = 0
+    token_mlp_size: int = 0
     train_embeddings: bool = False
     independent_times: bool = False
     noise_std: float | int = 0.05
@@ -129,6 +132,11 @@ class TokComConfig(PreTrainedConfig):
         if heads < 0 or (heads and width % (2 * heads)):
             raise ValueError(
                 f"vae.hidden_size must be an even multiple of token_attention_heads, got {width} and {heads}."
+            )
+        if self.token_mlp_size < 0 or (self.token_mlp_size and not heads):
+            raise ValueError(
+                "token_mlp_size must not be negative and works on what a token attention reads: set token_attention_heads; "
+                f"got {self.token_mlp_size} and {heads}."
             )
         if self.token_time_std > 0 and (not self.noise_likelihood or self.mse_weight > 0):
             raise ValueError(

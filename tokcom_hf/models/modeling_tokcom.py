@@ -11,6 +11,7 @@ from transformers import initialization as init
 from .chunked_cross_entropy import LOGITS_AT_ONCE
 from .configuration_tokcom import TokComConfig
 from .context_encoder import FinishedChunks, joined
+from .layers import SwiGLU
 from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput
 from .modeling_tokcom_vae import TokComVAE
 from .pipeline_tokcom import custom_pipelines
@@ -50,6 +51,12 @@ class TokComModel(TokComGeneration, PreTrainedModel):
         if config.token_attention_heads:
             self.token_attention = TokenAttention(
                 config.denoiser, config.vae.chunk_size, config.vae.hidden_size, config.token_attention_heads
+            )
+        self.token_mlp = None
+        if config.token_mlp_size:
+            self.token_mlp = nn.Sequential(
+                nn.RMSNorm(config.vae.hidden_size, eps=config.vae.rms_norm_eps),
+                SwiGLU(config.vae.hidden_size, config.token_mlp_size),
             )
         self.token_norm = None
         if self.token_window is not None or self.token_attention is not None:
@@ -118,7 +125,9 @@ class TokComModel(TokComGeneration, PreTrainedModel):
             hidden = output.clean_latents.unflatten(-1, (config.vae.chunk_size, -1))
             hidden = hidden if token_mask is None else hidden[token_mask]
             if self.token_norm is not None:
-                hidden = self.token_norm(self._beside(hidden, inputs, times, previous, token_mask, **kwargs))
+                hidden = self._beside(hidden, inputs, times, previous, token_mask, **kwargs)
+                hidden = hidden if self.token_mlp is None else hidden + self.token_mlp(hidden)
+                hidden = self.token_norm(hidden)
             if config.noise_likelihood:
                 evidence = self._evidence(latents, times).to(hidden.dtype)
                 hidden = torch.cat([hidden, evidence if token_mask is None else evidence[token_mask]], dim=-1)

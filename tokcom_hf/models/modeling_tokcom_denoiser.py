@@ -60,7 +60,7 @@ class DenoiserBlock(GradientCheckpointingLayer):
     def __init__(self, config: DenoisedModelConfig):
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.adaln_attn = AdaptiveNorm(config)
         self.adaln_mlp = AdaptiveNorm(config)
 
