@@ -95,7 +95,7 @@ class TokenAttention(nn.Module):
         which, chunk, place = token_mask.nonzero(as_tuple=True)
         query = self.q_proj(self.norm(hidden_states))
         # Rows have different numbers of tokens that look; those of all copies of a row stand side by side, then filling.
-        counts = token_mask.view(rows, -1).sum(-1)
+        counts = token_mask.reshape(rows, -1).sum(-1)
         row, slot, longest = which // copies, None, int(counts.max())
         if len(row) != rows * longest:
             slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
