@@ -136,6 +136,38 @@ def test_the_map_behind_token_attention_works_on_every_token():
     assert all(bool(((now - then).abs().amax(-1) > 1e-6).all()) for now, then in zip(outputs(), before))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampler": "commit", "block_size": 1},
+        {"sampler": "euler", "block_size": 2, "guidance_scale": 1.5},
+        {"sampler": "euler", "block_size": 1, "attention": "bidirectional"},
+    ],
+)
+def test_several_continuations_are_those_of_a_repeated_prompt(settings, monkeypatch):
+    attention = settings.pop("attention", "block_causal")
+    more = {} if attention == "block_causal" else {"token_attention_heads": 0, "token_mlp_size": 0}
+    net = model(denoiser=SHAPE | {"attention": attention}, **more)
+    ids, mask = torch.randint(1, 50, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 3:] = 0
+    options = {"num_generate_chunks": 3, "num_steps": 4, "temperature": 1.0, **settings}
+    draw = lambda *rows, **named: net.generate(*rows, generator=torch.Generator().manual_seed(1), **options, **named)  # noqa: E731
+    repeated = draw(ids.repeat_interleave(3, 0), prompt_mask=mask.repeat_interleave(3, 0))
+    read, finish = [], net.finish
+
+    def noted(latents, *rest):
+        read.append(len(latents))
+        return finish(latents, *rest)
+
+    monkeypatch.setattr(net, "finish", noted)
+    together = draw(ids, prompt_mask=mask, num_return_sequences=3)
+    assert torch.equal(together, repeated) and len({tuple(row) for row in together.tolist()}) > 2
+    blocks = 3 // settings["block_size"] + 3 % settings["block_size"]
+    assert read == ([2] + [6] * (blocks - 1) if attention == "block_causal" else [])
+    with pytest.raises(ValueError, match="num_return_sequences must be at least 1, got 0"):
+        draw(ids, num_return_sequences=0)
+
+
 def test_what_only_the_denoiser_finished_is_refused():
     net = model()
     past = net.denoiser.finish(torch.randn(1, 2, 32))

@@ -4,7 +4,7 @@ A sampler draws whole rows (`rows`) and several independent continuations of giv
 at EOS: models are trained on packed rows, where the next document follows, and equal token counts make rows comparable.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -53,15 +53,19 @@ class TokComSampler:
         return torch.cat(parts).cpu().numpy()[:, :length]
 
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
-        chunks = -(-length // self.model.config.vae.chunk_size)
-        generator = torch.Generator().manual_seed(seed)
-
-        def generate(ids: torch.Tensor) -> torch.Tensor:
-            settings = {"num_generate_chunks": chunks, "generator": generator, **self.settings}
-            return self.model.generate(ids, **settings)
-
+        settings: dict[str, Any] = {
+            "num_generate_chunks": -(-length // self.model.config.vae.chunk_size),
+            "generator": torch.Generator().manual_seed(seed),
+            "num_return_sequences": draws,
+            **self.settings,
+        }
+        width, given = prefixes.shape[1], torch.as_tensor(prefixes, dtype=torch.long)
         with _without_end(self.model):
-            return _continue(generate, prefixes, draws, length, self.batch_size, self.model.device)
+            parts = [
+                self.model.generate(ids.to(self.model.device), **settings)[:, width : width + length]
+                for ids in given.split(max(1, self.batch_size // draws))
+            ]
+        return torch.cat(parts).cpu().numpy().reshape(len(prefixes), draws, length)
 
     def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
         config = self.model.config
@@ -153,20 +157,6 @@ class ShuffledChunkSampler(Sampler):
 def _batches(count: int, size: int) -> Iterator[int]:
     for start in range(0, count, size):
         yield min(size, count - start)
-
-
-def _continue(
-    generate: Callable[[torch.Tensor], torch.Tensor],
-    prefixes: np.ndarray,
-    draws: int,
-    length: int,
-    batch_size: int,
-    device: torch.device,
-) -> np.ndarray:
-    repeated = torch.as_tensor(np.repeat(prefixes, draws, axis=0), dtype=torch.long)
-    width = prefixes.shape[1]
-    parts = [generate(part.to(device))[:, width : width + length].cpu() for part in repeated.split(batch_size)]
-    return torch.cat(parts).numpy().reshape(len(prefixes), draws, length)
 
 
 @contextmanager

@@ -100,17 +100,12 @@ class TokComGenerationPipeline(Pipeline):
         return {"prompt_ids": ids, "prompt_mask": mask}
 
     def _forward(self, model_inputs: dict[str, Any], num_return_sequences: int = 1, **options) -> dict[str, Any]:
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}.")
         # Arguments set once for the pipeline may serve calls with and without a prompt.
         options.pop("num_generate_chunks" if not model_inputs else "num_chunks", None)
-        if not model_inputs:
-            ids = self.model.generate(batch_size=num_return_sequences, **options)
-            return {"ids": ids, "lengths": [0] * len(ids), "copies": num_return_sequences}
-        prompt_ids = model_inputs["prompt_ids"].repeat_interleave(num_return_sequences, dim=0)
-        mask = model_inputs["prompt_mask"].repeat_interleave(num_return_sequences, dim=0)
-        ids = self.model.generate(prompt_ids, prompt_mask=mask, **options)
-        return {"ids": ids, "lengths": mask.sum(dim=1).tolist(), "copies": num_return_sequences}
+        ids = self.model.generate(**model_inputs, num_return_sequences=num_return_sequences, **options)
+        lengths = [0] if not model_inputs else model_inputs["prompt_mask"].sum(dim=1).tolist()
+        copied = [length for length in lengths for _ in range(num_return_sequences)]
+        return {"ids": ids, "lengths": copied, "copies": num_return_sequences}
 
     def postprocess(self, model_outputs: dict[str, Any], return_full_text: bool = True) -> list[list[dict[str, str]]]:
         """ids → one list of `num_return_sequences` dictionaries per prompt."""

@@ -75,6 +75,7 @@ class TokComGeneration(BlockSampling):
         final_clean_pass: bool = False,
         posterior_temperature: float = 1.0,
         token_lag: float = 0.0,
+        num_return_sequences: int = 1,
         return_dict_in_generate: bool = False,
     ) -> "torch.LongTensor | TokComGenerateOutput":
         """Generates token ids.
@@ -101,11 +102,13 @@ class TokComGeneration(BlockSampling):
                 flow commits earlier. Only with `clean_latents="posterior_mean"`.
             token_lag: how far the tokens of a chunk wait for each other: 0 not at all, 1 until the first is finished. Only
                 with `token_time_std`.
+            num_return_sequences: independent continuations of each prompt, side by side in the batch; a prompt is read once
+                for all of them. Without prompts, sequences per one of `batch_size`.
             return_dict_in_generate: return a `TokComGenerateOutput` with the latents beside the ids.
 
         Returns:
-            ids (batch, longest prompt + generated), prompt first; after a row's first generated EOS, and after the end of
-            a shorter row, everything is EOS.
+            ids (batch · num_return_sequences, longest prompt + generated), prompt first; after a row's first generated EOS,
+            and after the end of a shorter row, everything is EOS.
 
         Raises:
             ValueError: a count below 1, an empty prompt, or prompt ids outside the vocabulary.
@@ -114,9 +117,13 @@ class TokComGeneration(BlockSampling):
         sampler = self.config.sampler if sampler is None else sampler
         block_size = self.config.block_size if block_size is None else block_size
         wanted = num_chunks if prompt_ids is None else num_generate_chunks
-        for name, value in (("number of chunks to generate", wanted), ("batch_size", batch_size)):
+        counts = {
+            "The number of chunks to generate": wanted, "The batch_size": batch_size,
+            "num_return_sequences": num_return_sequences,
+        }  # fmt: skip
+        for name, value in counts.items():
             if value < 1:
-                raise ValueError(f"The {name} must be at least 1, got {value}.")
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if block_size < 0:
             raise ValueError(f"block_size must not be negative (0 = all chunks in parallel), got {block_size}.")
         chunk = self.config.vae.chunk_size
@@ -128,8 +135,9 @@ class TokComGeneration(BlockSampling):
             filled, mask, lengths = self._fill_prompt(prompt_ids, prompt_mask)
             prompt = self.standardize(self.encode(filled))
         new_latents, new_ids = self._blocks(
-            prompt, mask, wanted, num_steps, sampler, time_grid, block_size, guidance_scale, final_clean_pass,
-            temperature, generator, self._check_lag(token_lag, sampler), **self._posterior_options(posterior_temperature),
+            prompt, mask, wanted, num_return_sequences, num_steps, sampler, time_grid, block_size, guidance_scale,
+            final_clean_pass, temperature, generator, self._check_lag(token_lag, sampler),
+            **self._posterior_options(posterior_temperature),
         )  # fmt: skip
         new_latents, new_ids = self.unstandardize(new_latents), self._end_at_eos(new_ids)
         if prompt_ids is None:
@@ -138,8 +146,9 @@ class TokComGeneration(BlockSampling):
         width = int(lengths.max()) + wanted * chunk
         output = new_ids.new_full((len(new_ids), width), fill)
         for row, length in enumerate(lengths.tolist()):
-            output[row, :length] = prompt_ids[row][_row_mask(prompt_mask, prompt_ids, row)]
-            output[row, length : length + new_ids.shape[1]] = new_ids[row]
+            own = slice(row * num_return_sequences, (row + 1) * num_return_sequences)
+            output[own, :length] = prompt_ids[row][_row_mask(prompt_mask, prompt_ids, row)]
+            output[own, length : length + new_ids.shape[1]] = new_ids[own]
         return TokComGenerateOutput(output, new_latents) if return_dict_in_generate else output
 
     def _check_lag(self, lag: float, sampler: str) -> float:
@@ -165,23 +174,25 @@ class TokComGeneration(BlockSampling):
         return {"posterior_temperature": temperature, "token_head": head}
 
     def _blocks(
-        self, prompt, mask, wanted, num_steps, sampler, grid, block_size, guidance_scale, final_clean_pass, temperature,
-        generator, lag, **options,
+        self, prompt, mask, wanted, copies, num_steps, sampler, grid, block_size, guidance_scale, final_clean_pass,
+        temperature, generator, lag, **options,
     ) -> tuple[torch.Tensor, torch.LongTensor]:  # fmt: skip
-        """Denoises block after block; each sees the prompt and the finished blocks.
+        """Denoises block after block, `copies` times for each prompt; each sees its prompt and the finished blocks.
 
         Returns:
-            Latents of the flow (batch, wanted, latent), and their ids (batch, wanted · chunk_size).
+            Latents of the flow (batch · copies, wanted, latent), and their ids (batch · copies, wanted · chunk_size).
         """
         times = time_grid(num_steps, grid)
         cached = self.config.denoiser.attention == "block_causal"
-        finished, past = prompt, None
-        latents, ids = [], []
+        past, latents, ids = None, [], []
         if cached and prompt.shape[1]:
             past = self._extend_cache(None, prompt, mask, 0)
+            past = past if copies == 1 else past.repeated(copies)
+        finished = prompt.repeat_interleave(copies, 0)
+        mask = None if mask is None else mask.repeat_interleave(copies, 0)
         for start in range(0, wanted, block_size or wanted):
             size = min(block_size or wanted, wanted - start)
-            x = self._noise((len(prompt), size, prompt.shape[2]), generator)
+            x = self._noise((len(finished), size, finished.shape[2]), generator)
             prefix = finished if finished.shape[1] else None
             x, new_ids = self._flow(
                 x,
