@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel
 
 from tokcom_hf import DenoisedModelConfig, TokComModel
+from tokcom_hf.metrics.compute import count_flops
 from tokcom_hf.metrics.denoising import next_token_loss
 from tokcom_hf.models.flow_matching import commit_places
 
@@ -134,6 +135,40 @@ def test_the_map_behind_token_attention_works_on_every_token():
     with torch.no_grad():
         net.token_mlp[1].down_proj.weight.zero_()
     assert all(bool(((now - then).abs().amax(-1) > 1e-6).all()) for now, then in zip(outputs(), before))
+
+
+def test_tokens_that_are_all_noise_cost_less_and_the_same():
+    net = model(train_embeddings=True).train()
+    clean, labels = torch.randn(2, 6, 32), torch.randint(0, 50, (2, 6, 4))
+    times = (torch.arange(4) < torch.randint(0, 4, (2, 6, 1))).float()
+    asked, index = times < 1, torch.arange(6)
+    times[0, :, 3], times[1, 0] = 0.3, 0.2
+    unseen = times[asked] == 0
+    assert 0 < unseen.sum() < len(unseen)
+    results = []
+    for known in (None, unseen):
+        net.zero_grad()
+        hidden = net(
+            clean * net.per_entry(times), torch.full((1,), 0.5), token_times=times, context=clean, block_index=index,
+            only_tokens=True, token_mask=asked,
+        ).token_hidden  # fmt: skip
+        loss = net.token_cross_entropy(hidden, labels[asked], known)
+        loss.backward()
+        results.append(
+            (loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+        )
+    (whole, gradients), (split, split_gradients) = results
+    torch.testing.assert_close(split, whole)
+    assert gradients.keys() == split_gradients.keys() and len(gradients) > 30
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(split_gradients[name], gradient, atol=1e-6, rtol=1e-4)
+    hidden = hidden.detach()
+    whole = count_flops(lambda: net.token_cross_entropy(hidden, labels[asked]))
+    assert count_flops(lambda: net.token_cross_entropy(hidden, labels[asked], unseen)) < whole
+    # Nothing to ask for of one kind, or of both, is no error.
+    for part in (unseen, ~unseen, torch.zeros_like(unseen)):
+        value = net.token_cross_entropy(hidden[part], labels[asked][part], unseen[part])
+        assert value.isfinite()
 
 
 @pytest.mark.parametrize(

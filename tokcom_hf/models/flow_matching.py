@@ -14,6 +14,8 @@ SAMPLERS = ("euler", "renoise", "heun")
 TIME_GRIDS = ("uniform", "cosine", "quadratic")
 # 1 − t is kept at least this large in divisions: the velocity weight would be 1e8 at t = 1 − 1e-4.
 MIN_REMAINING = 0.05
+# Training times keep this far from 0 and 1.
+EARLIEST = 1e-4
 
 Time = float | torch.Tensor
 Denoise = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -50,14 +52,14 @@ def velocity_weight(t: torch.Tensor) -> torch.Tensor:
 def sample_times(
     shape: tuple[int, ...], distribution: str, mean: float, std: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Training times in [1e-4, 1 − 1e-4]: "uniform", or "logit_normal" σ(N(mean, std²))."""
+    """Training times in [EARLIEST, 1 − EARLIEST]: "uniform", or "logit_normal" σ(N(mean, std²))."""
     if distribution == "uniform":
         t = torch.rand(shape, generator=generator)
     elif distribution == "logit_normal":
         t = torch.sigmoid(mean + std * torch.randn(shape, generator=generator))
     else:
         raise ValueError(f"time_distribution must be 'uniform' or 'logit_normal', got {distribution!r}.")
-    return t.clamp(1e-4, 1 - 1e-4)
+    return t.clamp(EARLIEST, 1 - EARLIEST)
 
 
 def time_grid(num_steps: int, kind: str = "uniform", start: float = 0.0) -> list[float]:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .chunked_cross_entropy import LOGITS_AT_ONCE
+from .chunked_cross_entropy import LOGITS_AT_ONCE, split_cross_entropy
 from .configuration_tokcom import TokComConfig
 from .context_encoder import FinishedChunks, joined
 from .layers import SwiGLU
@@ -214,6 +214,23 @@ class TokComModel(TokComGeneration, PreTrainedModel):
             width = table.shape[1]
             table = (table - self.latent_mean[:width]) / self.latent_std[:width]
         return torch.cat([weight, table, table.square().sum(-1, keepdim=True)], dim=-1)
+
+    def token_cross_entropy(
+        self, token_hidden: torch.Tensor, labels: torch.LongTensor, unseen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean cross-entropy in nats of `token_hidden` (tokens, width) with `labels` (tokens,), a scalar float32.
+
+        unseen: (tokens,) bool, those whose latents are all noise, which tells nothing of them. The factors of the evidence
+        are zero there, so that `lm_head` alone decides and a third of the head's columns is spared.
+        """
+        number, entropy = max(1, len(labels)), 0.0
+        if unseen is not None and self.config.noise_likelihood:
+            table = self.vae.lm_head.weight
+            entropy = split_cross_entropy(
+                token_hidden[unseen, : table.shape[1]], [(table, None)], labels[unseen], num_items=number
+            )
+            token_hidden, labels = token_hidden[~unseen], labels[~unseen]
+        return entropy + split_cross_entropy(token_hidden, [(self.token_head(), None)], labels, num_items=number)
 
     def _mean_latents(self, token_hidden: torch.Tensor, temperature: float, head: torch.Tensor) -> torch.Tensor:
         """(batch, chunks, chunk_size, width) → (batch, chunks, latent), a bounded number of logits at a time."""

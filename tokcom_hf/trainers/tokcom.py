@@ -9,7 +9,7 @@ import torch
 from ..metrics.denoising import denoising_metrics
 from ..metrics.reconstruction import reconstruction_metrics
 from ..models.chunked_cross_entropy import chunked_cross_entropy
-from ..models.flow_matching import interpolate, sample_times, velocity_weight
+from ..models.flow_matching import EARLIEST, interpolate, sample_times, velocity_weight
 from .base import CompressionTrainer, CompressionTrainingArguments
 from .samples import SampleTableCallback
 
@@ -160,16 +160,17 @@ class DenoiserTrainer(_TokComTrainer):
             condition = torch.where((times < 1.0).unsqueeze(-1), condition, clean.detach())
         if config.clean_latents == "posterior_mean" and config.mse_weight == 0:
             arguments["only_tokens"] = True
-        share = None
+        share, unseen = None, None
         if asked is not None:
             asked = asked & counted.unsqueeze(-1)
             share = asked.sum() / (counted.sum() * chunk).clamp(min=1)
             # With no token to ask for, one of them still puts every parameter into the graph, with no weight.
             asked.view(-1)[0] |= ~asked.any()
             arguments["token_mask"] = asked
+            unseen = arguments["token_times"][asked] <= EARLIEST
         outputs = model(x_t, t, self_condition=condition, **arguments)
         loss, parts = self.losses(
-            tokcom, outputs.clean_latents, clean, times, counted, ids, outputs.token_hidden, asked, share
+            tokcom, outputs.clean_latents, clean, times, counted, ids, outputs.token_hidden, asked, share, unseen
         )
         if model.training:
             self.log_scalars("diffusion", parts)
@@ -205,11 +206,21 @@ class DenoiserTrainer(_TokComTrainer):
                 # The other copies ask for the other tokens; of chunks without a cut too, or those would count for more.
                 one, all_behind = (asked | is_cut) & (place == cut), torch.where(is_cut, place >= cut, asked)
                 asked = one if copies > 1 else all_behind
-        own = torch.where((times < 1.0).unsqueeze(-1), own.clamp(1e-4, 1 - 1e-4), times.unsqueeze(-1))
+        own = torch.where((times < 1.0).unsqueeze(-1), own.clamp(EARLIEST, 1 - EARLIEST), times.unsqueeze(-1))
         return own, asked, chunk_times
 
     def losses(
-        self, tokcom, predicted, clean, times, counted, input_ids, token_hidden=None, asked=None, share=None
+        self,
+        tokcom,
+        predicted,
+        clean,
+        times,
+        counted,
+        input_ids,
+        token_hidden=None,
+        asked=None,
+        share=None,
+        unseen=None,
     ) -> tuple[torch.Tensor, dict]:
         """Weighted sum of the velocity-weighted squared error of x1 and of the cross-entropy of its tokens.
 
@@ -217,7 +228,7 @@ class DenoiserTrainer(_TokComTrainer):
         input_ids: (batch, length); token_hidden: (batch, chunks, chunk, hidden) where the denoiser predicts tokens itself,
         and not through the decoder; asked: (batch, chunks, chunk) where not all tokens are, then token_hidden is theirs,
         (tokens, hidden), and share what they are of all counted tokens: the loss of the others is zero, while the part
-        "batch_ce_loss" is the mean over those asked for.
+        "batch_ce_loss" is the mean over those asked for; unseen: (tokens,), those of them that are all noise.
         """
         config = tokcom.config
         # A row of padding behind its clean prefix counts nowhere: sums over at least one position, never a mean of none.
@@ -234,14 +245,13 @@ class DenoiserTrainer(_TokComTrainer):
         if config.cross_entropy_weight > 0 and bool(counted.any()):
             labels = input_ids.view(*counted.shape, -1)
             if asked is not None:
-                hidden_states, head, labels = token_hidden, tokcom.token_head(), labels[asked]
+                entropy = tokcom.token_cross_entropy(token_hidden, labels[asked], unseen)
             elif token_hidden is not None:
-                hidden_states, head, labels = token_hidden[counted].flatten(0, 1), tokcom.token_head(), labels[counted]
+                entropy = tokcom.token_cross_entropy(token_hidden[counted].flatten(0, 1), labels[counted].flatten())
             else:
                 latents = tokcom.unstandardize(predicted)[counted]
-                hidden_states = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype)).flatten(0, 1)
-                head, labels = tokcom.vae.decoder_head(), labels[counted]
-            entropy = chunked_cross_entropy(hidden_states, head, labels.reshape(-1))
+                hidden = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype)).flatten(0, 1)
+                entropy = chunked_cross_entropy(hidden, tokcom.vae.decoder_head(), labels[counted].flatten())
             parts["batch_ce_loss"] = entropy
             loss = loss + config.cross_entropy_weight * (entropy if share is None else entropy * share)
         return loss, parts
