@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -165,6 +166,33 @@ def test_latents_on_disk_equal_the_encoder_and_are_reused(tmp_path):
     vae.embed_tokens.weight.data += 0.1
     changed = encode_rows(vae, Rows(), tmp_path / "latents.npy")
     assert not torch.allclose(changed[0]["latents"], expected[0])
+
+
+def test_latents_appear_complete_or_not_at_all(tmp_path, monkeypatch):
+    file, vae = tmp_path / "latents.npy", model().vae
+    encode, seen = type(vae).encode, []
+
+    def fails_late(self, ids):
+        # What another process would find meanwhile.
+        seen.append(file.is_file() and np.load(file).shape[0])
+        if len(seen) == 3:
+            raise RuntimeError("no memory")
+        return encode(self, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(vae), "encode", fails_late)
+        with pytest.raises(RuntimeError, match="no memory"):
+            encode_rows(vae, Rows(), file, batch_size=2)
+    assert seen == [False] * 3 and not list(tmp_path.iterdir())
+    first = encode_rows(vae, Rows(), file, batch_size=2)
+    before = first[0]["latents"]
+    seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(vae), "encode", fails_late)
+        with pytest.raises(RuntimeError, match="no memory"):
+            encode_rows(vae, Rows(6), file, batch_size=2)
+    assert seen == [len(Rows())] * 3 and torch.equal(encode_rows(vae, Rows(), file)[0]["latents"], before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latents.json", "latents.npy"]
 
 
 def test_averaged_weights_follow_the_formula_and_are_used_for_evaluation(tmp_path):

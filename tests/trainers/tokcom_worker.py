@@ -45,10 +45,7 @@ if options.stage == "embeddings":
     )  # fmt: skip
     networks["embeddings"] = (denoiser_trainer, reading)
 build, network = networks[options.stage]
-folder = options.folder
-if options.world > 1:
-    # Each rank writes its own copy of the latents; the recipe shares one file.
-    folder = options.folder / "rank"
+# Both ranks encode into one file at once, which must not disturb either; the recipe lets the first do it for all.
 options.folder.mkdir(parents=True, exist_ok=True)
 trainer = build(options.folder, network, **changes)
 assert trainer.accelerator.num_processes == options.world, trainer.accelerator.num_processes

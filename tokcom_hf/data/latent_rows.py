@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def encode_rows(
     """Encodes `rows` (items with `input_ids`, `attention_mask`) with a frozen `vae` into `<file>`, or reuses it.
 
     The file is reused only where weights and rows are the ones it was written from (fingerprint beside it). Mean and
-    standard deviation per latent dimension are taken over real (not padded) chunks.
+    standard deviation per latent dimension are taken over real (not padded) chunks. The file appears when it is complete, so
+    that processes that encode the same rows at once do not read each other's beginnings.
     """
     file = Path(file)
     vae.eval()
-    chunk_size, device = vae.config.chunk_size, next(vae.parameters()).device
     fingerprint = _fingerprint(vae, rows)
     side = file.with_suffix(".json")
     if file.is_file() and side.is_file():
@@ -52,7 +53,24 @@ def encode_rows(
         if stored["fingerprint"] == fingerprint:
             return LatentRows(rows, file, torch.tensor(stored["mean"]), torch.tensor(stored["std"]))
     file.parent.mkdir(parents=True, exist_ok=True)
-    side.unlink(missing_ok=True)
+    unfinished = [path.with_name(f"{path.name}.{os.getpid()}") for path in (file, side)]
+    try:
+        mean, std = _write(vae, rows, unfinished[0], batch_size, description)
+        stored = {"fingerprint": fingerprint, "mean": mean.tolist(), "std": std.tolist()}
+        unfinished[1].write_text(json.dumps(stored), encoding="utf-8")
+        # Between the two replacements nobody may take the new latents for those of the old fingerprint.
+        side.unlink(missing_ok=True)
+        for written, path in zip(unfinished, (file, side)):
+            os.replace(written, path)
+    finally:
+        for path in unfinished:
+            path.unlink(missing_ok=True)
+    return LatentRows(rows, file, mean, std)
+
+
+def _write(vae: Any, rows: Any, file: Path, batch_size: int, description: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encodes `rows` into `file`; returns mean and standard deviation of each dimension, float32."""
+    chunk_size, device = vae.config.chunk_size, next(vae.parameters()).device
     chunks = len(rows[0]["input_ids"]) // chunk_size
     shape = (len(rows), chunks, vae.config.latent_size)
     latents = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
@@ -71,9 +89,7 @@ def encode_rows(
     latents.flush()
     mean = total / max(1, count)
     std = (squares / max(1, count) - mean**2).clamp(min=1e-8).sqrt()
-    stored = {"fingerprint": fingerprint, "mean": mean.float().tolist(), "std": std.float().tolist()}
-    side.write_text(json.dumps(stored), encoding="utf-8")
-    return LatentRows(rows, file, mean.float(), std.float())
+    return mean.float(), std.float()
 
 
 def _fingerprint(vae: Any, rows: Any) -> str:
