@@ -11,6 +11,7 @@ from tokcom_hf import DenoisedModelConfig, TokComModel
 from tokcom_hf.metrics.compute import count_flops
 from tokcom_hf.metrics.denoising import next_token_loss
 from tokcom_hf.models.flow_matching import commit_places
+from tokcom_hf.trainers.noise_plan import draw_token_times, plan_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 from test_tokcom_training import SHAPE, denoiser_trainer
@@ -94,16 +95,22 @@ def test_finishing_chunks_in_any_portions_equals_the_training_layout(sizes):
     torch.testing.assert_close(whole.token_hidden[:, 4:], last.token_hidden, atol=1e-5, rtol=1e-5)
 
 
-def test_tokens_of_finished_chunks_are_read_in_training_and_generation():
-    net = model().train()
+def ways_to_token_hidden(net):
+    """→ a function that runs the training layout, the last block behind finished chunks, and the first."""
     clean, x, t = torch.randn(1, 6, 32), torch.randn(1, 6, 32), torch.rand(1, 3)
     past = net.finish(clean[:, :4])
 
     def outputs() -> list[torch.Tensor]:
         generating = net(x[:, 4:], t[:, 2], past_key_values=past, position_offset=4, previous=clean[:, 3:4])
-        alone = net(x[:, 4:], t[:, 2])
-        return [net(x, t, context=clean, block_index=INDEX).token_hidden, generating.token_hidden, alone.token_hidden]
+        start = net(x[:, :2], t[:, 0])
+        return [net(x, t, context=clean, block_index=INDEX).token_hidden, generating.token_hidden, start.token_hidden]
 
+    return outputs
+
+
+def test_tokens_of_finished_chunks_are_read_in_training_and_generation():
+    net = model().train()
+    outputs = ways_to_token_hidden(net)
     before = outputs()
     before[0].square().sum().backward()
     trained = dict(net.token_attention.named_parameters())
@@ -119,14 +126,7 @@ def test_tokens_of_finished_chunks_are_read_in_training_and_generation():
 def test_the_map_behind_token_attention_works_on_every_token():
     """Also where nothing stands before, so that a text's first chunk is generated as it was trained."""
     net = model().train()
-    clean, x, t = torch.randn(1, 6, 32), torch.randn(1, 6, 32), torch.rand(1, 3)
-    past = net.finish(clean[:, :4])
-
-    def outputs() -> list[torch.Tensor]:
-        generating = net(x[:, 4:], t[:, 2], past_key_values=past, position_offset=4, previous=clean[:, 3:4])
-        start = net(x[:, :2], t[:, 0])
-        return [net(x, t, context=clean, block_index=INDEX).token_hidden, generating.token_hidden, start.token_hidden]
-
+    outputs = ways_to_token_hidden(net)
     before = outputs()
     torch.testing.assert_close(before[2], before[0][:, :2], atol=1e-5, rtol=1e-5)
     before[0].square().sum().backward()
@@ -166,9 +166,10 @@ def test_tokens_that_are_all_noise_cost_less_and_the_same():
     whole = count_flops(lambda: net.token_cross_entropy(hidden, labels[asked]))
     assert count_flops(lambda: net.token_cross_entropy(hidden, labels[asked], unseen)) < whole
     # Nothing to ask for of one kind, or of both, is no error.
-    for part in (unseen, ~unseen, torch.zeros_like(unseen)):
-        value = net.token_cross_entropy(hidden[part], labels[asked][part], unseen[part])
-        assert value.isfinite()
+    for part in (unseen, ~unseen):
+        alone = net.token_cross_entropy(hidden[part], labels[asked][part], unseen[part])
+        torch.testing.assert_close(alone, net.token_cross_entropy(hidden[part], labels[asked][part]))
+    assert net.token_cross_entropy(hidden[:0], labels[asked][:0], unseen[:0]) == 0
 
 
 @pytest.mark.parametrize(
@@ -329,10 +330,9 @@ def test_commit_says_what_it_needs():
 
 
 # ---------------------------------------------------------------- training
-def test_cut_chunks_are_clean_up_to_a_place_and_noise_behind_it(tmp_path):
+def test_cut_chunks_are_clean_up_to_a_place_and_noise_behind_it():
     net = model(token_cut_rate=0.5)
-    trainer = denoiser_trainer(tmp_path, net)
-    own, _, times = trainer._token_times(torch.full((500, 4), 0.3), net.config, torch.Generator().manual_seed(0))
+    own, _, times = draw_token_times(torch.full((500, 4), 0.3), net.config, torch.Generator().manual_seed(0))
     own, times = own.view(-1, 4), times.view(-1)
     known = own > 0.999
     cut = (known | (own < 1e-3)).all(-1)
@@ -386,23 +386,21 @@ def test_settings_without_token_times_are_refused():
             joint(**wrong)
 
 
-def test_single_chunks_waste_no_first_block(tmp_path):
-    net = model(block_sizes=[1])
-    plan = denoiser_trainer(tmp_path, net)._plan(6, net.config, torch.Generator().manual_seed(0))
-    assert plan["index"].tolist() == list(range(6))
+def test_single_chunks_waste_no_first_block():
+    plan = plan_blocks(6, model(block_sizes=[1]).config, torch.Generator().manual_seed(0))
+    assert plan.index.tolist() == list(range(6)) and plan.context and not plan.clean_first
 
 
 def test_copies_of_a_row_share_their_context_and_ask_for_every_token(tmp_path):
     net = model(token_cut_rate=1.0, noise_copies=4)
-    trainer = denoiser_trainer(tmp_path, net)
-    times, asked, _ = trainer._token_times(torch.full((3 * 4, 5), 0.3), net.config, torch.Generator().manual_seed(0))
+    times, asked, _ = draw_token_times(torch.full((3 * 4, 5), 0.3), net.config, torch.Generator().manual_seed(0))
     known = (times > 0.999).view(3, 4, 5, 4)
     asked = asked.view(3, 4, 5, 4)
     assert bool((asked.sum(1) == 1).all()) and bool((asked.sum(-1) == 1).all())
     assert bool((known.sum(-1) == asked.float().argmax(-1)).all())
     # Without a cut, too, no token is asked for by two copies, and none whose time is late.
     net.config.token_cut_rate, net.config.token_loss_max_time = 0.5, 0.2
-    times, asked, _ = trainer._token_times(torch.full((300 * 4, 5), 0.3), net.config, torch.Generator().manual_seed(0))
+    times, asked, _ = draw_token_times(torch.full((300 * 4, 5), 0.3), net.config, torch.Generator().manual_seed(0))
     asked, times = asked.view(300, 4, 5, 4), times.view(300, 4, 5, 4)
     assert int(asked.sum(1).max()) == 1 and int(asked.sum(-1).max()) == 1
     assert float(times[asked].max()) < 0.2
@@ -420,7 +418,7 @@ def test_copies_of_a_row_share_their_context_and_ask_for_every_token(tmp_path):
         )  # fmt: skip
         real = mask[row].bool()
         torch.testing.assert_close(together[row, real], alone.token_hidden[0, real], atol=1e-5, rtol=1e-5)
-    trainer.train()
+    denoiser_trainer(tmp_path, net).train()
     with pytest.raises(ValueError, match="noise_copies must be 1, or more with"):
         joint(noise_copies=2)
 

@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 from tokcom_hf import TokComConfig, TokComModel, TokComVAEConfig
 from tokcom_hf.models.flow_matching import lagged_times
+from tokcom_hf.trainers.noise_plan import draw_token_times, plan_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_tokcom_training import SHAPE, Rows, denoiser_trainer, vae_trainer
@@ -75,13 +76,13 @@ def test_it_trains(tmp_path, mse_weight, independent_times):
     assert "diffusion/batch_ce_loss" in trainer.state.log_history[1]
 
 
-def test_times_are_one_per_position_behind_the_prefix(tmp_path):
-    trainer = denoiser_trainer(tmp_path, tokcom(independent_times=True))
-    plans = [trainer._plan(12, trainer.model.config, torch.Generator().manual_seed(i)) for i in range(40)]
-    assert {plan["blocks"] for plan in plans if not plan["clean_first"]} == {12}
-    for plan in (plan for plan in plans if plan["clean_first"]):
-        prefix = int((plan["index"] == 0).sum())
-        assert plan["index"].tolist() == [0] * prefix + list(range(1, 13 - prefix)) and plan["blocks"] == 13 - prefix
+def test_times_are_one_per_position_behind_the_prefix():
+    config = tokcom(independent_times=True).config
+    plans = [plan_blocks(12, config, torch.Generator().manual_seed(i)) for i in range(40)]
+    assert {plan.blocks for plan in plans if not plan.clean_first} == {12}
+    for plan in (plan for plan in plans if plan.clean_first):
+        prefix = int((plan.index == 0).sum())
+        assert plan.index.tolist() == [0] * prefix + list(range(1, 13 - prefix)) and plan.blocks == 13 - prefix
 
 
 def test_the_vae_learns_with_the_linear_encoder(tmp_path):
@@ -183,7 +184,7 @@ def test_tokens_have_times_of_their_own(tmp_path):
     model = joint(token_time_std=2.0, scale_input=True)
     trainer = denoiser_trainer(tmp_path, model, max_steps=4)
     chunks = torch.tensor([[0.3, 1.0, 0.6]]).repeat(500, 1)
-    own, asked, same = trainer._token_times(chunks, model.config, torch.Generator().manual_seed(0))
+    own, asked, same = draw_token_times(chunks, model.config, torch.Generator().manual_seed(0))
     assert asked is None and torch.equal(same, chunks)
     assert own.shape == (500, 3, 4) and bool((own[:, 1] == 1).all())
     logits = torch.logit(own[:, [0, 2]].double())

@@ -23,7 +23,9 @@ from tokcom_hf import (
     TokComVAETrainingArguments,
 )
 from tokcom_hf.data.latent_rows import encode_rows
+from tokcom_hf.models.modeling_tokcom_denoiser import DenoisedModelOutput
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
+from tokcom_hf.trainers.denoiser_loss import NoisedBatch, denoiser_loss
 
 SHAPE = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -135,7 +137,8 @@ def test_a_batch_that_counts_nowhere_costs_nothing(tmp_path):
     clean, ids = torch.randn(2, 4, 16), torch.randint(0, 50, (2, 16))
     predicted = clean.clone().requires_grad_(True)
     nowhere = torch.zeros(2, 4, dtype=torch.bool)
-    loss, parts = trainer.losses(tokcom, predicted, clean, torch.full((2, 4), 0.5), nowhere, ids)
+    batch = NoisedBatch(clean, torch.full((2, 4), 0.5), nowhere, ids)
+    loss, parts = denoiser_loss(tokcom, DenoisedModelOutput(clean_latents=predicted), batch)
     loss.backward()
     assert loss.item() == 0 and predicted.grad.abs().sum() == 0
     assert all(torch.isfinite(value) for value in parts.values())

@@ -8,9 +8,10 @@ import torch
 
 from ..metrics.denoising import denoising_metrics
 from ..metrics.reconstruction import reconstruction_metrics
-from ..models.chunked_cross_entropy import chunked_cross_entropy
-from ..models.flow_matching import EARLIEST, interpolate, sample_times, velocity_weight
+from ..models.flow_matching import EARLIEST, interpolate, sample_times
 from .base import CompressionTrainer, CompressionTrainingArguments
+from .denoiser_loss import NoisedBatch, denoiser_loss
+from .noise_plan import draw_token_times, plan_blocks
 from .samples import SampleTableCallback
 
 
@@ -133,24 +134,24 @@ class DenoiserTrainer(_TokComTrainer):
         if config.noise_copies > 1:
             clean, mask, ids = (value.repeat_interleave(config.noise_copies, 0) for value in (clean, mask, ids))
         generator = self._generator(model.training)
-        plan = self._plan(clean.shape[1], config, generator)
+        plan = plan_blocks(clean.shape[1], config, generator)
         t = self._local(len(clean), lambda count: sample_times(
-            (count, plan["blocks"]), config.time_distribution, config.time_mean, config.time_std, generator
+            (count, plan.blocks), config.time_distribution, config.time_mean, config.time_std, generator
         )).to(clean)  # fmt: skip
         noise = self._local(len(clean), lambda count: torch.randn((count, *clean.shape[1:]), generator=generator))
         noise = (noise * config.noise_std).to(clean)
-        index = plan["index"].to(clean.device)
-        if plan["clean_first"]:
+        index = plan.index.to(clean.device)
+        if plan.clean_first:
             t[:, 0] = 1.0
         times = t[:, index]
+        counted = mask & (times < 1.0)
         arguments: dict[str, Any] = {"attention_mask": mask.long(), "block_index": index}
         entry_times, asked = times, None
         if config.token_time_std > 0:
-            arguments["token_times"], asked, t = self._token_times(times, config, generator)
+            arguments["token_times"], asked, t = draw_token_times(times, config, generator, self._local)
             entry_times = tokcom.per_entry(arguments["token_times"])
         x_t = interpolate(noise, clean, entry_times)
-        counted = mask & (times < 1.0)
-        if plan["context"]:
+        if plan.context:
             arguments["context"] = context
         condition = None
         draws = torch.rand((), generator=generator).item()
@@ -160,120 +161,14 @@ class DenoiserTrainer(_TokComTrainer):
             condition = torch.where((times < 1.0).unsqueeze(-1), condition, clean.detach())
         if config.clean_latents == "posterior_mean" and config.mse_weight == 0:
             arguments["only_tokens"] = True
-        share, unseen = None, None
+        batch = NoisedBatch(clean, times, counted, ids)
         if asked is not None:
-            asked = asked & counted.unsqueeze(-1)
-            share = asked.sum() / (counted.sum() * chunk).clamp(min=1)
-            # With no token to ask for, one of them still puts every parameter into the graph, with no weight.
-            asked.view(-1)[0] |= ~asked.any()
-            arguments["token_mask"] = asked
-            unseen = arguments["token_times"][asked] <= EARLIEST
+            arguments["token_mask"] = batch.ask(asked, unseen=arguments["token_times"] <= EARLIEST)
         outputs = model(x_t, t, self_condition=condition, **arguments)
-        loss, parts = self.losses(
-            tokcom, outputs.clean_latents, clean, times, counted, ids, outputs.token_hidden, asked, share, unseen
-        )
+        loss, parts = denoiser_loss(tokcom, outputs, batch)
         if model.training:
             self.log_scalars("diffusion", parts)
         return (loss, outputs) if return_outputs else loss
-
-    def _token_times(
-        self, times: torch.Tensor, config, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Times of the tokens (batch, chunks, chunk), spread around their chunks' (batch, chunks); clean stays clean.
-
-        Returns:
-            the times, which tokens the loss asks for (None for all), and the chunks' times: of a chunk cut in two the share
-            of its clean tokens, which is what the sampler "commit" says.
-        """
-        shape, copies, chunk_times = (times.shape[1], config.vae.chunk_size), config.noise_copies, times
-        spread = self._local(len(times), lambda count: torch.randn((count, *shape), generator=generator)).to(times)
-        own = torch.sigmoid(torch.logit(times, eps=1e-6).unsqueeze(-1) + config.token_time_std * spread)
-        asked = own < config.token_loss_max_time if config.token_loss_max_time < 1 else None
-        if config.token_cut_rate > 0:
-            rows = len(times) // copies
-            draws = self._local(rows, lambda count: torch.rand((count, shape[0], 2), generator=generator)).to(times)
-            draws = draws.repeat_interleave(copies, 0)
-            copy = torch.arange(copies, device=times.device).repeat(rows)[:, None, None]
-            cut = ((draws[..., :1] * shape[1]).long() + copy) % shape[1]
-            is_cut = draws[..., 1:] < config.token_cut_rate
-            chunk_times = torch.where(
-                (is_cut & (times < 1.0).unsqueeze(-1)).squeeze(-1), cut.squeeze(-1) / shape[1], times
-            )
-            place = torch.arange(shape[1], device=times.device)
-            own = torch.where(is_cut, (place < cut).to(own), own)
-            if asked is not None or copies > 1:
-                asked = torch.ones_like(own, dtype=torch.bool) if asked is None else asked
-                # The other copies ask for the other tokens; of chunks without a cut too, or those would count for more.
-                one, all_behind = (asked | is_cut) & (place == cut), torch.where(is_cut, place >= cut, asked)
-                asked = one if copies > 1 else all_behind
-        own = torch.where((times < 1.0).unsqueeze(-1), own.clamp(EARLIEST, 1 - EARLIEST), times.unsqueeze(-1))
-        return own, asked, chunk_times
-
-    def losses(
-        self,
-        tokcom,
-        predicted,
-        clean,
-        times,
-        counted,
-        input_ids,
-        token_hidden=None,
-        asked=None,
-        share=None,
-        unseen=None,
-    ) -> tuple[torch.Tensor, dict]:
-        """Weighted sum of the velocity-weighted squared error of x1 and of the cross-entropy of its tokens.
-
-        predicted, clean: (batch, chunks, latent), predicted None where only tokens are; times, counted: (batch, chunks);
-        input_ids: (batch, length); token_hidden: (batch, chunks, chunk, hidden) where the denoiser predicts tokens itself,
-        and not through the decoder; asked: (batch, chunks, chunk) where not all tokens are, then token_hidden is theirs,
-        (tokens, hidden), and share what they are of all counted tokens: the loss of the others is zero, while the part
-        "batch_ce_loss" is the mean over those asked for; unseen: (tokens,), those of them that are all noise.
-        """
-        config = tokcom.config
-        # A row of padding behind its clean prefix counts nowhere: sums over at least one position, never a mean of none.
-        count = counted.sum().clamp(min=1)
-        loss = (predicted if token_hidden is None else token_hidden).float().sum() * 0.0
-        parts: dict[str, torch.Tensor] = {}
-        if predicted is not None:
-            error = ((predicted.float() - clean.float()) ** 2).mean(dim=-1) * counted
-            parts["batch_mse_loss"] = error.sum() / count
-        if config.mse_weight > 0:
-            weighted = (velocity_weight(times) * error).sum() / count
-            loss = loss + config.mse_weight * weighted
-            parts["batch_velocity_loss"] = weighted
-        if config.cross_entropy_weight > 0 and bool(counted.any()):
-            labels = input_ids.view(*counted.shape, -1)
-            if asked is not None:
-                entropy = tokcom.token_cross_entropy(token_hidden, labels[asked], unseen)
-            elif token_hidden is not None:
-                entropy = tokcom.token_cross_entropy(token_hidden[counted].flatten(0, 1), labels[counted].flatten())
-            else:
-                latents = tokcom.unstandardize(predicted)[counted]
-                hidden = tokcom.vae.decode_hidden(latents.to(tokcom.vae.lm_head.weight.dtype)).flatten(0, 1)
-                entropy = chunked_cross_entropy(hidden, tokcom.vae.decoder_head(), labels[counted].flatten())
-            parts["batch_ce_loss"] = entropy
-            loss = loss + config.cross_entropy_weight * (entropy if share is None else entropy * share)
-        return loss, parts
-
-    def _plan(self, chunks: int, config, generator: torch.Generator) -> dict[str, Any]:
-        """Draws how this batch is cut: which positions share a time, and whether the first of them stay clean."""
-        if config.denoiser.attention == "block_causal":
-            draw = torch.randint(len(config.block_sizes), (), generator=generator).item()
-            size = min(config.block_sizes[int(draw)] or chunks, chunks)
-            # Larger blocks begin anywhere, behind a first one of any length, which with single chunks would be lost work.
-            first = int(torch.randint(chunks, (), generator=generator).item()) if size > 1 else 0
-            position = torch.arange(chunks)
-            index = torch.where(position < first, 0, (position - first) // size + int(first > 0))
-            return {"index": index, "blocks": int(index[-1]) + 1, "clean_first": False, "context": True}
-        prefix = 0
-        if config.clean_prefix and torch.rand((), generator=generator).item() >= config.prefix_dropout:
-            prefix = int(torch.randint(chunks, (), generator=generator).item())
-        if config.independent_times:
-            index = (torch.arange(chunks) - prefix + int(prefix > 0)).clamp(min=0)
-        else:
-            index = (torch.arange(chunks) >= prefix).long() if prefix else torch.zeros(chunks, dtype=torch.long)
-        return {"index": index, "blocks": int(index[-1]) + 1, "clean_first": prefix > 0, "context": False}
 
     def _generator(self, training: bool) -> torch.Generator:
         """Seeded by (seed, optimizer step, micro-batch); evaluation repeats the same draws every time."""
