@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from ..models.chunked_cross_entropy import chunked_cross_entropy
 from .reconstruction import token_and_chunk_accuracy
 
 
@@ -95,7 +94,8 @@ def next_token_loss(model: Any, input_ids: torch.Tensor, attention_mask: torch.T
             context=clean, block_index=torch.arange(clean.shape[1], device=clean.device), attention_mask=real.long(),
             only_tokens=True, token_mask=asked,
         ).token_hidden  # fmt: skip
-        number = int(asked.sum())
-        total += float(chunked_cross_entropy(hidden, model.token_head(), labels[asked])) * number
+        number = len(hidden)
+        unseen = torch.ones(number, dtype=torch.bool, device=hidden.device)
+        total += float(model.token_cross_entropy(hidden, labels[asked], unseen)) * number
         count += number
     return total / max(1, count)
