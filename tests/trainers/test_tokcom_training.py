@@ -336,3 +336,10 @@ def test_kill_minus_nine_and_resume_end_at_the_same_weights(tmp_path, stage):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_memory_is_pinned_only_for_an_accelerator(tmp_path, recwarn):
+    trainer = vae_trainer(tmp_path, max_steps=1, use_cpu=False)
+    assert trainer.args.dataloader_pin_memory == torch.accelerator.is_available()
+    trainer.train()
+    assert not [str(warning.message) for warning in recwarn if "pin_memory" in str(warning.message)]

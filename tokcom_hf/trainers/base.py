@@ -51,6 +51,9 @@ class CompressionTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # Every parameter of the package's models takes part in every step; the search costs a pass over the graph.
             self.ddp_find_unused_parameters = False
+        if not torch.accelerator.is_available():
+            # Pinned memory is for copies to an accelerator; without one torch only warns.
+            self.dataloader_pin_memory = False
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if self.early_stopping_patience < 0:
