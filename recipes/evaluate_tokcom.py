@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.metrics.compute import count_parameters
-from tokcom_hf.metrics.denoising import can_commit, denoising_metrics, next_token_loss
+from tokcom_hf.metrics.denoising import denoising_metrics
 from tokcom_hf.metrics.latent_path import sampling_path
 from tokcom_hf.metrics.text import (
     KneserNey,
@@ -40,6 +40,7 @@ from tokcom_hf.metrics.text_generation import (
     ShuffledChunkSampler,
     TokComSampler,
 )
+from tokcom_hf.metrics.text_likelihood import knows_likelihood, mean_next_token_loss
 from tokcom_hf.metrics.text_protocol import frontier, held_out_prefixes, measure_sampler, summarize
 from tokcom_hf.metrics.text_report import print_accuracies, print_row
 from tokcom_hf.plots_text import draw_evaluation
@@ -216,26 +217,14 @@ def all_samplers(
     return samplers, parameters
 
 
-@torch.no_grad()
-def next_token_losses(samplers: dict[str, Sampler], held_out: np.ndarray, batch_size: int = 16) -> dict[str, float]:
-    """Of each network that has one, on the same rows: at most 256, evenly spaced, without each row's first token."""
-    rows = torch.from_numpy(held_out[:: -(-len(held_out) // 256)]).split(batch_size)
+def next_token_losses(samplers: dict[str, Sampler], held_out: np.ndarray) -> dict[str, float]:
+    """Of each network that has one, on the same held-out rows."""
     networks: dict[str, Any] = {}
     for name, sampler in samplers.items():
-        if isinstance(sampler, TokComSampler) and can_commit(sampler.model):
+        if isinstance(sampler, (TokComSampler, CausalSampler)) and knows_likelihood(sampler.model):
             # All rows of the first model have its weights.
             networks["TokCom" if name.startswith("TokCom, ") else name] = sampler.model
-        elif isinstance(sampler, CausalSampler):
-            networks[name] = sampler.model
-
-    def loss(model: Any, ids: torch.Tensor) -> float:
-        ids = ids.to(model.device)
-        if model.config.model_type == "tokcom":
-            return next_token_loss(model, ids, torch.ones_like(ids))
-        return float(model(ids, labels=ids).loss)
-
-    count = sum(len(ids) for ids in rows)
-    return {name: sum(loss(model, ids) * len(ids) for ids in rows) / count for name, model in networks.items()}
+    return {name: mean_next_token_loss(model, held_out) for name, model in networks.items()}
 
 
 def with_temperature(model, heat: float | None) -> dict[str, float]:

@@ -79,6 +79,33 @@ def plot_frontier(curves: dict[str, list[dict[str, Any]]], anchors: dict[str, di
     _save(figure, axes, path)
 
 
+def plot_brier_lm(rows: dict[str, dict[str, Any]], path: Path) -> bool:
+    """BrierLM with its bootstrap error against the loss of the next token; False where matplotlib is missing.
+
+    Args:
+        rows: name -> dict with `brier_lm`, `brier_lm_error`, `next_token_loss`, and `baseline` (bool: another colour).
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    figure, axes = _axes(
+        "held-out loss of the next token, nats", "BrierLM from probabilities", "The odds of four tokens"
+    )
+    for baseline, label, colour in ((False, "TokCom", "tab:blue"), (True, "autoregressive", "tab:orange")):
+        chosen = {name: row for name, row in rows.items() if bool(row["baseline"]) == baseline}
+        if not chosen:
+            continue
+        x, y, error = (
+            [row[key] for row in chosen.values()] for key in ("next_token_loss", "brier_lm", "brier_lm_error")
+        )
+        axes.errorbar(x, y, yerr=error, fmt="o", markersize=4, capsize=3, linewidth=1, color=colour, label=label)
+        for name, *place in zip(chosen, x, y):
+            axes.annotate(Path(name).name, place, textcoords="offset points", xytext=(5, 3), fontsize=6)
+    _save(figure, axes, path)
+    return True
+
+
 def _against_noise(row: dict[str, float], name: str) -> tuple[list[float], list[float]]:
     prefix = f"{name}_sigma_"
     points = {0.0: row[name]}

@@ -89,6 +89,14 @@ def test_the_difference_of_two_models_is_measured_on_the_same_prefixes():
         brier_lm_difference(first[1:], second)
 
 
+def test_the_error_does_not_shrink_when_neighbours_repeat_each_other():
+    """Overlapping prefixes are not more text: each score ten times over tells no more than once."""
+    scores = np.random.default_rng(1).random((100, 4))
+    once, ten_times = brier_summary(scores), brier_summary(np.repeat(scores, 10, axis=0))
+    assert ten_times["brier_lm"] == pytest.approx(once["brier_lm"])
+    assert ten_times["brier_lm_error"] > 0.6 * once["brier_lm_error"]
+
+
 def test_more_draws_average_over_pairs():
     draws = np.array([[[1, 1, 1, 1], [1, 1, 1, 1], [2, 2, 2, 2]]])
     # hits 2/3, one of three pairs collides.

@@ -168,6 +168,40 @@ def test_speed_and_quality_stand_side_by_side(tmp_path, tokcom, baseline, corpus
 
 
 @pytest.mark.slow
+def test_brier_lm_of_both_kinds_on_the_same_prefixes(tmp_path, tokcom, baseline, corpus, capsys):
+    """A TokCom that writes token after token; `evaluate_tokcom.py` finds the same numbers from the same draws."""
+    torch.manual_seed(1)
+    values = TokComConfig.from_pretrained(tokcom).to_dict()
+    values["vae"] |= {"encoder": "embedding"}
+    values["denoiser"] |= {"self_conditioning": False, "attention": "block_causal"}
+    values |= {
+        "clean_latents": "posterior_mean", "noise_likelihood": True, "scale_input": True, "token_time_std": 1.0,
+        "sampler": "commit", "block_size": 1, "mse_weight": 0.0, "standardize_latents": True,
+    }  # fmt: skip
+    config = TokComConfig.from_dict(values)
+    folder = tmp_path / "one_by_one"
+    TokComModel(config).save_pretrained(folder)
+    for file in tokcom.glob("token*"):
+        shutil.copy(file, folder)
+    out = tmp_path / "brier"
+    arguments = ("--train_file", corpus, "--prefix_length", 8)
+    call("benchmarks/brier_lm.py", "--models", folder, folder, "--baselines", baseline, "--output_dir", out,
+         "--prefixes", 40, "--draws", 2, *arguments)  # fmt: skip
+    result = json.loads((out / "brier_lm.json").read_text())
+    assert set(result["rows"]) == {str(folder), str(baseline)}
+    for row in result["rows"].values():
+        assert row["prefixes"] == 40 and 4 < row["next_token_loss"] < 7 and row["brier_1"] < 100
+    ours, theirs = result["rows"][str(folder)], result["rows"][str(baseline)]
+    found = result["differences"][f"{folder} minus {baseline}"]
+    assert found["difference"] == pytest.approx(ours["brier_lm"] - theirs["brier_lm"])
+    assert (out / "brier_lm.png").stat().st_size > 5000
+    assert "BrierLM" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="cannot write token after token"):
+        call("benchmarks/brier_lm.py", "--models", tokcom, "--output_dir", out, *arguments)
+    with pytest.raises(RecipeError, match="not a TokCom model"):
+        call("benchmarks/brier_lm.py", "--models", baseline, "--output_dir", out, *arguments)
+
+
 def test_ablations_train_what_changed_and_reuse_the_rest(tmp_path, corpus, capsys):
     config = tmp_path / "rows.yaml"
     config.write_text(f"""

@@ -3,10 +3,36 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+
+from .denoising import can_commit, next_token_loss
 
 # Continuations scored at a time.
 ROWS_AT_ONCE = 512
+
+
+def knows_likelihood(model: Any) -> bool:
+    """Whether a TokCom or causal language model says how likely each token is given those before it."""
+    return model.config.model_type != "tokcom" or can_commit(model)
+
+
+@torch.no_grad()
+def mean_next_token_loss(model: Any, rows: np.ndarray, most: int = 256, batch_size: int = 16) -> float:
+    """Cross-entropy in nats of each token given all before it, of a TokCom or causal language model that `knows_likelihood`.
+
+    Args:
+        rows: (rows, length) ids, of which at most `most` are read, evenly spaced; each row's first token does not count.
+    """
+    ids = torch.from_numpy(np.ascontiguousarray(rows[:: -(-len(rows) // most)], dtype=np.int64))
+    total = 0.0
+    for part in ids.to(model.device).split(batch_size):
+        if model.config.model_type == "tokcom":
+            loss = next_token_loss(model, part, torch.ones_like(part))
+        else:
+            loss = float(model(part, labels=part).loss)
+        total += loss * len(part)
+    return total / len(ids)
 
 
 @torch.no_grad()
