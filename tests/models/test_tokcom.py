@@ -181,6 +181,22 @@ def test_time_per_position_equals_one_time_where_they_are_equal():
         model(x, torch.rand(2, 4))
 
 
+def test_generation_embeds_each_time_once_for_all_blocks(monkeypatch):
+    model = tiny_model("block_causal")
+    embedded: list[float] = []
+    hook = model.denoiser.time_mlp.register_forward_pre_hook(
+        lambda module, inputs: embedded.append(float(inputs[0][0, 1]))
+    )
+    settings = {"num_chunks": 6, "num_steps": 3, "block_size": 2}
+    # A finished block is read at t = 1, once each.
+    ids = model.generate(**settings, generator=torch.Generator().manual_seed(1))
+    assert len(embedded) == 3 + 2 and len(set(embedded)) == 4
+    hook.remove()
+    forward = model.denoiser.forward
+    monkeypatch.setattr(model.denoiser, "forward", lambda *a, modulations=None, **k: forward(*a, **k))
+    assert torch.equal(model.generate(**settings, generator=torch.Generator().manual_seed(1)), ids)
+
+
 def test_cached_blocks_equal_the_training_layout():
     model = tiny_model("block_causal")
     clean, x = torch.randn(2, 6, 16), torch.randn(2, 6, 16)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .flow_matching import commit_places, lagged_times, sample
-from .modeling_tokcom_denoiser import DenoisedModelOutput
+from .modeling_tokcom_denoiser import DenoisedModelOutput, Modulations
 
 
 class BlockSampling:
@@ -24,12 +24,14 @@ class BlockSampling:
     ) -> tuple[torch.Tensor, torch.LongTensor]:  # fmt: skip
         """Runs the sampler on x (batch, chunks, latent), given clean latents to its left or their cached keys and values.
 
-        options: further arguments of `forward`.
+        options: further arguments of `forward`; `known`, a dict, keeps what the denoiser is told of each t from one block to
+            the next.
 
         Returns:
             The clean latents, and their ids (batch, chunks · chunk_size).
         """
         chunk = self.config.vae.chunk_size
+        known: dict[float, Modulations] = options.pop("known", {})
         if lag:
             times = list(self.per_entry(lagged_times(times, chunk, lag)).to(x.device)[:, None, None])
         memory: dict[str, torch.Tensor | None] = {"given": None, "free": None}
@@ -51,6 +53,10 @@ class BlockSampling:
             else:
                 extra = options
             time = torch.full((1,), t, device=x_t.device)
+            if past is not None or prefix is None:
+                if t not in known:
+                    known[t] = self.denoiser.modulation(time)
+                extra = extra | {"modulations": known[t]}
             if past is not None:
                 output = self(
                     x_t, time, self_condition=condition, attention_mask=padding, past_key_values=past,

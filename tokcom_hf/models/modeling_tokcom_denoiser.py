@@ -19,6 +19,9 @@ from .context_encoder import ContextEncoder, FinishedChunks
 from .layers import Attention, KeyValue, SwiGLU, rotary_embeddings
 from .token_window import chunk_before
 
+# Per layer, what `DenoiserBlock.modulation` returns.
+Modulations = list[tuple[torch.Tensor, torch.Tensor]]
+
 
 @dataclass
 class DenoisedModelOutput(ModelOutput):
@@ -48,9 +51,9 @@ class AdaptiveNorm(nn.Module):
         # adaLN-Zero: a new block normalises as if unconditioned.
         self.scale_shift_mlp[1].zero_init = True
 
-    def forward(self, hidden_states: torch.Tensor, time: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-        """`time` (times, hidden): one embedding per distinct t; `which` (batch or 1, length or 1): the one of a position."""
-        scale, shift = nn.functional.embedding(which, self.scale_shift_mlp(time)).chunk(2, dim=-1)
+    def forward(self, hidden_states: torch.Tensor, scale_shift: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        """`scale_shift` (times, 2 · hidden): a row per distinct t; `which` (batch or 1, length or 1): a position's row."""
+        scale, shift = nn.functional.embedding(which, scale_shift).chunk(2, dim=-1)
         return self.norm(hidden_states) * (1 + scale) + shift
 
 
@@ -64,12 +67,18 @@ class DenoiserBlock(GradientCheckpointingLayer):
         self.adaln_attn = AdaptiveNorm(config)
         self.adaln_mlp = AdaptiveNorm(config)
 
+    def modulation(self, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Time embeddings (times, hidden) → scale and shift of the two norms, (times, 2 · hidden) each."""
+        return self.adaln_attn.scale_shift_mlp(time), self.adaln_mlp.scale_shift_mlp(time)
+
     def forward(self, hidden_states, time, which, rotary, attention_mask, prefix):
+        """time: embeddings (times, hidden), or what `modulation` made of them."""
+        first, second = self.modulation(time) if torch.is_tensor(time) else time
         attended, key_value = self.self_attn(
-            self.adaln_attn(hidden_states, time, which), rotary, attention_mask, prefix
+            self.adaln_attn(hidden_states, first, which), rotary, attention_mask, prefix
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.adaln_mlp(hidden_states, time, which)), key_value
+        return hidden_states + self.mlp(self.adaln_mlp(hidden_states, second, which)), key_value
 
 
 class DenoisedModel(PreTrainedModel):
@@ -116,6 +125,7 @@ class DenoisedModel(PreTrainedModel):
         past_key_values: FinishedChunks | None = None,
         position_offset: int = 0,
         return_key_values: bool = False,
+        modulations: Modulations | None = None,
         **kwargs,
     ) -> DenoisedModelOutput:
         """Predicts the clean latents.
@@ -132,6 +142,7 @@ class DenoisedModel(PreTrainedModel):
             block_index: (chunks,) block number of each position, rising from 0; needed with `context`.
             past_key_values: what `finish` returned for the chunks before.
             position_offset: position of the first latent.
+            modulations: what `modulation` made of `timesteps`, where they are (1,): saves computing it again.
 
         Raises:
             ValueError: the shape of `timesteps` fits neither.
@@ -197,18 +208,27 @@ class DenoisedModel(PreTrainedModel):
             # Many chunks have the same time, and an embedding costs as much as half of a layer.
             distinct, which = times.unique(return_inverse=True)
         which = which if groups is None else which[:, groups]
-        sinusoid = time_sinusoid(
-            distinct * self.config.time_scale, self.config.hidden_size, float(self.config.time_max_period)
-        )
-        time = self.time_mlp(sinusoid.to(dtype))
+        time = self._time(distinct) if modulations is None else None
         key_values: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
             prefix = None if prefixes is None else prefixes[index]
-            hidden_states, key_value = layer(hidden_states, time, which, rotary, mask, prefix)
+            condition = time if modulations is None else modulations[index]
+            hidden_states, key_value = layer(hidden_states, condition, which, rotary, mask, prefix)
             if return_key_values:
                 key_values.append(key_value)
         clean_latents = self.output_proj(self.norm(hidden_states[:, :chunks]))
         return DenoisedModelOutput(clean_latents=clean_latents, key_values=key_values or None)
+
+    def _time(self, times: torch.Tensor) -> torch.Tensor:
+        """t (times,) → embeddings (times, hidden)."""
+        size, period = self.config.hidden_size, float(self.config.time_max_period)
+        sinusoid = time_sinusoid(times * self.config.time_scale, size, period)
+        return self.time_mlp(sinusoid.to(self.output_proj.weight.dtype))
+
+    def modulation(self, timesteps: torch.Tensor) -> Modulations:
+        """All that the layers are told of `timesteps` (1,), for `forward`: a sampler meets the same t in every block."""
+        time = self._time(timesteps)
+        return [layer.modulation(time) for layer in self.layers]
 
     def _rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> KeyValue:
         head_dim = self.config.hidden_size // self.config.num_attention_heads

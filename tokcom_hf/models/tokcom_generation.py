@@ -185,6 +185,7 @@ class TokComGeneration(BlockSampling):
         times = time_grid(num_steps, grid)
         cached = self.config.denoiser.attention == "block_causal"
         past, latents, ids = None, [], []
+        options["known"] = {}
         if cached and prompt.shape[1]:
             past = self._extend_cache(None, prompt, mask, 0)
             past = past if copies == 1 else past.repeated(copies)
