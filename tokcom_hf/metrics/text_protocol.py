@@ -64,10 +64,11 @@ def measure_sampler(
             # Other noise than the rows'.
             continued = sampler.continuations(given, draws, max(continuation_length, targets.shape[1]), seed + 10_000)
             run |= brier_lm(continued, targets)
-            drawn = sampler.log_probs(given, continued[..., : targets.shape[1]])
-            target = None if drawn is None else sampler.log_probs(given, targets[:, None])
-            if drawn is not None and target is not None:
-                per_prefix = brier_scores_from_log_probs(drawn, target[:, 0])
+            # One reading of the prefix for all.
+            together = np.concatenate([targets[:, None], continued[..., : targets.shape[1]]], axis=1)
+            log_probs = sampler.log_probs(given, together)
+            if log_probs is not None:
+                per_prefix = brier_scores_from_log_probs(log_probs[:, 1:], log_probs[:, 0])
                 known = brier_summary(per_prefix)
                 if scores is not None:
                     scores.append(per_prefix)
