@@ -135,9 +135,9 @@ def score(
     for start in bar:
         prefixes, wanted = given[start : start + PART], targets[start : start + PART]
         # A seed of its own for each part, so that the parts' draws are independent.
-        drawn = sampler.continuations(prefixes, run.draws, wanted.shape[1], run.seed * 1_000_000 + start)
-        # One reading of the prefix for all.
-        known = sampler.log_probs(prefixes, np.concatenate([wanted[:, None], drawn], axis=1))
+        _, known = sampler.scored_continuations(
+            prefixes, wanted, run.draws, wanted.shape[1], run.seed * 1_000_000 + start
+        )
         parts.append(brier_scores_from_log_probs(known[:, 1:], known[:, 0]))
     return np.concatenate(parts)
 

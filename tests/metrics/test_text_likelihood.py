@@ -102,6 +102,22 @@ def test_samplers_without_known_probabilities_say_so(tokcom, causal):
     assert KneserNeySampler(KneserNey(np.arange(30), VOCABULARY, 2)).log_probs(prefixes, wanted) is None
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_baseline_scores_what_it_draws_in_one_reading(causal, temperature):
+    sampler = CausalSampler(causal, 0, temperature, batch_size=8)
+    generator = np.random.default_rng(6)
+    prefixes, targets = generator.integers(0, 30, (11, 6)), generator.integers(0, 30, (11, 3))
+    read: list[int] = []
+    hook = causal.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    drawn, log_probs = sampler.scored_continuations(prefixes, targets, 2, 5, seed=7)
+    hook.remove()
+    assert read.count(6) == 3 and set(read) == {1, 6}
+    np.testing.assert_array_equal(drawn, sampler.continuations(prefixes, 2, 5, seed=7))
+    expected = sampler.log_probs(prefixes, np.concatenate([targets[:, None], drawn[..., :3]], axis=1))
+    np.testing.assert_allclose(log_probs, expected, atol=1e-5)
+    assert CausalSampler(causal, 0, 0.0).scored_continuations(prefixes, targets, 2, 5, seed=7)[1] is None
+
+
 def test_both_estimates_of_brier_lm_agree(tokcom, causal):
     """Over many draws: the error of a mean is about 0.5, mostly of the samples that agree or not."""
     generator = np.random.default_rng(5)

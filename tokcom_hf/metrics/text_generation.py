@@ -33,9 +33,25 @@ class Sampler(Protocol):
         """log p in nats of each token of (prefixes, draws, length) that `continuations` would draw; None: not told."""
         return None
 
+    def scored_continuations(
+        self, prefixes: np.ndarray, targets: np.ndarray, draws: int, length: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """`continuations`, and how likely they and the true ones are.
+
+        Args:
+            targets: true continuations (prefixes, target length ≤ `length`).
+
+        Returns:
+            ids (prefixes, draws, length); log p in nats of each token of the target, then of as many of each draw,
+            (prefixes, 1 + draws, target length), or None where it is not told.
+        """
+        drawn = self.continuations(prefixes, draws, length, seed)
+        compared = np.concatenate([targets[:, None], drawn[..., : targets.shape[1]]], axis=1)
+        return drawn, self.log_probs(prefixes, compared)
+
 
 @dataclass
-class TokComSampler:
+class TokComSampler(Sampler):
     """`TokComModel.generate` with fixed settings (num_steps, sampler, temperature, block_size ...)."""
 
     model: Any
@@ -85,7 +101,7 @@ class TokComSampler:
 
 
 @dataclass
-class CausalSampler:
+class CausalSampler(Sampler):
     """A causal language model with KV cache, sampling from its whole distribution at a temperature (0 is greedy)."""
 
     model: Any
@@ -97,22 +113,56 @@ class CausalSampler:
         start = np.full((count, 1), self.start_id)
         return self.continuations(start, 1, length, seed)[:, 0]
 
-    @torch.no_grad()
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
-        generator, parts = torch.Generator().manual_seed(seed), []
-        # A bare loop over the cache: as fast as `generate`, seeded by a generator of its own, and each prefix read once.
-        for ids in torch.as_tensor(prefixes, dtype=torch.long).split(max(1, self.batch_size // draws)):
-            outputs = self.model(ids.to(self.model.device), use_cache=True, logits_to_keep=1)
+        return self._draw(prefixes, None, draws, length, seed)[0]
+
+    def scored_continuations(
+        self, prefixes: np.ndarray, targets: np.ndarray, draws: int, length: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.temperature == 0:
+            return super().scored_continuations(prefixes, targets, draws, length, seed)
+        return self._draw(prefixes, targets, draws, length, seed)
+
+    @torch.no_grad()
+    def _draw(
+        self, prefixes: np.ndarray, targets: np.ndarray | None, draws: int, length: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """What `scored_continuations` returns, each prefix read once for its draws and its target together."""
+        generator = torch.Generator().manual_seed(seed)
+        given = 0 if targets is None else targets.shape[1]
+        copies, parts, scores = draws + (given > 0), [], []
+        # A bare loop over the cache: as fast as `generate`, and seeded by a generator of its own.
+        size = max(1, self.batch_size // draws)
+        for start in range(0, len(prefixes), size):
+            rows = slice(start, start + size)
+            ids = torch.as_tensor(prefixes[rows], dtype=torch.long).to(self.model.device)
+            outputs = self.model(ids, use_cache=True, logits_to_keep=1)
             cache = outputs.past_key_values
-            if draws > 1:
-                cache.batch_repeat_interleave(draws)
-            logits = outputs.logits[:, -1].repeat_interleave(draws, 0)
-            tokens: list[torch.Tensor] = [sample_tokens(logits, self.temperature, generator)]
+            if copies > 1:
+                cache.batch_repeat_interleave(copies)
+            logits = outputs.logits[:, -1].repeat_interleave(copies, 0)
+            tokens: list[torch.Tensor] = []
+            known: list[torch.Tensor] = []
             while len(tokens) < length:
-                outputs = self.model(tokens[-1][:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-                tokens.append(sample_tokens(outputs.logits[:, -1], self.temperature, generator))
-            parts.append(torch.stack(tokens, dim=1).view(len(ids), draws, length).cpu())
-        return torch.cat(parts).numpy()
+                if tokens:
+                    outputs = self.model(tokens[-1].flatten()[:, None], past_key_values=cache, use_cache=True)
+                    logits = outputs.logits[:, -1]
+                # The target is the first copy; beyond its end it repeats its last token, which nothing looks at.
+                each = logits.unflatten(0, (len(ids), copies))
+                drawn = sample_tokens(each[:, copies - draws :].flatten(0, 1), self.temperature, generator)
+                now = drawn.view(len(ids), draws)
+                if targets is not None:
+                    place = min(len(tokens), given - 1)
+                    told = torch.as_tensor(targets[rows, place], dtype=torch.long).to(now.device)
+                    now = torch.cat([told[:, None], now], dim=1)
+                    if len(tokens) < given:
+                        log_probs = (each.float() / self.temperature).log_softmax(-1)
+                        known.append(log_probs.gather(-1, now[..., None])[..., 0])
+                tokens.append(now)
+            parts.append(torch.stack(tokens, dim=-1)[:, copies - draws :].cpu())
+            if known:
+                scores.append(torch.stack(known, dim=-1).cpu())
+        return torch.cat(parts).numpy(), torch.cat(scores).numpy() if scores else None
 
     def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
         if self.temperature == 0:

@@ -62,11 +62,9 @@ def measure_sampler(
         if prefixes is not None:
             given, targets = prefixes
             # Other noise than the rows'.
-            continued = sampler.continuations(given, draws, max(continuation_length, targets.shape[1]), seed + 10_000)
+            length_behind = max(continuation_length, targets.shape[1])
+            continued, log_probs = sampler.scored_continuations(given, targets, draws, length_behind, seed + 10_000)
             run |= brier_lm(continued, targets)
-            # One reading of the prefix for all.
-            together = np.concatenate([targets[:, None], continued[..., : targets.shape[1]]], axis=1)
-            log_probs = sampler.log_probs(given, together)
             if log_probs is not None:
                 per_prefix = brier_scores_from_log_probs(log_probs[:, 1:], log_probs[:, 0])
                 known = brier_summary(per_prefix)
