@@ -13,6 +13,7 @@ matplotlib, `brier_lm.png`.
 import json
 import time
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ class RunArguments:
     prefixes: int = field(default=1000, metadata={"help": "Held-out prefixes, evenly spaced."})
     prefix_length: int = field(default=64, metadata={"help": "Tokens per prefix, a multiple of the chunk size."})
     draws: int = field(default=1, metadata={"help": "Continuations drawn per prefix."})
-    temperature: float = field(default=1.0, metadata={"help": "Of TokCom's token distributions; the baselines' is 1."})
+    temperatures: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "Of TokCom's token distributions, a row each; the baselines' is 1."},
+    )
     length: int | None = field(default=None, metadata={"help": "Tokens per row; none takes the training length."})
     seed: int = field(default=0, metadata={"help": "Sampling seed."})
 
@@ -52,7 +56,7 @@ class RunArguments:
 def main() -> None:
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource})
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
-    for name in ("models", "baselines"):
+    for name in ("models", "baselines", "temperatures"):
         value = getattr(run, name)
         setattr(run, name, value if isinstance(value, list) else [] if value is None else [value])
     if not run.models:
@@ -72,25 +76,26 @@ def main() -> None:
     given, targets = held_out_prefixes(held_out.reshape(-1), run.prefixes, run.prefix_length)
     rows: dict[str, dict[str, float]] = {}
     scores: dict[str, np.ndarray] = {}
-    for folder in run.models + run.baselines:
+    at = lambda folder, heat: folder if heat == 1 else f"{folder} at {heat:g}"  # noqa: E731
+    for folder, heat in [*product(run.models, run.temperatures), *product(run.baselines, [1.0])]:
         started = time.perf_counter()
-        model = load(folder, len(data.tokenizer))
-        scores[folder] = score(folder, model, given, targets, run, data.tokenizer.eos_token_id)
-        rows[folder] = brier_summary(scores[folder]) | {
+        model, name = load(folder, len(data.tokenizer)), at(folder, heat)
+        scores[name] = score(name, model, given, targets, heat, run, data.tokenizer.eos_token_id)
+        rows[name] = brier_summary(scores[name]) | {
             "parameters": count_parameters(model),
-            "next_token_loss": mean_next_token_loss(model, held_out),
-            "next_token_loss_train": mean_next_token_loss(model, train, most=64),
+            "next_token_loss": mean_next_token_loss(model, held_out, heat),
+            "next_token_loss_train": mean_next_token_loss(model, train, heat, most=64),
             "seconds": time.perf_counter() - started,
         }
-        print_row(folder, rows[folder], header=len(rows) == 1)
-    differences = {
-        f"{model} minus {baseline}": brier_lm_difference(scores[model], scores[baseline])
-        for model in run.models
-        for baseline in run.baselines
-    }
-    if len(differences) > 1:
-        means = [np.mean([scores[name] for name in group], axis=0) for group in (run.models, run.baselines)]
-        differences["TokCom's scores averaged minus the baselines'"] = brier_lm_difference(*means)
+        print_row(name, rows[name], header=len(rows) == 1)
+    differences = {}
+    for heat in run.temperatures:
+        ours = [at(model, heat) for model in run.models]
+        for model, baseline in product(ours, run.baselines):
+            differences[f"{model} minus {baseline}"] = brier_lm_difference(scores[model], scores[baseline])
+        if len(ours) * len(run.baselines) > 1:
+            means = [np.mean([scores[name] for name in group], axis=0) for group in (ours, run.baselines)]
+            differences[f"TokCom's scores averaged{at('', heat)} minus the baselines'"] = brier_lm_difference(*means)
     for name, found in differences.items():
         print("{}: {difference:+.2f} ± {error:.2f}".format(name, **found))
     out = Path(run.output_dir)
@@ -120,18 +125,18 @@ def load(folder: str, vocabulary: int) -> Any:
 
 
 def score(
-    folder: str, model: Any, given: np.ndarray, targets: np.ndarray, run: RunArguments, start_id: int
+    name: str, model: Any, given: np.ndarray, targets: np.ndarray, heat: float, run: RunArguments, start_id: int
 ) -> np.ndarray:
-    """Brier scores (prefixes, 4) from probabilities."""
+    """Brier scores (prefixes, 4) from probabilities, TokCom's at temperature `heat`."""
     sampler: Any = CausalSampler(model, start_id)
     if model.config.model_type == "tokcom":
         settings = {
             "sampler": "commit", "block_size": 1, "num_steps": model.config.vae.chunk_size,
-            "posterior_temperature": run.temperature,
+            "posterior_temperature": heat,
         }  # fmt: skip
         sampler = TokComSampler(model, settings)
     parts = []
-    bar = tqdm(range(0, len(given), PART), desc=Path(folder).name, unit_scale=PART, unit=" prefixes", leave=False)
+    bar = tqdm(range(0, len(given), PART), desc=Path(name).name, unit_scale=PART, unit=" prefixes", leave=False)
     for start in bar:
         prefixes, wanted = given[start : start + PART], targets[start : start + PART]
         # A seed of its own for each part, so that the parts' draws are independent.

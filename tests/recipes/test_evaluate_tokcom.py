@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import random
 import runpy
 import shutil
@@ -186,9 +187,12 @@ def test_brier_lm_of_both_kinds_on_the_same_prefixes(tmp_path, tokcom, baseline,
     out = tmp_path / "brier"
     arguments = ("--train_file", corpus, "--prefix_length", 8)
     call("benchmarks/brier_lm.py", "--models", folder, folder, "--baselines", baseline, "--output_dir", out,
-         "--prefixes", 40, "--draws", 2, *arguments)  # fmt: skip
+         "--prefixes", 40, "--draws", 2, "--temperatures", 1, 1.5, *arguments)  # fmt: skip
     result = json.loads((out / "brier_lm.json").read_text())
-    assert set(result["rows"]) == {str(folder), str(baseline)}
+    assert set(result["rows"]) == {str(folder), f"{folder} at 1.5", str(baseline)}
+    # An untrained model's loss is that of a guess, more so where it is flattened.
+    hot, usual = (result["rows"][name]["next_token_loss"] for name in (f"{folder} at 1.5", str(folder)))
+    assert abs(hot - math.log(300)) < abs(usual - math.log(300)) and hot != usual
     for row in result["rows"].values():
         assert row["prefixes"] == 40 and 4 < row["next_token_loss"] < 7 and row["brier_1"] < 100
     ours, theirs = result["rows"][str(folder)], result["rows"][str(baseline)]

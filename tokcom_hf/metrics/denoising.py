@@ -66,7 +66,9 @@ def can_commit(model: Any) -> bool:
 
 
 @torch.no_grad()
-def next_token_loss(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> float:
+def next_token_loss(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, temperature: float = 1.0
+) -> float:
     """Mean cross-entropy in nats of each token given all before it in its row, the rows' first tokens left out.
 
     The sampler "commit" with block_size=1 draws from these very distributions, so this is minus the exact log-likelihood per
@@ -75,6 +77,7 @@ def next_token_loss(model: Any, input_ids: torch.Tensor, attention_mask: torch.T
     Args:
         model: `TokComModel` with block-causal attention, trained with `token_time_std` > 0.
         input_ids, attention_mask: (rows, length), `length` a multiple of the chunk size; 0 = padding.
+        temperature: `posterior_temperature` of the distributions.
     """
     chunk = model.config.vae.chunk_size
     clean = model.standardize(model.encode(input_ids))
@@ -96,6 +99,6 @@ def next_token_loss(model: Any, input_ids: torch.Tensor, attention_mask: torch.T
         ).token_hidden  # fmt: skip
         number = len(hidden)
         unseen = torch.ones(number, dtype=torch.bool, device=hidden.device)
-        total += float(model.token_cross_entropy(hidden, labels[asked], unseen)) * number
+        total += float(model.token_cross_entropy(hidden / temperature, labels[asked], unseen)) * number
         count += number
     return total / max(1, count)

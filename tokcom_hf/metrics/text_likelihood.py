@@ -18,7 +18,9 @@ def knows_likelihood(model: Any) -> bool:
 
 
 @torch.no_grad()
-def mean_next_token_loss(model: Any, rows: np.ndarray, most: int = 256, batch_size: int = 16) -> float:
+def mean_next_token_loss(
+    model: Any, rows: np.ndarray, temperature: float = 1.0, most: int = 256, batch_size: int = 16
+) -> float:
     """Cross-entropy in nats of each token given all before it, of a TokCom or causal language model that `knows_likelihood`.
 
     Args:
@@ -28,9 +30,10 @@ def mean_next_token_loss(model: Any, rows: np.ndarray, most: int = 256, batch_si
     total = 0.0
     for part in ids.to(model.device).split(batch_size):
         if model.config.model_type == "tokcom":
-            loss = next_token_loss(model, part, torch.ones_like(part))
+            loss = next_token_loss(model, part, torch.ones_like(part), temperature)
         else:
-            loss = float(model(part, labels=part).loss)
+            logits = model(part).logits[:, :-1].float() / temperature
+            loss = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()))
         total += loss * len(part)
     return total / len(ids)
 
