@@ -51,7 +51,7 @@ def main() -> None:
     )
     for name, part in (("VAE", vae), ("denoiser", model.denoiser if whole else None)):
         if part is not None:
-            print(f"  {name}: {count_parameters(part):,} parameters")
+            print(f"  {name}: {part.num_parameters():,} parameters")
     print(f"written to {out}; load it with AutoModel.from_pretrained({str(out)!r})")
 
 
@@ -68,9 +68,9 @@ def write(out: Path, model, tokenizer, parts: bool, source: str) -> None:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         whole = isinstance(model, TokComModel)
-        counts = {"VAE": count_parameters(model.vae if whole else model)}
+        counts = {"VAE": (model.vae if whole else model).num_parameters()}
         if whole:
-            counts["denoiser"] = count_parameters(model.denoiser)
+            counts["denoiser"] = model.denoiser.num_parameters()
         write_model_card(
             unfinished, "tokcom", tags=["text-generation" if whole else "text-compression"],
             pipeline_tag="text-generation" if whole else None, name="TokCom" if whole else "TokComVAE",
@@ -85,10 +85,6 @@ def write(out: Path, model, tokenizer, parts: bool, source: str) -> None:
             item.replace(out / item.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def count_parameters(model) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
-from tokcom_hf.metrics.compute import count_parameters
 from tokcom_hf.metrics.denoising import denoising_metrics
 from tokcom_hf.metrics.latent_path import sampling_path
 from tokcom_hf.metrics.text import (
@@ -198,12 +197,12 @@ def all_samplers(
         "TokCom, one step": TokComSampler(model, settings | {"num_steps": 1, "token_lag": 0.0}),
         f"TokCom, {run.num_steps} steps": TokComSampler(model, settings),
     }
-    parameters = {"TokCom": count_parameters(model)}
+    parameters = {"TokCom": model.num_parameters()}
     for size in run.block_sizes:
         samplers[f"TokCom, block {size or 'all'}"] = TokComSampler(model, settings | {"block_size": size})
     for folder in run.variants:
         variant = load_tokcom(folder)
-        parameters[folder] = count_parameters(variant)
+        parameters[folder] = variant.num_parameters()
         # What only the first model can do is left out.
         own = {k: v for k, v in settings.items() if k not in ("temperature", "posterior_temperature", "token_lag")}
         own |= {"token_lag": run.token_lag} if variant.config.token_time_std > 0 else {}
@@ -212,7 +211,7 @@ def all_samplers(
         )
     for folder in run.baselines:
         baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
-        parameters[folder] = count_parameters(baseline)
+        parameters[folder] = baseline.num_parameters()
         samplers[baseline_name(folder)] = CausalSampler(baseline, data.tokenizer.eos_token_id)
     return samplers, parameters
 

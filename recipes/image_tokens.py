@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "seed": run.seed,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters(),
         "generation_loss": loss,
         "codes": decoder.config.codebook_size,
     }

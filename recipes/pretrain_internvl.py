@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(run.seed)
     started = time.time()
     model, processor = build_small_internvl(values["vision"], values["text"])
-    state.print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    state.print(f"{model.num_parameters():,} parameters", flush=True)
     arguments = values["training"] | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
     args = SmallVLMTrainingArguments(**arguments)
     checkpoint = last_complete_checkpoint(out) if resume else None

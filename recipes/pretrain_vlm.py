@@ -94,7 +94,7 @@ def main() -> None:
     vision = CLIPVisionConfig(**values["vision"])
     processor = scene_processor(vision.image_size, vision.patch_size)
     model = build_model(vision, values["text"], processor)
-    state.print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    state.print(f"{model.num_parameters():,} parameters", flush=True)
     arguments = values["training"] | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
     args = SmallVLMTrainingArguments(**arguments)
     checkpoint = last_complete_checkpoint(out) if resume else None

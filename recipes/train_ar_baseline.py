@@ -21,7 +21,7 @@ from transformers import AutoModel, LlamaForCausalLM, set_seed
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, load_source
-from tokcom_hf.metrics.compute import count_parameters, count_training_flops, matching_llama_config
+from tokcom_hf.metrics.compute import count_training_flops, matching_llama_config
 from tokcom_hf.trainers.base import (
     CompressionTrainer,
     CompressionTrainingArguments,
@@ -106,7 +106,7 @@ def main() -> None:
     global_batch = batch * int(training.get("gradient_accumulation_steps", 1))
     step_tokens, step_flops = global_batch * length, step_flops * (global_batch / batch)
     steps = max(1, round(tokens / step_tokens if tokens else (flops or 0.0) / step_flops))
-    print(f"baseline of {count_parameters(model):,} parameters ({config.num_hidden_layers} x {config.hidden_size}); {steps} "
+    print(f"baseline of {model.num_parameters():,} parameters ({config.num_hidden_layers} x {config.hidden_size}); {steps} "
           f"steps of {step_tokens} tokens and {step_flops:.3g} operations", flush=True)  # fmt: skip
     arguments = CompressionTrainingArguments(**training | {"max_steps": steps})
     trainer = CausalTrainer(
@@ -120,7 +120,7 @@ def main() -> None:
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(out))
     budget = {
-        "parameters": count_parameters(model),
+        "parameters": model.num_parameters(),
         "steps": steps,
         "tokens": steps * step_tokens,
         "flops": steps * step_flops,

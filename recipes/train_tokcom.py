@@ -169,7 +169,7 @@ def train_vae(out: Path, values, run: RunArguments, data, resume: bool) -> tuple
         **values["vae"] | {"vocab_size": len(data.tokenizer) + 1, "omni_token_id": len(data.tokenizer)}
     )
     vae = TokComVAE(config)
-    parameters = count_parameters(vae)
+    parameters = vae.num_parameters()
     print_once(PartialState(), f"stage 1: TokComVAE with {parameters:,} parameters")
     arguments = TokComVAETrainingArguments(**training_values(values, "vae_training", folder, run))
     trainer = TokComVAETrainer(
@@ -206,7 +206,7 @@ def train_denoiser(out: Path, values, run: RunArguments, data, vae: TokComVAE, r
     model = TokComModel(config)
     model.vae.load_state_dict(vae.state_dict())
     vae = model.vae
-    parameters = count_parameters(model.denoiser)
+    parameters = model.denoiser.num_parameters()
     print_once(state, f"stage 2: DenoisedModel with {parameters:,} parameters")
     # One process writes the latents, the others read its file.
     with state.main_process_first():
@@ -300,10 +300,6 @@ def held_out(data, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     batch = [data.validation[i] for i in range(min(rows, len(data.validation)))]
     ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in batch])
     return ids, torch.stack([torch.as_tensor(row["attention_mask"]) for row in batch])
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def describe(run: RunArguments) -> str:

@@ -27,7 +27,7 @@ from tokcom_hf.models.modeling_vqgan_discriminator import VQGANDiscriminator
 from tokcom_hf.plots_vqgan import NO_MATPLOTLIB, plot_history, plot_usage
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir
-from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments, parameter_count
+from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments
 from tokcom_hf.trainers.vqgan_pictures import reconstruction_grid
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_vqgan.yaml"
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "minutes": round(minutes, 2),
-        "parameters": parameter_count(model),
+        "parameters": model.num_parameters(),
         "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()},
     }
     if trainer.is_world_process_zero():

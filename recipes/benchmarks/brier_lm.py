@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
-from tokcom_hf.metrics.compute import count_parameters
 from tokcom_hf.metrics.text_brier import brier_lm_difference, brier_scores_from_log_probs, brier_summary
 from tokcom_hf.metrics.text_generation import CausalSampler, TokComSampler
 from tokcom_hf.metrics.text_likelihood import knows_likelihood, mean_next_token_loss
@@ -82,7 +81,7 @@ def main() -> None:
         model, name = load(folder, len(data.tokenizer)), at(folder, heat)
         scores[name] = score(name, model, given, targets, heat, run, data.tokenizer.eos_token_id)
         rows[name] = brier_summary(scores[name]) | {
-            "parameters": count_parameters(model),
+            "parameters": model.num_parameters(),
             "next_token_loss": mean_next_token_loss(model, held_out, heat),
             "next_token_loss_train": mean_next_token_loss(model, train, heat, most=64),
             "seconds": time.perf_counter() - started,

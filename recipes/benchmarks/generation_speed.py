@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
-from tokcom_hf.metrics.compute import count_parameters, matching_llama_config
+from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.text import TextJudge
 from tokcom_hf.metrics.text_generation import CausalSampler, Sampler, TokComSampler
 
@@ -68,7 +68,7 @@ def main() -> None:
     tokcom, baseline = load_models(run)
     judge = load_judge(run, source, tokcom)
     start_id = int(baseline.config.eos_token_id or 0)
-    sizes = {"TokCom": count_parameters(tokcom), "autoregressive": count_parameters(baseline)}
+    sizes = {"TokCom": tokcom.num_parameters(), "autoregressive": baseline.num_parameters()}
     device = str(tokcom.device)
     print(f"{sizes} parameters; {run.tokens} tokens per row; {device}, {torch.get_num_threads()} threads")
     if run.model and tokcom.config.max_chunks * tokcom.config.vae.chunk_size < run.tokens:
@@ -124,7 +124,7 @@ def load_models(run: RunArguments) -> tuple[Any, Any]:
         baseline = AutoModelForCausalLM.from_pretrained(run.baseline)
     else:
         config = matching_llama_config(
-            count_parameters(tokcom), tokcom.config.vae.omni_token_id, head_dim=64, max_length=run.tokens + 1
+            tokcom.num_parameters(), tokcom.config.vae.omni_token_id, head_dim=64, max_length=run.tokens + 1
         )
         config.eos_token_id = 0
         baseline = LlamaForCausalLM(config)

@@ -90,7 +90,7 @@ def one_stage(arguments: BenchmarkArguments) -> None:
         seconds = time.perf_counter() - start
         loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
     print(json.dumps({
-        "parameters": sum(p.numel() for p in trained.parameters()),
+        "parameters": trained.num_parameters(),
         "loss": loss,
         "moved": not torch.equal(before, watched),
         "seconds": seconds,

@@ -23,7 +23,6 @@ from transformers import AutoModel
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
-from tokcom_hf.metrics.compute import count_parameters
 from tokcom_hf.metrics.text import detailed_reconstruction
 
 RECIPES = Path(__file__).resolve().parents[1]
@@ -114,7 +113,7 @@ def measure(folder: Path, size: int, run: RunArguments, source: TextSource) -> d
     counts = np.bincount(np.asarray(data.train.token_ids, dtype=np.int64), minlength=len(data.tokenizer) + 1)
     ids = torch.from_numpy(full_rows(data.validation)[: run.rows])
     metrics = detailed_reconstruction(vae, ids, torch.ones_like(ids), torch.from_numpy(counts), SIGMAS)
-    shape = {"chunk_size": size, "vocabulary": len(data.tokenizer), "parameters": count_parameters(vae)}
+    shape = {"chunk_size": size, "vocabulary": len(data.tokenizer), "parameters": vae.num_parameters()}
     return shape | metrics
 
 

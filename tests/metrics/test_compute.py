@@ -6,7 +6,6 @@ from transformers import LlamaForCausalLM
 
 from tokcom_hf.metrics.compute import (
     count_flops,
-    count_parameters,
     count_training_flops,
     llama_parameters,
     matching_llama_config,
@@ -44,7 +43,7 @@ def test_matching_llama_has_the_wanted_size(wanted, vocab):
     config = matching_llama_config(wanted, vocab)
     assert llama_parameters(config) == pytest.approx(wanted, rel=0.02)
     if wanted < 1_000_000:
-        assert llama_parameters(config) == count_parameters(LlamaForCausalLM(config))
+        assert llama_parameters(config) == LlamaForCausalLM(config).num_parameters()
 
 
 def test_too_few_parameters_for_the_vocabulary_are_refused():

@@ -39,11 +39,6 @@ def count_training_flops(loss: Callable[[], torch.Tensor]) -> int:
     return count_flops(lambda: loss().backward())
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def llama_parameters(config: LlamaConfig) -> int:
     """Number of parameters of `LlamaForCausalLM(config)` (no biases), tied embedding once."""
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..data.latent_rows import encode_rows
-from ..metrics.compute import count_flops, count_parameters, count_training_flops
+from ..metrics.compute import count_flops, count_training_flops
 from .base import last_complete_checkpoint
 from .tokcom import DenoiserTrainer, DenoiserTrainingArguments, TokComVAETrainer, TokComVAETrainingArguments
 
@@ -41,7 +41,7 @@ def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, ba
     denoiser_flops = tokens["denoiser"] * per_token["denoiser"]
     encode_flops = count * length * per_token["encode"]
     return {
-        "parameters": float(count_parameters(model)),
+        "parameters": float(model.num_parameters()),
         "vae_tokens": tokens["vae"],
         "denoiser_tokens": tokens["denoiser"],
         "tokens": tokens["vae"] + tokens["denoiser"],

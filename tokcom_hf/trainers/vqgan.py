@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from tokcom_hf.metrics.codebook import CodebookMonitor, usage_of_counts, utilization_ceiling
@@ -302,8 +301,3 @@ class VQGANTrainer(CompressionTrainer):
             images = model(inputs["pixel_values"]).reconstruction
         model.train(training)
         return inputs.get("labels", inputs["pixel_values"]).cpu(), images.float().cpu()
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Number of parameters of a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
