@@ -9,7 +9,7 @@ from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.latent_path import sampling_path
 from tokcom_hf.metrics.text import KneserNey, TextJudge, detailed_reconstruction
-from tokcom_hf.metrics.text_comparison import brier_lm_differences, ratio_at_equal_entropy, ratios_on_frontier
+from tokcom_hf.metrics.text_comparison import brier_lm_differences, compare, ratio_at_equal_entropy, ratios_on_frontier
 from tokcom_hf.metrics.text_generation import CausalSampler, KneserNeySampler, ShuffledChunkSampler, TokComSampler
 from tokcom_hf.metrics.text_protocol import (
     frontier,
@@ -120,6 +120,24 @@ def test_ratio_is_taken_only_at_equal_entropy():
     ]
     assert ratio_at_equal_entropy(points, baseline, key="kn_perplexity")["ratio"] == pytest.approx(1.3)
     assert ratio_at_equal_entropy(points[:1], baseline, key="kn_perplexity") is None
+
+
+def test_tokcom_is_also_compared_with_the_curve_between_a_baselines_points():
+    """At the same entropy, where within 0.1 nats of a point a lower entropy alone would look better."""
+    point = lambda entropy, perplexity, **more: {  # noqa: E731
+        "entropy": entropy, "kn_perplexity": perplexity, "kn_perplexity_held_out": 2 * perplexity, **more,
+    }  # fmt: skip
+    curves = {
+        "TokCom": [point(5.5, 100.0, temperature=1.0, num_steps=4)],
+        "autoregressive": [point(5.0, 50.0, temperature=0.9), point(5.58, 120.0, temperature=1.0)],
+    }
+    text = {"overlap_8": {"mean": 0.0}}
+    found = compare({"held-out text": text, "TokCom, 4 steps": text}, curves, ["autoregressive"])
+    ((entropy, ratio),) = found["on_the_baselines_curve"]["autoregressive, train scorer"]
+    assert entropy == 5.5 and ratio == pytest.approx(100 / (50 * 2.4 ** (0.5 / 0.58)))
+    near = found["equal_entropy"]["autoregressive at temperature 1 (entropy 5.58)"]["train"]["ratio"]
+    assert near == pytest.approx(100 / 120) and near < ratio
+    assert any("curve interpolated" in line for line in found["lines"])
 
 
 def test_ratios_on_a_frontier_are_taken_at_equal_entropy():

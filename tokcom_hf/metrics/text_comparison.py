@@ -1,12 +1,16 @@
 """Generators side by side: perplexity at equal entropy, few steps against many, copying against held-out text."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from .text_brier import brier_lm_difference
 from .text_protocol import Point
+
+# Who judges, and the metric of its judgement.
+SCORERS = (("train", "kn_perplexity"), ("held-out", "kn_perplexity_held_out"))
 
 
 def ratio_at_equal_entropy(
@@ -69,24 +73,35 @@ def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
     Returns:
         the ratios by kind, and `lines`, the same to be read.
     """
-    found: dict[str, Any] = {"equal_entropy": {}, "steps": {}, "steps_at_equal_entropy": {}}
+    found: dict[str, Any] = {
+        "equal_entropy": {}, "on_the_baselines_curve": {}, "steps": {}, "steps_at_equal_entropy": {},
+    }  # fmt: skip
     lines = ["\ncomparisons"]
     for name, target in ((key, point) for key in baselines for point in curves[key]):
         label = f"{name} at temperature {target['temperature']:g} (entropy {target['entropy']:.2f})"
         found["equal_entropy"][label] = {}
-        for scorer, key in (("train", "kn_perplexity"), ("held-out", "kn_perplexity_held_out")):
+        for scorer, key in SCORERS:
             best = found["equal_entropy"][label][scorer] = ratio_at_equal_entropy(curves["TokCom"], target, key=key)
             text = "no TokCom point within 0.1 nats of its entropy"
             if best is not None:
                 text = f"TokCom's perplexity is {best['ratio']:.3g} x ({best['num_steps']} steps, {best['temperature']:g})"
             lines.append(f"  {label}, {scorer} scorer: {text}")
+    for name, (scorer, key) in product(baselines, SCORERS):
+        ratios = ratios_on_frontier(curves["TokCom"], curves[name], key)
+        found["on_the_baselines_curve"][f"{name}, {scorer} scorer"] = ratios
+        if ratios:
+            where, lowest = min(ratios, key=lambda pair: pair[1])
+            lines.append(
+                f"  {name}, its curve interpolated, {scorer} scorer: TokCom's best point is {lowest:.3g} x "
+                f"(entropy {where:.2f})"
+            )
     for heat in sorted({point["temperature"] for point in curves["TokCom"]}):
         at = {p["num_steps"]: p["kn_perplexity_held_out"] for p in curves["TokCom"] if p["temperature"] == heat}
         if 16 in at and 50 in at:
             found["steps"][f"temperature {heat:g}"] = at[16] / at[50]
             lines.append(f"  16 steps / 50 steps at temperature {heat:g}: perplexity ratio {at[16] / at[50]:.3f}")
     few, many = ([p for p in curves["TokCom"] if p["num_steps"] == steps] for steps in (16, 50))
-    for scorer, key in (("train", "kn_perplexity"), ("held-out", "kn_perplexity_held_out")):
+    for scorer, key in SCORERS:
         for entropy, ratio in ratios_on_frontier(few, many, key):
             found["steps_at_equal_entropy"][f"{entropy:.2f}, {scorer}"] = ratio
             lines.append(
