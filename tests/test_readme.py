@@ -1,4 +1,4 @@
-"""README: every command names recipes, options and configurations that exist, and its Python parses."""
+"""README and docs: every command names recipes, options and configurations that exist, and its Python parses."""
 
 import importlib.util
 import re
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+PAGES = {
+    page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)]
 COMMANDS = [
     line.split(" #")[0].strip()
     for language, block in BLOCKS
@@ -69,6 +71,18 @@ def test_python_blocks_parse(block):
     compile(block, "README.md", "exec")
 
 
-def test_linked_pictures_exist():
-    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / target).is_file(), target
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as Git hosts make them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.is_file(), target
+        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
