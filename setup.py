@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "plots": ["matplotlib>=3.8"],
+    "plots": ["matplotlib>=3.9"],
     "search": ["optuna>=4.0"],
     "tracking": ["wandb", "tensorboard"],
     "bench": ["vector-quantize-pytorch==1.32.0"],
