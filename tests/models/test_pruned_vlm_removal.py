@@ -86,9 +86,7 @@ def test_hard_mode_equals_masking_over_nine_decoded_tokens(family, side, attenti
     assert len(keep_sets[0] & set(range(3, 3 + TOKENS))) < TOKENS and keep_sets[0] != keep_sets[2]
     generator = torch.Generator().manual_seed(3)
     new_ids = torch.randint(1, 90, (3, 9), generator=generator)
-    ours = torch.cat(
-        [model(new_ids[:, t : t + 1], past_key_values=output.past_key_values).logits for t in range(9)], dim=1
-    )
+    ours = torch.cat([model(new_ids[:, t : t + 1], cache=output.cache).logits for t in range(9)], dim=1)
     reference = masked_reference(model, inputs, output.kept_index, new_ids)
     assert (ours - reference).abs().max() < 1e-4
     unpruned = masked_reference(model, inputs, [output.kept_index[0]] * 4, new_ids)
@@ -100,7 +98,7 @@ def test_hard_mode_equals_masking_over_nine_decoded_tokens(family, side, attenti
 def test_removed_tokens_are_not_in_the_cache(family):
     model = pruned(family)
     inputs = batch(family, images=(1, 1))
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True).cache
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     text = [int(((row != 99) & (mask == 1)).sum()) for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
     assert lengths[1:] == [max(text) + 9, max(text) + 9, max(text) + 4]
@@ -162,9 +160,7 @@ def test_merged_prompt_decodes_as_it_would_without_a_cache():
     inputs = batch("llava", images=(1, 2))
     output = model(**inputs, use_cache=True)
     new_ids = torch.randint(1, 90, (2, 8))
-    steps = torch.cat(
-        [model(new_ids[:, t : t + 1], past_key_values=output.past_key_values).logits for t in range(8)], dim=1
-    )
+    steps = torch.cat([model(new_ids[:, t : t + 1], cache=output.cache).logits for t in range(8)], dim=1)
     # Uncached: the new tokens as part of the prompt, hidden from the merger as labels are.
     prompt = inputs["input_ids"].shape[1]
     whole = inputs | {

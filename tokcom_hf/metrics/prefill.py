@@ -32,9 +32,9 @@ def time_modes(model, batch: dict, modes: list[str], repeats: int = 5, new_token
             middle, middle_cpu = _now(), time.process_time()
             ids = output.logits[:, -1].argmax(-1, keepdim=True)
             for _ in range(new_tokens):
-                model(ids, past_key_values=output.past_key_values)
+                model(ids, cache=output.cache)
             end = _now()
-            layers = output.past_key_values.layers
+            layers = output.cache.layers
             extra = len(layers) * new_tokens
             memory[mode] = sum(_bytes(layer.keys) + _bytes(layer.values) for layer in layers)
             memory[mode] -= extra * 2 * _bytes(layers[0].keys[:, :, :1])

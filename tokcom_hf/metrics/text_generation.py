@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..models.cache_name import CACHE
 from ..models.token_sampling import sample_tokens
 from .denoising import can_commit
 from .text_likelihood import causal_log_probs, tokcom_log_probs
@@ -137,7 +138,7 @@ class CausalSampler(Sampler):
             rows = slice(start, start + size)
             ids = torch.as_tensor(prefixes[rows], dtype=torch.long).to(self.model.device)
             outputs = self.model(ids, use_cache=True, logits_to_keep=1)
-            cache = outputs.past_key_values
+            cache = outputs[CACHE]
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
             logits = outputs.logits[:, -1].repeat_interleave(copies, 0)
@@ -145,7 +146,7 @@ class CausalSampler(Sampler):
             known: list[torch.Tensor] = []
             while len(tokens) < length:
                 if tokens:
-                    outputs = self.model(tokens[-1].flatten()[:, None], past_key_values=cache, use_cache=True)
+                    outputs = self.model(tokens[-1].flatten()[:, None], use_cache=True, **{CACHE: cache})
                     logits = outputs.logits[:, -1]
                 # The target is the first copy; beyond its end it repeats its last token, which nothing looks at.
                 each = logits.unflatten(0, (len(ids), copies))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..models.cache_name import CACHE
 from .denoising import can_commit, next_token_loss
 
 # Continuations scored at a time.
@@ -94,12 +95,12 @@ def causal_log_probs(
     def score(prefix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         draws = tokens.shape[1]
         outputs = model(prefix, use_cache=True, logits_to_keep=1)
-        cache = outputs.past_key_values
+        cache = outputs[CACHE]
         cache.batch_repeat_interleave(draws)
         flat = tokens.flatten(0, 1)
         logits = outputs.logits.repeat_interleave(draws, 0)
         if flat.shape[1] > 1:
-            logits = torch.cat([logits, model(flat[:, :-1], past_key_values=cache).logits], dim=1)
+            logits = torch.cat([logits, model(flat[:, :-1], **{CACHE: cache}).logits], dim=1)
         found = (logits.float() / temperature).log_softmax(-1).gather(-1, flat[..., None])
         return found.view(tokens.shape)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from .cache_name import cache_argument, one_cache
 from .configuration_lfq_expanded import LFQExpandedConfig
 from .lfq_expanded_files import auto_class_of, load_base, load_lfq_expanded, save_lfq_expanded
 from .lfq_generation import LFQModeLogitsProcessor
@@ -246,6 +247,7 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache=None,
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
@@ -273,7 +275,7 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            cache_argument(self.base.forward): one_cache(cache, past_key_values),
             "inputs_embeds": inputs_embeds,
             "pixel_values": pixel_values,
             "use_cache": use_cache,

@@ -8,6 +8,7 @@ mode the others are removed from hidden states, masks and KV cache; positions of
 import torch
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 
+from .cache_name import CACHE, one_cache
 from .configuration_layer_pruner import LayerPrunerConfig
 from .configuration_pruned_vlm import MODES, PrunedVLMConfig
 from .configuration_token_merger import TokenMergerConfig
@@ -185,6 +186,7 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        cache: PrunedCache | None = None,
         past_key_values: PrunedCache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -194,18 +196,19 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         return_dict: bool = True,
         **inputs,
     ) -> PrunedVLMOutput:
-        """One pass over a prompt, or over new tokens where `past_key_values` holds a prompt.
+        """One pass over a prompt, or over new tokens where `cache` holds a prompt.
 
         Args:
             input_ids: `(batch, length)`, image placeholders included.
             attention_mask: `(batch, length)`, padding on either side.
-            past_key_values: a `PrunedCache`; an empty one, or `use_cache=True`, starts a cache.
+            cache, past_key_values: a `PrunedCache` under its new or its old name; an empty one, or `use_cache=True`,
+                starts a cache.
             labels: `(batch, length)`, -100 where there is nothing to learn. The heads read the text before them.
             pruning_mode: overrides the model's mode for this call.
             inputs: what the processor gives for the images.
         """
         mode = self._mode if pruning_mode is None else pruning_mode
-        cache = past_key_values
+        cache = one_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = PrunedCache(config=self.adapter.text_config)
         if cache is not None and not isinstance(cache, PrunedCache):
@@ -236,7 +239,7 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         return PrunedVLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache,
+            cache=cache,
             hidden_states=None if states is None else tuple(states),
             merge_weights=tuple(details.get("merge_weights", ())) or None,
             merge_sparsity_loss=details.get("merge_sparsity_loss"),
@@ -246,7 +249,7 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
     def _decode(self, input_ids, cache: PrunedCache, logits_to_keep: int) -> PrunedVLMOutput:
         hidden = decode(self.adapter, self.get_input_embeddings()(input_ids), cache)
         logits = self.base.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        return PrunedVLMOutput(logits=logits, past_key_values=cache)
+        return PrunedVLMOutput(logits=logits, cache=cache)
 
     # ------------------------------------------------------------------ generation
     @torch.no_grad()
@@ -271,15 +274,18 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         cache = PrunedCache(config=self.adapter.text_config)
         cache.prompt, details = self.prepare_prompt(input_ids, mask, positions, **images)
         self._report = details["counts"]
-        return super().generate(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs)
+        return super().generate(input_ids=input_ids, attention_mask=mask, **{CACHE: cache}, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
-        if past_key_values is not None and past_key_values.segments:
+    def prepare_inputs_for_generation(
+        self, input_ids, cache=None, attention_mask=None, past_key_values=None, **kwargs
+    ):
+        cache = one_cache(cache, past_key_values)
+        if cache is not None and cache.segments:
             input_ids = input_ids[:, -1:]
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "use_cache": True,
             "logits_to_keep": 1,
         }

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from .cache_name import CACHE
 from .token_removal import PrunedCache, Segment, Stream, attention_mask
 from .vlm_adapters import eager_attention
 
@@ -54,7 +55,7 @@ def run_layers(
         inputs = {
             "attention_mask": mask,
             "position_embeddings": rotary,
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": cache is not None,
         }
         if reads:
@@ -83,7 +84,7 @@ def decode(adapter, hidden: torch.Tensor, cache: PrunedCache) -> torch.Tensor:
         if number in segments:
             segment = segments[number]
             mask = attention_mask(adapter.text_config, hidden, segment.mask, segment.bias, cache, number)
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True)
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=True, **{CACHE: cache})
     return text.norm(hidden)
 
 

@@ -15,7 +15,7 @@ class PrunedVLMOutput(ModelOutput):
     Attributes:
         loss: mean cross-entropy over the labels.
         logits: `(batch, length, vocab)`.
-        past_key_values: the pruned cache.
+        cache: the pruned KV cache; `past_key_values` is another name for it.
         hidden_states: per layer `(batch, length, hidden)`, with `output_hidden_states=True`.
         soft_masks, keep_masks, keep_logits: per pruned layer `(batch, length)` over the tokens at that layer; 1 on text.
         merge_weights: per group of equally large images `(images, n, m)`.
@@ -26,7 +26,7 @@ class PrunedVLMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: PrunedCache | None = None
+    cache: PrunedCache | None = None
     hidden_states: tuple | None = None
     soft_masks: tuple | None = None
     keep_masks: tuple | None = None
@@ -35,3 +35,21 @@ class PrunedVLMOutput(ModelOutput):
     merge_sparsity_loss: torch.Tensor | None = None
     keep_rates: tuple | None = None
     kept_index: tuple | None = None
+
+    # Generation reads the cache under the name its transformers has, users under the name they know.
+    @property
+    def past_key_values(self) -> PrunedCache | None:
+        return self.cache
+
+    def __getitem__(self, key):
+        return super().__getitem__(_new_name(key))
+
+    def __contains__(self, key) -> bool:
+        return super().__contains__(_new_name(key))
+
+    def get(self, key, default=None):
+        return super().get(_new_name(key), default)
+
+
+def _new_name(key):
+    return "cache" if key == "past_key_values" else key

@@ -10,6 +10,8 @@ import torch
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
+from .cache_name import CACHE
+
 
 @dataclass
 class Stream:
@@ -152,10 +154,10 @@ def attention_mask(
         config=config,
         inputs_embeds=hidden,
         attention_mask=mask,
-        past_key_values=cache,
         position_ids=None,
         layer_idx=layer,
         allow_is_causal_skip=bias is None,
+        **{CACHE: cache},
     )
     if bias is None:
         return built  # type: ignore[return-value]
