@@ -27,7 +27,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, caption_of, draw_scenes
 from tokcom_hf.data.captions import read_image_text_jsonl
 from tokcom_hf.data.small_llama import train_caption_llama
-from tokcom_hf.hub import push_folder
+from tokcom_hf.hub import Upload, take_upload
 from tokcom_hf.models.pipeline_lfq import DECODER_FOLDER
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments, check_output_dir
@@ -85,6 +85,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     run = RunArguments(**values["run"])
     if bool(run.image_text_file) != bool(run.eval_file):
         raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
+    # The finished folder is pushed, not the image tokenizer's own run.
+    take_upload(values["vqgan_training"])
+    upload = take_upload(values["training"])
     state = PartialState()
     output = Path(run.output_dir)
     if state.is_main_process:
@@ -130,7 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer.data_collator = CaptionImageCollator(processor)
     loss = trainer.evaluate()["eval_loss"]
     results: dict[str, Any] = {
-        "data": run.image_text_file or "procedural scenes",
+        "data": Path(run.image_text_file).name if run.image_text_file else "procedural scenes",
         "train_images": len(train),
         "held_out_captions": len(held_out),
         "steps": trainer.state.global_step,
@@ -146,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model, processor, decoder, image_processor, held_out, tokens["held_out"], run, output
         )
         results["seconds"]["drawing"] = round(time.perf_counter() - started, 1)
-        save(model, processor, decoder, image_processor, results, run, trainer, output)
+        save(model, processor, decoder, image_processor, results, run, trainer, output, upload)
     return results
 
 
@@ -243,7 +246,7 @@ def expand(run, base: str, tokenizer, decoder):
     return model.train(), LFQProcessor.from_model(model, tokenizer, image_prompt=prompt)
 
 
-def save(model, processor, decoder, image_processor, results, run, trainer, output: Path) -> None:
+def save(model, processor, decoder, image_processor, results, run, trainer, output: Path, upload: Upload | None):
     """Model, processor, image decoder, card, JSON, and the lines a user reads."""
     model.save_pretrained(output, include_base=True if run.base is None else None)
     processor.save_pretrained(output)
@@ -269,8 +272,8 @@ def save(model, processor, decoder, image_processor, results, run, trainer, outp
             f"{100 * row['place']:5.1f} %"
         )
     print(f"pictures: {output / 'generated.png'}, {output / 'completed.png'}")
-    if trainer.args.push_to_hub:
-        print(push_folder(output, trainer.args.hub_model_id))
+    if upload is not None:
+        print("pushed to", upload.push(output))
 
 
 if __name__ == "__main__":

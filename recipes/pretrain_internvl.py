@@ -8,8 +8,8 @@ First the vision tower and the projector learn what every cell of a scene shows
 (`tokcom_hf.trainers.dense_pretraining`), then the language model learns to answer, many questions per image in one
 sequence.
 
-Leaves a folder in the format of `OpenGVLab/InternVL3-1B-hf`: model, tokenizer, image processor and `results.json` with the
-held-out accuracy. `recipes/train_joint_lfq.py` takes that folder, or a real checkpoint, as `--base`.
+Leaves a folder in the format of `OpenGVLab/InternVL3-1B-hf`: model, tokenizer, image processor, model card and
+`results.json` with the held-out accuracy. `recipes/train_joint_lfq.py` takes that folder, or a real checkpoint, as `--base`.
 """
 
 import json
@@ -22,12 +22,14 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import InternVLVisionConfig, Qwen2Config, set_seed
 
+from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.captions import SceneArguments
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_questions import SceneQuestionDataset
 from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.data.vqa import VQACollator, scene_rows
+from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
@@ -70,6 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
     run, scenes = RunArguments(**values["run"]), SceneArguments(**values["scenes"])
     if len(run.questions_per_type) != len(scenes.types):
         raise RecipeError(f"--questions_per_type {run.questions_per_type} needs a number for each of {scenes.types}.")
+    upload = take_upload(values["training"])
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume)
     state = PartialState()
@@ -109,9 +112,20 @@ def main(argv: list[str] | None = None) -> dict:
     results = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed, "tower": seen}
     results |= {"steps": trainer.state.global_step, "seconds": round(time.time() - started, 1)}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_model_card(
+        out,
+        "small_vlm",
+        tags=["vision-language"],
+        pipeline_tag="image-text-to-text",
+        name="InternVL",
+        parameters=trainer.unwrapped_model.num_parameters(),
+        results=results,
+    )
     print(f"held-out accuracy on {len(held_out)} questions, {results['seconds']:.0f} s")
     for kind, value in accuracy.items():
         print(f"  {kind:10s} {100 * value:5.1f} %")
+    if upload is not None:
+        print("pushed to", upload.push(out))
     return results
 
 

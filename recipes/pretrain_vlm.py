@@ -7,8 +7,8 @@
 First the vision tower learns what every patch shows (`tokcom_hf.trainers.dense_pretraining`), then the language model
 learns to answer, many questions per image in one sequence.
 
-Leaves a folder in the format of `llava-hf/llava-1.5-7b-hf`: model, processor and `results.json`. The other pruning
-recipes take that folder, or the name of a real checkpoint, as `--base_model`.
+Leaves a folder in the format of `llava-hf/llava-1.5-7b-hf`: model, processor, model card and `results.json`. The other
+pruning recipes take that folder, or the name of a real checkpoint, as `--base_model`.
 """
 
 import json
@@ -20,12 +20,14 @@ import torch
 from accelerate import PartialState
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
+from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_questions import SceneQuestionDataset
 from tokcom_hf.data.scenes import COLOURS, QUESTION_TYPES, SHAPES
 from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, scene_rows
+from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
@@ -85,6 +87,7 @@ SECTIONS = {
 def main() -> None:
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
     run = RunArguments(**values["run"])
+    upload = take_upload(values["training"])
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume)
     state = PartialState()
@@ -119,6 +122,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         processor.save_pretrained(out)
         report(out, trainer.unwrapped_model.requires_grad_(True), processor, run, vision.image_size, seen, started)
+        if upload is not None:
+            print("pushed to", upload.push(out))
 
 
 def teach_tower(model, processor, run: RunArguments, args: SmallVLMTrainingArguments) -> dict[str, float]:
@@ -157,6 +162,15 @@ def report(out: Path, model, processor, run: RunArguments, image_size: int, seen
     results = accuracy | {"tower": seen, "scenes": scenes, "seed": run.seed}
     results["seconds"] = round(time.time() - started, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_model_card(
+        out,
+        "small_vlm",
+        tags=["vision-language"],
+        pipeline_tag="image-text-to-text",
+        name="LLaVA",
+        parameters=model.num_parameters(),
+        results=results,
+    )
     print(f"held-out accuracy on {len(rows)} questions, {results['seconds']:.0f} s")
     print(f"  {'':10s} {'':>7s} with another question's picture")
     for kind, value in accuracy["accuracy"].items():

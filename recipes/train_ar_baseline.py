@@ -6,7 +6,8 @@
 
 `--budget compute` stops when its floating-point operations (matrix products and attention, counted on a real step) reach
 those of TokCom's two stages together; `--budget tokens` when it has seen as many tokens as both stages together. Name the
-same text as TokCom was trained on (--train_file, --dataset_name, --split_seed). Leaves model, tokenizer and `budget.json`.
+same text as TokCom was trained on (--train_file, --dataset_name, --split_seed). Leaves model, tokenizer, model card and
+`budget.json`.
 """
 
 import json
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 from transformers import AutoModel, LlamaForCausalLM, set_seed
 
+from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, load_source
+from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.compute import count_training_flops, matching_llama_config
 from tokcom_hf.trainers.base import (
     CompressionTrainer,
@@ -78,6 +81,7 @@ def main() -> None:
         raise RecipeError(f"--budget must be compute or tokens, got {run.budget!r}.")
     if run.match_tokcom is None and (run.parameters is None or (run.tokens is None) == (run.flops is None)):
         raise RecipeError("Give --match_tokcom FOLDER, or --parameters with either --tokens or --flops.")
+    upload = take_upload(values["training"])
     out = check_output_dir(run.output_dir, run.overwrite, run.resume_from_checkpoint)
     set_seed(run.seed)
     matched: dict[str, float] = {}
@@ -130,8 +134,22 @@ def main() -> None:
         "matched": run.budget if matched else None,
         "tokcom": matched,
     }
-    (out / "budget.json").write_text(json.dumps(budget, indent=2), encoding="utf-8")
-    print(json.dumps(budget, indent=2))
+    if trainer.is_world_process_zero():
+        (out / "budget.json").write_text(json.dumps(budget, indent=2), encoding="utf-8")
+        write_model_card(
+            out,
+            "ar_baseline",
+            tags=["text-generation"],
+            pipeline_tag="text-generation",
+            config=config,
+            budget=budget,
+            training=arguments,
+            data=source.dataset_name
+            or (Path(source.train_file).name if source.train_file else "the embedded English text"),
+        )
+        print(json.dumps(budget, indent=2))
+        if upload is not None:
+            print("pushed to", upload.push(out))
 
 
 def measure_step(model: torch.nn.Module, rows: Any, batch_size: int) -> float:

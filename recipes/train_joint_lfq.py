@@ -9,7 +9,8 @@
 Lines of a JSONL file: {"image": "a.png", "caption": "...", "question": "...", "answer": "..."}; the last two are optional.
 Without `--base` the small InternVL of `recipes/pretrain_internvl.py` is used, and trained first where it is missing.
 Leaves in the output folder: `quantizer/` and `model/` (`AutoModel.from_pretrained`) with their cards, `results.json` and
-`joint_training.png`.
+`joint_training.png`. With `--push_to_hub --hub_model_id user/name` the two models become the repositories `user/name` and
+`user/name-quantizer`.
 """
 
 import json
@@ -30,7 +31,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.captions import JointLFQCollator, SceneArguments, read_image_text_jsonl, scene_caption_rows
 from tokcom_hf.data.small_internvl import TileProcessor
 from tokcom_hf.data.vqa import VQACollator
-from tokcom_hf.hub import push_folder
+from tokcom_hf.hub import take_upload
 from tokcom_hf.plots_lfq import plot_joint_training
 from tokcom_hf.plots_vqgan import NO_MATPLOTLIB
 from tokcom_hf.threads import use_all_cores
@@ -79,8 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     resume = run.resume_from_checkpoint not in (None, "false")
     if bool(run.image_text_file) != bool(run.eval_file):
         raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
-    if values["training"].get("push_to_hub") and not values["training"].get("hub_model_id"):
-        raise RecipeError("--push_to_hub needs --hub_model_id user/name.")
+    upload = take_upload(values["training"])
     out = check_output_dir(run.output_dir, run.overwrite, resume)
     state = PartialState()
     state.wait_for_everyone()
@@ -98,8 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     state.print(f"{len(train):,} training and {len(held_out):,} held-out images; parameters: "
                 + ", ".join(f"{name} {count:,}" for name, count in parameters.items()), flush=True)  # fmt: skip
 
-    elsewhere = ("resume_from_checkpoint", "push_to_hub", "hub_model_id")
-    own = {name: value for name, value in values["training"].items() if name not in elsewhere}
+    own = {name: value for name, value in values["training"].items() if name != "resume_from_checkpoint"}
     args = JointLFQTrainingArguments(
         **own | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
     )
@@ -134,8 +133,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "seconds": {"pretraining": round(pretraining, 1), "training": round(time.time() - began, 1)},
     }
     report(out, trainer, processor, results)
-    if values["training"].get("push_to_hub"):
-        print("pushed to", push_folder(out, values["training"]["hub_model_id"], args.hub_private_repo))
+    if upload is not None:
+        print("pushed to", upload.push(out / "model"), upload.push(out / "quantizer", "-quantizer"))
     return results
 
 

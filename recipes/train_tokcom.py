@@ -40,7 +40,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latent_rows import encode_rows
 from tokcom_hf.data.text import load_text_rows
 from tokcom_hf.data.tokenizers import check_tokenizer
-from tokcom_hf.hub import push_folder
+from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.denoising import denoising_metrics
 from tokcom_hf.metrics.reconstruction import reconstruction_metrics
 from tokcom_hf.threads import use_all_cores
@@ -109,8 +109,11 @@ def main() -> None:
     run = RunArguments(**values["run"])
     if run.stage not in ("vae", "denoiser", "both"):
         raise RecipeError(f"--stage must be vae, denoiser or both, got {run.stage!r}.")
-    if values["denoiser_training"].get("push_to_hub") and not values["denoiser_training"].get("hub_model_id"):
-        raise RecipeError("--push_to_hub needs --hub_model_id user/name.")
+    # The whole folder is pushed once, when it is finished: by the run, not by the trainer of a stage.
+    take_upload(values["vae_training"])
+    upload = take_upload(values["denoiser_training"])
+    if upload is not None and run.stage == "vae":
+        raise RecipeError("--push_to_hub pushes the whole model; --stage vae trains only its first part.")
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume or run.stage == "denoiser")
     state = PartialState()
@@ -154,9 +157,8 @@ def main() -> None:
     if state.is_main_process:
         results["seconds"] = round(time.time() - started, 1)
         report(out, model, data, run, results)
-        wanted = values["denoiser_training"]
-        if wanted.get("push_to_hub"):
-            print("pushed to", push_folder(out, wanted.get("hub_model_id") or "", wanted.get("hub_private_repo")))
+        if upload is not None:
+            print("pushed to", upload.push(out))
 
 
 def train_vae(out: Path, values, run: RunArguments, data, resume: bool) -> tuple[TokComVAE, dict[str, Any]]:
@@ -290,9 +292,7 @@ def load_vae(folder: Path, tokenizer) -> TokComVAE:
 
 def training_values(values, section: str, folder: Path, run: RunArguments) -> dict[str, Any]:
     """A section of TrainingArguments, with what the run decides for both stages."""
-    # The whole folder is pushed once, when it is finished.
-    elsewhere = ("resume_from_checkpoint", "push_to_hub", "hub_model_id")
-    own = {k: v for k, v in values[section].items() if k not in elsewhere}
+    own = {k: v for k, v in values[section].items() if k != "resume_from_checkpoint"}
     return own | {"output_dir": str(folder), "seed": run.seed, "remove_unused_columns": False}
 
 

@@ -31,6 +31,7 @@ from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options
+from tokcom_hf.hub import take_upload
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
@@ -74,6 +75,7 @@ SECTIONS = {
 def main() -> None:
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
+    upload = take_upload(values["training"])
     resume = run.resume_from_checkpoint not in (None, "false")
     out = check_output_dir(run.output_dir, run.overwrite, resume)
     use_all_cores(run.threads)
@@ -111,6 +113,8 @@ def main() -> None:
     model.save_pretrained(out, include_base=bool(args.lora_r))
     processor.save_pretrained(out)
     report(out, model, processor, source, held_out, run, args, time.time() - started)
+    if upload is not None:
+        print("pushed to", upload.push(out))
 
 
 def ensure_small_vlm(base_model: str, threads: int | None = None) -> None:

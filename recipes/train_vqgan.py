@@ -19,6 +19,7 @@ from transformers import set_seed
 from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.images import image_datasets
+from tokcom_hf.hub import take_upload
 from tokcom_hf.models.configuration_vqgan import VQGANConfig
 from tokcom_hf.models.configuration_vqgan_discriminator import VQGANDiscriminatorConfig
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
         argv,
     )
     run = RunArguments(**values["run"])
+    upload = take_upload(values["training"])
     args = VQGANTrainingArguments(**{"output_dir": "outputs/train_vqgan", **values["training"]})
     output = Path(args.output_dir)
     if args.process_index == 0:
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
     metrics = trainer.evaluate()
     trainer.save_model(str(output))
     results = {
-        "data": run.image_dir or run.dataset_name or "procedural images",
+        "data": Path(run.image_dir).name if run.image_dir else run.dataset_name or "procedural images",
         "train_images": len(train_set),
         "held_out_images": len(eval_set),
         "skipped_files": len(getattr(getattr(train_set, "dataset", train_set), "skipped", [])),
@@ -111,9 +113,11 @@ def main(argv: list[str] | None = None) -> dict:
         "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()},
     }
     if trainer.is_world_process_zero():
-        write_results(trainer, results, output)
         if discriminator is not None:
             discriminator.save_pretrained(output / "discriminator")
+        write_results(trainer, results, output)
+        if upload is not None:
+            print("pushed to", upload.push(output))
     return results
 
 
