@@ -327,3 +327,64 @@ def test_default_fsq_levels():
     assert math.prod(default_fsq_levels(8192)) == 8192
     with pytest.raises(ValueError, match="fsq_levels"):
         default_fsq_levels(1000)
+
+
+BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "overflowing": 1e25}
+
+
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+def test_kmeans_refuses_vectors_without_distances(value):
+    vectors = torch.randn(64, 4)
+    vectors[5:8, 2] = value
+    with pytest.raises(ValueError, match=r"k-means needs finite features.* 3 of 64"):
+        kmeans(vectors, 16)
+
+
+@pytest.mark.parametrize("vectors", [torch.ones(50, 4), torch.zeros(50, 4), torch.ones(1, 4), torch.ones(1, 1)])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_kmeans_ends_on_equal_vectors_and_on_fewer_vectors_than_codes(vectors, spherical):
+    centres, count = kmeans(vectors, 16, spherical=spherical)
+    assert centres.shape == (16, vectors.shape[1]) and centres.isfinite().all() and count.sum() == len(vectors)
+
+
+def test_kmeans_without_vectors_says_so():
+    with pytest.raises(ValueError, match="at least one vector"):
+        kmeans(torch.ones(0, 4), 16)
+
+
+def refused_in_training(quantizer, value):
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    features = torch.randn(64, 8)
+    features[3] = value
+    with pytest.raises(ValueError, match="finite features"):
+        quantizer(features)
+    assert all(torch.equal(before[name], tensor) for name, tensor in quantizer.state_dict().items())
+    with pytest.raises(ValueError, match="finite features"):
+        quantizer.encode(features)
+
+
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("init", ["uniform", "data", "kmeans"])
+def test_training_refuses_features_that_are_not_finite_and_keeps_the_codebook(init, value):
+    refused_in_training(make(16, 8, codebook_init=init), value)
+
+
+@pytest.mark.parametrize("kind", ["fsq", "lfq"])
+def test_training_refuses_nan_whatever_the_quantizer(kind):
+    refused_in_training(make(16, 8, quantizer=kind), float("nan"))
+
+
+def test_dead_codes_do_not_move_onto_features_that_are_not_finite():
+    quantizer = placed(make(16, 8, reset_fraction=1.0, dead_code_threshold=1e6), torch.randn(64, 8))
+    before, pool = quantizer.codebook.clone(), torch.full((64, 8), float("nan"))
+    with pytest.raises(ValueError, match="reset of dead codes needs finite features"):
+        quantizer.reset_dead_codes(pool, 64)
+    assert torch.equal(quantizer.codebook, before)
+
+
+def test_codes_are_those_of_inference_while_other_threads_train_the_same_module():
+    quantizer = placed(make(16, 8, temperature=50.0, freeze_codebook=True), torch.randn(64, 8))
+    features = torch.randn(512, 8)
+    codes = quantizer.encode(features)
+    assert quantizer.training and torch.equal(codes, quantizer.eval()(features).codes)
+    assert not torch.equal(codes, quantizer.train()(features).codes)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -180,3 +181,24 @@ def test_balancing_switched_on_later_starts_even_and_keeps_the_trained_codes(tmp
     before, after = model.quantizer.state_dict(), balanced.quantizer.state_dict()
     assert after.pop("penalty").eq(0).all() and after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_training_on_an_image_with_nan_is_refused_and_costs_no_code():
+    model = tiny(codebook_init="kmeans").train()
+    pixels = images(4)
+    pixels[1, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="finite features"):
+        model(pixels)
+    with pytest.raises(ValueError, match="Encoding needs finite features"):
+        model.encode(pixels)
+    assert not model.quantizer.initialized and model.quantizer.codebook.isfinite().all()
+
+
+def test_threads_encode_as_one_thread_does():
+    model = tiny(temperature=50.0).train()
+    model(images(4))
+    batches = [images(2) for _ in range(16)]
+    expected = [model.encode(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(model.encode, batches), expected))

@@ -203,12 +203,11 @@ class VQGAN(PreTrainedModel):
         """Images `(batch, in_channels, height, width)` in [-1, 1] → codes `(batch, height / f, width / f)`.
 
         The nearest codes, also in training mode.
+
+        Raises:
+            ValueError: wrong rank, number of channels or size, or features that are NaN or infinite.
         """
-        training, self.quantizer.training = self.quantizer.training, False
-        try:
-            return self.quantizer(self.features(pixel_values)).codes
-        finally:
-            self.quantizer.training = training
+        return self.quantizer.encode(self.features(pixel_values))
 
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(batch, h, w)` → images `(batch, out_channels, h · f, w · f)`, nominally in [-1, 1].

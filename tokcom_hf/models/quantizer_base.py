@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
-from .vector_search import all_reduce
+from .vector_search import all_reduce, check_finite
 
 
 @dataclass
@@ -93,7 +93,23 @@ class Quantizer(nn.Module, ABC):
         """The chosen code vectors with a gradient to `vectors`: straight-through."""
         return vectors + (chosen - vectors).detach()
 
+    def nearest(self, vectors: torch.Tensor) -> torch.LongTensor:
+        """Vectors `(n, width)` → the codes `(n,)` of inference; subclasses that draw codes in training override it."""
+        return self.assign(vectors)[0]
+
     # ---------------------------------------------------------------- interface
+    @torch.no_grad()
+    def encode(self, features: torch.Tensor) -> torch.LongTensor:
+        """Features `(..., input_size)` → codes `(...)` of inference, also in training mode; nothing is recorded.
+
+        Raises:
+            ValueError: features that are NaN or infinite have no nearest code.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            vectors = self.prepare(self.project_in(features.float()).reshape(-1, self.width))
+            check_finite(vectors, "Encoding")
+            return self.nearest(vectors).reshape(features.shape[:-1])
+
     def forward(self, features: torch.Tensor) -> QuantizerOutput:
         with torch.autocast(features.device.type, enabled=False):
             vectors = self.prepare(self.project_in(features.float()).reshape(-1, self.width))
@@ -106,6 +122,8 @@ class Quantizer(nn.Module, ABC):
             if not self.enabled:
                 commitment = commitment * 0
             elif self.training:
+                # One NaN would stay in the moving averages of the codebook for ever.
+                check_finite(vectors.detach(), "Training of the codebook")
                 self.record(codes, vectors.detach(), chosen)
                 if self.update_in_forward:
                     self.update()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .quantizer_base import Quantizer
 from .vector_search import (
     all_reduce,
+    check_finite,
     cluster_sums,
     code_scores,
     gather_rows,
@@ -76,15 +77,17 @@ class EMAQuantizer(Quantizer):
     def vectors_of(self, codes: torch.Tensor) -> torch.Tensor:
         return self.codebook.float()[codes]
 
+    def nearest(self, vectors: torch.Tensor) -> torch.LongTensor:
+        return nearest_codes(vectors, self.codebook.float(), self.penalty)
+
     def assign(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.training and self.enabled and not self.initialized:
             self.initialize(gather_rows(vectors.detach()))
-        codebook = self.codebook.float()
         if self.training and self.enabled and self.temperature > 0:
             codes = self.sample_codes(vectors.detach())
         else:
-            codes = nearest_codes(vectors.detach(), codebook, self.penalty)
-        return codes, codebook[codes]
+            codes = self.nearest(vectors.detach())
+        return codes, self.codebook.float()[codes]
 
     def distance_scale(self, vectors: torch.Tensor) -> torch.Tensor:
         """What squared distances are divided by, so that a temperature means the same for any width.
@@ -156,7 +159,11 @@ class EMAQuantizer(Quantizer):
     # ---------------------------------------------------------------- moving codes
     @torch.no_grad()
     def initialize(self, vectors: torch.Tensor) -> None:
-        """Places the codes on the data: `(n, width)` prepared vectors, the same on every rank."""
+        """Places the codes on the data: `(n, width)` prepared vectors, the same on every rank.
+
+        Raises:
+            ValueError: vectors that are NaN or infinite; the codebook stays as it was.
+        """
         size = self.codebook_size
         iterations = self.config.kmeans_iterations if self.config.codebook_init == "kmeans" else 0
         centres, count = kmeans(
@@ -245,7 +252,11 @@ class EMAQuantizer(Quantizer):
 
         Returns:
             number of codes moved, at most `reset_fraction` of the codebook.
+
+        Raises:
+            ValueError: vectors of the pool that are NaN or infinite; no code is moved.
         """
+        check_finite(pool, "The reset of dead codes")
         dead = self.dead_codes(vectors_per_step).nonzero().flatten()
         limit = int(self.config.reset_fraction * self.codebook_size)
         if len(dead) == 0 or limit == 0:

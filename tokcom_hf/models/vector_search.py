@@ -68,6 +68,26 @@ def sample_rows(weights: torch.Tensor, number: int, seed: int) -> torch.Tensor:
     return (weights.float().clamp_min(0) / noise).topk(number).indices
 
 
+# Squared distances of float32 vectors overflow beyond this length: (2 · 1e18)² is 4e36, the largest float32 3.4e38.
+LARGEST_NORM = 1e18
+
+
+@torch.no_grad()
+def check_finite(vectors: torch.Tensor, user: str) -> None:
+    """Raises ValueError where a row of `vectors (n, d)` is NaN, infinite or longer than `LARGEST_NORM`.
+
+    user: what needs the vectors, for the message.
+    """
+    # NaN compares false, so that the negation refuses it.
+    wrong = ~(vectors.abs().amax(1) * vectors.shape[1] ** 0.5 <= LARGEST_NORM)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{user} needs finite features of a length below {LARGEST_NORM:.0e}, but {int(wrong.sum())} of {len(vectors)} "
+            "are NaN, infinite or larger. Look for such values in the input images, and lower the learning rate if training "
+            "produced them."
+        )
+
+
 @torch.no_grad()
 def kmeans(
     vectors: torch.Tensor, codebook_size: int, iterations: int = 10, seed: int = 0, spherical: bool = False
@@ -83,8 +103,14 @@ def kmeans(
 
     Returns:
         centres `(k, d)` and the number of vectors of each `(k,)`.
+
+    Raises:
+        ValueError: no vectors, or vectors with NaN, infinite or overflowing values, between which there are no distances.
     """
     number, width = vectors.shape
+    check_finite(vectors, "k-means")
+    if number == 0 or codebook_size < 1:
+        raise ValueError(f"k-means needs at least one vector and one centre, got {number} and {codebook_size}.")
     # k-means++ in rounds: later starts are drawn in proportion to their distance from the earlier ones.
     round_size = max(1, codebook_size // 4)
     centres = vectors[sample_rows(vectors.new_ones(number), round_size if codebook_size > 8 else 1, seed)]
@@ -97,7 +123,8 @@ def kmeans(
         generator = torch.Generator().manual_seed(seed + 1)
         extra = torch.randint(number, (codebook_size - number,), generator=generator).to(vectors.device)
         noise = torch.randn(codebook_size - number, width, generator=generator).to(vectors)
-        centres = torch.cat([centres, vectors[extra] + 0.1 * vectors.std() * noise])
+        spread = vectors.std() if vectors.numel() > 1 else vectors.new_zeros(())
+        centres = torch.cat([centres, vectors[extra] + 0.1 * spread * noise])
     centres = F.normalize(centres, dim=1) if spherical else centres.clone()
     for step in range(iterations):
         codes = nearest_codes(vectors, centres)
