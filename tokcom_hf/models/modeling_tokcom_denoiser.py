@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -17,6 +16,7 @@ from transformers.utils import ModelOutput
 from .configuration_tokcom_denoiser import DenoisedModelConfig
 from .context_encoder import ContextEncoder, FinishedChunks
 from .layers import Attention, KeyValue, SwiGLU, rotary_embeddings
+from .strict_loading import StrictLoading
 from .token_window import chunk_before
 
 # Per layer, what `DenoiserBlock.modulation` returns.
@@ -81,7 +81,7 @@ class DenoiserBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.adaln_mlp(hidden_states, second, which)), key_value
 
 
-class DenoisedModel(PreTrainedModel):
+class DenoisedModel(StrictLoading):
     """Flow-matching transformer over latents."""
 
     config_class = DenoisedModelConfig

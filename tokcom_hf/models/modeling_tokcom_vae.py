@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .chunked_cross_entropy import chunked_cross_entropy
 from .configuration_tokcom_vae import TokComVAEConfig
 from .layers import Block, rotary_embeddings
+from .strict_loading import StrictLoading
 from .token_sampling import sample_tokens
 
 
@@ -56,7 +56,7 @@ class ChunkTransformer(nn.Module):
         return self.norm(hidden_states)
 
 
-class TokComVAE(PreTrainedModel):
+class TokComVAE(StrictLoading):
     """Variational (or plain) autoencoder of token chunks."""
 
     config_class = TokComVAEConfig

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_vqgan import VQGANConfig
 from .quantizers import EMAQuantizer, Quantizer, build_quantizer
+from .strict_loading import StrictLoading
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         return self.unfold(self.conv_out(self.layers(embeddings)))
 
 
-class VQGAN(PreTrainedModel):
+class VQGAN(StrictLoading):
     """Image ↔ grid of discrete codes; see `VQGANConfig` for every setting."""
 
     config_class = VQGANConfig
@@ -134,6 +134,8 @@ class VQGAN(PreTrainedModel):
     main_input_name = "pixel_values"
     # Codes depend on distances that bf16 cannot resolve.
     _keep_in_fp32_modules_strict = ["quantizer"]
+    # A folder trained without balancing lacks the penalties that `balance_rate` starts at zero.
+    _keys_to_ignore_on_load_missing = [r"^quantizer\.penalty$"]
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_vqgan_discriminator import VQGANDiscriminatorConfig
+from .strict_loading import StrictLoading
 
 
 @dataclass
@@ -18,7 +18,7 @@ class VQGANDiscriminatorOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class VQGANDiscriminator(PreTrainedModel):
+class VQGANDiscriminator(StrictLoading):
     """Real or reconstructed, patch by patch. GroupNorm, so that one forward may hold real and fake images together."""
 
     config_class = VQGANDiscriminatorConfig

@@ -1,0 +1,86 @@
+"""Loading that refuses a checkpoint which does not hold exactly the model's weights.
+
+transformers fills missing weights with random values, leaves out unexpected ones and casts integers, each with a warning
+at most: the model then runs and is wrong. `StrictLoading` makes them errors that name the tensors.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+# Names in one error message; the rest is counted.
+SHOWN = 5
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class StrictLoading(PreTrainedModel):
+    """`PreTrainedModel` whose `from_pretrained` refuses missing, unexpected, non-finite and integer weights.
+
+    What older folders may lack or have in excess is named in `_keys_to_ignore_on_load_missing` and
+    `_keys_to_ignore_on_load_unexpected`; tied weights are no omission, and `ignore_mismatched_sizes=True` keeps its meaning.
+    """
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # A quantized checkpoint holds integers on purpose.
+        if load_config.hf_quantizer is None:
+            check_values(model, stored_tensors(state_dict, checkpoint_files))
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        check_keys(model, loading_info.missing_keys, loading_info.unexpected_keys)
+        return loading_info
+
+
+def stored_tensors(state_dict, checkpoint_files) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a state dict or of the files of a checkpoint, one tensor in memory at a time."""
+    if state_dict is not None:
+        yield from state_dict.items()
+        return
+    for path in checkpoint_files or ():
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no iteration over the file itself)
+                    yield name, file.get_tensor(name)
+        else:
+            yield from torch.load(path, map_location="cpu", weights_only=True).items()
+
+
+def check_values(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raises ValueError where a stored tensor is NaN or infinite, or is quantized where the model's is not."""
+    floating = {name: value.is_floating_point() for name, value in model.state_dict().items()}
+    for name, value in tensors:
+        plain = value.dtype in FLOATING
+        if name in floating and floating[name] != plain:
+            kind = "a floating-point" if floating[name] else "an integer or boolean"
+            raise ValueError(
+                f"{type(model).__name__}: {name} is stored as {value.dtype}, but the model has {kind} tensor there. The "
+                "folder was quantized or written by another program; save it again from the original weights."
+            )
+        if plain and not bool(value.isfinite().all()):
+            wrong = int((~value.isfinite()).sum())
+            raise ValueError(
+                f"{type(model).__name__}: {wrong:,} of {value.numel():,} values of {name} are NaN or infinite. The training "
+                "that saved it diverged or the file is damaged; take an earlier checkpoint."
+            )
+
+
+def check_keys(model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises ValueError where a checkpoint lacks weights of the model or holds some that it does not have."""
+    wrong = {"lacks": sorted(missing), "has, but the model has not,": sorted(unexpected)}
+    parts = [
+        f"{verb} {len(names)} tensor(s): {', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
+        for verb, names in wrong.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(
+            f"{type(model).__name__}: the checkpoint {'; it '.join(parts)}. Its config.json must describe the model whose "
+            "weights are beside it, and all shards must be there."
+        )
