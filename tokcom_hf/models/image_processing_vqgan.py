@@ -1,8 +1,5 @@
 """Images of any kind to the pixel tensors of `VQGAN`, and back."""
 
-import os
-import struct
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,26 +7,16 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# What decoders raise on broken files, beyond what they promise.
-BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+from .image_files import read_image
+from .image_pixels import CHANNELS
 
 
 class VQGANImageProcessor(BaseImageProcessor):
     """Converts, resizes and scales images to [-1, 1].
 
     What happens to unusual images: EXIF rotation is applied; CMYK, palette and grey images are converted; transparency
-    is laid on white where the model has no alpha channel; of an animation the first frame is taken; 16-bit, 32-bit and
-    float images are scaled to 8 bits.
+    is laid on white where the model has no alpha channel; of an animation or a file of several pages the first is taken;
+    16-bit, 32-bit and float samples are scaled to 8 bits as `image_pixels.to_uint8` says.
 
     Args:
         image_size: side of the square output (`resize_mode` `crop` and `squash`).
@@ -52,7 +39,7 @@ class VQGANImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         if resize_mode not in ("crop", "squash", "none"):
             raise ValueError(f"resize_mode must be crop, squash or none, got {resize_mode!r}.")
-        if num_channels not in MODES:
+        if num_channels not in CHANNELS:
             raise ValueError(f"num_channels must be 1 to 4, got {num_channels}.")
         if image_size < 1 or image_size % size_divisor:
             raise ValueError(f"image_size must be a positive multiple of {size_divisor}, got {image_size}.")
@@ -62,14 +49,20 @@ class VQGANImageProcessor(BaseImageProcessor):
         self.size_divisor = size_divisor
 
     def __call__(self, images, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
-        """One image or a list (PIL, path, array or tensor) → `pixel_values (batch, num_channels, height, width)`.
+        """One image or several (PIL, path, array or tensor) → `pixel_values (batch, num_channels, height, width)`.
 
-        Arrays are `(height, width[, channels])` uint8, or floats in [0, 1]; tensors `(channels, height, width)` likewise.
+        Args:
+            images: an image, a list of images, or an array or tensor with a batch dimension. Arrays are
+                `(height, width[, channels])`, tensors `(channels, height, width)`; `image_pixels.to_uint8` lists the
+                sample types and their ranges.
 
         Raises:
             TypeError: something that is not an image.
-            ValueError: zero-size or unreadable images, or images of different sizes with `resize_mode="none"`.
+            ValueError: zero-size or unreadable images, samples whose range is unclear, or images of different sizes with
+                `resize_mode="none"`.
         """
+        if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+            images = list(images)
         batch = list(images) if isinstance(images, list | tuple) else [images]
         if not batch:
             raise ValueError("No images were given.")
@@ -85,27 +78,7 @@ class VQGANImageProcessor(BaseImageProcessor):
 
     def to_pil(self, image) -> Image.Image:
         """Any supported image as PIL image of mode L, LA, RGB or RGBA; see the class for conversions."""
-        if isinstance(image, str | os.PathLike):
-            image = _from_file(str(image))
-        if isinstance(image, torch.Tensor):
-            image = np.moveaxis(image.detach().cpu().numpy(), 0, -1) if image.ndim == 3 else image.cpu().numpy()
-        if isinstance(image, np.ndarray):
-            image = _from_array(image)
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"Expected a PIL image, a path, an array or a tensor, got {type(image).__name__}.")
-        if min(image.size) < 1:
-            raise ValueError(f"The image has no pixels: its size is {image.size[0]}×{image.size[1]}.")
-        image = _turned(image)
-        if image.mode.startswith(("I", "F")):
-            image = _from_array(np.asarray(image))
-        if "transparency" in image.info or image.mode in ("PA", "RGBa", "La"):
-            image = image.convert("RGBA")
-        if image.mode in ("RGBA", "LA") and self.num_channels in (1, 3):
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        if self.num_channels == 2 and image.mode not in ("L", "LA"):
-            image = image.convert("RGBA")
-        return image.convert(MODES[self.num_channels])
+        return read_image(image, CHANNELS[self.num_channels])
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
         if self.resize_mode == "none":
@@ -128,44 +101,6 @@ class VQGANImageProcessor(BaseImageProcessor):
         """`(batch, channels, height, width)` in [-1, 1] (clamped) → PIL images."""
         arrays = ((pixel_values.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
         return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays.numpy()]
-
-
-def _from_file(path: str) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except BROKEN as error:
-        raise ValueError(f"Cannot read image {path!r}: {error}") from error
-    return image
-
-
-def _turned(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except BROKEN:
-        # The picture is whole; only the note on how it was held is not.
-        return image
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in MODES):
-        raise ValueError(
-            "Image arrays must have shape (height, width) or (height, width, 1 to 4 channels) and no empty side, "
-            f"got {array.shape}."
-        )
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise ValueError("The image holds NaN or infinite values.")
-        # Floats beyond 1 are sample values of a 32-bit file, not shares of white.
-        array = array * (255.0 if array.max() <= 1.0 else 255.0 / array.max())
-    elif array.dtype in (np.bool_, np.uint16):
-        array = array * (255.0 if array.dtype == np.bool_ else 255.0 / 65535.0)
-    elif array.dtype != np.uint8:
-        array = array.astype(np.float64) * (255.0 / 65535.0 if array.max() > 255 else 1.0)
-    array = np.clip(np.rint(array), 0, 255).astype(np.uint8)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    return Image.fromarray(array)
 
 
 def as_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
