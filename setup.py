@@ -55,7 +55,7 @@ setup(
         "evaluate>=0.4.5,<0.5",
         "safetensors>=0.8,<0.9",
         "huggingface_hub>=1.31,<2.5",
-        "pillow>=10.0.1,<14",
+        "pillow>=10.1,<14",
     ],
     extras_require=EXTRAS,
 )
