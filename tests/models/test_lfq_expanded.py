@@ -215,7 +215,9 @@ def test_gradient_checkpointing_and_input_gradients():
 def test_bfloat16_model_and_autocast():
     ids = mixed_ids()
     model = LFQExpandedModel.from_base(language_model("llama").bfloat16(), output_dim=BITS)
-    assert model.lfq_rows.embedding.dtype == torch.bfloat16
+    # Over a bfloat16 base the rows train in float32.
+    assert {p.dtype for p in model.lfq_rows.parameters()} == {torch.float32}
+    assert model(input_ids=ids).logits.dtype == torch.bfloat16
     full = LFQExpandedModel.from_base(language_model("llama"), output_dim=BITS)
     with torch.no_grad():
         full.lfq_rows.embedding.copy_(model.lfq_rows.embedding)
@@ -226,7 +228,7 @@ def test_bfloat16_model_and_autocast():
     for loss in (model(input_ids=ids, labels=ids).loss, cast):
         torch.testing.assert_close(loss.float(), expected, atol=0.05, rtol=0.02)
         loss.backward()
-    assert model.lfq_rows.head.grad.dtype == torch.bfloat16 and full.lfq_rows.head.grad.dtype == torch.float32
+    assert model.lfq_rows.head.grad.dtype == torch.float32 and full.lfq_rows.head.grad.dtype == torch.float32
 
 
 class ForeignConfig(PreTrainedConfig):

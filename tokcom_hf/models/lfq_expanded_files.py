@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoM
 from transformers.utils import cached_file
 
 from .configuration_lfq_expanded import LFQExpandedConfig
+from .lfq_rows import device_of, vocabulary_of
 
 ROWS = "lfq_rows."
 _BASE_ONLY = (
@@ -138,9 +139,10 @@ def _load_rows(cls, name, config, hub: dict, kwargs: dict):
             f"{_shapes(expected)}, got {_shapes(found)}."
         )
     model.lfq_rows.load_state_dict(weights)
-    table = base.get_input_embeddings().weight if config.base_auto_class != "AutoModel" else next(base.parameters())
-    dtype = table.dtype if table.dtype.is_floating_point else torch.get_default_dtype()
-    model.lfq_rows.to(device=table.device, dtype=dtype)
+    rows_dtype = kwargs.get("dtype")
+    model.lfq_rows.to(device=device_of(vocabulary_of(base)[0]))
+    if isinstance(rows_dtype, torch.dtype):
+        model.lfq_rows.to(rows_dtype)
     model.config.name_or_path = str(name)
     return model.eval()
 

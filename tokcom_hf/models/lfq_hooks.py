@@ -2,13 +2,41 @@
 
 New ids are taken out before the base model's embedding sees them and their rows put in behind it; logits of new ids are
 appended behind its head. In training the head's input is caught instead, and the loss computed in chunks over both tables.
+
+Nothing of a call stays on the model: ids travel on the tensor that the embedding is given, and what the loss catches in an
+object of the calling thread. So threads may share one model.
 """
+
+import threading
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from .chunked_cross_entropy import split_cross_entropy
-from .lfq_rows import vocabulary_of
+from .lfq_rows import GradientHandover, vocabulary_of
+
+# `.call`: the `LossCall` of the forward that this thread is in.
+_THREAD = threading.local()
+
+
+@dataclass
+class LossCall:
+    """One forward with labels: what the head was given and gave.
+
+    Attributes:
+        model: the `LFQExpandedModel` whose forward it is.
+        narrow: the head computes the last position only, which is enough to see whether the base model changes logits.
+        hidden: the head's input `(batch, length, hidden)`.
+        logits: the head's output, new ids included.
+        handover: where the loss leaves its gradient of tied rows for the lookup to add to.
+    """
+
+    model: torch.nn.Module
+    narrow: bool
+    hidden: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    handover: GradientHandover | None = None
 
 
 class LFQHooks:
@@ -16,65 +44,80 @@ class LFQHooks:
 
     def _without_new_ids(self, module, args):
         ids = args[0]
-        self._ids.append(ids)
-        return (ids.masked_fill(ids >= self.config.lfq_start_token_id, 0), *args[1:])
+        known = ids.masked_fill(ids >= self.config.lfq_start_token_id, 0)
+        # The hook behind the embedding is given this same tensor.
+        known.lfq_ids = ids
+        return (known, *args[1:])
 
     def _with_new_rows(self, module, args, output):
-        index = self._ids.pop() - self.config.lfq_start_token_id
-        rows = self.lfq_rows(index.clamp(min=0), self._handover()).to(output.dtype)
+        index = args[0].lfq_ids - self.config.lfq_start_token_id
+        rows = self.lfq_rows(index.clamp(min=0), self._handover()).to(output)
         # Gemma multiplies embeddings inside its embedding layer; new rows live on the same scale.
         scale = getattr(module, "embed_scale", None)
         if scale is not None:
             rows = rows * scale
-        return torch.where((index >= 0).unsqueeze(-1), rows, output)
+        return torch.where((index >= 0).unsqueeze(-1).to(output.device), rows, output)
 
-    def _handover(self) -> dict | None:
+    def _call(self) -> LossCall | None:
+        """The forward with labels of this model that the calling thread is in."""
+        call = getattr(_THREAD, "call", None)
+        return call if call is not None and call.model is self else None
+
+    def _handover(self) -> GradientHandover | None:
         """Where the loss leaves its gradient of tied rows for this lookup to add to; None where no loss follows.
 
         The same in the first step as in all later ones: another order of sums would show in a resumed run's last bit.
         """
+        call = self._call()
         tied = self.lfq_rows.head is None and self.lfq_rows.embedding.requires_grad and torch.is_grad_enabled()
-        if not tied or self._caught is None or "handover" in self._caught:
+        if call is None or not tied or call.handover is not None:
             return None
-        self._caught["handover"] = {}
-        return self._caught["handover"]
+        call.handover = GradientHandover()
+        return call.handover
 
     def _catch_hidden(self, module, args):
-        if self._caught is None:
+        call = self._call()
+        if call is None:
             return None
-        self._caught["hidden"] = args[0]
-        # One position is enough to see whether the base model changes what its head returns.
-        return (args[0][:, -1:], *args[1:]) if self._caught["narrow"] else None
+        call.hidden = args[0]
+        return (args[0][:, -1:], *args[1:]) if call.narrow else None
 
     def _with_new_logits(self, module, args, output):
-        weight, bias = self.lfq_rows.tables()
-        dtype = args[0].dtype
-        new = F.linear(args[0], weight.to(dtype), None if bias is None else bias.to(dtype))
-        logits = torch.cat([output, new.to(output.dtype)], dim=-1)
-        if self._caught is not None:
-            self._caught["logits"] = logits
+        # The rows' own forward, so that hooks which bring offloaded weights back run.
+        logits = torch.cat([output, self.lfq_rows(args[0], as_head=True).to(output)], dim=-1)
+        call = self._call()
+        if call is not None:
+            call.logits = logits
         return logits
 
     # ------------------------------------------------------------------ loss
     def _run(self, inputs: dict, narrow: bool):
-        self._caught = {"narrow": narrow}
+        before = getattr(_THREAD, "call", None)
+        call = _THREAD.call = LossCall(self, narrow)
         try:
-            return self.base(**inputs), self._caught
+            return self.base(**inputs), call
         finally:
-            self._caught = None
+            _THREAD.call = before
 
-    def _loss(self, logits, caught, labels, num_items):
-        hidden = caught["hidden"]
+    def _tables_at_hand(self) -> bool:
+        """Whether old and new rows are in memory: offloaded weights exist only while their own module runs."""
+        modules = (vocabulary_of(self.base)[1], self.lfq_rows)
+        return not any(parameter.is_meta for module in modules for parameter in module.parameters())
+
+    def _loss(self, logits, call: LossCall, labels, num_items):
+        hidden = call.hidden
         shifted = labels[:, 1:].reshape(-1).to(hidden.device)
-        if self._plain_head is False or (self._plain_head is None and not self._same_head(logits, hidden)):
+        plain = self._plain_head is True or (self._plain_head is None and self._same_head(logits, hidden))
+        if not plain or not self._tables_at_hand():
             # The base model changes logits after its head: its own formula has to be kept, at the price of full logits.
             sum_or_mean = "mean" if num_items is None else "sum"
             flat = logits[:, :-1].flatten(0, 1).float()
-            loss = F.cross_entropy(flat, shifted, reduction=sum_or_mean)
+            loss = F.cross_entropy(flat, shifted.to(flat.device), reduction=sum_or_mean)
             return loss if num_items is None else loss / num_items
         _, head = vocabulary_of(self.base)
         tables = [(head.weight, getattr(head, "bias", None)), self.lfq_rows.tables()]
-        states, handover = hidden[:, :-1].flatten(0, 1), caught.get("handover")
+        tables = [tuple(None if table is None else table.to(hidden.device) for table in pair) for pair in tables]
+        states, handover = hidden[:, :-1].flatten(0, 1), None if call.handover is None else call.handover.gradients
         return split_cross_entropy(states, tables, shifted, num_items=num_items, handover=handover)
 
     def _same_head(self, logits, hidden) -> bool:

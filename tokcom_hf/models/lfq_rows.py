@@ -1,8 +1,21 @@
 """The new rows of a vocabulary, apart from the old tables, and where a base model keeps those."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+
+class GradientHandover:
+    """Holds the dictionary in which the loss leaves its gradient of tied rows; see `split_cross_entropy`.
+
+    A bare dictionary would not do: hooks that move a module's arguments between devices copy dictionaries.
+    """
+
+    def __init__(self):
+        self.gradients: dict[str, torch.Tensor] = {}
 
 
 class _TiedLookup(torch.autograd.Function):
@@ -40,11 +53,22 @@ class LFQRows(nn.Module):
         """Head weight and bias of the new rows."""
         return (self.embedding if self.head is None else self.head), self.bias
 
-    def forward(self, index: torch.LongTensor, handover: dict | None = None) -> torch.Tensor:
-        """Embeddings `(..., hidden)` of row numbers; `handover`: see `split_cross_entropy`."""
+    def forward(
+        self, inputs: torch.Tensor, handover: GradientHandover | None = None, as_head: bool = False
+    ) -> torch.Tensor:
+        """Embeddings `(..., hidden)` of row numbers, or logits `(..., rows)` of hidden states.
+
+        Args:
+            inputs: int64 row numbers `(...)`; with `as_head` hidden states `(..., hidden)`, whose dtype the product has.
+            handover: of tied rows in training; see `split_cross_entropy`.
+            as_head: compute logits.
+        """
+        if as_head:
+            weight, bias = self.tables()
+            return F.linear(inputs, weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
         if handover is None:
-            return F.embedding(index, self.embedding)
-        return _TiedLookup.apply(self.embedding, index, handover)
+            return F.embedding(inputs, self.embedding)
+        return _TiedLookup.apply(self.embedding, inputs, handover.gradients)
 
 
 def text_host(base: nn.Module) -> nn.Module:
@@ -80,6 +104,27 @@ def vocabulary_of(base: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
             f"{tuple(head.weight.shape)}: with different shapes one id would mean two things."
         )
     return embedding, head
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module with a `weight` computes: with an offloaded weight, where its hook brings it."""
+    if not module.weight.is_meta or not hasattr(module, "_hf_hook"):
+        return module.weight.device
+    return torch.device(module._hf_hook.execution_device)
+
+
+@contextmanager
+def weights_at_hand(module: nn.Module) -> Iterator[nn.Module]:
+    """Within this context a module's weights are in memory, also those that are offloaded to CPU or disk."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        yield module
+        return
+    hook.pre_forward(module)
+    try:
+        yield module
+    finally:
+        hook.post_forward(module, None)
 
 
 @torch.no_grad()

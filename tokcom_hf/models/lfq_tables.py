@@ -55,6 +55,10 @@ def join_tables(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 def merge_rows(model) -> PreTrainedModel:
     """The base of an `LFQExpandedModel` with old and new rows in one table; see `merge_and_unload` there."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "Some weights are offloaded to CPU or disk and cannot be merged; load the model without device_map first."
+        )
     embedding, head = vocabulary_of(model.base)
     weight, bias = model.lfq_rows.tables()
     tied = head.weight is embedding.weight

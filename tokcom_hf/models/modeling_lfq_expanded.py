@@ -15,7 +15,7 @@ from .configuration_lfq_expanded import LFQExpandedConfig
 from .lfq_expanded_files import auto_class_of, load_base, load_lfq_expanded, save_lfq_expanded
 from .lfq_generation import LFQModeLogitsProcessor
 from .lfq_hooks import LFQHooks
-from .lfq_rows import LFQRows, initialize_rows, text_host, vocabulary_of
+from .lfq_rows import LFQRows, device_of, initialize_rows, text_host, vocabulary_of, weights_at_hand
 from .lfq_tables import SplitTable, merge_rows
 from .lfq_tokens import check_output_dim
 
@@ -67,25 +67,29 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
         embedding.register_forward_hook(self._with_new_rows)
         head.register_forward_pre_hook(self._catch_hidden)
         head.register_forward_hook(self._with_new_logits)
-        self._ids: list[torch.Tensor] = []
-        self._caught: dict | None = None
         # Whether the base's logits are what its head returns (no soft cap, no scale); seen at the first loss.
         self._plain_head: bool | None = None
         self.generation_config = getattr(base, "generation_config", None) or GenerationConfig()
+        if getattr(base, "hf_device_map", None):
+            # What is offloaded has to be known where this model is saved, and where a trainer refuses it.
+            self.hf_device_map = {f"base.{name}".rstrip("."): where for name, where in base.hf_device_map.items()}
         self.post_init()
         self.freeze_original_rows(config.freeze_original)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, LFQRows):
+        # Rows on the meta device are about to be loaded.
+        if isinstance(module, LFQRows) and not module.embedding.is_meta:
             embedding, head = vocabulary_of(self.base)
             c = self.config
-            pairs = ((module.embedding, embedding.weight), (module.head, head.weight))
-            for rows, old in (pair for pair in pairs if pair[0] is not None):
-                initialize_rows(rows, old, c.embedding_init_method, c.embedding_init_std, c.output_dim)
+            for rows, old in ((module.embedding, embedding), (module.head, head)):
+                if rows is not None:
+                    with weights_at_hand(old):
+                        initialize_rows(rows, old.weight, c.embedding_init_method, c.embedding_init_std, c.output_dim)
             if module.bias is not None:
                 # A new id starts with the bias of an average old one, so that it is neither favoured nor shut out.
-                module.bias.fill_(float(head.bias.float().mean()))
+                with weights_at_hand(head):
+                    module.bias.fill_(float(head.bias.float().mean()))
 
     # ------------------------------------------------------------------ building, saving, loading
     @classmethod
@@ -141,7 +145,8 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
             base_model_name_or_path=model.config.name_or_path or None,
         )
         expanded = cls(config, base=model)
-        expanded.lfq_rows.to(device=embedding.weight.device, dtype=embedding.weight.dtype)
+        # New rows stay float32 over a bfloat16 base: at a small learning rate bfloat16 rounds most updates away.
+        expanded.lfq_rows.to(device=device_of(embedding))
         return expanded.train(model.training)
 
     @classmethod
@@ -286,12 +291,13 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
             return self.base(**inputs)
         return_logits = bool(return_logits)
         inputs.pop("logits_to_keep", None)
-        output, caught = self._run(inputs, narrow=not return_logits and self._plain_head is not False)
-        if self._plain_head is None and not return_logits:
-            self._plain_head = torch.equal(output.logits.float(), caught["logits"].float())
+        narrow = not return_logits and self._plain_head is not False and self._tables_at_hand()
+        output, call = self._run(inputs, narrow)
+        if self._plain_head is None and narrow:
+            self._plain_head = torch.equal(output.logits.float(), call.logits.float())
             if not self._plain_head:
-                output, caught = self._run(inputs, narrow=False)
-        output.loss = self._loss(output.logits, caught, labels, num_items_in_batch)
+                output, call = self._run(inputs, narrow=False)
+        output.loss = self._loss(output.logits, call, labels, num_items_in_batch)
         if not return_logits:
             output.logits = None
         return output
