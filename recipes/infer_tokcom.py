@@ -7,8 +7,8 @@
     python recipes/infer_tokcom.py --model outputs/tokcom --mode encode --text "Any text." --output_file a.safetensors
     python recipes/infer_tokcom.py --model outputs/tokcom --mode decode --latents a.safetensors
 
-Text comes from --text (or --prompt) or from --input_file: a .jsonl file gives one text per line, any other file is one
-text. Results go to the terminal, and to --output_file where that is given (.jsonl: one result per line).
+Text comes from --text (or --prompt) or from --input_file: a .jsonl, .ndjson or .json file gives one text per line,
+any other file is one text. Results go to the terminal, and to --output_file where that is given (.jsonl: one per line).
 """
 
 import json
@@ -23,7 +23,8 @@ from transformers import AutoModel
 from tokcom_hf import TokComModel, TokComVAE
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latents import load_latents, save_latents
-from tokcom_hf.data.text import read_json_lines, read_text
+from tokcom_hf.data.text import read_json_lines
+from tokcom_hf.data.text_files import JSON_LINES, is_json_lines, read_text
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
@@ -114,7 +115,7 @@ def read_texts(run: InferenceArguments) -> list[str]:
         texts = [direct]
     else:
         path = Path(run.input_file)
-        texts = list(read_json_lines(path, run.text_column)) if path.suffix == ".jsonl" else [read_text(path)]
+        texts = list(read_json_lines(path, run.text_column)) if is_json_lines(path) else [read_text(path)]
     if not texts or not all(texts):
         raise RecipeError(f"--mode {run.mode} needs text, but {run.input_file or '--' + flag} holds an empty one.")
     return texts
@@ -275,7 +276,7 @@ def show(results: list[dict[str, Any]], run: InferenceArguments) -> None:
     path = Path(run.output_file)
     if run.mode != "encode":
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() in JSON_LINES:
             lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
             path.write_text("".join(lines), encoding="utf-8")
         else:

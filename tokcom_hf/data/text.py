@@ -1,7 +1,6 @@
 """Text in, packed rows of token ids out: the embedded corpus, the user's files, or a Hub data set."""
 
 import ast
-import json
 import os
 import random
 import sysconfig
@@ -15,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .packing import PackedTextDataset, pack, spread_offsets
+from .text_files import is_json_lines, read_json_objects, read_text
 from .tokenizers import load_tokenizer, train_tokenizer
 
 # About as much English as the smallest common Python carries; enough to train the tiny recipe on.
@@ -86,12 +86,13 @@ def iterate_documents(
 ) -> Iterator[str]:
     """Yields documents; with neither a file nor a data set, the embedded ones. Blank documents are left out.
 
-    A `.jsonl` file gives one document per line (its `text_column`), any other file is text whose documents are separated
-    by two or more blank lines, or is one document. `streaming` reads a Hub data set without downloading all of it.
+    A `.jsonl`, `.ndjson` or `.json` file gives one document per line (its `text_column`), any other file is text whose
+    documents are separated by two or more blank lines, or is one document. `streaming` reads a Hub data set without
+    downloading all of it.
 
     Raises:
-        ValueError: both sources given, a `max_documents` below 1, text that is not UTF-8, a JSON line that is broken or
-            lacks the field, or a data set without the column.
+        ValueError: both sources given, a `max_documents` below 1, a compressed file or a table, text that is not UTF-8, a
+            JSON line that is broken or lacks the field (file and line are named), or a data set without the column.
         OSError: a file or data set that cannot be read.
     """
     if train_file and dataset_name:
@@ -101,7 +102,7 @@ def iterate_documents(
     documents: Iterable[str]
     if train_file:
         path = Path(train_file)
-        documents = read_json_lines(path, text_column) if path.suffix == ".jsonl" else _split_blank(read_text(path))
+        documents = read_json_lines(path, text_column) if is_json_lines(path) else _split_blank(read_text(path))
     elif dataset_name:
         documents = _hub_documents(dataset_name, dataset_config, text_column, split, streaming)
     else:
@@ -121,40 +122,21 @@ def load_documents(train_file: str | None = None, dataset_name: str | None = Non
     return found
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark.
+def read_json_lines(path: str | Path, text_column: str = "text") -> Iterator[str]:
+    """The field `text_column` of every line of a JSON lines file.
 
     Raises:
-        OSError: no such file, a folder, or no permission.
-        ValueError: not UTF-8.
+        OSError: a file that cannot be read.
+        ValueError: what `text_files.read_json_objects` refuses, or a line without text in that field; the line is named.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder; name a text file in it.")
-    if not path.is_file():
-        raise FileNotFoundError(f"Text file {str(path)!r} does not exist.")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
-
-
-def read_json_lines(path: Path, text_column: str = "text") -> Iterator[str]:
-    """The field `text_column` of every line of a JSON lines file; errors name the line."""
-    # Not splitlines(): a JSON string may hold a line separator (U+2028) as it is.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}).") from None
-        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            raise ValueError(f"{path}, line {number}: no text field {text_column!r}; name it with --text_column.")
+    for place, row in read_json_objects(path):
+        if not isinstance(row.get(text_column), str):
+            raise ValueError(f"{place}: no text field {text_column!r}; name it with --text_column.")
         yield row[text_column]
 
 
 def _split_blank(text: str) -> list[str]:
-    parts = [part.strip("\n") for part in text.replace("\r\n", "\n").split("\n\n\n")]
+    parts = [part.strip("\n") for part in text.split("\n\n\n")]
     return [part for part in parts if part.strip()]
 
 

@@ -1,0 +1,140 @@
+"""Reads text and JSON lines files, so that every error names file and line."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+# Files that a text editor shows as gibberish, or that hold fields and not prose.
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
+OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def is_json_lines(path: str | Path) -> bool:
+    """Whether the file's suffix, in any case, says JSON lines (`.jsonl`, `.ndjson`, `.json`).
+
+    Raises:
+        ValueError: the suffix of a compressed file or of a table.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in COMPRESSED:
+        raise ValueError(f"{path} is compressed; unpack it first.")
+    if suffix in TABLES:
+        raise ValueError(f"{path} is a table; write it as JSON lines (.jsonl), one object per row.")
+    return suffix in JSON_LINES
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark, its line ends as `\\n`.
+
+    Raises:
+        OSError: no such file, a folder, or no permission.
+        ValueError: not UTF-8; the message names the line.
+    """
+    with _open(path) as file:
+        text = file.read()
+    _check_encoding(path, text, 1)
+    return text
+
+
+def read_json_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields `("FILE, line N", object)` of a UTF-8 file with one JSON object per line; blank lines are skipped.
+
+    A byte order mark, `\\r\\n`, and control characters and separators (U+2028, U+0085 …) inside strings are fine.
+
+    Raises:
+        OSError: no such file, a folder, or no permission.
+        ValueError: a line that is not UTF-8, no JSON object, names a key twice, or holds NaN, an infinite number, or half
+            of a surrogate pair; the message names the line.
+    """
+    # Not splitlines(): a JSON string may hold a line separator (U+2028) as it is.
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            _check_encoding(path, line, number)
+            if line.strip():
+                place = f"{path}, line {number}"
+                yield place, _parse(line, place)
+
+
+def _open(path: str | Path):
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; name a text file in it.")
+    if not path.is_file():
+        raise FileNotFoundError(f"Text file {str(path)!r} does not exist.")
+    # Bytes that are not UTF-8 come back as lone surrogates, which `_check_encoding` finds and places.
+    return path.open(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _check_encoding(path: str | Path, text: str, line: int) -> None:
+    if text.isascii() and "\0" not in text:
+        return
+    wrong, reason = text.find("\0"), "it holds a zero byte; it may be UTF-16, or no text"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        if wrong < 0 or error.start < wrong:
+            wrong, reason = error.start, f"byte 0x{ord(text[error.start]) - 0xDC00:02x}"
+    if wrong < 0:
+        return
+    with Path(path).open("rb") as file:
+        head = file.read(4)
+    for mark, name in OTHER_MARKS.items():
+        if head.startswith(mark):
+            reason = f"it is {name}"
+            break
+    line += text.count("\n", 0, wrong)
+    raise ValueError(f"{path}, line {line}: not UTF-8 text ({reason}); save it as UTF-8.")
+
+
+def _parse(line: str, place: str) -> dict[str, Any]:
+    try:
+        # Not strict: a tab or another control character inside a string does no harm.
+        record = json.loads(line, strict=False, parse_constant=_no_number, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        opened = line.strip() in ("[", "{", "[{")
+        hint = "; JSON lines hold one object per line, not one document over many lines" if opened else ""
+        raise ValueError(f"{place}: not JSON ({error.msg}{hint}).") from None
+    except RecursionError:
+        raise ValueError(f"{place}: not JSON that can be read (nested too deeply).") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error}).") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: not a JSON object but {_kind(record)}; write {{...}} on each line.")
+    # UTF-8 holds no lone surrogates, so one can only come from an escape.
+    if "\\u" in line:
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise ValueError(
+                f"{place}: not text (\\u{half:04x} is half of a surrogate pair, as of an emoji cut in two); mend or "
+                "remove it."
+            ) from None
+    return record
+
+
+def _no_number(name: str):
+    raise ValueError(f"{name} is no number in JSON; write null")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return record
+
+
+def _kind(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
