@@ -1,7 +1,7 @@
 """tokcom_hf: fewer tokens, as Hugging Face models.
 
-Importing the package registers its models with the Auto classes and its pipelines with `pipeline()`; trainers, data
-and plots are imported on first use.
+Importing the package registers its models with the Auto classes and its pipelines with `pipeline()`; models, pipelines,
+trainers, data and plots are imported on first use.
 """
 
 from importlib import import_module

@@ -1,17 +1,23 @@
-"""Registers every model of the package with the Auto classes and every pipeline with transformers.
+"""Registers every model of the package with the Auto classes and every pipeline with transformers, importing none of them.
 
-One row per model in `MODELS`, one per pipeline in `PIPELINES`. A row whose module is listed here is registered when
-`tokcom_hf` is imported, so `AutoModel.from_pretrained(folder)` works without `trust_remote_code`;
-`register_for_auto_class` makes `save_pretrained` copy the model's code, so that the folder also loads, with
-`trust_remote_code=True`, where the package is not installed.
+One row per model in `MODELS`, one per pipeline in `PIPELINES`. After `import tokcom_hf`, `AutoModel.from_pretrained(folder)`
+works without `trust_remote_code`, and imports what the folder needs; `register_for_auto_class` makes `save_pretrained` copy
+the model's code, so that the folder also loads, with `trust_remote_code=True`, where the package is not installed.
 """
 
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
-import transformers
-from transformers import AutoConfig, AutoProcessor
-from transformers.pipelines import PIPELINE_REGISTRY
+# The first import of transformers fails in all threads but one; here it happens under the lock of this package's import.
+import transformers  # noqa: F401
+
+from .lazy import LazyMapping, when_imported
+
+AUTO = "transformers.models.auto"
+PACKAGE = "tokcom_hf.models"
 
 
 class ModelRow(NamedTuple):
@@ -21,6 +27,11 @@ class ModelRow(NamedTuple):
     config: str
     model: str
     auto_classes: tuple[str, ...] = ("AutoModel",)
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of the configuration, known without importing it."""
+        return self.stem if self.stem.startswith("tokcom") else f"tokcom_{self.stem}"
 
 
 class PipelineRow(NamedTuple):
@@ -75,35 +86,82 @@ PROCESSORS: tuple[ProcessorRow, ...] = (
 
 def load(module: str, name: str):
     """Returns attribute `name` of `tokcom_hf.models.<module>`."""
-    return getattr(import_module(f"tokcom_hf.models.{module}"), name)
+    return getattr(import_module(f"{PACKAGE}.{module}"), name)
 
 
 def register_all() -> None:
-    """Registers models, processors and pipelines; safe to call twice."""
-    configs, auto_classes = {}, {}
+    """Registers models, processors and pipelines; safe to call twice.
+
+    Each Auto class is told when it is imported, and each class of the package is imported when an Auto class needs it.
+    """
     for row in MODELS:
-        config_class = configs[row.config] = load(f"configuration_{row.stem}", row.config)
-        model_class = load(f"modeling_{row.stem}", row.model)
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        config_class.register_for_auto_class()
-        auto_classes[row.model] = tuple(getattr(transformers, name) for name in row.auto_classes)
-        for auto_class in auto_classes[row.model]:
-            auto_class.register(config_class, model_class, exist_ok=True)
-        model_class.register_for_auto_class(row.auto_classes[0])
+        when_imported(f"{PACKAGE}.configuration_{row.stem}", _travels(row.config, "AutoConfig"))
+        when_imported(f"{PACKAGE}.modeling_{row.stem}", _travels(row.model, row.auto_classes[0]))
     for processor in PROCESSORS:
-        processor_class = load(processor.stem, processor.processor)
-        if processor.auto_class == "AutoImageProcessor":
-            # The keyword was renamed between 5.x releases; the positional slot is the processor class in all of them.
-            transformers.AutoImageProcessor.register(configs[processor.config], processor_class, exist_ok=True)
-        else:
-            AutoProcessor.register(configs[processor.config], processor_class, exist_ok=True)
-        processor_class.register_for_auto_class(processor.auto_class)
-    for task in PIPELINES:
-        if task.task not in PIPELINE_REGISTRY.supported_tasks:
-            PIPELINE_REGISTRY.register_pipeline(
-                task.task,
-                pipeline_class=load(f"pipeline_{task.stem}", task.pipeline),
-                # A pipeline saved with its code names Auto classes: transformers looks the names up in itself.
-                pt_model=auto_classes[task.model],
-                type=task.kind,
-            )
+        when_imported(f"{PACKAGE}.{processor.stem}", _travels(processor.processor, processor.auto_class))
+    when_imported(f"{AUTO}.configuration_auto", _register_configs)
+    when_imported(f"{AUTO}.modeling_auto", _register_models)
+    when_imported(f"{AUTO}.image_processing_auto", _register_image_processors)
+    when_imported(f"{AUTO}.processing_auto", _register_processors)
+    when_imported("transformers.pipelines", _register_pipelines)
+
+
+def _travels(name: str, auto_class: str) -> Callable[[ModuleType], None]:
+    """What makes `save_pretrained` of class `name` copy its code."""
+    return lambda module: getattr(module, name).register_for_auto_class(auto_class)
+
+
+def _extra(mapping) -> LazyMapping:
+    """The part of a mapping of transformers that `register` fills, made able to hold classes that are not imported yet."""
+    if not isinstance(mapping._extra_content, LazyMapping):
+        mapping._extra_content = LazyMapping(mapping._extra_content)
+    return mapping._extra_content
+
+
+def _register_configs(module: ModuleType) -> None:
+    extra = _extra(module.CONFIG_MAPPING)
+    for row in MODELS:
+        extra.defer(row.model_type, partial(_entry, row.model_type, f"configuration_{row.stem}", row.config))
+
+
+def _entry(key: str, module: str, name: str) -> tuple[str, type]:
+    return key, load(module, name)
+
+
+def _register_for_config(mapping, config: str, module: str, name: str, backend: str | None = None) -> None:
+    """Defers the entry config class → class `name`, or → {backend: class} where a mapping has one class per backend."""
+    stem = next(row.stem for row in MODELS if row.config == config)
+
+    def entry() -> tuple[type, Any]:
+        value = load(module, name)
+        return load(f"configuration_{stem}", config), value if backend is None else {backend: value}
+
+    _extra(mapping).defer(f"{PACKAGE}.configuration_{stem}.{config}", entry)
+
+
+def _register_models(module: ModuleType) -> None:
+    for row in MODELS:
+        for auto_class in row.auto_classes:
+            mapping = getattr(module, auto_class)._model_mapping
+            _register_for_config(mapping, row.config, f"modeling_{row.stem}", row.model)
+
+
+def _register_image_processors(module: ModuleType) -> None:
+    for row in PROCESSORS:
+        if row.auto_class == "AutoImageProcessor":
+            _register_for_config(module.IMAGE_PROCESSOR_MAPPING, row.config, row.stem, row.processor, backend="pil")
+
+
+def _register_processors(module: ModuleType) -> None:
+    for row in PROCESSORS:
+        if row.auto_class == "AutoProcessor":
+            _register_for_config(module.PROCESSOR_MAPPING, row.config, row.stem, row.processor)
+
+
+def _register_pipelines(module: ModuleType) -> None:
+    for row in PIPELINES:
+        auto_classes = next(model.auto_classes for model in MODELS if model.model == row.model)
+        # A pipeline saved with its code names Auto classes: transformers looks the names up in itself.
+        task = LazyMapping({"pt": tuple(getattr(module, name) for name in auto_classes), "type": row.kind})
+        task.defer("impl", partial(_entry, "impl", f"pipeline_{row.stem}", row.pipeline))
+        module.PIPELINE_REGISTRY.supported_tasks[row.task] = task
