@@ -187,6 +187,37 @@ def test_lora_of_peft_with_the_split_rows(tmp_path):
     assert torch.equal(plain.lm_head.weight[:OLD], base.lm_head.weight)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "llava"])
+def test_lora_on_all_linear_layers_leaves_the_vocabulary_out(tmp_path, name):
+    vision = name == "llava"
+    inputs = vision_batch(name) if vision else {"input_ids": IDS}
+    base = vision_language_model(name) if vision else language_model(name)
+    base.save_pretrained(tmp_path / "base")
+
+    def fresh():
+        torch.manual_seed(1)
+        return LFQExpandedModel.from_base(str(tmp_path / "base"), output_dim=BITS, embedding_init_std=0.2)
+
+    config = {"r": 2, "modules_to_save": ["lfq_rows"], "init_lora_weights": False}
+    model = get_peft_model(fresh(), LoraConfig(target_modules="all-linear", **config))
+    names = [key for key, _ in model.named_parameters() if "lora_A" in key]
+    assert any("mlp" in key for key in names) and not any("head" in key or "lfq_rows" in key for key in names)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    model.eval()
+    model.save_pretrained(tmp_path / "lora")
+    again = PeftModel.from_pretrained(fresh(), tmp_path / "lora").eval()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.equal(again(**inputs).logits, expected)
+        plain = again.merge_and_unload().merge_and_unload()
+        assert type(plain) is type(base) and type(plain.get_output_embeddings()) is torch.nn.Linear
+        torch.testing.assert_close(plain(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    # LoRA on the head would know old ids only.
+    with pytest.raises(ValueError, match="OldHead"):
+        get_peft_model(fresh(), LoraConfig(target_modules=["q_proj", "lm_head"], **config))
+
+
 def test_foreign_and_broken_checkpoints(tmp_path):
     model = expanded(language_model("llama"), tmp_path / "base")
     model.save_pretrained(tmp_path / "rows", include_base=False)

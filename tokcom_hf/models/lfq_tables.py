@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .lfq_rows import text_host, vocabulary_of
@@ -48,6 +49,23 @@ class SplitTable(nn.Module):
         return self._view[1](inputs)
 
 
+class JoinedHead(SplitTable):
+    """The head's view, a submodule of the model: peft looks for the output embeddings among the submodules."""
+
+
+class OldHead(nn.Module):
+    """What the base model's `nn.Linear` head becomes: the same product, but no `nn.Linear` to libraries.
+
+    LoRA on the head would see old ids only. So `target_modules="all-linear"` leaves it out, and peft refuses it by name.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return F.linear(inputs, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return nn.Linear.extra_repr(self)
+
+
 def join_tables(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Old rows with new rows below, without gradient, on the old rows' device in their dtype."""
     return torch.cat([old.detach(), new.detach().to(old)])
@@ -66,6 +84,8 @@ def merge_rows(model) -> PreTrainedModel:
     head.weight = embedding.weight if tied else nn.Parameter(join_tables(head.weight, weight))
     if bias is not None:
         head.bias = nn.Parameter(join_tables(head.bias, bias))
+    if type(head) is OldHead:
+        head.__class__ = nn.Linear
     embedding.num_embeddings = head.out_features = model.config.lfq_token_range[1]
     for module in (embedding, head):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):

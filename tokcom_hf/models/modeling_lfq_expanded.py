@@ -16,7 +16,7 @@ from .lfq_expanded_files import auto_class_of, load_base, load_lfq_expanded, sav
 from .lfq_generation import LFQModeLogitsProcessor
 from .lfq_hooks import LFQHooks
 from .lfq_rows import LFQRows, device_of, initialize_rows, text_host, vocabulary_of, weights_at_hand
-from .lfq_tables import SplitTable, merge_rows
+from .lfq_tables import JoinedHead, OldHead, SplitTable, merge_rows
 from .lfq_tokens import check_output_dim
 
 
@@ -63,6 +63,9 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
         tied = head.weight is embedding.weight or bool(getattr(text_host(base).config, "tie_word_embeddings", False))
         bias = getattr(head, "bias", None) is not None
         self.lfq_rows = LFQRows(2**config.output_dim, hidden_size, tied=tied, bias=bias)
+        self.joined_head = JoinedHead(self, head, head=True)
+        if type(head) is nn.Linear:
+            head.__class__ = OldHead
         embedding.register_forward_pre_hook(self._without_new_ids)
         embedding.register_forward_hook(self._with_new_rows)
         head.register_forward_pre_hook(self._catch_hidden)
@@ -216,9 +219,9 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
         """Maps old and new ids to embeddings; `.weight` joins both tables (a copy)."""
         return SplitTable(self, vocabulary_of(self.base)[0], head=False)
 
-    def get_output_embeddings(self) -> SplitTable:
+    def get_output_embeddings(self) -> JoinedHead:
         """Maps hidden states to logits of old and new ids; `.weight` joins both tables (a copy)."""
-        return SplitTable(self, vocabulary_of(self.base)[1], head=True)
+        return self.joined_head
 
     def set_input_embeddings(self, value):
         raise ValueError(
