@@ -18,7 +18,8 @@ class LayerPrunerConfig(PreTrainedConfig):
     Kind:
         pruner_type: `cross_attention` (vision tokens attend to the question) or `simple` (tokens by themselves).
         selection: `topk` keeps exactly the budget; `threshold` keeps what has probability > 0.5, so that easy images
-            keep less, with at least `min_tokens`.
+            keep less.
+        min_tokens: tokens that every image keeps at least.
         internal_size, num_attention_heads: shape of the heads.
         gumbel_noise: draw the masks at random, around the logits, while training.
         straight_through: train on the hard decision with the gradient of the soft one. A soft mask of 0.001 still lets

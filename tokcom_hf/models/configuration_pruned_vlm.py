@@ -8,6 +8,13 @@ from transformers import AutoConfig, PreTrainedConfig
 MODES = ("origin", "merge_only", "soft", "hard")
 
 
+def checked_mode(mode: str) -> str:
+    """`mode`, if it is one of `MODES`; raises ValueError otherwise."""
+    if mode not in MODES:
+        raise ValueError(f"pruning_mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    return mode
+
+
 @strict
 class PrunedVLMConfig(PreTrainedConfig):
     """A vision-language model by reference, and what removes its vision tokens.
@@ -17,7 +24,7 @@ class PrunedVLMConfig(PreTrainedConfig):
     base_config: the VLM's own configuration as a dictionary.
     token_merger, layer_pruner: configurations of the learned stages as dictionaries, or None for no such stage.
     strategy: a training-free strategy instead of the learned stages (`token_selection.STRATEGIES` or `fastv`).
-    keep: vision tokens per image that the strategy keeps.
+    keep: vision tokens per image that the strategy keeps; an image that has fewer keeps them all.
     strategy_layer: the layer before which `fastv` removes tokens.
     strategy_seed: seed of the `random` strategy.
     pruning_mode: `hard` (tokens are removed), `soft` (their keys are damped), `merge_only` (no layer pruner) or
@@ -37,8 +44,7 @@ class PrunedVLMConfig(PreTrainedConfig):
     pruning_mode: str = "hard"
 
     def __post_init__(self, **kwargs):
-        if self.pruning_mode not in MODES:
-            raise ValueError(f"pruning_mode must be one of {', '.join(MODES)}, got {self.pruning_mode!r}.")
+        checked_mode(self.pruning_mode)
         if self.strategy is not None and (self.keep is None or self.keep < 1):
             raise ValueError(
                 f"strategy={self.strategy!r} needs keep, the tokens left per image (>= 1), got {self.keep}."

@@ -12,7 +12,7 @@ class TokenMergerConfig(PreTrainedConfig):
         feature_size: width of the vision features (1024 for LLaVA-1.5's CLIP tower).
         question_size: width of the language model's embeddings (4096 for LLaVA-1.5-7B).
         merge_ratio: share of tokens that stay; used where `target_merge_tokens` is None.
-        target_merge_tokens: tokens that stay per image.
+        target_merge_tokens: tokens that stay per image; an image that has fewer keeps them all.
 
     Kind:
         merger_type: `simple` scores tokens by themselves; `question_aware` lets them attend to the question first;

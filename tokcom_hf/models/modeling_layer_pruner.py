@@ -109,14 +109,15 @@ class LayerPruner(PreTrainedModel):
             members = real & (images == image)
             wanted = self._budget(layer_index, members.sum(-1))
             target = target + wanted
+            if self.config.selection == "threshold":
+                # Above the threshold, or the image's best tokens where too few are: no image goes without any.
+                at_least = members.sum(-1).clamp(max=max(1, self.config.min_tokens))
+                chosen = members & ((noisy > 0) | _top(noisy, members, at_least)[0])
+                keep |= chosen
+                continue
             chosen, level = _top(noisy, members, wanted)
             keep |= chosen
             threshold = torch.where(members, level[:, None], threshold)
-        if self.config.selection == "threshold":
-            chosen = real & (noisy > 0)
-            few = chosen.sum(-1, keepdim=True) < self.config.min_tokens
-            fallback, _ = _top(noisy, real, real.sum(-1).clamp(max=self.config.min_tokens))
-            keep, threshold = torch.where(few, fallback, chosen), torch.zeros_like(logits)
         if self.training and self.config.straight_through:
             gate = torch.sigmoid((noisy - threshold) / max(temperature, 1.0))
             soft = _straight_through(keep, gate) * real

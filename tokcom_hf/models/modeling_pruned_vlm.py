@@ -6,20 +6,20 @@ mode the others are removed from hidden states, masks and KV cache; positions of
 """
 
 import torch
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .cache_name import CACHE, one_cache
 from .configuration_layer_pruner import LayerPrunerConfig
-from .configuration_pruned_vlm import MODES, PrunedVLMConfig
+from .configuration_pruned_vlm import PrunedVLMConfig, checked_mode
 from .configuration_token_merger import TokenMergerConfig
 from .modeling_layer_pruner import LayerPruner
 from .modeling_token_merger import TokenMerger
 from .pruned_decoder import decode, run_layers
+from .pruned_vlm_checks import check_cached_turn, check_generation, check_stages, refuse_attentions
 from .pruned_vlm_files import load_pruned_vlm, save_pruned_vlm
 from .pruned_vlm_output import PrunedVLMOutput
-from .token_removal import PrunedCache
-from .token_report import token_report
-from .token_selection import LAYER_STRATEGIES, STRATEGIES
+from .token_removal import Prompt, PrunedCache
+from .token_report import LastPrompt, token_report
 from .vision_reduction import VisionReduction
 from .vlm_adapters import adapter_for
 
@@ -48,51 +48,10 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
             self.token_merger = TokenMerger(TokenMergerConfig(**config.token_merger))
         if config.layer_pruner is not None:
             self.layer_pruner = LayerPruner(LayerPrunerConfig(**config.layer_pruner))
-        self._check()
+        check_stages(self)
         self.generation_config = base.generation_config
-        self._mode = config.pruning_mode
         self.temperature = 0.1
-        self._report: dict | None = None
-        self._generator = torch.Generator().manual_seed(config.strategy_seed)
-
-    def _check(self) -> None:
-        depth = len(self.adapter.text_model.layers)
-        at = self.layer_pruner.config.layers if self.layer_pruner is not None else []
-        if self.config.strategy in LAYER_STRATEGIES:
-            at = [self.config.strategy_layer]
-            if at[0] < 1:
-                raise ValueError("fastv reads the attention of the layer before it: strategy_layer must be >= 1.")
-        if any(not 0 <= layer < depth for layer in at):
-            raise ValueError(
-                f"Pruning layers {at} must lie in 0 … {depth - 1}: the language model has {depth} layers."
-            )
-        known = (*STRATEGIES, *LAYER_STRATEGIES)
-        if self.config.strategy is not None and self.config.strategy not in known:
-            raise ValueError(f"Unknown strategy {self.config.strategy!r}; known are {', '.join(known)}.")
-        width, size = self.adapter.text_config.hidden_size, self.adapter.feature_size
-        if self.layer_pruner is not None and self.layer_pruner.config.hidden_size != width:
-            raise ValueError(
-                f"layer_pruner.hidden_size must be the language model's {width}, got {self.layer_pruner.config.hidden_size}."
-            )
-        merger = self.token_merger.config if self.token_merger is not None else None
-        self._check_budget(merger)
-        if merger is not None and (merger.feature_size, merger.question_size) != (size, width):
-            raise ValueError(
-                f"token_merger needs feature_size={size} and question_size={width} for this VLM, got "
-                f"{merger.feature_size} and {merger.question_size}."
-            )
-
-    def _check_budget(self, merger: TokenMergerConfig | None) -> None:
-        """What stage 2 keeps must be there after stage 1; families with images of many sizes are checked as they come."""
-        budget = self.layer_pruner.config.keep_tokens if self.layer_pruner is not None else None
-        left = self.base.config.image_seq_length if self.base.config.model_type == "llava" else None
-        if merger is not None:
-            left = merger.target_merge_tokens or (left and merger.merge_ratio * left)
-        if budget and left and max(budget) > left:
-            raise ValueError(
-                f"layer_pruner.keep_tokens={budget} wants more than the {left:g} vision tokens that reach the language "
-                "model; lower it, or raise token_merger.target_merge_tokens or merge_ratio."
-            )
+        self._last_prompt = LastPrompt()
 
     # ------------------------------------------------------------------ building, saving, loading
     @classmethod
@@ -151,13 +110,11 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
     @property
     def pruning_mode(self) -> str:
         """`origin`, `merge_only`, `soft` or `hard`."""
-        return self._mode
+        return self.config.pruning_mode
 
     @pruning_mode.setter
     def pruning_mode(self, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"pruning_mode must be one of {', '.join(MODES)}, got {mode!r}.")
-        self._mode = self.config.pruning_mode = mode
+        self.config.pruning_mode = checked_mode(mode)
 
     def get_input_embeddings(self):
         return self.base.get_input_embeddings()
@@ -175,10 +132,10 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         self.base.gradient_checkpointing_disable()
 
     def token_report(self) -> dict:
-        """Tokens per layer, FLOPs and KV memory of the last prompt; see `token_report.token_report`."""
-        if self._report is None:
+        """Tokens per layer, FLOPs and KV memory of this thread's last prompt; see `token_report.token_report`."""
+        if self._last_prompt.report is None:
             raise ValueError("token_report() describes the last prompt; run the model or generate first.")
-        return token_report(self, **self._report)
+        return token_report(self, **self._last_prompt.report)
 
     # ------------------------------------------------------------------ the decoder
     def forward(
@@ -189,95 +146,158 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         cache: PrunedCache | None = None,
         past_key_values: PrunedCache | None = None,
         labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        batch_num_images: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         pruning_mode: str | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
-        **inputs,
-    ) -> PrunedVLMOutput:
-        """One pass over a prompt, or over new tokens where `cache` holds a prompt.
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> PrunedVLMOutput | tuple:
+        """One pass over a prompt, or over new text where `cache` holds a prompt.
 
         Args:
             input_ids: `(batch, length)`, image placeholders included.
-            attention_mask: `(batch, length)`, padding on either side.
+            attention_mask: `(batch, length)`, padding on either side; with a filled cache its last columns count.
+            position_ids: rotary positions, `(batch, length)` or `(3, batch, length)`, instead of the family's own.
             cache, past_key_values: a `PrunedCache` under its new or its old name; an empty one, or `use_cache=True`,
                 starts a cache.
             labels: `(batch, length)`, -100 where there is nothing to learn. The heads read the text before them.
+            pixel_values, image_sizes, image_grid_thw, batch_num_images: what the family's processor gives for images.
+            mm_token_type_ids: accepted, for processors give it; image places are known from `input_ids`.
+            logits_to_keep: logits of so many last places, or of these places; 0 for all.
             pruning_mode: overrides the model's mode for this call.
-            inputs: what the processor gives for the images.
+
+        Raises:
+            ValueError: images or a mode for a cached turn, videos, `output_attentions`, images that do not match the
+                prompt's placeholders.
         """
-        mode = self._mode if pruning_mode is None else pruning_mode
+        refuse_attentions(self.config.output_attentions if output_attentions is None else output_attentions)
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        images = {
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "image_grid_thw": image_grid_thw,
+            "batch_num_images": batch_num_images,
+            "pixel_values_videos": pixel_values_videos,
+            "video_grid_thw": video_grid_thw,
+        }
+        if input_ids is None:
+            raise ValueError("PrunedVLM needs input_ids: it finds the images by their placeholders.")
         cache = one_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = PrunedCache(config=self.adapter.text_config)
         if cache is not None and not isinstance(cache, PrunedCache):
             raise TypeError(f"PrunedVLM needs a PrunedCache (or use_cache=True), got {type(cache).__name__}.")
+        states: list | None = [] if wants_states else None
+        collected: dict = {}
         if cache is not None and cache.segments:
-            return self._decode(input_ids, cache, logits_to_keep)
-        length = input_ids.shape[1]
-        if cache is not None and cache.prompt is not None:
-            stream, details = cache.prompt.repeat(len(input_ids) // len(cache.prompt.hidden)), {}
-            cache.prompt = None
+            check_cached_turn(cache, images, pruning_mode, use_cache)
+            embedded = self.get_input_embeddings()(input_ids)
+            hidden = decode(self.adapter, embedded, cache, attention_mask, position_ids, states)
         else:
-            stream, details = self.prepare_prompt(input_ids, attention_mask, position_ids, labels, mode, **inputs)
-            self._report = details["counts"]
-        if cache is not None:
-            cache.next_position = stream.positions.reshape(-1, *stream.positions.shape[-2:]).amax((0, -1)) + 1
-        collected: dict = {"soft_masks": [], "keep_masks": [], "keep_logits": [], "keep_rates": [], "kept_index": []}
-        states: list | None = [] if output_hidden_states else None
-        stream = run_layers(self, stream, mode, cache, collected, states, length)
-        if self._report is not None:
-            self._report |= {"kept_index": collected["kept_index"], "question": stream.question.sum(-1), "mode": mode}
-        hidden = stream.restore(self.adapter.text_model.norm(stream.hidden), length)
-        if states is not None:
-            states.append(hidden)
-        logits = self.base.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            mode = self.pruning_mode if pruning_mode is None else checked_mode(pruning_mode)
+            if cache is not None and cache.prompt is not None:
+                prompt, cache.prompt = cache.prompt.repeat(len(input_ids)), None
+            else:
+                prompt = self.prepare_prompt(input_ids, attention_mask, position_ids, labels, images, mode)
+            hidden, collected = self._run_prompt(prompt, cache, states, input_ids.shape[1])
+        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        logits = self.base.lm_head(hidden[:, places if isinstance(logits_to_keep, int) else logits_to_keep])
         loss = None
         if labels is not None:
             loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        return PrunedVLMOutput(
+        output = PrunedVLMOutput(
             loss=loss,
             logits=logits,
             cache=cache,
             hidden_states=None if states is None else tuple(states),
-            merge_weights=tuple(details.get("merge_weights", ())) or None,
-            merge_sparsity_loss=details.get("merge_sparsity_loss"),
-            **{name: tuple(values) or None for name, values in collected.items()},
+            **collected,
         )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _decode(self, input_ids, cache: PrunedCache, logits_to_keep: int) -> PrunedVLMOutput:
-        hidden = decode(self.adapter, self.get_input_embeddings()(input_ids), cache)
-        logits = self.base.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        return PrunedVLMOutput(logits=logits, cache=cache)
+    def _run_prompt(self, prompt: Prompt, cache: PrunedCache | None, states: list | None, length: int):
+        """Final hidden states `(batch, length, hidden)` of a prompt and the fields of the output that tell of pruning."""
+        stream = prompt.stream
+        if cache is not None:
+            cache.next_position = stream.positions.reshape(-1, *stream.positions.shape[-2:]).amax((0, -1)) + 1
+            cache.mode = prompt.mode
+        names = ("soft_masks", "keep_masks", "keep_logits", "keep_rates", "kept_index")
+        collected: dict = {name: [] for name in names}
+        stream = run_layers(self, stream, prompt.mode, cache, collected, states, length)
+        asked = stream.question.sum(-1)
+        report = prompt.counts | {"kept_index": collected["kept_index"], "question": asked, "mode": prompt.mode}
+        self._last_prompt.report = report
+        if cache is not None:
+            cache.report = report
+        hidden = stream.restore(self.adapter.text_model.norm(stream.hidden), length)
+        if states is not None:
+            states.append(hidden)
+        return hidden, prompt.merged | {name: tuple(values) or None for name, values in collected.items()}
 
     # ------------------------------------------------------------------ generation
     @torch.no_grad()
-    def generate(self, inputs=None, **kwargs):
-        """`GenerationMixin.generate` on the reduced prompt; takes the processor's inputs.
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        batch_num_images: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        pruning_mode: str | None = None,
+        **options,
+    ):
+        """`GenerationMixin.generate` on the reduced prompt.
+
+        Args:
+            inputs, input_ids: prompt ids `(batch, length)` under either name; they and the arguments up to
+                `mm_token_type_ids` are what the processor gives, as for `forward`.
+            pruning_mode: overrides the model's mode for this call.
+            options: generation options, logits processors, a streamer and the like.
+
+        Returns:
+            Ids `(batch, length + new)`; with `return_dict_in_generate=True` an output that also holds `token_report`,
+            the dictionary that `token_report()` gives for this prompt.
 
         Raises:
-            ValueError: `use_cache=False` (heads would read their own answer) or a cache implementation.
+            ValueError: options that would not act: `use_cache=False` (heads would read their own answer), a cache or a
+                cache implementation, `labels`, `output_attentions`, videos, and names that nothing takes.
         """
-        if kwargs.get("use_cache") is False:
-            raise ValueError("PrunedVLM generates with a KV cache only; leave use_cache out.")
-        if kwargs.get("cache_implementation") is not None:
-            raise ValueError("PrunedVLM brings its own cache; leave cache_implementation out.")
-        input_ids = kwargs.pop("input_ids", inputs)
-        if input_ids is None:
-            raise ValueError("generate needs input_ids; call it with the processor's output.")
-        mask = kwargs.pop("attention_mask", None)
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        names = (*self.adapter.image_inputs, "mm_token_type_ids", "pixel_values_videos", "video_grid_thw")
-        images = {name: kwargs.pop(name) for name in names if name in kwargs}
-        positions = kwargs.pop("position_ids", None)
+        if input_ids is not None and inputs is not None:
+            raise ValueError("inputs and input_ids are two names of one argument; give one of them.")
+        input_ids = inputs if input_ids is None else input_ids
+        check_generation(self, input_ids, generation_config, options)
+        mode = self.pruning_mode if pruning_mode is None else checked_mode(pruning_mode)
+        images = {
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "image_grid_thw": image_grid_thw,
+            "batch_num_images": batch_num_images,
+        }
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cache = PrunedCache(config=self.adapter.text_config)
-        cache.prompt, details = self.prepare_prompt(input_ids, mask, positions, **images)
-        self._report = details["counts"]
-        return super().generate(input_ids=input_ids, attention_mask=mask, **{CACHE: cache}, **kwargs)
+        cache.prompt = self.prepare_prompt(input_ids, mask, position_ids, None, images, mode)
+        output = super().generate(
+            input_ids=input_ids, attention_mask=mask, generation_config=generation_config, **{CACHE: cache}, **options
+        )
+        if not torch.is_tensor(output):
+            output["token_report"] = token_report(self, **cache.report)
+        return output
 
     def prepare_inputs_for_generation(
-        self, input_ids, cache=None, attention_mask=None, past_key_values=None, **kwargs
+        self, input_ids, cache=None, attention_mask=None, past_key_values=None, output_hidden_states=None, **kwargs
     ):
         cache = one_cache(cache, past_key_values)
         if cache is not None and cache.segments:
@@ -288,6 +308,7 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
             CACHE: cache,
             "use_cache": True,
             "logits_to_keep": 1,
+            "output_hidden_states": output_hidden_states,
         }
 
 

@@ -77,19 +77,11 @@ class TokenMerger(PreTrainedModel):
                 self.queries.normal_(0.0, 1.0)
 
     def tokens_kept(self, tokens: int) -> int:
-        """M for an image of `tokens` tokens.
-
-        Raises:
-            ValueError: `target_merge_tokens` is larger than `tokens`.
-        """
+        """M for an image of `tokens` tokens: at least 1, at most all of them."""
         target = self.config.target_merge_tokens
         if target is None:
             return max(1, round(self.config.merge_ratio * tokens))
-        if target > tokens:
-            raise ValueError(
-                f"target_merge_tokens={target} is more than the image's {tokens} tokens; lower it or use merge_ratio."
-            )
-        return target
+        return min(target, tokens)
 
     def forward(
         self,

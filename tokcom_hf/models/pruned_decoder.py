@@ -1,13 +1,12 @@
 """The decoder loop of `PrunedVLM`: layer after layer, with fewer and fewer vision tokens."""
 
-import contextlib
 from dataclasses import replace
 
 import torch
 
 from .cache_name import CACHE
+from .eager_copy import eager_copy
 from .token_removal import PrunedCache, Segment, Stream, attention_mask
-from .vlm_adapters import eager_attention
 
 
 def run_layers(
@@ -32,6 +31,7 @@ def run_layers(
     changed = True
     for number, layer in enumerate(text.layers):
         reads = fastv == number + 1
+        layer = eager_copy(layer) if reads else layer
         if pruner is not None and number in pruner.config.layers and bool(stream.vision.any()):
             before = stream
             stream, bias = _prune(model, number, stream, bias, mode, collected)
@@ -43,8 +43,9 @@ def run_layers(
         if changed or reads:
             # Eager attention wants the mask as numbers; a bias of zeros makes it so.
             added = stream.hidden.new_zeros(stream.mask.shape) if reads and bias is None else bias
-            with eager_attention(config) if reads else contextlib.nullcontext():
-                mask = attention_mask(config, stream.hidden, stream.mask, added, cache, number)
+            mask = attention_mask(
+                layer.self_attn.config if reads else config, stream.hidden, stream.mask, added, cache, number
+            )
             rotary = text.rotary_emb(stream.hidden, position_ids=stream.positions)
             if cache is not None:
                 cache.segments.append(Segment(number, stream.mask, bias))
@@ -59,33 +60,58 @@ def run_layers(
             "use_cache": cache is not None,
         }
         if reads:
-            with eager_attention(config), _read_attention(layer) as weights:
-                hidden = layer(stream.hidden, **inputs)
-            attention = weights[0]
+            hidden, attention = _with_attention(layer, stream.hidden, inputs)
         else:
             hidden = layer(stream.hidden, **inputs)
         stream = replace(stream, hidden=hidden)
     return stream
 
 
-def decode(adapter, hidden: torch.Tensor, cache: PrunedCache) -> torch.Tensor:
-    """Runs embedded new tokens `(batch, new, hidden)` against the cache; each run of layers has its own keys."""
+def decode(
+    adapter,
+    hidden: torch.Tensor,
+    cache: PrunedCache,
+    mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    states: list | None = None,
+) -> torch.Tensor:
+    """Runs new tokens against the cache, where each run of layers has its own keys.
+
+    Args:
+        hidden: embedded new tokens `(batch, new, hidden)`.
+        mask: `(batch, at least new)`, whose last columns are 0 on padding among the new tokens.
+        positions: rotary positions `(batch, new)` or `(3, batch, new)`; by default they go on from the prompt's.
+        states: list that the input of every layer and the final states are appended to.
+    """
     assert cache.next_position is not None
-    text = adapter.text_model
-    positions = cache.next_position[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
-    cache.next_position = positions[:, -1] + 1
-    if adapter.three_axes:
+    text, new = adapter.text_model, hidden.shape[1]
+    real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if mask is not None:
+        if mask.shape[-1] < new or len(mask) != len(hidden):
+            raise ValueError(
+                f"attention_mask {tuple(mask.shape)} is too small for {tuple(hidden.shape[:2])} new tokens."
+            )
+        real = mask[:, -new:].bool().to(hidden.device)
+    if positions is None:
+        positions = cache.next_position[:, None] + (real.long().cumsum(-1) - 1).clamp(min=0)
+    cache.next_position = positions.reshape(-1, *positions.shape[-2:]).amax((0, -1)) + 1
+    if adapter.three_axes and positions.dim() == 2:
         positions = positions.expand(3, *positions.shape)
-    cache.extend(hidden.shape[1])
+    cache.extend(real)
     rotary = text.rotary_emb(hidden, position_ids=positions)
     segments = {segment.start: segment for segment in cache.segments}
-    mask = None
+    built = None
     for number, layer in enumerate(text.layers):
+        if states is not None:
+            states.append(hidden)
         if number in segments:
             segment = segments[number]
-            mask = attention_mask(adapter.text_config, hidden, segment.mask, segment.bias, cache, number)
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=True, **{CACHE: cache})
-    return text.norm(hidden)
+            built = attention_mask(adapter.text_config, hidden, segment.mask, segment.bias, cache, number)
+        hidden = layer(hidden, attention_mask=built, position_embeddings=rotary, use_cache=True, **{CACHE: cache})
+    hidden = text.norm(hidden)
+    if states is not None:
+        states.append(hidden)
+    return hidden
 
 
 def _prune(model, number: int, stream: Stream, bias: torch.Tensor | None, mode: str, collected: dict):
@@ -113,14 +139,11 @@ def _prune(model, number: int, stream: Stream, bias: torch.Tensor | None, mode: 
     return stream, added if bias is None else bias + added
 
 
-@contextlib.contextmanager
-def _read_attention(layer):
+def _with_attention(layer, hidden: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an `eager_copy` of a layer returns, and its attention weights `(batch, heads, queries, keys)`."""
     weights: list[torch.Tensor] = []
-    handle = layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1]))
-    try:
-        yield weights
-    finally:
-        handle.remove()
+    layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    return layer(hidden, **inputs), weights[0]
 
 
 def _most_attended(attention: torch.Tensor, stream: Stream, keep: int) -> torch.Tensor:
@@ -129,11 +152,9 @@ def _most_attended(attention: torch.Tensor, stream: Stream, keep: int) -> torch.
     last = (places * stream.mask).amax(-1)
     received = attention.mean(1)[torch.arange(len(last), device=last.device), last]
     received = received.masked_fill(~stream.vision, -1.0)
-    images = stream.images.amax(-1) + 1
-    available = stream.vision.sum(-1)
-    if bool((keep * images > available).any()):
-        raise ValueError(
-            f"keep={keep} is more than the image's {int((available / images.clamp(min=1)).min())} tokens."
-        )
+    # An image that has fewer tokens than `keep` adds only those to the budget of its row.
+    numbers = torch.arange(int(stream.images.max()) + 1, device=stream.mask.device)
+    tokens = (stream.images[..., None] == numbers).sum(1)
+    budget = tokens.clamp(max=keep).sum(-1)
     rank = received.argsort(-1, descending=True).argsort(-1)
-    return stream.vision & (rank < (keep * images)[:, None])
+    return stream.vision & (rank < budget[:, None])

@@ -79,6 +79,27 @@ class Stream:
 
 
 @dataclass
+class Prompt:
+    """A prompt after stage 1, ready for the first decoder layer, and what is told about it later.
+
+    Attributes:
+        stream: its tokens.
+        mode: the pruning mode it was prepared in.
+        counts: tokens before pruning, for `token_report`.
+        merged: the merger's weights and loss, where it ran.
+    """
+
+    stream: Stream
+    mode: str
+    counts: dict
+    merged: dict
+
+    def repeat(self, rows: int) -> "Prompt":
+        """The prompt with every row repeated, so that there are `rows`, as beam search wants it."""
+        return replace(self, stream=self.stream.repeat(rows // len(self.stream.hidden)))
+
+
+@dataclass
 class Segment:
     """From layer `start` on, the cached keys have this padding mask `(batch, keys)` and, in soft mode, this bias."""
 
@@ -92,13 +113,17 @@ class PrunedCache(DynamicCache):
 
     Attributes:
         prompt: the prepared prompt that `generate` hands to the first forward pass.
+        mode: the pruning mode of the prompt that the cache holds.
+        report: arguments of `token_report` for that prompt.
         segments: runs of layers that hold the same tokens.
         next_position: `(batch,)`, rotary position of the next new token.
     """
 
     def __init__(self, config=None):
         super().__init__(config=config)
-        self.prompt: Stream | None = None
+        self.prompt: Prompt | None = None
+        self.mode: str | None = None
+        self.report: dict | None = None
         self.segments: list[Segment] = []
         self.next_position: torch.Tensor | None = None
 
@@ -121,16 +146,20 @@ class PrunedCache(DynamicCache):
         super().batch_select_indices(indices)
         self._select(lambda tensor: tensor[indices])
 
+    @property
+    def is_croppable(self) -> bool:
+        """False: a generation loop that steps back must look for another way."""
+        return False
+
     def crop(self, *args, **kwargs):
         raise ValueError("A pruned cache cannot be cropped; assisted decoding is not supported with token pruning.")
 
-    def extend(self, count: int) -> None:
-        """Makes room in every mask for `count` new tokens."""
+    def extend(self, mask: torch.Tensor) -> None:
+        """Makes room in every mask for new tokens; `mask` `(batch, new)` is False on padding among them."""
         for segment in self.segments:
-            ones = torch.ones_like(segment.mask[:, :1]).expand(-1, count)
-            segment.mask = torch.cat([segment.mask, ones], dim=-1)
+            segment.mask = torch.cat([segment.mask, mask.to(segment.mask.device)], dim=-1)
             if segment.bias is not None:
-                zeros = torch.zeros_like(segment.bias[:, :1]).expand(-1, count)
+                zeros = torch.zeros_like(segment.bias[:, :1]).expand(-1, mask.shape[1])
                 segment.bias = torch.cat([segment.bias, zeros], dim=-1)
 
 

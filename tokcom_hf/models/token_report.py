@@ -1,5 +1,7 @@
 """What a prompt cost: vision tokens per layer, FLOPs with the heads' own, KV memory, against the unpruned model."""
 
+import threading
+
 import torch
 
 from .vlm_flops import (
@@ -10,6 +12,15 @@ from .vlm_flops import (
     token_merger_flops,
     vision_tower_flops,
 )
+
+
+class LastPrompt(threading.local):
+    """Arguments of `token_report` for the last prompt of the thread that asks; a copy of the model starts with none."""
+
+    report: dict | None = None
+
+    def __reduce__(self):
+        return LastPrompt, ()
 
 
 def token_report(model, vision_tokens, text_tokens, kept_index, question, mode: str) -> dict:

@@ -1,25 +1,28 @@
 """Stage 1 of a `PrunedVLM`: a prompt is embedded, and its images' tokens become fewer before the language model."""
 
+import zlib
+
 import torch
 
-from .token_removal import Stream
+from .token_removal import Prompt, Stream
 from .token_selection import STRATEGIES
 
 
 class VisionReduction:
     """What a `PrunedVLM` does with a prompt before its first layer; mixed into it."""
 
-    def prepare_prompt(self, input_ids, attention_mask=None, position_ids=None, labels=None, mode=None, **inputs):
+    def prepare_prompt(
+        self, input_ids, attention_mask=None, position_ids=None, labels=None, images=None, mode="hard"
+    ) -> Prompt:
         """Embeds a prompt and reduces its vision tokens.
 
-        Returns:
-            `(Stream, details)`; details holds the merger's outputs and the original number of vision tokens per row.
+        Args:
+            images: the processor's inputs for the images by name; None values count as absent.
 
         Raises:
             ValueError: images and image placeholders do not match, or an input the family does not know.
         """
-        mode = self._mode if mode is None else mode
-        inputs = {name: value for name, value in inputs.items() if value is not None and name != "mm_token_type_ids"}
+        inputs = {name: value for name, value in (images or {}).items() if value is not None}
         unknown = [name for name in inputs if name not in self.adapter.image_inputs]
         if unknown:
             raise ValueError(
@@ -44,14 +47,17 @@ class VisionReduction:
             index=torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids),
             images=torch.full_like(input_ids, -1),
         )
-        details: dict = {"counts": {"vision_tokens": vision.sum(-1), "text_tokens": (mask & ~vision).sum(-1)}}
+        counts = {"vision_tokens": vision.sum(-1), "text_tokens": (mask & ~vision).sum(-1)}
+        prompt = Prompt(stream, mode, counts, merged={})
         if not inputs:
             if vision.any():
                 raise ValueError(f"The prompt has {int(vision.sum())} image placeholders but no image was given.")
-            return stream, details
-        return self._insert_images(stream, inputs, mode, details)
+            return prompt
+        self._insert_images(prompt, input_ids, inputs)
+        return prompt
 
-    def _insert_images(self, stream: Stream, inputs: dict, mode: str, details: dict):
+    def _insert_images(self, prompt: Prompt, input_ids, inputs: dict) -> None:
+        stream, mode = prompt.stream, prompt.mode
         strategy = self.config.strategy if self.config.strategy in STRATEGIES else None
         reduces = mode != "origin" and (self.token_merger is not None or strategy is not None)
         guided = self.token_merger is not None and self.token_merger.config.attention_guided
@@ -73,7 +79,7 @@ class VisionReduction:
         first_of_row = torch.searchsorted(row_of_image, row_of_image)
         stream.images[rows, columns] = (owner - first_of_row[owner]).to(stream.images.dtype)
         if reduces:
-            outputs = self._reduce(features, received, row_of_image, stream, strategy, details)
+            outputs = self._reduce(features, received, row_of_image, prompt, input_ids, strategy)
         else:
             outputs = [(f, torch.arange(len(f), device=rows.device)) for f in features]
         kept = torch.cat([index + start for (_, index), start in zip(outputs, starts)])
@@ -81,19 +87,21 @@ class VisionReduction:
         stream.hidden = stream.hidden.index_put((rows[kept], columns[kept]), embedded.to(stream.hidden.dtype))
         keep = ~stream.vision
         keep[rows[kept], columns[kept]] = True
-        return stream.keep(keep), details
+        prompt.stream = stream.keep(keep)
 
-    def _reduce(self, features, received, row_of_image, stream, strategy, details):
+    def _reduce(self, features, received, row_of_image, prompt: Prompt, input_ids, strategy):
         """Per image `(features (m, d), index (m,))`."""
+        stream = prompt.stream
         if strategy is not None:
-            for tokens in features:
-                if self.config.keep > len(tokens):
-                    raise ValueError(f"keep={self.config.keep} is more than the image's {len(tokens)} vision tokens.")
             attention = received or [None] * len(features)
-            select = STRATEGIES[strategy]
-            return [select(f, self.config.keep, a, self._generator) for f, a in zip(features, attention)]
+            select, rows = STRATEGIES[strategy], row_of_image.tolist()
+            generators: list = [None] * len(features)
+            if strategy == "random":
+                questions = [ids[asked].tolist() for ids, asked in zip(input_ids, stream.question)]
+                generators = [self._generator(questions[row], i - rows.index(row)) for i, row in enumerate(rows)]
+            return [select(f, min(self.config.keep, len(f)), a, g) for f, a, g in zip(features, attention, generators)]
         outputs: list = [None] * len(features)
-        details["merge_weights"], sparsity = [], []
+        weights, sparsity = [], []
         for size in sorted({len(f) for f in features}):
             members = [i for i, f in enumerate(features) if len(f) == size]
             rows = row_of_image[members]
@@ -107,7 +115,12 @@ class VisionReduction:
             for place, image in enumerate(members):
                 used = result.keep_mask[place]
                 outputs[image] = (result.merged_features[place][used], result.keep_index[place][used])
-            details["merge_weights"].append(result.merge_weights)
+            weights.append(result.merge_weights)
             sparsity.append(result.sparsity_loss)
-        details["merge_sparsity_loss"] = torch.stack(sparsity).mean()
+        prompt.merged = {"merge_weights": tuple(weights), "merge_sparsity_loss": torch.stack(sparsity).mean()}
         return outputs
+
+    def _generator(self, question: list[int], image: int) -> torch.Generator:
+        """Of the `random` strategy: the same for a question's image whatever else is in the batch or runs beside it."""
+        text = f"{self.config.strategy_seed} {question} {image}"
+        return torch.Generator().manual_seed(zlib.crc32(text.encode()))

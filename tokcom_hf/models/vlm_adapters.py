@@ -7,9 +7,9 @@ Everything else in `PrunedVLM` is the same for all families. An adapter gives
     positions       rotary position ids, `(batch, length)` or `(3, batch, length)`
 """
 
-import contextlib
-
 import torch
+
+from .eager_copy import eager_copy
 
 
 class VLMAdapter:
@@ -21,7 +21,6 @@ class VLMAdapter:
 
     def __init__(self, base):
         self.base = base
-        self.text_model = base.model.language_model
         self.text_config = base.config.get_text_config()
         self.image_token_id = base.config.image_token_id
         missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(self.text_model, n)]
@@ -38,9 +37,19 @@ class VLMAdapter:
             )
 
     @property
+    def text_model(self):
+        """The language model: embeddings, decoder layers, final norm, rotary embedding."""
+        return self.base.model.language_model
+
+    @property
     def feature_size(self) -> int:
         """Width of what `features` returns."""
         return self.text_config.hidden_size
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        """Vision tokens of an image, or None in families whose images have many sizes."""
+        return None
 
     def features(self, inputs: dict, with_attention: bool = False) -> tuple[list, list | None]:
         """Per image `(tokens, feature_size)` and, where the tower gives it, received attention `(tokens,)`."""
@@ -66,10 +75,20 @@ class LlavaAdapter(VLMAdapter):
         width = self.base.config.vision_config.hidden_size
         return width if isinstance(layers, int) else width * len(layers)
 
+    @property
+    def tokens_per_image(self):
+        config = self.base.config.vision_config
+        if not isinstance(getattr(config, "image_size", None), int):
+            return None
+        first = any(name.endswith("class_embedding") for name, _ in self.base.model.vision_tower.named_parameters())
+        dropped = self.base.config.vision_feature_select_strategy == "default"
+        return (config.image_size // config.patch_size) ** 2 + first - dropped
+
     def features(self, inputs, with_attention=False):
         tower, config = self.base.model.vision_tower, self.base.config
-        with eager_attention(tower.config) if with_attention else contextlib.nullcontext():
-            output = tower(inputs["pixel_values"], output_hidden_states=True, output_attentions=with_attention)
+        if with_attention:
+            tower = eager_copy(tower)
+        output = tower(inputs["pixel_values"], output_hidden_states=True, output_attentions=with_attention)
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         chosen = [output.hidden_states[layer] for layer in layers]
@@ -94,6 +113,12 @@ class InternVLAdapter(VLMAdapter):
     @property
     def feature_size(self) -> int:
         return int(self.base.config.vision_config.hidden_size / self.base.config.downsample_ratio**2)
+
+    @property
+    def tokens_per_image(self):
+        config, ratio = self.base.config.vision_config, self.base.config.downsample_ratio
+        (height, width), (rows, columns) = config.image_size, config.patch_size
+        return int(height // rows * ratio) * int(width // columns * ratio)
 
     def features(self, inputs, with_attention=False):
         model, config = self.base.model, self.base.config
@@ -148,14 +173,3 @@ def adapter_for(base) -> VLMAdapter:
     if kind not in ADAPTERS:
         raise ValueError(f"PrunedVLM does not support {kind!r}; supported are {', '.join(sorted(ADAPTERS))}.")
     return ADAPTERS[kind](base)
-
-
-@contextlib.contextmanager
-def eager_attention(config):
-    """Inside the block the model with this config computes attention eagerly, so that weights can be read."""
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -5,29 +5,38 @@ learn late, or wrongly, what they have dropped. The unpruned model's attention s
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-from ..models.vlm_adapters import eager_attention
+from ..models.eager_copy import eager_copy
+from ..models.modeling_pruned_vlm import PrunedVLM
 
 
-@contextlib.contextmanager
-def reading_attention(model) -> Iterator[list[torch.Tensor]]:
-    """Collects the attention `(batch, heads, queries, keys)` of every decoder layer of a `PrunedVLM`."""
+def attention_reader(model) -> tuple[PrunedVLM, list[torch.Tensor]]:
+    """A copy of a `PrunedVLM` with the same weights, and a list that its next pass fills.
+
+    The list gets the attention `(batch, heads, queries, keys)` of every decoder layer; the model itself is unchanged.
+    """
     weights: list[torch.Tensor] = []
-    layers = model.adapter.text_model.layers
-    handles = [
+    reader = _same_parts(model)
+    reader.base = _same_parts(model.base)
+    reader.base.model = _same_parts(model.base.model)
+    text = reader.base.model.language_model = eager_copy(model.adapter.text_model)
+    reader.adapter = type(model.adapter)(reader.base)
+    reader.adapter.text_config = text.config
+    for layer in text.layers:
         layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1].detach()))
-        for layer in layers
-    ]
-    try:
-        with eager_attention(model.adapter.text_config):
-            yield weights
-    finally:
-        for handle in handles:
-            handle.remove()
+    return reader, weights
+
+
+def _same_parts(module):
+    """A copy of `module` whose children may be replaced without changing it."""
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    return view
 
 
 @contextlib.contextmanager

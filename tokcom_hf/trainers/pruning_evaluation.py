@@ -18,20 +18,16 @@ def evaluate_mode(
         flops, flops_origin, flops_ratio, sequence_kept, average_kept, vision_tokens, text_tokens: means over batches;
         vision_tokens_per_layer, kv_bytes, kv_bytes_origin: likewise.
     """
-    before = model.pruning_mode
-    model.pruning_mode = mode
     reports: list[tuple[int, dict]] = []
-    try:
-        answers = generate_answers(
-            model,
-            collator,
-            rows,
-            batch_size,
-            max_new_tokens,
-            lambda batch: reports.append((len(batch["input_ids"]), model.token_report())),
-        )
-    finally:
-        model.pruning_mode = before
+    answers = generate_answers(
+        model,
+        collator,
+        rows,
+        batch_size,
+        max_new_tokens,
+        lambda batch: reports.append((len(batch["input_ids"]), model.token_report())),
+        pruning_mode=mode,
+    )
     references = [row["answers"][0] for row in (rows[i] for i in range(len(rows)))]
     types = [row["types"][0] for row in (rows[i] for i in range(len(rows)))]
     scores = vqa_accuracy(answers, references)

@@ -20,7 +20,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup, get_linea
 
 from ..models.modeling_pruned_vlm import PrunedVLM
 from ..models.modeling_pruning_discriminator import PruningDiscriminator
-from .attention_guidance import guidance_loss, reading_attention, reading_scores
+from .attention_guidance import attention_reader, guidance_loss, reading_scores
 from .base import CompressionTrainer, CompressionTrainingArguments
 from .pruning_evaluation import evaluate_mode
 from .pruning_lora import adapters_disabled, add_lora, merge_lora
@@ -188,9 +188,9 @@ class TokenPruningTrainer(CompressionTrainer):
         guided = args.guidance_weight > 0 and (pruned.token_merger or pruned.layer_pruner) is not None
         attention: list[torch.Tensor] = []
         if args.kl_weight > 0 or adversarial or guided:
-            reading = reading_attention(pruned) if guided else contextlib.nullcontext([])
-            with torch.no_grad(), adapters_disabled(pruned), reading as attention:
-                teacher = pruned(**inputs, pruning_mode="origin", output_hidden_states=adversarial)
+            with torch.no_grad(), adapters_disabled(pruned):
+                unpruned, attention = attention_reader(pruned) if guided else (pruned, attention)
+                teacher = unpruned(**inputs, pruning_mode="origin", output_hidden_states=adversarial)
         with reading_scores(pruned) as said:
             output = model(**inputs, pruning_mode="soft", output_hidden_states=adversarial)
         labels = inputs["labels"]

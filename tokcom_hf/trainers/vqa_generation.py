@@ -13,6 +13,7 @@ def generate_answers(
     batch_size: int = 50,
     max_new_tokens: int = 4,
     on_batch: Callable[[dict], None] | None = None,
+    **options,
 ) -> list[str]:
     """Answers to the first question of every row.
 
@@ -21,6 +22,7 @@ def generate_answers(
         collator: a `VQACollator` with `answers=False` (left padding).
         rows: VQA rows.
         on_batch: called after each batch with its inputs, for example to collect token reports.
+        options: further options of `generate`, for example a `pruning_mode`.
     """
     tokenizer = collator.processor.tokenizer  # type: ignore[attr-defined]
     was_training = model.training
@@ -30,7 +32,7 @@ def generate_answers(
     for start in range(0, len(rows), batch_size):
         batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         batch = {name: value.to(device) for name, value in batch.items()}
-        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, **options)
         new = ids[:, batch["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
         if on_batch is not None:
