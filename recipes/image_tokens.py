@@ -44,6 +44,9 @@ class RunArguments:
     base: str | None = field(default=None, metadata={"help": "Causal language model: folder or Hub id."})
     image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
     eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
+    allow_outside: bool = field(
+        default=False, metadata={"help": "Let JSON lines name images by absolute paths and outside their folder."}
+    )
     train_images: int = field(
         default=16000, metadata={"help": "Procedural scenes to train on; those with a held-out caption are left out."}
     )
@@ -156,7 +159,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def load_rows(run: RunArguments):
     """Training and held-out rows with caption and image; no held-out caption is trained on."""
     if run.image_text_file is not None:
-        return read_image_text_jsonl(run.image_text_file), read_image_text_jsonl(run.eval_file or "")
+        files = (run.image_text_file, run.eval_file or "")
+        return tuple(read_image_text_jsonl(file, allow_outside=run.allow_outside) for file in files)
     options = {"min_objects": run.min_objects, "max_objects": run.max_objects, "grid": run.grid, "dots": run.dots}
     held_out = draw_scenes(run.eval_captions, run.seed + 1, **options)
     captions = frozenset(caption_of(scene) for scene in held_out)

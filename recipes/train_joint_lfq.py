@@ -54,6 +54,9 @@ class RunArguments:
     image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
     eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder of the images; the file's own if not set."})
+    allow_outside: bool = field(
+        default=False, metadata={"help": "Let JSON lines name images by absolute paths and outside that folder."}
+    )
     train_images: int = field(default=4000, metadata={"help": "Procedural scenes to train on."})
     eval_images: int = field(default=400, metadata={"help": "Held-out procedural scenes, one question each."})
     questions_per_image: int = field(default=5, metadata={"help": "Questions about each training scene."})
@@ -165,10 +168,8 @@ def build_model(base, processor: TileProcessor, run: RunArguments, quantizer: di
 def load_rows(run: RunArguments):
     """Training and held-out rows."""
     if run.image_text_file:
-        return (
-            read_image_text_jsonl(run.image_text_file, run.image_dir),
-            read_image_text_jsonl(run.eval_file, run.image_dir),
-        )
+        files = (run.image_text_file, run.eval_file)
+        return tuple(read_image_text_jsonl(file, run.image_dir, run.allow_outside) for file in files)
     # Scenes like those the small model was trained on; larger models see larger ones.
     scenes, path = {"image_size": 448}, Path(run.base) / "results.json"
     if path.is_file():

@@ -5,7 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tokcom_hf.data.images import FolderImages, ProceduralImages, RandomCrops, image_datasets, procedural_scene
+from tokcom_hf.data.images import (
+    FolderImages,
+    HubImages,
+    ProceduralImages,
+    RandomCrops,
+    image_datasets,
+    procedural_scene,
+)
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
 
 
@@ -43,6 +50,69 @@ def test_corrupt_files_are_skipped_and_counted(tmp_path, processor):
     with pytest.warns(UserWarning, match="Skipped 4 of 6"):
         images = FolderImages(tmp_path, processor)
     assert len(images) == 2 and len(images.skipped) == 4 and images[1]["pixel_values"].shape == (3, 16, 16)
+
+
+def test_linked_folders_are_read_once_and_circles_end(tmp_path, processor):
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for folder in (photos / "dogs", elsewhere / "cats" / "young"):
+        folder.mkdir(parents=True)
+        save(folder / "a.PNG", "red")
+        save(folder / "b.Jpeg", "blue")
+    (photos / "cats").symlink_to(elsewhere / "cats", target_is_directory=True)
+    assert [str(path.relative_to(photos)) for path in FolderImages(photos, processor).files] == [
+        "cats/young/a.PNG", "cats/young/b.Jpeg", "dogs/a.PNG", "dogs/b.Jpeg",
+    ]  # fmt: skip
+    # Circles, and a second way to a folder: no image may be trained on and held out at once.
+    (photos / "all").symlink_to(photos, target_is_directory=True)
+    (photos / "a_second_name").symlink_to(photos / "dogs", target_is_directory=True)
+    (elsewhere / "cats" / "up").symlink_to(elsewhere, target_is_directory=True)
+    files = FolderImages(photos, processor).files
+    assert len(files) == len({path.resolve() for path in files}) == 4 and photos / "dogs" / "a.PNG" in files
+    (photos / "c.png").symlink_to(photos / "dogs" / "a.PNG")
+    assert len(FolderImages(photos, processor)) == 5
+    (tmp_path / "link").symlink_to(photos, target_is_directory=True)
+    assert len(FolderImages(tmp_path / "link", processor)) == 5
+
+
+def test_links_that_lead_nowhere_are_told(tmp_path, processor):
+    save(tmp_path / "a.png", "red")
+    (tmp_path / "cats").symlink_to(tmp_path / "unmounted", target_is_directory=True)
+    with pytest.warns(UserWarning, match=r"1 links in .* lead nowhere: .*cats"):
+        assert len(FolderImages(tmp_path, processor)) == 1
+
+
+def test_hidden_names_are_left_out(tmp_path, processor):
+    folder = tmp_path / ".hidden_above"
+    for name in ("a.png", "._a.png", ".thumbs/b.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save(folder / name, "red")
+    assert [path.name for path in FolderImages(folder, processor).files] == ["a.png"]
+
+
+def test_folders_without_images_say_what_they_hold(tmp_path, processor):
+    for name in ("a.heic", "b.HEIC", "notes"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"No images in .*\.png.*found 2 of \.heic, 1 of no suffix"):
+        FolderImages(tmp_path, processor)
+    with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
+        FolderImages(tmp_path / "a.heic", processor)
+
+
+def test_columns_of_data_sets_are_read_by_the_same_opener(tmp_path, processor):
+    datasets = pytest.importorskip("datasets")
+    save(tmp_path / "a.png", (255, 0, 0, 0), mode="RGBA")
+    (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    files = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": data, "path": None} for data in files], "text": ["a", "b"]})
+    rows = rows.cast_column("image", datasets.Image())
+    images = HubImages(rows, processor, name="some/photos")
+    assert images[0]["pixel_values"].min() == 1
+    with pytest.raises(ValueError, match=r"some/photos, row 1: .*not an image of the formats"):
+        images[1]
+    with pytest.raises(ValueError, match="some/photos has no column 'picture'; it has image, text"):
+        HubImages(rows, processor, "picture", "some/photos")
+    with pytest.raises(ValueError, match="row 0: the image is the text 'a'; name a column that holds images"):
+        HubImages(rows, processor, "text")[0]
 
 
 def test_empty_and_missing_folders_are_errors(tmp_path, processor):

@@ -54,6 +54,9 @@ class CaptionImages(Dataset):
     image_size: int
     _drawn: dict[int, Image.Image] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_drawn": {}}  # worker processes draw for themselves
+
     def __len__(self) -> int:
         return len(self.scenes)
 
@@ -107,7 +110,7 @@ class CaptionImageCollator:
         prompts = []
         for row in rows:
             dropped = self.caption_drop > 0 and float(torch.rand(())) < self.caption_drop
-            prompts.append(self.processor.image_prompt.format(caption="" if dropped else row["caption"]))
+            prompts.append(self.processor.image_prompt.replace("{caption}", "" if dropped else row["caption"]))
         encoded = self.processor(text=prompts, add_special_tokens=True)["input_ids"]
         ids = [torch.cat([torch.tensor(prompt), row["codes"] + start]) for prompt, row in zip(encoded, rows)]
         width, pad = max(map(len, ids)), self.processor.tokenizer.pad_token_id or 0

@@ -3,7 +3,6 @@
 A row is a row of `vqa.py` (`image`, `questions`, `answers`, `types`) with one more entry, `caption`.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,11 @@ from typing import Any
 
 import torch
 
+from .image_rows import ImageTextRow, check_images
 from .packed_vqa import PackedVQACollator
 from .scenes import COLOURS, QUESTION_TYPES, SHAPES, render_scene, sample_scene, scene_caption, scene_questions
-from .vqa import CAPTION_REQUEST, VQACollator, VQADataset, _pad
+from .text_files import read_json_objects
+from .vqa import CAPTION_REQUEST, VQACollator, VQADataset, _pad, require_placeholder
 
 
 @dataclass
@@ -79,45 +80,44 @@ def scene_caption_rows(
     return VQADataset(rows)
 
 
-def read_image_text_jsonl(path: str | Path, image_dir: str | Path | None = None) -> VQADataset:
+def read_image_text_jsonl(
+    path: str | Path, image_dir: str | Path | None = None, allow_outside: bool = False
+) -> VQADataset:
     """Reads JSON lines `{"image": "a.png", "caption": "...", "question": "...", "answer": "..."}`.
 
     `image` is relative to `image_dir` (the file's own folder by default). Without `question`, what is asked for is the
-    caption.
+    caption. All images are checked (`image_rows.check_images`).
+
+    Args:
+        allow_outside: take images by absolute paths and outside that folder, too.
 
     Raises:
         FileNotFoundError: the file or an image is missing.
-        ValueError: a line is not JSON, or lacks image, caption or the answer to its question; the message names the line.
+        ValueError: a line is not JSON, or lacks image, caption or the answer to its question, an image is broken, a URL,
+            or lies outside the folder; the message names the line.
     """
-    path = Path(path)
-    folder = Path(image_dir) if image_dir is not None else path.parent
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            image, caption = folder / record["image"], str(record["caption"])
-            question = record.get("question") or CAPTION_REQUEST
-            answer = str(record["answer"]) if record.get("question") else caption
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected JSON with image, caption and, beside a question, its answer "
-                f"({error!r})."
-            ) from error
-        if not image.is_file():
-            raise FileNotFoundError(f"{path}, line {number}: image {str(image)!r} does not exist.")
+    folder = Path(image_dir) if image_dir is not None else Path(path).parent
+    rows, images = [], []
+    for place, record in read_json_objects(path):
+        line = ImageTextRow(place, record, "image, caption and, beside a question, its answer")
+        caption, question = line.text("caption"), line.text("question", "")
+        answers = line.texts("answer") if question else [caption]
+        image = line.image(folder, allow_outside)
+        if image is None:
+            raise ValueError(f"{place}: expected JSON with {line.expected}, but 'image' is missing.")
+        images.append((place, image))
         rows.append(
             {
                 "image": image,
                 "caption": caption,
-                "questions": [str(question)],
-                "answers": [[answer]],
-                "types": [str(record.get("type", "all"))],
+                "questions": [question or CAPTION_REQUEST],
+                "answers": [answers],
+                "types": [line.texts("type", "all")[0]],
             }
         )
     if not rows:
         raise ValueError(f"{path} holds no rows.")
+    check_images(images, len(images))
     return VQADataset(rows)
 
 
@@ -128,7 +128,7 @@ class JointLFQCollator:
     Args:
         processor: of the vision-language model.
         prompt: of a question; `<image>` stands for the image.
-        caption_prompt: of an image to be drawn; `{caption}` is replaced.
+        caption_prompt: of an image to be drawn; `{caption}` is replaced, other braces stay as they are.
         packed: questions about an image share it in one sequence and do not see each other, as if each were asked
             alone (needs sdpa or eager attention); otherwise they follow each other like turns of a dialogue.
 
@@ -144,6 +144,7 @@ class JointLFQCollator:
     packed: bool = False
 
     def __post_init__(self):
+        require_placeholder("caption_prompt", self.caption_prompt, "{caption}")
         kind = PackedVQACollator if self.packed else VQACollator
         self.questions = kind(self.processor, self.prompt)
 
@@ -153,7 +154,7 @@ class JointLFQCollator:
         start = tokenizer.convert_tokens_to_ids(self.processor.start_image_token)
         captions = []
         for row in rows:
-            text = self.caption_prompt.format(caption=row["caption"])
+            text = self.caption_prompt.replace("{caption}", row["caption"])
             ids = tokenizer(text, add_special_tokens=False).input_ids
             captions.append(torch.tensor([*ids, start]))
         length = max(len(ids) for ids in captions)

@@ -1,7 +1,9 @@
 """Images to learn codes from: seeded procedural scenes, a folder, or a Hub data set."""
 
+import io
+import os
 import warnings
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+from ..models.image_files import SUFFIXES
+from .image_columns import encoded_images, image_bytes
+
 # Procedural images from this seed on are held out of every recipe, and no setting was chosen on them.
 FIRST_HELD_OUT = 30_000_000
 GLYPHS = "ABCDEFGHKLMNPRSTUVXYZabdefghkmnpqrstuy0123456789&?#%"
@@ -82,17 +87,22 @@ def _shape(draw: ImageDraw.ImageDraw, random: np.random.Generator, size: int) ->
 class ImageDataset(Dataset):
     """Items `{"pixel_values": (channels, height, width)}` in [-1, 1], prepared by an image processor.
 
+    Subclasses say in `load` where images come from. Worker processes get no copy of the cache.
+
     Args:
-        load: index → anything the processor takes.
         length: number of images.
         processor: `VQGANImageProcessor`.
         cache: keep prepared images as bytes after their first use.
     """
 
-    def __init__(self, load: Callable[[int], Any], length: int, processor, cache: bool = False):
-        self.load, self.length, self.processor, self.cache = load, length, processor, cache
+    def __init__(self, length: int, processor, cache: bool = False):
+        self.length, self.processor, self.cache = length, processor, cache
         self._stored: dict[int, torch.Tensor] = {}
         self.skipped: list[str] = []
+
+    def load(self, index: int) -> Any:
+        """Image `index` as anything the processor takes."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.length
@@ -108,51 +118,102 @@ class ImageDataset(Dataset):
             self._stored[index] = ((pixels + 1) * 127.5).round().byte()
         return {"pixel_values": pixels}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_stored": {}}
+
 
 class ProceduralImages(ImageDataset):
     """`number` seeded scenes; training and held-out sets take disjoint ranges of seeds through `first`."""
 
     def __init__(self, number: int, processor, first: int = 0):
+        super().__init__(number, processor, cache=True)
         self.first = first
-        super().__init__(lambda index: procedural_scene(first + index, processor.image_size), number, processor, True)
+
+    def load(self, index: int) -> Image.Image:
+        return procedural_scene(self.first + index, self.processor.image_size)
 
 
 class FolderImages(ImageDataset):
     """Images of a folder and its subfolders in order of their paths; unreadable files are left out and counted.
 
+    Subfolders that are symbolic links are followed, each real folder once; names that begin with a dot are left out.
     `skipped` lists the paths left out. Every file is decoded once at the start (`check=True`), because a truncated file
     is only found by decoding it.
 
     Raises:
         NotADirectoryError: no such folder.
+        PermissionError: a subfolder that cannot be read.
         ValueError: no image in it, or none that can be read.
     """
 
     def __init__(self, folder: str | Path, processor, check: bool = True, cache: bool = False):
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise NotADirectoryError(f"Image folder {str(folder)!r} does not exist or is not a folder.")
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-        if not files:
-            raise ValueError(f"No images in {str(folder)!r}; looked for {', '.join(sorted(EXTENSIONS))}.")
-        skipped = [str(path) for path in files if check and not _readable(path, processor)]
-        self.files = [path for path in files if str(path) not in set(skipped)]
+        files = image_files(folder)
+        skipped = set()
+        for path in tqdm(files if check else [], "reading images", delay=2, leave=False):
+            try:
+                processor.to_pil(str(path))
+            except ValueError:
+                skipped.add(path)
+        self.files = [path for path in files if path not in skipped]
         if not self.files:
             raise ValueError(f"None of the {len(files)} images in {str(folder)!r} can be read.")
+        super().__init__(len(self.files), processor, cache)
+        self.skipped = [str(path) for path in files if path in skipped]
         if skipped:
             warnings.warn(
-                f"Skipped {len(skipped)} of {len(files)} images that cannot be read: {skipped[:5]}.", stacklevel=2
+                f"Skipped {len(skipped)} of {len(files)} images that cannot be read: {self.skipped[:5]}.", stacklevel=2
             )
-        super().__init__(lambda index: str(self.files[index]), len(self.files), processor, cache)
-        self.skipped = skipped
+
+    def load(self, index: int) -> str:
+        return str(self.files[index])
 
 
-def _readable(path: Path, processor) -> bool:
-    try:
-        processor.to_pil(str(path))
-    except ValueError:
-        return False
-    return True
+def image_files(folder: str | Path) -> list[Path]:
+    """The image files of a folder and its subfolders (by their suffix, in any case), sorted.
+
+    Symbolic links to folders are followed; a real folder that is reached twice, through a circle of links for example,
+    counts once. Names that begin with a dot are left out: previews, checkpoints of notebooks, the `._` files of macOS.
+
+    Raises:
+        NotADirectoryError: no such folder, or a file.
+        PermissionError: a subfolder that cannot be read.
+        ValueError: no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        state = "is a file, not a folder" if folder.exists() else "does not exist or is not a folder"
+        raise NotADirectoryError(f"Image folder {str(folder)!r} {state}.")
+    files, others, dangling, seen = [], Counter[str](), [], set()
+    for root, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        # Real folders before links, so that a folder keeps its own name where a link beside it leads to it.
+        folders[:] = sorted(
+            (name for name in folders if name[0] != "."), key=lambda name: (os.path.islink(Path(root, name)), name)
+        )
+        for name in names:
+            path, suffix = Path(root, name), Path(name).suffix.lower()
+            if name[0] == ".":
+                continue
+            if not path.exists():
+                dangling.append(str(path))
+            elif path.is_file() and suffix in SUFFIXES:
+                files.append(path)
+            else:
+                others[suffix or "no suffix"] += 1
+    if dangling:
+        warnings.warn(f"{len(dangling)} links in {str(folder)!r} lead nowhere: {sorted(dangling)[:5]}.", stacklevel=2)
+    if not files:
+        found = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common(5)) or "no files"
+        raise ValueError(f"No images in {str(folder)!r}; looked for {', '.join(SUFFIXES)}, found {found}.")
+    return sorted(files)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 class RandomCrops(Dataset):
@@ -186,9 +247,35 @@ class RandomCrops(Dataset):
         return {"pixel_values": self.processor(array[top : top + side, left : left + side])["pixel_values"][0]}
 
 
+class HubImages(ImageDataset):
+    """Images of a column of a `datasets.Dataset`.
+
+    Args:
+        rows: the data set.
+        column: its column of images.
+        name: of the data set, for errors.
+
+    Raises:
+        ValueError: no such column.
+    """
+
+    def __init__(self, rows, processor, column: str = "image", name: str = "data set"):
+        if column not in rows.column_names:
+            raise ValueError(f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}.")
+        super().__init__(len(rows), processor)
+        self.rows, self.column, self.name = encoded_images(rows, (column,)), column, name
+
+    def load(self, index: int) -> Any:
+        image = image_bytes(self.rows[index][self.column], f"{self.name}, row {index}")
+        try:
+            return self.processor.to_pil(io.BytesIO(image) if isinstance(image, bytes) else image)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.name}, row {index}: {error}") from error
+
+
 def hub_images(
     dataset_name: str, processor, split: str = "train", image_column: str = "image", config: str | None = None
-) -> ImageDataset:
+) -> HubImages:
     """Images of a Hub data set (needs the network unless it is cached).
 
     Raises:
@@ -196,10 +283,7 @@ def hub_images(
     """
     from datasets import load_dataset
 
-    rows = load_dataset(dataset_name, config, split=split)
-    if image_column not in rows.column_names:
-        raise ValueError(f"{dataset_name} has no column {image_column!r}; it has {', '.join(rows.column_names)}.")
-    return ImageDataset(lambda index: rows[index][image_column], len(rows), processor)
+    return HubImages(load_dataset(dataset_name, config, split=split), processor, image_column, dataset_name)
 
 
 def image_datasets(

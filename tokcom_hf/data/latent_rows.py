@@ -14,13 +14,21 @@ from tqdm.auto import tqdm
 class LatentRows(torch.utils.data.Dataset):
     """Rows of `latents (chunks, latent)`, `input_ids (length,)` and `attention_mask (length,)`.
 
-    The latents live in a memory-mapped file, so a corpus may be larger than memory.
+    The latents live in a memory-mapped file, so a corpus may be larger than memory; worker processes map it themselves.
     """
 
     def __init__(self, rows: Any, latents_file: Path, mean: torch.Tensor, std: torch.Tensor):
-        self.rows = rows
+        self.rows, self.latents_file = rows, latents_file
         self.latents = np.load(latents_file, mmap_mode="r")
         self.mean, self.std = mean, std
+
+    def __getstate__(self) -> dict[str, Any]:
+        # NumPy would pickle what the file holds.
+        return {name: value for name, value in self.__dict__.items() if name != "latents"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.latents = np.load(self.latents_file, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .vqa import IGNORED
+from .vqa import IGNORED, require_placeholder
 
 
 @dataclass
@@ -18,14 +18,16 @@ class PackedVQACollator:
 
     Args:
         processor: the VLM's processor.
-        prompt: before the answer; must begin with `<image>`, which stands for the processor's image token.
+        prompt: before the answer; must begin with `<image>`, which stands for the processor's image token. `{question}` is
+            replaced, other braces stay as they are.
 
     Returns (when called):
         `input_ids`, `labels`, `position_ids` `(batch, length)`, `attention_mask` `(batch, 1, length, length)` (True
         where a position may look) and what else the processor gives for the images.
 
     Raises:
-        ValueError: a row without image, images with different numbers of tokens, or a prompt without leading image.
+        ValueError: a row without image, images with different numbers of tokens, or a prompt without leading image or
+            without `{question}`.
     """
 
     processor: Any
@@ -35,6 +37,7 @@ class PackedVQACollator:
     def __post_init__(self):
         if not self.prompt.startswith("<image>"):
             raise ValueError(f"Packed questions share an image in front; the prompt is {self.prompt!r}.")
+        require_placeholder("prompt", self.prompt, "{question}")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if any(row["image"] is None for row in rows):
@@ -75,7 +78,7 @@ class PackedVQACollator:
         end = self.processor.tokenizer.eos_token_id
         blocks = []
         for question, answers in zip(row["questions"], row["answers"]):
-            asked = self._ids(self.prompt.removeprefix("<image>").format(question=question))
+            asked = self._ids(self.prompt.removeprefix("<image>").replace("{question}", question))
             blocks.append((asked, self._ids(f" {answers[0]}") + ([] if end is None else [end])))
         return blocks
 

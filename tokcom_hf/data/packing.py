@@ -51,7 +51,8 @@ class StreamedTextDataset(torch.utils.data.IterableDataset):
     Needs `max_steps`, since the number of rows is unknown. With `num_workers` n each worker takes every n-th document.
 
     Args:
-        documents: called once per epoch, returns an iterable of strings.
+        documents: called once per epoch, returns an iterable of strings. Worker processes started by spawn (macOS, Windows)
+            need a function that can be pickled, `functools.partial(iterate_documents, "corpus.txt")` for example.
         tokenizer: needs an EOS token.
         length: tokens per row.
     """

@@ -4,7 +4,7 @@ Whatever the source, a row is `{"image": PIL.Image or None, "questions": [str], 
 one image, one or more questions, and per question every accepted answer, the one to train on first.
 """
 
-import json
+import io
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
+from ..models.image_files import read_image
+from .image_columns import encoded_images, image_bytes
+from .image_rows import ImageTextRow, check_images
 from .scenes import (
     COLOURS,
     QUESTION_TYPES,
@@ -25,6 +27,7 @@ from .scenes import (
     scene_caption,
     scene_questions,
 )
+from .text_files import read_json_objects
 
 # Column names of well-known data sets: name prefix -> (image, question, answers, type or None).
 COLUMN_MAPPINGS: dict[str, tuple[str, str, str, str | None]] = {
@@ -38,7 +41,7 @@ CAPTION_REQUEST = "what is in the image ?"
 
 
 class VQADataset(torch.utils.data.Dataset):
-    """Rows held in memory; images may be paths, opened when a row is read."""
+    """Rows held in memory; images are paths, bytes of files, or PIL images, and come out as upright RGB PIL images."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]):
         self.rows = list(rows)
@@ -48,10 +51,13 @@ class VQADataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        if isinstance(row["image"], (str, Path)):
-            with Image.open(row["image"]) as image:
-                row = row | {"image": image.convert("RGB")}
-        return row
+        image = row["image"]
+        if image is None:
+            return row
+        try:
+            return row | {"image": read_image(io.BytesIO(image) if isinstance(image, bytes) else image)}
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
 
 
 def scene_rows(
@@ -104,43 +110,33 @@ def _scene_row(scene, questions, image_size: int) -> dict[str, Any]:
     }
 
 
-def read_vqa_jsonl(path: str | Path, image_dir: str | Path | None = None) -> VQADataset:
+def read_vqa_jsonl(path: str | Path, image_dir: str | Path | None = None, allow_outside: bool = False) -> VQADataset:
     """Reads JSON lines `{"image": "a.png", "question": "...", "answer": "..." or ["...", ...], "type": "..."}`.
 
     `image` is relative to `image_dir` (the file's own folder by default) and may be missing for text-only rows; `type`
-    is optional.
+    is optional. All images are checked (`image_rows.check_images`).
+
+    Args:
+        allow_outside: take images by absolute paths and outside that folder, too.
 
     Raises:
         FileNotFoundError: the file or an image is missing.
-        ValueError: a line is not JSON or lacks a field; the message names the line.
+        ValueError: a line is not JSON or lacks a field, an image is broken, a URL, or lies outside the folder; the message
+            names the line.
     """
-    path = Path(path)
-    folder = Path(image_dir) if image_dir is not None else path.parent
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
-            question = record["question"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected JSON with image, question and answer ({error!r})."
-            ) from error
-        image = record.get("image")
-        if image is not None and not (folder / image).is_file():
-            raise FileNotFoundError(f"{path}, line {number}: image {str(folder / image)!r} does not exist.")
+    folder = Path(image_dir) if image_dir is not None else Path(path).parent
+    rows, images = [], []
+    for place, record in read_json_objects(path):
+        line = ImageTextRow(place, record, "image, question and answer")
+        question, answers, image = line.text("question"), line.texts("answer"), line.image(folder, allow_outside)
+        if image is not None:
+            images.append((place, image))
         rows.append(
-            {
-                "image": None if image is None else folder / image,
-                "questions": [question],
-                "answers": [[str(a) for a in answers]],
-                "types": [str(record.get("type", "all"))],
-            }
+            {"image": image, "questions": [question], "answers": [answers], "types": [line.texts("type", "all")[0]]}
         )
     if not rows:
         raise ValueError(f"{path} holds no rows.")
+    check_images(images, len(images))
     return VQADataset(rows)
 
 
@@ -150,18 +146,22 @@ def load_hub_vqa(
     """Loads a Hub data set; VQAv2, GQA, POPE and ScienceQA columns are known by name, or by `mapping`.
 
     Raises:
-        ValueError: no known mapping, or the columns are not there.
+        ValueError: no known mapping, the columns are not there, or an image is broken.
     """
     from datasets import load_dataset
 
-    data = load_dataset(name, config, split=split)
+    data = encoded_images(load_dataset(name, config, split=split))
     if max_rows is not None:
         data = data.select(range(min(max_rows, len(data))))
     return map_vqa_columns(data, mapping or name)
 
 
 def map_vqa_columns(data: Iterable[dict[str, Any]], name: str) -> VQADataset:
-    """Applies the column mapping whose key occurs in `name` (case and punctuation ignored)."""
+    """Applies the column mapping whose key occurs in `name` (case and punctuation ignored).
+
+    Raises:
+        ValueError: no such mapping, a column is not there or holds no images, or an image is broken.
+    """
     plain = "".join(c for c in name.lower() if c.isalnum())
     key = next((k for k in COLUMN_MAPPINGS if k in plain), None)
     if key is None:
@@ -170,8 +170,8 @@ def map_vqa_columns(data: Iterable[dict[str, Any]], name: str) -> VQADataset:
             "--column_mapping, or write the data as JSON lines."
         )
     image, question, answer, kind = COLUMN_MAPPINGS[key]
-    rows = []
-    for record in data:
+    rows, images = [], []
+    for number, record in enumerate(data):
         missing = [column for column in (question, answer) if column not in record]
         if missing:
             raise ValueError(f"Data set {name!r} lacks columns {missing}; it has {sorted(record)}.")
@@ -180,14 +180,18 @@ def map_vqa_columns(data: Iterable[dict[str, Any]], name: str) -> VQADataset:
             # ScienceQA gives the index of the right choice.
             text = f"{text} Choices: {', '.join(record['choices'])}."
             answers = [record["choices"][record[answer]]]
+        picture = image_bytes(record.get(image), f"Row {number} of data set {name!r}")
+        if isinstance(picture, bytes):
+            images.append((f"row {number} of {name!r}", io.BytesIO(picture)))
         rows.append(
             {
-                "image": record.get(image),
+                "image": picture,
                 "questions": [text],
                 "answers": [answers],
                 "types": [str(record.get(kind) or "all") if kind else "all"],
             }
         )
+    check_images(images, len(images))
     return VQADataset(rows)
 
 
@@ -205,10 +209,14 @@ class VQACollator:
 
     Args:
         processor: the VLM's processor.
-        prompt: text before the answer; `{question}` is replaced, `<image>` stands for the processor's image token.
+        prompt: text before the answer; `{question}` is replaced, `<image>` stands for the processor's image token. Other
+            braces stay as they are.
         follow_up: prompt of the second and later questions about the same image.
         answers: append the answers and return `labels`; off for generation, where rows are padded on the left.
         max_questions: use so many questions of a row at most.
+
+    Raises:
+        ValueError: a prompt without `{question}`.
     """
 
     processor: Any
@@ -217,13 +225,17 @@ class VQACollator:
     answers: bool = True
     max_questions: int | None = None
 
+    def __post_init__(self):
+        require_placeholder("prompt", self.prompt, "{question}")
+        require_placeholder("follow_up", self.follow_up, "{question}")
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
         image_token = getattr(self.processor, "image_token", "<image>")
         texts, images = [], []
         for row in rows:
             prompt = self.prompt if row["image"] is not None else self.prompt.replace("<image>", "").lstrip()
-            texts.append(prompt.replace("<image>", image_token).format(question=row["questions"][0]))
+            texts.append(prompt.replace("<image>", image_token).replace("{question}", row["questions"][0]))
             if row["image"] is not None:
                 images.append(row["image"])
         inputs = dict(self.processor(text=texts, images=images or None, return_tensors="pt", padding=True))
@@ -254,7 +266,7 @@ class VQACollator:
         pairs = list(zip(row["questions"], row["answers"]))[: self.max_questions]
         for turn, (question, answers) in enumerate(pairs):
             if turn:
-                asked = tokenizer(self.follow_up.format(question=question), add_special_tokens=False).input_ids
+                asked = tokenizer(self.follow_up.replace("{question}", question), add_special_tokens=False).input_ids
                 ids += asked
                 labels += [IGNORED] * len(asked)
             told = tokenizer(f" {answers[0]}", add_special_tokens=False).input_ids
@@ -263,6 +275,12 @@ class VQACollator:
             ids += told
             labels += told
         return torch.tensor(ids), torch.tensor(labels)
+
+
+def require_placeholder(name: str, prompt: str, placeholder: str) -> None:
+    """Raises ValueError where `prompt` lacks the `placeholder`, misspelt for example: it would be the same for all rows."""
+    if placeholder not in prompt:
+        raise ValueError(f"{name} must contain {placeholder}, got {prompt!r}.")
 
 
 def _pad(rows: list[torch.Tensor], length: int, value: int, left: bool) -> torch.Tensor:

@@ -17,6 +17,9 @@ class VQASourceArguments:
     image_dir: str | None = field(
         default=None, metadata={"help": "Folder of their images; the file's own if not set."}
     )
+    allow_outside: bool = field(
+        default=False, metadata={"help": "Let JSON lines name images by absolute paths and outside that folder."}
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set on the Hub (VQAv2, GQA, POPE, ScienceQA)."}
     )
@@ -54,8 +57,8 @@ def load_vqa_rows(
             raise ValueError("--train_file needs --eval_file, held-out JSON lines of the same form.")
         if training and not source.train_file:
             raise ValueError("--eval_file alone is for evaluation; training needs --train_file too.")
-        train = read_vqa_jsonl(source.train_file, source.image_dir) if training and source.train_file else None
-        return train, read_vqa_jsonl(source.eval_file, source.image_dir)
+        read = lambda file: read_vqa_jsonl(file, source.image_dir, source.allow_outside)  # noqa: E731
+        return read(source.train_file) if training and source.train_file else None, read(source.eval_file)
     options = scene_options(base_model)
     train = None
     if training:

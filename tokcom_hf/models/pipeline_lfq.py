@@ -78,7 +78,7 @@ class LFQImageTextPipeline(Pipeline):
         pictures = [row["images"] for row in inputs if isinstance(row, dict) and row.get("images") is not None]
         pictures = [image for given in pictures for image in (given if isinstance(given, list) else [given])]
         if mode == "image":
-            texts = [self.processor.image_prompt.format(caption=text) for text in texts]
+            texts = [self.processor.image_prompt.replace("{caption}", text) for text in texts]
         self.processor.tokenizer.padding_side = "left"
         return dict(self.processor(text=texts, images=pictures or None, padding=True, return_tensors="pt"))
 
@@ -87,7 +87,7 @@ class LFQImageTextPipeline(Pipeline):
             side = 0 if self.image_decoder is None else self._side()
             num_image_tokens = side * side or 256
         if options.get("guidance_scale", 1.0) not in (None, 1.0) and "negative_prompt_ids" not in options:
-            empty = self.processor(text=self.processor.image_prompt.format(caption=""), return_tensors="pt")
+            empty = self.processor(text=self.processor.image_prompt.replace("{caption}", ""), return_tensors="pt")
             rows = model_inputs["input_ids"].shape[0] * options.get("num_return_sequences", 1)
             options["negative_prompt_ids"] = empty["input_ids"].to(self.device).expand(rows, -1)
         options = {"do_sample": True, "pad_token_id": self.processor.tokenizer.pad_token_id} | options

@@ -39,7 +39,6 @@ def tokenize_images(decoder, image_processor, rows, batch_size: int = 128) -> to
     codes = []
     for start in tqdm(range(0, len(rows), batch_size), desc="images to tokens", leave=False):
         images = [rows[index]["image"] for index in range(start, min(start + batch_size, len(rows)))]
-        images = [Image.open(image) if isinstance(image, (str, Path)) else image for image in images]
         pixels = image_processor(images, return_tensors="pt")["pixel_values"].to(decoder.device)
         codes.append(decoder.encode(pixels).cpu())
     return torch.cat(codes)
@@ -72,13 +71,13 @@ def draw(model, processor, prompts: Sequence[str], starts: torch.LongTensor | No
     given = 0 if starts is None else starts.shape[1]
     codes = []
     for start in tqdm(range(0, len(prompts), size), desc="drawing", leave=False):
-        texts = [processor.image_prompt.format(caption=caption) for caption in prompts[start : start + size]]
+        texts = [processor.image_prompt.replace("{caption}", caption) for caption in prompts[start : start + size]]
         markers = [""] * len(texts) if starts is None else [processor.render(s) for s in starts[start : start + size]]
         batch = processor(text=[a + b for a, b in zip(texts, markers)], padding=True, return_tensors="pt")
         inputs = {name: value.to(model.device) for name, value in batch.items()}
         guidance = {}
         if scale != 1.0:
-            empty = processor.image_prompt.format(caption="")
+            empty = processor.image_prompt.replace("{caption}", "")
             negative = processor(text=[empty + b for b in markers], padding=True, return_tensors="pt")
             guidance = {"guidance_scale": scale, "negative_prompt_ids": negative["input_ids"].to(model.device)}
         ids = model.generate(

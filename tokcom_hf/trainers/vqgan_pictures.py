@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 from transformers import TrainerCallback
 
+from tokcom_hf.models.image_files import read_image
 from tokcom_hf.models.image_processing_vqgan import as_grid
 from tokcom_hf.plots_vqgan import plot_usage
 
@@ -36,7 +37,7 @@ class PictureCallback(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             writer = getattr(callback, "tb_writer", None)
             if writer is not None:
-                pixels = np.asarray(Image.open(path).convert("RGB"))
+                pixels = np.asarray(read_image(path))
                 writer.add_image(name, pixels, step, dataformats="HWC")
             wandb = getattr(callback, "_wandb", None)
             if wandb is not None and getattr(callback, "_initialized", False):
