@@ -7,49 +7,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from tokcom_hf import (
-    VQGAN,
-    DenoisedModel,
-    DenoisedModelConfig,
-    TokComConfig,
-    TokComModel,
-    TokComVAE,
-    TokComVAEConfig,
-    VQGANConfig,
-    VQGANDiscriminator,
-    VQGANDiscriminatorConfig,
-)
+from tokcom_hf import TokComVAE, TokComVAEConfig
 
-SHAPE = {
-    "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 1,
+from .tokcom_tools import VAE, small
+
+TENSORS = {
+    "vae": "decoder.norm.weight", "denoiser": "layers.0.mlp.up_proj.weight", "tokcom": "denoiser.norm.weight",
+    "vqgan": "quantizer.codebook", "discriminator": "layers.2.weight",
 }  # fmt: skip
-VQ = {
-    "image_size": 16, "codebook_size": 16, "codebook_dim": 8, "base_channels": 8, "channel_multipliers": [1, 2],
-    "downsample_factor": 4, "patch_size": 2, "num_res_blocks": 1, "codebook_projection": True,
-}  # fmt: skip
-MODELS = {
-    "vae": (lambda: TokComVAE(TokComVAEConfig(vocab_size=51, latent_size=16, **SHAPE)), "decoder.norm.weight"),
-    "denoiser": (lambda: DenoisedModel(DenoisedModelConfig(latent_size=16, **SHAPE)), "layers.0.mlp.up_proj.weight"),
-    "tokcom": (
-        lambda: TokComModel(TokComConfig(vae={"vocab_size": 51, "latent_size": 16, **SHAPE}, denoiser=SHAPE)),
-        "denoiser.norm.weight",
-    ),
-    "vqgan": (lambda: VQGAN(VQGANConfig(**VQ)), "quantizer.codebook"),
-    "discriminator": (
-        lambda: VQGANDiscriminator(VQGANDiscriminatorConfig(base_channels=8, num_layers=2)),
-        "layers.2.weight",
-    ),
-}
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=list(TENSORS))
 def saved(request, tmp_path_factory):
     """A folder of each model, its tensors, and the name of one of them."""
-    make, name = MODELS[request.param]
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(request.param)
-    make().save_pretrained(folder)
-    return folder, load_file(folder / "model.safetensors"), name
+    small(request.param).save_pretrained(folder)
+    return folder, load_file(folder / "model.safetensors"), TENSORS[request.param]
 
 
 def write(saved, path, **changes):
@@ -123,8 +96,8 @@ def test_shards_are_checked(saved, tmp_path):
 
 
 def test_other_sizes_load_where_they_are_ignored_on_purpose(tmp_path):
-    MODELS["vae"][0]().save_pretrained(tmp_path)
-    larger = TokComVAEConfig(vocab_size=60, latent_size=16, **SHAPE)
+    small("vae").save_pretrained(tmp_path)
+    larger = TokComVAEConfig(**VAE | {"vocab_size": 60})
     with pytest.raises(RuntimeError, match="size"):
         TokComVAE.from_pretrained(tmp_path, config=larger)
     model = TokComVAE.from_pretrained(tmp_path, config=larger, ignore_mismatched_sizes=True)

@@ -30,7 +30,7 @@ class BlockSampling:
         Returns:
             The clean latents, and their ids (batch, chunks · chunk_size).
         """
-        chunk = self.config.vae.chunk_size
+        chunk, options = self.config.vae.chunk_size, options | {"return_dict": True}
         known: dict[float, Modulations] = options.pop("known", {})
         if lag:
             times = list(self.per_entry(lagged_times(times, chunk, lag)).to(x.device)[:, None, None])

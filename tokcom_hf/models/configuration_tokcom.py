@@ -94,6 +94,37 @@ class TokComConfig(PreTrainedConfig):
     max_chunks: int = 256
     initializer_range: float = 0.02
 
+    # What readers of a flat config look for, read-only: the shape is that of the denoiser, which runs at every step.
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the VAE's embedding, the omni token included."""
+        return self.vae.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the denoiser."""
+        return self.denoiser.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the denoiser."""
+        return self.denoiser.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the denoiser."""
+        return self.denoiser.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key and value heads of the denoiser."""
+        return self.denoiser.num_key_value_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the denoiser's MLPs."""
+        return self.denoiser.intermediate_size
+
     def __post_init__(self, **kwargs):
         # transformers runs the folder's own pipeline code, and asks for trust_remote_code, wherever a config names custom
         # pipelines. Where the package is installed the registered pipeline serves, so the name is dropped here.

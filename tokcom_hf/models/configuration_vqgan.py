@@ -65,6 +65,7 @@ class VQGANConfig(PreTrainedConfig):
     """
 
     model_type = "tokcom_vqgan"
+    attribute_map = {"vocab_size": "codebook_size", "hidden_size": "latent_channels", "num_channels": "in_channels"}
 
     image_size: int = 256
     in_channels: int = 3
@@ -109,6 +110,9 @@ class VQGANConfig(PreTrainedConfig):
     usage_decay: float | int = 0.99
 
     def __post_init__(self, **kwargs):
+        # Set before the checks; the base class would set them behind.
+        for name in [name for name in kwargs if name in self.attribute_map]:
+            setattr(self, name, kwargs.pop(name))
         self.channel_multipliers = list(self.channel_multipliers)
         if self.quantizer == "fsq" and self.fsq_levels is None:
             self.fsq_levels = default_fsq_levels(self.codebook_size)

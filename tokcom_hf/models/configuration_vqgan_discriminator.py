@@ -14,12 +14,16 @@ class VQGANDiscriminatorConfig(PreTrainedConfig):
     """
 
     model_type = "tokcom_vqgan_discriminator"
+    attribute_map = {"hidden_size": "base_channels", "num_channels": "in_channels", "num_hidden_layers": "num_layers"}
 
     in_channels: int = 3
     base_channels: int = 64
     num_layers: int = 3
 
     def __post_init__(self, **kwargs):
+        # Set before the checks; the base class would set them behind.
+        for name in [name for name in kwargs if name in self.attribute_map]:
+            setattr(self, name, kwargs.pop(name))
         if self.in_channels not in (1, 2, 3, 4):
             raise ValueError(f"in_channels must be 1 to 4, got {self.in_channels}.")
         if self.base_channels < 1 or self.num_layers < 1:

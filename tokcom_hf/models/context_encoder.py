@@ -93,6 +93,6 @@ class ContextEncoder(nn.Module):
         key_values = []
         for index, layer in enumerate(self.layers):
             prefix = None if past is None else past[index]
-            hidden_states, key_value = layer(hidden_states, rotary, mask, prefix)
+            hidden_states, key_value, _ = layer(hidden_states, rotary, mask, prefix)
             key_values.append(key_value)
         return self.norm(hidden_states), key_values

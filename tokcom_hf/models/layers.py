@@ -47,12 +47,15 @@ def eager_attention(
 
 def attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask
-) -> torch.Tensor:
-    """Attention as `module.config` says, (batch, heads, length, head_dim) → (batch, length, heads, head_dim)."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention as `module.config` says, (batch, heads, length, head_dim) → (batch, length, heads, head_dim).
+
+    The weights (batch, heads, queries, keys) come second, None where the implementation does not compute them.
+    """
     function: Callable = eager_attention
     if module.config._attn_implementation != "eager":
         function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-    return function(module, query, key, value, attention_mask, scaling=module.scaling, dropout=0.0, is_causal=False)[0]
+    return function(module, query, key, value, attention_mask, scaling=module.scaling, dropout=0.0, is_causal=False)
 
 
 class Attention(nn.Module):
@@ -78,16 +81,16 @@ class Attention(nn.Module):
         position_embeddings: KeyValue,
         attention_mask: torch.Tensor | None = None,
         prefix: KeyValue | None = None,
-    ) -> tuple[torch.Tensor, KeyValue]:
-        """Returns (output, (key, value) of the positions given here, rotated)."""
+    ) -> tuple[torch.Tensor, KeyValue, torch.Tensor | None]:
+        """Returns (output, (key, value) of the positions given here, rotated, attention weights of "eager")."""
         query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
         own = self.key_value(hidden_states, position_embeddings)
         query = rotated(query, position_embeddings)
         key, value = own
         if prefix is not None:
             key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
-        output = attend(self, query, key, value, attention_mask)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), own
+        output, weights = attend(self, query, key, value, attention_mask)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), own, weights
 
     def key_value(self, hidden_states: torch.Tensor, position_embeddings: KeyValue) -> KeyValue:
         """Rotated keys, and values, of (batch, length, hidden): each (batch, key_value_heads, length, head_dim)."""
@@ -131,12 +134,12 @@ class Block(GradientCheckpointingLayer):
         position_embeddings: KeyValue,
         attention_mask: torch.Tensor | None = None,
         prefix: KeyValue | None = None,
-    ) -> tuple[torch.Tensor, KeyValue]:
-        attended, key_value = self.self_attn(
+    ) -> tuple[torch.Tensor, KeyValue, torch.Tensor | None]:
+        attended, key_value, weights = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, prefix
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), key_value
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), key_value, weights
 
 
 def check_transformer_shape(config) -> None:

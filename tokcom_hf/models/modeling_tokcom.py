@@ -6,12 +6,13 @@ All public methods speak token ids; those that generate are in tokcom_generation
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import can_return_tuple
 
 from .chunked_cross_entropy import LOGITS_AT_ONCE, split_cross_entropy
 from .configuration_tokcom import TokComConfig
 from .context_encoder import FinishedChunks, joined
 from .layers import SwiGLU
-from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput
+from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput, Modulations
 from .modeling_tokcom_vae import TokComVAE
 from .pipeline_tokcom import custom_pipelines
 from .strict_loading import StrictLoading
@@ -89,13 +90,49 @@ class TokComModel(TokComGeneration, StrictLoading):
             # Only the folder names it: a config in memory that did would make pipeline() look for remote code.
             del self.config.custom_pipelines
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """That of the VAE: `new_num_tokens` counts the omni token's row too, `len(tokenizer) + 1`.
+
+        Raises:
+            ValueError: as `TokComVAE.resize_token_embeddings`, or where the EOS token would be dropped.
+        """
+        eos = self.config.eos_token_id
+        if eos is not None and new_num_tokens is not None and eos >= new_num_tokens - 1:
+            raise ValueError(
+                f"{new_num_tokens} rows, one of them the omni token's, leave none for eos_token_id={eos}."
+            )
+        return self.vae.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.vae.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.vae.get_output_embeddings()
 
-    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, **kwargs) -> DenoisedModelOutput:
+    @can_return_tuple
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        self_condition: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        block_index: torch.LongTensor | None = None,
+        past_key_values: FinishedChunks | None = None,
+        position_offset: int = 0,
+        return_key_values: bool = False,
+        modulations: Modulations | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        posterior_temperature: float = 1.0,
+        only_tokens: bool = False,
+        token_times: torch.Tensor | None = None,
+        previous: torch.Tensor | None = None,
+        token_head: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+    ) -> DenoisedModelOutput:
         """One forward of the denoiser in the flow's (standardised) space; arguments as `DenoisedModel`.
 
         With `clean_latents="posterior_mean"` the output's `token_hidden` (batch, chunks, chunk_size, width) times the rows
@@ -105,29 +142,44 @@ class TokComModel(TokComGeneration, StrictLoading):
         latent left of the first, for a `token_window`; `token_head` saves computing it again. With `token_mask` (batch,
         chunks, chunk_size) and `only_tokens`, `token_hidden` is that of the tokens in it alone, (tokens, width).
         """
-        temperature, only_tokens = kwargs.pop("posterior_temperature", 1.0), kwargs.pop("only_tokens", False)
-        times, previous = kwargs.pop("token_times", None), kwargs.pop("previous", None)
-        head, token_mask = kwargs.pop("token_head", None), kwargs.pop("token_mask", None)
         if token_mask is not None and not only_tokens:
             raise ValueError(
                 "token_mask leaves tokens out, and the mean latent needs all: pass only_tokens=True with it."
             )
-        config = self.config
+        config, times = self.config, token_times
         if times is None and (config.scale_input or config.noise_likelihood or config.token_window_size):
             times = timesteps.view(len(timesteps), -1)
             if times.shape[1] not in (1, latents.shape[1]):
-                times = times[:, kwargs["block_index"]]
+                if block_index is None:
+                    raise ValueError(
+                        f"timesteps must be (batch,), (batch, chunks) or, with block_index, (batch, blocks); got "
+                        f"{times.shape[1]} timesteps for {latents.shape[1]} chunks."
+                    )
+                times = times[:, block_index]
             times = times.unsqueeze(-1)
         inputs = latents
         if config.scale_input:
             t = times.float()
             inputs = (latents * self.per_entry(t / (t**2 + ((1 - t) * config.noise_std) ** 2))).to(latents.dtype)
-        output = self.denoiser(inputs, timesteps, **kwargs)
+        shared = {
+            "self_condition": self_condition, "attention_mask": attention_mask, "context": context,
+            "block_index": block_index, "past_key_values": past_key_values, "position_offset": position_offset,
+        }  # fmt: skip
+        output = self.denoiser(
+            inputs,
+            timesteps,
+            return_key_values=return_key_values,
+            modulations=modulations,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **shared,
+        )
         if config.clean_latents == "posterior_mean":
             hidden = output.clean_latents.unflatten(-1, (config.vae.chunk_size, -1))
             hidden = hidden if token_mask is None else hidden[token_mask]
             if self.token_norm is not None:
-                hidden = self._beside(hidden, inputs, times, previous, token_mask, **kwargs)
+                hidden = self._beside(hidden, inputs, times, previous, token_mask, **shared)
                 hidden = hidden if self.token_mlp is None else hidden + self.token_mlp(hidden)
                 hidden = self.token_norm(hidden)
             if config.noise_likelihood:
@@ -135,8 +187,10 @@ class TokComModel(TokComGeneration, StrictLoading):
                 hidden = torch.cat([hidden, evidence if token_mask is None else evidence[token_mask]], dim=-1)
             output.token_hidden, output.clean_latents = hidden, None
             if not only_tokens:
-                head = self.token_head() if head is None else head
-                output.clean_latents = self.standardize(self._mean_latents(output.token_hidden, temperature, head))
+                head = self.token_head() if token_head is None else token_head
+                output.clean_latents = self.standardize(
+                    self._mean_latents(output.token_hidden, posterior_temperature, head)
+                )
         return output
 
     def _beside(self, hidden, inputs, times, previous, token_mask, context=None, **kwargs) -> torch.Tensor:

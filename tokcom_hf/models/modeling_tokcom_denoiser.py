@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_tokcom_denoiser import DenoisedModelConfig
 from .context_encoder import ContextEncoder, FinishedChunks
+from .layer_outputs import LayerRecord
 from .layers import Attention, KeyValue, SwiGLU, rotary_embeddings
 from .strict_loading import StrictLoading
 from .token_window import chunk_before
@@ -26,11 +27,15 @@ Modulations = list[tuple[torch.Tensor, torch.Tensor]]
 @dataclass
 class DenoisedModelOutput(ModelOutput):
     """clean_latents: (batch, chunks, latent); key_values: per layer, (key, value) of the positions given; token_hidden:
-    (batch, chunks, chunk_size, hidden) where `TokComModel` predicts tokens."""
+    (batch, chunks, chunk_size, hidden) where `TokComModel` predicts tokens; hidden_states: with `output_hidden_states`,
+    (batch, chunks, hidden) before the first layer and behind each, the last one normalised; attentions: with
+    `output_attentions`, (batch, heads, chunks, keys) of each layer, keys being those of the prefix and of all inputs."""
 
     clean_latents: torch.FloatTensor | None = None
     key_values: list[KeyValue] | None = None
     token_hidden: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 def time_sinusoid(t: torch.Tensor, size: int, max_period: float) -> torch.Tensor:
@@ -74,11 +79,11 @@ class DenoiserBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states, time, which, rotary, attention_mask, prefix):
         """time: embeddings (times, hidden), or what `modulation` made of them."""
         first, second = self.modulation(time) if torch.is_tensor(time) else time
-        attended, key_value = self.self_attn(
+        attended, key_value, weights = self.self_attn(
             self.adaln_attn(hidden_states, first, which), rotary, attention_mask, prefix
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.adaln_mlp(hidden_states, second, which)), key_value
+        return hidden_states + self.mlp(self.adaln_mlp(hidden_states, second, which)), key_value, weights
 
 
 class DenoisedModel(StrictLoading):
@@ -114,6 +119,7 @@ class DenoisedModel(StrictLoading):
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
 
+    @can_return_tuple
     def forward(
         self,
         latents: torch.Tensor,
@@ -126,7 +132,8 @@ class DenoisedModel(StrictLoading):
         position_offset: int = 0,
         return_key_values: bool = False,
         modulations: Modulations | None = None,
-        **kwargs,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> DenoisedModelOutput:
         """Predicts the clean latents.
 
@@ -143,10 +150,12 @@ class DenoisedModel(StrictLoading):
             past_key_values: what `finish` returned for the chunks before.
             position_offset: position of the first latent.
             modulations: what `modulation` made of `timesteps`, where they are (1,): saves computing it again.
+            output_hidden_states, output_attentions: also return those of all layers; None takes the config's.
 
         Raises:
-            ValueError: the shape of `timesteps` fits neither.
+            ValueError: the shape of `timesteps` fits neither, or attention weights that are not computed.
         """
+        record = LayerRecord.asked(self.config, output_hidden_states, output_attentions)
         chunks, device = latents.shape[1], latents.device
         dtype = self.output_proj.weight.dtype
         times = timesteps.view(len(timesteps), -1)
@@ -213,11 +222,19 @@ class DenoisedModel(StrictLoading):
         for index, layer in enumerate(self.layers):
             prefix = None if prefixes is None else prefixes[index]
             condition = time if modulations is None else modulations[index]
-            hidden_states, key_value = layer(hidden_states, condition, which, rotary, mask, prefix)
+            before = hidden_states[:, :chunks]
+            hidden_states, key_value, weights = layer(hidden_states, condition, which, rotary, mask, prefix)
+            record.add(before, None if weights is None else weights[:, :, :chunks])
             if return_key_values:
                 key_values.append(key_value)
-        clean_latents = self.output_proj(self.norm(hidden_states[:, :chunks]))
-        return DenoisedModelOutput(clean_latents=clean_latents, key_values=key_values or None)
+        hidden_states = self.norm(hidden_states[:, :chunks])
+        all_hidden_states, attentions = record.finished(hidden_states)
+        return DenoisedModelOutput(
+            clean_latents=self.output_proj(hidden_states),
+            key_values=key_values or None,
+            hidden_states=all_hidden_states,
+            attentions=attentions,
+        )
 
     def _time(self, times: torch.Tensor) -> torch.Tensor:
         """t (times,) → embeddings (times, hidden)."""
@@ -248,7 +265,7 @@ class DenoisedModel(StrictLoading):
         if self.context_encoder is None:
             keys = self(
                 latents, latents.new_ones(1), None, attention_mask, past_key_values=past, position_offset=position_offset,
-                return_key_values=True,
+                return_key_values=True, return_dict=True,
             ).key_values  # fmt: skip
             new = FinishedChunks(keys, [])
         else:

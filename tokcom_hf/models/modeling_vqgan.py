@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vqgan import VQGANConfig
+from .layer_outputs import refuse_layer_outputs
 from .quantizers import EMAQuantizer, Quantizer, build_quantizer
 from .strict_loading import StrictLoading
 
@@ -36,7 +38,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(GradientCheckpointingLayer):
     """Two normalised 3×3 convolutions beside a shortcut."""
 
     def __init__(self, channels: int, out_channels: int, dropout: float):
@@ -54,24 +56,29 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(GradientCheckpointingLayer):
     """Single-head self-attention over the positions of a feature map."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, config: VQGANConfig):
         super().__init__()
+        self.config = config
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (part.flatten(2).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=1))
-        h = F.scaled_dot_product_attention(q, k, v)
+        if self.config._attn_implementation == "eager":
+            scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+            h = scores.float().softmax(-1).to(v.dtype) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(1, 2).reshape(x.shape))
 
 
 def middle(channels: int, config: VQGANConfig) -> list[nn.Module]:
     """Residual block, attention and residual block at the coarsest resolution."""
-    attention = [SpatialAttention(channels), ResidualBlock(channels, channels, config.dropout)]
+    attention = [SpatialAttention(channels, config), ResidualBlock(channels, channels, config.dropout)]
     return [ResidualBlock(channels, channels, config.dropout), *(attention if config.mid_attention else [])]
 
 
@@ -132,6 +139,10 @@ class VQGAN(StrictLoading):
     config_class = VQGANConfig
     base_model_prefix = "vqgan"
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _no_split_modules = ["ResidualBlock", "SpatialAttention", "EMAQuantizer", "FSQQuantizer", "LFQQuantizerHead"]
     # Codes depend on distances that bf16 cannot resolve.
     _keep_in_fp32_modules_strict = ["quantizer"]
     # A folder trained without balancing lacks the penalties that `balance_rate` starts at zero.
@@ -169,7 +180,14 @@ class VQGAN(StrictLoading):
         self._check_pixels(pixel_values)
         return self.encoder(pixel_values.to(self.dtype)).permute(0, 2, 3, 1)
 
-    def forward(self, pixel_values: torch.Tensor, labels=None, return_dict: bool | None = None, **kwargs):
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> VQGANOutput:
         """Reconstructs images and returns the named losses.
 
         Args:
@@ -177,12 +195,32 @@ class VQGAN(StrictLoading):
             labels: target images where they differ from the input, for example another number of channels.
 
         Raises:
-            ValueError: wrong rank, number of channels or size.
+            ValueError: wrong rank, number of channels or size; hidden states or attentions, which there are not; in
+                training, features that are NaN or infinite.
         """
+        refuse_layer_outputs(
+            self.config,
+            output_hidden_states,
+            output_attentions,
+            "a VQGAN returns no outputs of its layers; features(pixel_values) are the encoder's.",
+        )
+        if self.training:
+            self._check_adapter()
         quantized = self.quantizer(self.features(pixel_values))
         reconstruction = self.decoder(quantized.embeddings.permute(0, 3, 1, 2))
         losses = self.losses(reconstruction, self._target(pixel_values, labels), quantized)
         return VQGANOutput(reconstruction=reconstruction, codes=quantized.codes, **losses)
+
+    def _check_adapter(self) -> None:
+        """Raises ValueError where training moves a codebook that the adapter (peft) being trained does not save."""
+        quantizer = self.quantizer
+        # peft sets `peft_config` on the model, and wraps what is in `modules_to_save`.
+        adapted = hasattr(self, "peft_config") and isinstance(quantizer, EMAQuantizer)
+        if adapted and not (self.config.freeze_codebook and quantizer.initialized):
+            raise ValueError(
+                "An adapter saves neither the codebook nor its statistics, which training moves: name 'quantizer' in "
+                "modules_to_save, or load a trained VQGAN with freeze_codebook=True."
+            )
 
     def losses(self, reconstruction: torch.Tensor, target: torch.Tensor, quantized) -> dict[str, torch.Tensor]:
         """`loss` and its unweighted terms, in float32."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_vqgan_discriminator import VQGANDiscriminatorConfig
+from .layer_outputs import refuse_layer_outputs
 from .strict_loading import StrictLoading
 
 
@@ -51,12 +52,25 @@ class VQGANDiscriminator(StrictLoading):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> VQGANDiscriminatorOutput:
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> VQGANDiscriminatorOutput:
         """`(batch, in_channels, height, width)` in [-1, 1] → logits `(batch, 1, h, w)`.
 
         Raises:
-            ValueError: wrong number of channels, or images smaller than the network's field.
+            ValueError: wrong number of channels, or images smaller than the network's field; hidden states or attentions,
+                which there are not.
         """
+        refuse_layer_outputs(
+            self.config,
+            output_hidden_states,
+            output_attentions,
+            "the discriminator returns no outputs of its layers; register_forward_hook on model.layers[i] gives them.",
+        )
         smallest = 3 * 2**self.config.num_layers
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != self.config.in_channels or min(shape[2:]) < smallest:
@@ -64,4 +78,4 @@ class VQGANDiscriminator(StrictLoading):
                 f"pixel_values must have shape (batch, {self.config.in_channels}, height, width) with sides of at "
                 f"least {smallest} for num_layers={self.config.num_layers}, got {shape}."
             )
-        return VQGANDiscriminatorOutput(logits=self.layers(pixel_values))
+        return VQGANDiscriminatorOutput(logits=self.layers(pixel_values.to(self.dtype)))

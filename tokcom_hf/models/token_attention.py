@@ -116,7 +116,7 @@ class TokenAttention(nn.Module):
             visible = real[:, None, :] if visible is None else visible & real[:, None, :]
         if visible is not None:
             visible = nn.functional.pad(visible, (1, 0), value=True)[:, None]
-        read = attend(self, query, key, value, visible).flatten(2)
+        read = attend(self, query, key, value, visible)[0].flatten(2)
         return self.o_proj(read.flatten(0, 1) if slot is None else read[row, slot])
 
     def _heads(self, values: torch.Tensor) -> torch.Tensor:

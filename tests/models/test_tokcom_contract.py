@@ -1,0 +1,304 @@
+"""What transformers' users expect of TokComVAE, DenoisedModel, TokComModel, VQGAN and its discriminator."""
+
+import inspect
+import tempfile
+
+import pytest
+import torch
+from transformers import AutoModel, Trainer, TrainingArguments
+
+from tokcom_hf import VQGAN, TokComConfig, TokComModel, TokComVAE, VQGANConfig
+
+from .tokcom_tools import MODELS, SHAPE, VAE, inputs, main_output, small
+
+TRANSFORMERS = ("vae", "denoiser", "tokcom")
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def saved(request, tmp_path_factory):
+    """A kind of model, its folder, its inputs and its output."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, batch = small(request.param), inputs(request.param)
+    model.save_pretrained(folder)
+    return request.param, folder, batch, main_output(model(**batch)).detach()
+
+
+# ---------------------------------------------------------------- arguments of forward
+def test_forward_names_its_arguments_and_refuses_others(saved):
+    kind, _, batch, _ = saved
+    model = small(kind)
+    parameters = inspect.signature(model.forward).parameters.values()
+    assert not [p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    for name in ("output_hidden_stats", "atention_mask", "num_items_in_batch"):
+        with pytest.raises(TypeError, match=name):
+            model(**batch, **{name: None})
+
+
+def test_a_tuple_where_asked_for_by_argument_or_config(saved):
+    kind, folder, batch, expected = saved
+    model = small(kind)
+    whole = model(**batch)
+    parts = model(**batch, return_dict=False)
+    assert isinstance(parts, tuple) and len(parts) == len(whole)
+    assert all(torch.equal(part, whole[i]) for i, part in enumerate(parts))
+    configured = AutoModel.from_pretrained(folder, return_dict=False)
+    assert isinstance(configured(**batch), tuple)
+    assert torch.equal(main_output(configured(**batch, return_dict=True)), expected)
+
+
+def test_a_config_of_tuples_changes_no_method():
+    models = [small("tokcom", return_dict=flag, eos_token_id=None) for flag in (True, False)]
+    models[1].vae.config.return_dict = models[1].denoiser.config.return_dict = False
+    ids = [m.generate(num_chunks=3, num_steps=2, generator=torch.Generator().manual_seed(0)) for m in models]
+    assert torch.equal(*ids)
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_hidden_states_and_attentions_of_every_layer(kind, tmp_path):
+    small(kind).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, attn_implementation="eager")
+    batch, prefixes = inputs(kind), ("encoder_", "decoder_") if kind == "vae" else ("",)
+    output = model(**batch, output_hidden_states=True, output_attentions=True)
+    plain = model(**batch)
+    assert torch.equal(main_output(output), main_output(plain)) and "hidden_states" not in " ".join(plain)
+    length = 4 if kind == "vae" else 5
+    for prefix in prefixes:
+        states, weights = output[prefix + "hidden_states"], output[prefix + "attentions"]
+        assert len(states) == 3 and len(weights) == 2
+        assert {tuple(state.shape) for state in states} == {(len(states[0]), length, 32)}
+        assert {tuple(each.shape) for each in weights} == {(len(states[0]), 4, length, length)}
+        torch.testing.assert_close(weights[0].sum(-1), torch.ones_like(weights[0][..., 0]))
+        assert not torch.allclose(states[0], states[1]) and not torch.allclose(states[1], states[2])
+    if kind == "vae":
+        assert torch.equal(model.lm_head(output.decoder_hidden_states[-1]), output.logits)
+        assert torch.equal(output.encoder_hidden_states[0], model.embed_tokens(batch["input_ids"].view(-1, 4)))
+    else:
+        denoiser = model if kind == "denoiser" else model.denoiser
+        assert torch.equal(denoiser.output_proj(output.hidden_states[-1]), output.clean_latents)
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_attention_weights_that_are_not_computed_are_refused(kind):
+    model = small(kind)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="'sdpa' does not compute"):
+        model(**inputs(kind), output_attentions=True)
+
+
+@pytest.mark.parametrize("kind", ["vqgan", "discriminator"])
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_layer_outputs_of_convolutions_are_refused_in_words(kind, name):
+    with pytest.raises(ValueError, match=f"{name}=True: .* no outputs of its layers"):
+        small(kind)(**inputs(kind), **{name: True})
+
+
+def test_hidden_states_asked_for_by_the_config(tmp_path):
+    small("denoiser").save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, output_hidden_states=True)
+    assert len(model(**inputs("denoiser")).hidden_states) == 3
+    assert model(**inputs("denoiser"), output_hidden_states=False).hidden_states is None
+
+
+# ---------------------------------------------------------------- numbers, devices, memory
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_float32_inputs(saved, dtype):
+    _, folder, batch, expected = saved
+    model = AutoModel.from_pretrained(folder, dtype=dtype)
+    output = main_output(model(**batch))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["vae", "denoiser", "tokcom", "vqgan"])
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    gradients = []
+    for checkpointing in (False, True):
+        model = small(kind, **({"temperature": 0.0} if kind == "vqgan" else {})).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        main_output(model(**inputs(kind))).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_vqgan_attention_implementations_agree(monkeypatch, tmp_path):
+    small("vqgan").save_pretrained(tmp_path)
+    batch = inputs("vqgan")
+    sdpa, eager = (VQGAN.from_pretrained(tmp_path, attn_implementation=name) for name in ("sdpa", "eager"))
+    expected = sdpa(**batch).reconstruction
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    torch.testing.assert_close(eager(**batch).reconstruction, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError):
+        sdpa(**batch)
+
+
+# With accelerate 1.10 something must be left on the CPU.
+@pytest.mark.parametrize("share", [0.7, 0.9])
+def test_offloaded_models_are_exact(saved, share, tmp_path):
+    kind, folder, batch, expected = saved
+    size = sum(p.numel() * p.element_size() for p in small(kind).parameters())
+    model = AutoModel.from_pretrained(
+        folder, device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path
+    )
+    assert "disk" in model.hf_device_map.values()
+    assert torch.equal(main_output(model(**batch)), expected)
+    if kind == "vae":
+        ids = batch["input_ids"]
+        whole = small(kind)
+        assert torch.equal(model.decode(model.encode(ids)), whole.decode(whole.encode(ids)))
+        torch.testing.assert_close(model(ids, labels=ids).loss, whole(ids, labels=ids).loss)
+    if kind == "vqgan":
+        codes = model.encode(**batch)
+        assert torch.equal(codes, small(kind).encode(**batch))
+        assert torch.equal(model.decode_codes(codes), small(kind).decode_codes(codes))
+
+
+# ---------------------------------------------------------------- names of configs, vocabulary
+def test_configs_answer_to_the_usual_names():
+    config = TokComConfig(vae=VAE | {"hidden_size": 64}, denoiser=SHAPE)
+    assert config.vocab_size == 51 and config.hidden_size == 32 and config.num_hidden_layers == 2
+    assert config.num_attention_heads == 4 and config.num_key_value_heads == 2 and config.intermediate_size == 48
+    assert "vocab_size" not in config.to_diff_dict()
+    with pytest.raises(AttributeError):
+        TokComConfig(vae=VAE, denoiser=SHAPE, vocab_size=99)
+    vqgan = VQGANConfig(vocab_size=32, num_channels=1, hidden_size=16)
+    assert (vqgan.codebook_size, vqgan.in_channels, vqgan.latent_channels) == (32, 1, 16)
+    assert (vqgan.vocab_size, vqgan.num_channels, vqgan.hidden_size) == (32, 1, 16)
+    with pytest.raises(ValueError, match="codebook_size must be at least 2"):
+        VQGANConfig(vocab_size=1)
+
+
+@pytest.mark.parametrize("kind", ["vae", "tokcom"])
+@pytest.mark.parametrize(("rows", "multiple"), [(60, None), (40, None), (None, 32), (51, None), (60, 64)])
+def test_resized_embeddings_keep_tokens_and_the_omni_token(kind, rows, multiple, tmp_path):
+    model = small(kind)
+    vae = model if kind == "vae" else model.vae
+    before, latents = vae.embed_tokens.weight.detach().clone(), vae.encode(torch.arange(8)[None])
+    logits = vae(torch.arange(8)[None]).logits
+    model.resize_token_embeddings(rows, pad_to_multiple_of=multiple)
+    size = rows if multiple is None else 64
+    kept = min(50, size - 1)
+    assert vae.config.vocab_size == size and vae.config.omni_token_id == size - 1
+    assert model.config.vocab_size == size and model.get_input_embeddings().num_embeddings == size
+    assert vae.lm_head.weight is vae.embed_tokens.weight and vae.lm_head.out_features == size
+    assert torch.equal(vae.embed_tokens.weight[:kept], before[:kept])
+    assert torch.equal(vae.embed_tokens.weight[-1], before[50])
+    assert torch.equal(vae.encode(torch.arange(8)[None]), latents)
+    torch.testing.assert_close(vae(torch.arange(8)[None]).logits[..., :kept], logits[..., :kept])
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.config.vocab_size == size
+    assert torch.equal(again.get_output_embeddings().weight, vae.lm_head.weight)
+
+
+def test_a_resize_that_cannot_work_changes_nothing():
+    model = small("tokcom", eos_token_id=45)
+    for call in (
+        lambda: model.resize_token_embeddings(1),
+        lambda: model.resize_token_embeddings(46),
+        lambda: small("vae", omni_token_id=30).resize_token_embeddings(30),
+        lambda: small("vae", encoder="embedding").resize_token_embeddings(60),
+    ):
+        with pytest.raises(ValueError, match=r"rows|resized"):
+            call()
+    assert model.config.vocab_size == 51 and model.get_input_embeddings().weight.shape == (51, 32)
+    kept = small("vae", omni_token_id=30)
+    kept.resize_token_embeddings(40)
+    assert kept.config.omni_token_id == 30
+
+
+# ---------------------------------------------------------------- adapters and the plain Trainer
+PEFT = {
+    "vae": [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "norm"]}],
+    "denoiser": [{}, {"modules_to_save": ["output_proj", "norm"]}],
+    "tokcom": [{}, {"modules_to_save": ["output_proj"]}, {"modules_to_save": ["lm_head"]}],
+    "vqgan": [{"target_modules": ["conv1"], "modules_to_save": ["quantizer"]}],
+    "discriminator": [{"target_modules": ["layers.2"]}],
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), [(kind, options) for kind, rows in PEFT.items() for options in rows])
+def test_adapters_train_save_load_and_merge(kind, options, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = small(kind)
+    base.save_pretrained(tmp_path / "base")
+    batch = inputs(kind) | ({"labels": inputs(kind)["input_ids"], "return_logits": True} if kind == "vae" else {})
+    before = main_output(base(**batch)).detach()
+    model = get_peft_model(base, LoraConfig(**{"target_modules": "all-linear"} | options)).train()
+    trained = model(**batch)
+    (trained.loss if trained.get("loss") is not None else main_output(trained).square().mean()).backward()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if (
+        kind != "tokcom"
+    ):  # its forward is the denoiser's: the VAE's adapters get gradients from the losses of a trainer
+        assert all(p.grad is not None for p in trainable)
+    with torch.no_grad():
+        for parameter in trainable:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    changed = main_output(model.eval()(**batch)).detach()
+    assert not torch.allclose(changed, before, atol=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(main_output(again(**batch)), changed, atol=1e-5, rtol=1e-5)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(main_output(merged(**batch)), changed, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    reloaded = AutoModel.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(main_output(reloaded(**batch)), main_output(merged(**batch)), atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_of_an_adapted_head_is_that_of_its_logits():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(small("vae"), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    ids, labels = torch.randint(0, 50, (2, 8)), torch.randint(0, 50, (2, 8))
+    labels[0, :5] = -100
+    output = model(input_ids=ids, labels=labels, return_logits=True)
+    expected = torch.nn.functional.cross_entropy(output.logits.view(-1, 51), labels.view(-1))
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_an_adapter_that_would_lose_the_codebook_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(small("vqgan"), LoraConfig(target_modules=["conv1"]))
+    with pytest.raises(ValueError, match="'quantizer' in modules_to_save"):
+        model.train()(**inputs("vqgan"))
+    model.eval()(**inputs("vqgan"))
+    get_peft_model(small("vqgan", freeze_codebook=True), LoraConfig(target_modules=["conv1"])).train()(
+        **inputs("vqgan")
+    )
+
+
+@pytest.mark.parametrize("kind", ["vae", "vqgan"])
+def test_the_plain_trainer_trains_and_accumulates(kind):
+    torch.manual_seed(0)
+    if kind == "vae":
+        rows = [{"input_ids": r, "labels": r, "attention_mask": torch.ones(8)} for r in torch.randint(0, 50, (8, 8))]
+    else:
+        rows = [{"pixel_values": r, "labels": r} for r in torch.rand(8, 3, 16, 16) * 2 - 1]
+    steps = []
+    for size, accumulated in ((8, 1), (2, 4)):
+        model = small(
+            kind, **({"freeze_codebook": True, "entropy_weight": 0.0, "temperature": 0.0} if kind == "vqgan" else {})
+        )
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        args = TrainingArguments(
+            tempfile.mkdtemp(), per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, max_steps=1,
+            learning_rate=0.1, max_grad_norm=0.0, optim="sgd", lr_scheduler_type="constant", use_cpu=True, report_to=[],
+            save_strategy="no", disable_tqdm=True, eval_strategy="steps", eval_steps=1,
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
+        steps.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    assert max(float(step.abs().max()) for step in steps[0].values()) > 0
+    for name, step in steps[0].items():
+        torch.testing.assert_close(step, steps[1][name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_models_say_whether_they_divide_the_loss():
+    assert not any(kind.accepts_loss_kwargs for kind in (TokComVAE, TokComModel, VQGAN))
