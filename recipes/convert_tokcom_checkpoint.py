@@ -17,7 +17,7 @@ from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.tokcom_checkpoint import convert_checkpoint, read_checkpoint
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
-from tokcom_hf.trainers.base import check_output_dir
+from tokcom_hf.run_folders import check_new_folder
 
 
 @dataclass
@@ -44,7 +44,7 @@ def main() -> None:
     vae = model.vae if whole else model
     if tokenizer is not None:
         check_tokenizer(tokenizer, vae.config)
-    out = check_output_dir(paths[1], run.overwrite, False)
+    out = check_new_folder(paths[1], run.overwrite)
     write(out, model, tokenizer, run.parts and whole, Path(paths[0]).name)
     print(
         f"stage {checkpoint.get('stage')!r}, epoch {checkpoint.get('epoch')}, validation loss {checkpoint.get('val_loss')}"
@@ -79,10 +79,10 @@ def write(out: Path, model, tokenizer, parts: bool, source: str) -> None:
         )  # fmt: skip
         # What else an overwritten folder holds is left alone.
         out.mkdir(parents=True, exist_ok=True)
-        for item in unfinished.iterdir():
-            if (out / item.name).is_dir():
-                shutil.rmtree(out / item.name)
-            item.replace(out / item.name)
+        for item in (path for path in unfinished.rglob("*") if path.is_file()):
+            target = out / item.relative_to(unfinished)
+            target.parent.mkdir(exist_ok=True)
+            item.replace(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

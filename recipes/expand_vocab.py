@@ -23,7 +23,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.models.lfq_expanded_files import load_base
 from tokcom_hf.models.lfq_tokens import check_output_dim
-from tokcom_hf.trainers.base import check_output_dir
+from tokcom_hf.run_folders import check_new_folder
 
 SMALL_VISION = {"image_size": [64, 64], "patch_size": [8, 8], "hidden_size": 64, "intermediate_size": 128}
 SMALL_TEXT = {"hidden_size": 96, "intermediate_size": 256, "num_key_value_heads": 4}
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     positional = [word for name, value in zip(names, argv[:given]) for word in (name, value)]
     args = ExpandArguments(**parse_recipe(__doc__, {"run": ExpandArguments}, None, positional + argv[given:])["run"])
     check_output_dim(args.output_dim)
-    output = check_output_dir(args.output_dir, args.overwrite, False)
+    output = check_new_folder(args.output_dir, args.overwrite)
     torch.manual_seed(args.seed)
     base, base_processor = load(args, Path(output))
     rows = len((getattr(base, "language_model", None) or base).get_input_embeddings().weight)

@@ -15,6 +15,7 @@ scenes every generated picture is checked for the shapes and colours of its capt
 import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,19 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, caption_of, draw_scenes
 from tokcom_hf.data.captions import read_image_text_jsonl
 from tokcom_hf.data.small_llama import train_caption_llama
+from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import Upload, take_upload
 from tokcom_hf.models.pipeline_lfq import DECODER_FOLDER
+from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments, check_output_dir
+from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments
 from tokcom_hf.trainers.caption_images import evaluate_drawing, tokenize_images, train_image_tokenizer
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "image_tokens.yaml"
 
 
 @dataclass
-class RunArguments:
+class RunArguments(RunFolderArguments):
     """What is trained on what, and how pictures are drawn."""
 
     image_tokenizer: str | None = field(default=None, metadata={"help": "VQGAN with quantizer lfq: folder or Hub id."})
@@ -67,8 +70,6 @@ class RunArguments:
     freeze_original: bool = field(default=True, metadata={"help": "Old vocabulary rows never move."})
     base_steps: int = field(default=150, metadata={"help": "Steps of the small Llama's pretraining on captions."})
     output_dir: str = field(default="outputs/image_tokens", metadata={"help": "Folder of model, pictures, results."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest complete checkpoint."})
     threads: int = field(default=0, metadata={"help": "CPU threads of a single process; 0 takes all cores."})
     seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
 
@@ -92,20 +93,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     take_upload(values["vqgan_training"])
     upload = take_upload(values["training"])
     state = PartialState()
-    output = Path(run.output_dir)
-    if state.is_main_process:
-        check_output_dir(output, run.overwrite, run.resume)
-    state.wait_for_everyone()
+    folder = RunFolder(run, "image_tokens", (DECODER_FOLDER, "base", ""), ("vqgan_run", "base_run"))
+    output = folder.path
     use_all_cores(run.threads)
     set_seed(run.seed)
     train, held_out = load_rows(run)
     seconds: dict[str, float] = {}
+    for section in ("vqgan_training", "training"):
+        values[section].pop("resume_from_checkpoint", None)
+    args = CompressionTrainingArguments(
+        **values["training"]
+        | {"output_dir": str(output), "seed": run.seed, "remove_unused_columns": False, "report_to": "none"}
+    )
+    if run.image_tokenizer is None:
+        # Refused now, not when it is its turn.
+        VQGANTrainingArguments(**values["vqgan_training"] | {"output_dir": str(output)})
+        VQGANConfig(**{"image_size": run.image_size, **values["vqgan"]})
+    folder.start(stage_settings(values))
 
     started = time.perf_counter()
-    decoder, image_processor = image_tokenizer(run, values, output, train, held_out, state)
+    decoder, image_processor = image_tokenizer(run, values, folder, train, held_out, state)
     seconds["image_tokenizer"] = time.perf_counter() - started
     started = time.perf_counter()
-    base, tokenizer = base_model(run, values, output, train, state)
+    base, tokenizer = base_model(run, values, folder, train, state)
     seconds["base"] = time.perf_counter() - started
     model, processor = expand(run, base, tokenizer, decoder)
     share = model.trainable_rows()
@@ -118,10 +128,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         name: CaptionTokens([row["caption"] for row in rows], tokenize_images(decoder, image_processor, rows))
         for name, rows in (("train", train), ("held_out", held_out))
     }
-    args = CompressionTrainingArguments(
-        **values["training"]
-        | {"output_dir": str(output), "seed": run.seed, "remove_unused_columns": False, "report_to": "none"}
-    )
     trainer = CompressionTrainer(
         model,
         args,
@@ -129,9 +135,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         eval_dataset=tokens["held_out"],
         data_collator=CaptionImageCollator(processor, run.caption_drop),
     )
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=True if run.resume else None)
-    seconds["training"] = time.perf_counter() - started
+    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
+    seconds["training"] = trainer.training_seconds
     trainer.use_averaged_weights()
     trainer.data_collator = CaptionImageCollator(processor)
     loss = trainer.evaluate()["eval_loss"]
@@ -152,8 +157,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model, processor, decoder, image_processor, held_out, tokens["held_out"], run, output
         )
         results["seconds"]["drawing"] = round(time.perf_counter() - started, 1)
-        save(model, processor, decoder, image_processor, results, run, trainer, output, upload)
+        save(model, processor, decoder, image_processor, results, run, trainer, folder, upload)
     return results
+
+
+def stage_settings(values) -> dict[str, dict[str, Any]]:
+    """What decides the results of the image tokenizer, the small language model and the whole."""
+    names = {DECODER_FOLDER: ("run", "vqgan", "vqgan_training"), "base": ("run", "base_model"), "": tuple(SECTIONS)}
+    ignore = ("guidance_scale", "temperature")  # of the drawing, and of a sampling quantizer, which LFQ is not
+    return {
+        stage: settings_of({name: SECTIONS[name] for name in sections}, values, ignore)
+        for stage, sections in names.items()
+    }
 
 
 def load_rows(run: RunArguments):
@@ -169,11 +184,12 @@ def load_rows(run: RunArguments):
     return CaptionImages(train, run.image_size), CaptionImages(held_out, run.image_size)
 
 
-def image_tokenizer(run, values, output: Path, train, held_out, state):
+def image_tokenizer(run, values, folder: RunFolder, train, held_out, state):
     """The VQGAN that makes tokens: given, left by an interrupted run, or trained here."""
-    folder = run.image_tokenizer or (output / DECODER_FOLDER if (output / DECODER_FOLDER).is_dir() else None)
-    if folder is not None:
-        decoder, image_processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    output = folder.path
+    name = run.image_tokenizer or (output / DECODER_FOLDER if folder.is_finished(DECODER_FOLDER) else None)
+    if name is not None:
+        decoder, image_processor = AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
     else:
         config = VQGANConfig(**{"image_size": run.image_size, **values["vqgan"]})
         image_processor = VQGANImageProcessor(
@@ -187,14 +203,16 @@ def image_tokenizer(run, values, output: Path, train, held_out, state):
             values["vqgan_training"],
             output / "vqgan_run",
             run.seed,
+            partial(folder.checkpoint, stage=DECODER_FOLDER, folder="vqgan_run"),
         )
         if state.is_main_process:
             decoder.save_pretrained(output / DECODER_FOLDER)
             image_processor.save_pretrained(output / DECODER_FOLDER)
         state.wait_for_everyone()
+        folder.finish(DECODER_FOLDER)
     if getattr(decoder.config, "quantizer", None) != "lfq":
         raise RecipeError(
-            f"{folder} is no VQGAN with quantizer='lfq' (got {getattr(decoder.config, 'quantizer', 'none')!r}); its "
+            f"{name} is no VQGAN with quantizer='lfq' (got {getattr(decoder.config, 'quantizer', 'none')!r}); its "
             "codes have no bits."
         )
     return decoder.eval().requires_grad_(False), image_processor
@@ -216,19 +234,20 @@ def crowded(run: RunArguments) -> CaptionImages | None:
     return CaptionImages(scenes, run.image_size)
 
 
-def base_model(run, values, output: Path, train, state):
+def base_model(run, values, folder: RunFolder, train, state):
     """The language model to expand: given, left by an interrupted run, or a small Llama trained on the captions."""
-    folder = output / "base"
-    if run.base is None and not folder.is_dir():
+    place = folder.path / "base"
+    if run.base is None and not folder.is_finished("base"):
         captions = [train[index]["caption"] for index in range(len(train))]
         small, tokenizer = train_caption_llama(
-            captions, values["base_model"], run.base_steps, output / "base_run", run.seed
+            captions, values["base_model"], run.base_steps, folder.path / "base_run", run.seed
         )
         if state.is_main_process:
-            small.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            small.save_pretrained(place)
+            tokenizer.save_pretrained(place)
         state.wait_for_everyone()
-    name = run.base or str(folder)
+        folder.finish("base")
+    name = run.base or str(place)
     return name, AutoTokenizer.from_pretrained(name)
 
 
@@ -250,8 +269,9 @@ def expand(run, base: str, tokenizer, decoder):
     return model.train(), LFQProcessor.from_model(model, tokenizer, image_prompt=prompt)
 
 
-def save(model, processor, decoder, image_processor, results, run, trainer, output: Path, upload: Upload | None):
+def save(model, processor, decoder, image_processor, results, run, trainer, folder: RunFolder, upload: Upload | None):
     """Model, processor, image decoder, card, JSON, and the lines a user reads."""
+    output = folder.path
     model.save_pretrained(output, include_base=True if run.base is None else None)
     processor.save_pretrained(output)
     decoder.save_pretrained(output / DECODER_FOLDER)
@@ -267,6 +287,7 @@ def save(model, processor, decoder, image_processor, results, run, trainer, outp
         results=results,
         run=run,
     )
+    folder.finish()
     print(
         f"\ncross-entropy of held-out image tokens {results['generation_loss']:.3f} nats (of {results['codes']:,} codes)"
     )

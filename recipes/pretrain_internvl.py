@@ -29,10 +29,12 @@ from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_questions import SceneQuestionDataset
 from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.data.vqa import VQACollator, scene_rows
+from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
+from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
+from tokcom_hf.trainers.base import average_files
 from tokcom_hf.trainers.dense_pretraining import pretrain_tower
 from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.trainers.vqa_generation import generate_answers
@@ -41,12 +43,10 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "pretrain_internvl
 
 
 @dataclass
-class RunArguments:
+class RunArguments(RunFolderArguments):
     """Size and output of the run."""
 
     output_dir: str = field(default="outputs/small_internvl", metadata={"help": "Folder of model and processor."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'true' goes on from a checkpoint."})
     tower_steps: int = field(default=300, metadata={"help": "Steps that teach tower and projector alone; 0: none."})
     questions_per_type: list[int] = field(
         default_factory=lambda: [3, 1, 1, 4, 1],
@@ -73,23 +73,17 @@ def main(argv: list[str] | None = None) -> dict:
     if len(run.questions_per_type) != len(scenes.types):
         raise RecipeError(f"--questions_per_type {run.questions_per_type} needs a number for each of {scenes.types}.")
     upload = take_upload(values["training"])
-    resume = run.resume_from_checkpoint not in (None, "false")
-    out = check_output_dir(run.output_dir, run.overwrite, resume)
+    folder = RunFolder(run, "pretrain_internvl", folders=("tower",))
+    out = folder.path
     state = PartialState()
-    state.wait_for_everyone()
     use_all_cores(run.threads)
     set_seed(run.seed)
     started = time.time()
     model, processor = build_small_internvl(values["vision"], values["text"])
     state.print(f"{model.num_parameters():,} parameters", flush=True)
-    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
+    values["training"].pop("resume_from_checkpoint", None)
+    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed}
     args = SmallVLMTrainingArguments(**arguments)
-    checkpoint = last_complete_checkpoint(out) if resume else None
-    seen = {}
-    if run.tower_steps and checkpoint is None:
-        seen = teach_tower(model, processor, run, scenes, args)
-    # The tower can see by now, and training goes twice as fast without its backward pass.
-    model.model.vision_tower.requires_grad_(run.tower_steps == 0)
     train = SceneQuestionDataset(
         max(1, args.max_steps) * args.train_batch_size * args.gradient_accumulation_steps * state.num_processes,
         run.seed,
@@ -97,6 +91,13 @@ def main(argv: list[str] | None = None) -> dict:
         dict(zip(scenes.types, run.questions_per_type)),
         **scenes.sampling(),
     )
+    folder.start({"": settings_of(SECTIONS, values)})
+    checkpoint = folder.checkpoint(average_files(args))
+    seen = {}
+    if run.tower_steps and checkpoint is None:
+        seen = teach_tower(model, processor, run, scenes, args)
+    # The tower can see by now, and training goes twice as fast without its backward pass.
+    model.model.vision_tower.requires_grad_(run.tower_steps == 0)
     trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.use_averaged_weights()
@@ -110,7 +111,9 @@ def main(argv: list[str] | None = None) -> dict:
     scores = vqa_accuracy(answers, [row["answers"][0] for row in held_out])
     accuracy = accuracy_by_type(scores, [row["types"][0] for row in held_out])
     results = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed, "tower": seen}
-    results |= {"steps": trainer.state.global_step, "seconds": round(time.time() - started, 1)}
+    results["steps"] = trainer.state.global_step
+    # Of a resumed run the training of all its parts, too.
+    results["seconds"] = round(max(time.time() - started, trainer.training_seconds), 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_model_card(
         out,
@@ -124,6 +127,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"held-out accuracy on {len(held_out)} questions, {results['seconds']:.0f} s")
     for kind, value in accuracy.items():
         print(f"  {kind:10s} {100 * value:5.1f} %")
+    folder.finish()
     if upload is not None:
         print("pushed to", upload.push(out))
     return results

@@ -27,10 +27,12 @@ from tokcom_hf.data.scene_questions import SceneQuestionDataset
 from tokcom_hf.data.scenes import COLOURS, QUESTION_TYPES, SHAPES
 from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, scene_rows
+from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
+from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
+from tokcom_hf.trainers.base import average_files
 from tokcom_hf.trainers.dense_pretraining import pretrain_tower
 from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.trainers.vqa_generation import generate_answers
@@ -39,12 +41,10 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "pretrain_vlm.yaml
 
 
 @dataclass
-class RunArguments:
+class RunArguments(RunFolderArguments):
     """Data and output of the run."""
 
     output_dir: str = field(default="outputs/small_vlm", metadata={"help": "Folder of model and processor."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'true' goes on from a checkpoint."})
     tower_steps: int = field(default=300, metadata={"help": "Steps that teach the vision tower alone; 0 for none."})
     train_tower: bool = field(default=False, metadata={"help": "Go on training the tower with the language model."})
     questions_per_type: list[int] = field(
@@ -88,8 +88,8 @@ def main() -> None:
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
     run = RunArguments(**values["run"])
     upload = take_upload(values["training"])
-    resume = run.resume_from_checkpoint not in (None, "false")
-    out = check_output_dir(run.output_dir, run.overwrite, resume)
+    folder = RunFolder(run, "pretrain_vlm", folders=("tower",))
+    out = folder.path
     state = PartialState()
     use_all_cores(run.threads)
     set_seed(run.seed)
@@ -98,14 +98,9 @@ def main() -> None:
     processor = scene_processor(vision.image_size, vision.patch_size)
     model = build_model(vision, values["text"], processor)
     state.print(f"{model.num_parameters():,} parameters", flush=True)
-    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
+    values["training"].pop("resume_from_checkpoint", None)
+    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed}
     args = SmallVLMTrainingArguments(**arguments)
-    checkpoint = last_complete_checkpoint(out) if resume else None
-    seen = teach_tower(model, processor, run, args) if run.tower_steps and checkpoint is None else {}
-    tower = model.model.vision_tower.requires_grad_(run.train_tower)
-    if run.train_tower:
-        # LLaVA reads the tower before its last norm, which hence never gets a gradient.
-        tower.post_layernorm.requires_grad_(False)
     scenes_per_step = args.train_batch_size * args.gradient_accumulation_steps * state.num_processes
     train = SceneQuestionDataset(
         max(1, args.max_steps) * scenes_per_step,
@@ -115,13 +110,23 @@ def main() -> None:
         run.captions,
         **run.sampling(),
     )
+    folder.start({"": settings_of(SECTIONS, values)})
+    checkpoint = folder.checkpoint(average_files(args))
+    seen = teach_tower(model, processor, run, args) if run.tower_steps and checkpoint is None else {}
+    tower = model.model.vision_tower.requires_grad_(run.train_tower)
+    if run.train_tower:
+        # LLaVA reads the tower before its last norm, which hence never gets a gradient.
+        tower.post_layernorm.requires_grad_(False)
     trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.use_averaged_weights()
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         processor.save_pretrained(out)
+        # Of a resumed run the training of all its parts, too.
+        started = min(started, time.time() - trainer.training_seconds)
         report(out, trainer.unwrapped_model.requires_grad_(True), processor, run, vision.image_size, seen, started)
+        folder.finish()
         if upload is not None:
             print("pushed to", upload.push(out))
 

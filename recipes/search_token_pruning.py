@@ -33,6 +33,8 @@ class RunArguments(TrainArguments):
 def main() -> None:
     values = parse_recipe(__doc__, SECTIONS | {"run": RunArguments}, DEFAULT_CONFIG)
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
+    if run.overwrite or run.checkpoint_wanted:
+        raise RecipeError("A search keeps no checkpoints; go on with it by naming the same --storage.")
     try:
         import optuna  # noqa: F401
     except ImportError as error:

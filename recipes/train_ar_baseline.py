@@ -12,7 +12,6 @@ same text as TokCom was trained on (--train_file, --dataset_name, --split_seed).
 
 import json
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,26 +22,21 @@ from transformers import AutoModel, LlamaForCausalLM, set_seed
 from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, load_source
+from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.compute import count_training_flops, matching_llama_config
-from tokcom_hf.trainers.base import (
-    CompressionTrainer,
-    CompressionTrainingArguments,
-    check_output_dir,
-    last_complete_checkpoint,
-)
+from tokcom_hf.run_folders import RunFolder, RunFolderArguments
+from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments
 from tokcom_hf.trainers.tokcom_budget import tokcom_budget
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_ar_baseline.yaml"
 
 
 @dataclass
-class RunArguments:
+class RunArguments(RunFolderArguments):
     """What to match, and where to write."""
 
     output_dir: str = field(default="outputs/ar_baseline", metadata={"help": "Folder of the model."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
-    resume_from_checkpoint: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint."})
     match_tokcom: str | None = field(
         default=None, metadata={"help": "TokCom folder whose size, tokenizer, row length and budget are matched."}
     )
@@ -64,14 +58,21 @@ SECTIONS = {"run": RunArguments, "data": TextSource, "training": CompressionTrai
 class CausalTrainer(CompressionTrainer):
     """Next-token loss on rows of `input_ids` and `attention_mask`; padding does not count."""
 
+    data_columns = ("input_ids", "attention_mask")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         outputs = model(**inputs, labels=labels, use_cache=False)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        return loss.detach(), outputs.logits.detach(), labels
 
 
 def main() -> None:
@@ -82,7 +83,8 @@ def main() -> None:
     if run.match_tokcom is None and (run.parameters is None or (run.tokens is None) == (run.flops is None)):
         raise RecipeError("Give --match_tokcom FOLDER, or --parameters with either --tokens or --flops.")
     upload = take_upload(values["training"])
-    out = check_output_dir(run.output_dir, run.overwrite, run.resume_from_checkpoint)
+    folder = RunFolder(run, "train_ar_baseline")
+    out = folder.path
     set_seed(run.seed)
     matched: dict[str, float] = {}
     length, tokenizer, size = run.length, run.tokenizer, run.parameters
@@ -103,8 +105,8 @@ def main() -> None:
     config.bos_token_id = data.tokenizer.eos_token_id
     model = LlamaForCausalLM(config)
 
-    training = {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False} | values["training"]
-    training["output_dir"] = str(out)
+    values["training"].pop("resume_from_checkpoint", None)
+    training = {"seed": run.seed} | values["training"] | {"output_dir": str(out)}
     batch = int(training.get("per_device_train_batch_size", 8))
     step_flops = measure_step(model, data.train, batch)
     global_batch = batch * int(training.get("gradient_accumulation_steps", 1))
@@ -117,9 +119,8 @@ def main() -> None:
         model=model, args=arguments, train_dataset=data.train, eval_dataset=data.validation,
         processing_class=data.tokenizer,
     )  # fmt: skip
-    started = time.time()
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if run.resume_from_checkpoint else None)
-    seconds = time.time() - started
+    folder.start({"": settings_of(SECTIONS, values, ignore=("tokens", "flops", "budget"))})
+    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
     trainer.use_averaged_weights()
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(out))
@@ -128,7 +129,7 @@ def main() -> None:
         "steps": steps,
         "tokens": steps * step_tokens,
         "flops": steps * step_flops,
-        "seconds": round(seconds, 1),
+        "seconds": round(trainer.training_seconds, 1),
         "held_out_loss": loss,
         "held_out_perplexity": math.exp(loss),
         "matched": run.budget if matched else None,
@@ -147,6 +148,7 @@ def main() -> None:
             data=source.dataset_name
             or (Path(source.train_file).name if source.train_file else "the embedded English text"),
         )
+        folder.finish()
         print(json.dumps(budget, indent=2))
         if upload is not None:
             print("pushed to", upload.push(out))

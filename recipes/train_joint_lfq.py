@@ -31,11 +31,12 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.captions import JointLFQCollator, SceneArguments, read_image_text_jsonl, scene_caption_rows
 from tokcom_hf.data.small_internvl import TileProcessor
 from tokcom_hf.data.vqa import VQACollator
+from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.plots_lfq import plot_joint_training
 from tokcom_hf.plots_vqgan import NO_MATPLOTLIB
+from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 from tokcom_hf.trainers.joint_lfq_evaluation import evaluate_joint
 from tokcom_hf.trainers.joint_lfq_model import JointLFQModel
 
@@ -44,13 +45,11 @@ SMALL_INTERNVL = "outputs/small_internvl"
 
 
 @dataclass
-class RunArguments:
+class RunArguments(RunFolderArguments):
     """What is trained on what, and where it goes."""
 
     base: str = field(default=SMALL_INTERNVL, metadata={"help": "InternVL by Hub name or folder."})
     output_dir: str = field(default="outputs/joint_lfq", metadata={"help": "Folder of models and reports."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'true' goes on from a checkpoint."})
     image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
     eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder of the images; the file's own if not set."})
@@ -80,13 +79,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the results (empty on all ranks but the first)."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run = RunArguments(**values["run"])
-    resume = run.resume_from_checkpoint not in (None, "false")
     if bool(run.image_text_file) != bool(run.eval_file):
         raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
     upload = take_upload(values["training"])
-    out = check_output_dir(run.output_dir, run.overwrite, resume)
+    folder = RunFolder(run, "train_joint_lfq", folders=("quantizer", "model"))
+    out = folder.path
     state = PartialState()
-    state.wait_for_everyone()
     use_all_cores(run.threads)
     started = time.time()
     ensure_small_internvl(run.base, state)
@@ -102,9 +100,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 + ", ".join(f"{name} {count:,}" for name, count in parameters.items()), flush=True)  # fmt: skip
 
     own = {name: value for name, value in values["training"].items() if name != "resume_from_checkpoint"}
-    args = JointLFQTrainingArguments(
-        **own | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
-    )
+    args = JointLFQTrainingArguments(**own | {"output_dir": str(out), "seed": run.seed})
     trainer = JointLFQTrainer(
         model,
         args,
@@ -113,11 +109,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data_collator=JointLFQCollator(processor, run.prompt, run.caption_prompt, run.packed_questions),
         generation_collator=VQACollator(processor, run.prompt, answers=False),
     )
+    folder.start({"": settings_of(SECTIONS, values)})
     before = evaluate_joint(trainer, held_out)
     began = time.time()
     start_error = trainer.start_quantizer()
     state.print(f"quantizer fitted to features: {start_error:.1%} of their whitened variance is lost", flush=True)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if resume else None)
+    starting = time.time() - began
+    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
     trainer.use_averaged_weights()
     after = evaluate_joint(trainer, held_out)
     if not trainer.is_world_process_zero():
@@ -133,9 +131,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "data": Path(run.image_text_file).name if run.image_text_file else "procedural scenes",
         "base": run.base,
         "seed": run.seed,
-        "seconds": {"pretraining": round(pretraining, 1), "training": round(time.time() - began, 1)},
+        "seconds": {
+            "pretraining": round(pretraining, 1),
+            "training": round(starting + trainer.training_seconds, 1),
+        },
     }
     report(out, trainer, processor, results)
+    folder.finish()
     if upload is not None:
         print("pushed to", upload.push(out / "model"), upload.push(out / "quantizer", "-quantizer"))
     return results

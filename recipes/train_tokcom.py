@@ -40,11 +40,12 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latent_rows import encode_rows
 from tokcom_hf.data.text import load_text_rows
 from tokcom_hf.data.tokenizers import check_tokenizer
+from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.denoising import denoising_metrics
 from tokcom_hf.metrics.reconstruction import reconstruction_metrics
+from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_tokcom.yaml"
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -52,14 +53,10 @@ SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 @dataclass
-class RunArguments:
+class RunArguments(RunFolderArguments):
     """What the run reads and where it writes."""
 
     output_dir: str = field(default="outputs/tokcom", metadata={"help": "Folder of the model and the reports."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'true' goes on from the newest complete checkpoints of the output folder."}
-    )
     stage: str = field(default="both", metadata={"help": "'vae', 'denoiser' (needs <output_dir>/vae) or 'both'."})
     train_file: str | None = field(default=None, metadata={"help": "Text (.txt) or JSON lines (.jsonl) to train on."})
     text_column: str = field(default="text", metadata={"help": "Field of JSON lines and Hub data sets."})
@@ -94,6 +91,7 @@ class RunArguments:
     prompt: str = field(default="The function returns", metadata={"help": "Prompt of the conditional sample."})
 
 
+STAGES = ("vae", "denoiser")
 SECTIONS = {
     "run": RunArguments,
     "vae": TokComVAEConfig,
@@ -114,10 +112,10 @@ def main() -> None:
     upload = take_upload(values["denoiser_training"])
     if upload is not None and run.stage == "vae":
         raise RecipeError("--push_to_hub pushes the whole model; --stage vae trains only its first part.")
-    resume = run.resume_from_checkpoint not in (None, "false")
-    out = check_output_dir(run.output_dir, run.overwrite, resume or run.stage == "denoiser")
+    stages = STAGES if run.stage == "both" else (run.stage,)
+    folder = RunFolder(run, "train_tokcom", stages, STAGES, given=("vae",) if run.stage == "denoiser" else ())
+    out = folder.path
     state = PartialState()
-    state.wait_for_everyone()
     use_all_cores(run.threads)
     started = time.time()
     set_seed(run.seed)
@@ -130,7 +128,7 @@ def main() -> None:
         text_column=run.text_column,
         streaming=run.streaming,
         max_documents=run.max_documents,
-        tokenizer=str(out / "vae") if resume and (out / "vae" / "tokenizer.json").is_file() else run.tokenizer,
+        tokenizer=folder.begun_with("vae", "tokenizer.json") or run.tokenizer,
         vocab_size=run.tokenizer_vocab_size,
         length=run.length,
         chunk_size=chunk_size,
@@ -143,67 +141,99 @@ def main() -> None:
                f"tokens; vocabulary {len(data.tokenizer):,} + omni token")  # fmt: skip
     results: dict[str, Any] = {"rows": len(data.train), "vocabulary": len(data.tokenizer)}
 
-    if run.stage in ("vae", "both"):
-        vae, results["vae"] = train_vae(out, values, run, data, resume)
-    else:
-        vae = load_vae(out / "vae", data.tokenizer)
-        results["vae"] = {}
+    if run.stage == "denoiser":
+        vae, results["vae"] = load_vae(out / "vae", data.tokenizer), {}
+    # Both stages' settings are checked before the first one starts.
+    config, arguments = vae_settings(values, run, data)
+    shape = config if run.stage != "denoiser" else vae.config
+    flow, denoiser_arguments = denoiser_settings(values, run, data, shape)
+    folder.start({stage: stage_settings(values, stage) for stage in stages})
+
+    if run.stage != "denoiser":
+        vae, results["vae"] = train_vae(folder, config, arguments, run, data)
     if run.stage == "vae":
         return
-    model, results["denoiser"] = train_denoiser(out, values, run, data, vae, resume)
+    model, results["denoiser"] = train_denoiser(folder, flow, denoiser_arguments, run, data, vae)
     if state.is_main_process and model.config.train_embeddings:
         # The tables have moved since stage 1: what is reported is what is saved.
         results["vae"] |= reconstruction_metrics(model.vae, *held_out(data, 128), SIGMAS)
     if state.is_main_process:
-        results["seconds"] = round(time.time() - started, 1)
+        parts = [part["seconds"] for part in (results["vae"], results["denoiser"]) if "seconds" in part]
+        # Of a resumed run the seconds of all its parts, else those on the clock, data and reports included.
+        results["seconds"] = round(max(time.time() - started, sum(parts)), 1)
         report(out, model, data, run, results)
         if upload is not None:
             print("pushed to", upload.push(out))
 
 
-def train_vae(out: Path, values, run: RunArguments, data, resume: bool) -> tuple[TokComVAE, dict[str, Any]]:
+def stage_settings(values, stage: str) -> dict[str, Any]:
+    """What decides the result of a stage, that of the stage before it included."""
+    names = ["run", "vae", "vae_training"] + (["denoiser", "flow", "denoiser_training"] if stage == "denoiser" else [])
+    shown = ("stage", "prompt", "sample_chunks", "sample_steps")
+    return settings_of({name: SECTIONS[name] for name in names}, values, ignore=shown)
+
+
+def vae_settings(values, run: RunArguments, data) -> tuple[TokComVAEConfig, TokComVAETrainingArguments]:
+    """Stage 1's configuration and training arguments."""
+    vocabulary = {"vocab_size": len(data.tokenizer) + 1, "omni_token_id": len(data.tokenizer)}
+    arguments = TokComVAETrainingArguments(**training_values(values, "vae_training", "vae", run))
+    return TokComVAEConfig(**values["vae"] | vocabulary), arguments
+
+
+def denoiser_settings(
+    values, run: RunArguments, data, vae: TokComVAEConfig
+) -> tuple[TokComConfig, DenoiserTrainingArguments]:
+    """The whole model's configuration and stage 2's training arguments."""
+    flow = {"max_chunks": run.length // vae.chunk_size, "eos_token_id": data.tokenizer.eos_token_id}
+    denoiser = {"latent_size": vae.latent_size, **values["denoiser"]}
+    config = TokComConfig(**flow | values["flow"] | {"vae": vae.to_dict(), "denoiser": denoiser})
+    return config, DenoiserTrainingArguments(**training_values(values, "denoiser_training", "denoiser", run))
+
+
+def train_vae(
+    folder: RunFolder, config: TokComVAEConfig, arguments: TokComVAETrainingArguments, run: RunArguments, data
+) -> tuple[TokComVAE, dict[str, Any]]:
     """Stage 1; returns the trained VAE and its held-out accuracies."""
-    folder = out / "vae"
-    if resume and (folder / "results.json").is_file():
-        print_once(PartialState(), f"stage 1 is finished in {folder}; going on with stage 2")
-        return load_vae(folder, data.tokenizer), json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    config = TokComVAEConfig(
-        **values["vae"] | {"vocab_size": len(data.tokenizer) + 1, "omni_token_id": len(data.tokenizer)}
-    )
+    out = folder.path / "vae"
+    if folder.is_finished("vae"):
+        print_once(PartialState(), f"stage 1 is finished in {out}; going on with stage 2")
+        return load_vae(out, data.tokenizer), json.loads((out / "results.json").read_text(encoding="utf-8"))
     vae = TokComVAE(config)
     parameters = vae.num_parameters()
     print_once(PartialState(), f"stage 1: TokComVAE with {parameters:,} parameters")
-    arguments = TokComVAETrainingArguments(**training_values(values, "vae_training", folder, run))
     trainer = TokComVAETrainer(
         model=vae, args=arguments, train_dataset=data.train, eval_dataset=data.validation,
         processing_class=data.tokenizer,
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+    trainer.train(folder.checkpoint(trainer.checkpoint_files(), "vae"))
     trainer.use_averaged_weights()
     ids, mask = held_out(data, 128)
     metrics = reconstruction_metrics(vae, ids, mask, SIGMAS) if trainer.is_world_process_zero() else {}
-    trainer.save_model(str(folder))
+    trainer.save_model(str(out))
     if trainer.is_world_process_zero():
-        results = {"parameters": parameters, "steps": trainer.state.global_step, **metrics}
-        (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        results = {"parameters": parameters, "steps": trainer.state.global_step}
+        results |= {"seconds": round(trainer.training_seconds, 1), **metrics}
+        (out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
         card = {"parameters": {"TokComVAE": parameters}, "metrics": metrics, "samples": {}, "data": describe(run)}
-        write_model_card(
-            folder, "tokcom", tags=["text-compression"], name="TokComVAE", config=config.to_dict(), **card
-        )
+        write_model_card(out, "tokcom", tags=["text-compression"], name="TokComVAE", config=config.to_dict(), **card)
         print(f"  held-out token accuracy {metrics['token_accuracy']:.4%}, chunk accuracy {metrics['chunk_accuracy']:.4%}, "
               f"token accuracy with noise 0.5 std {metrics['token_accuracy_sigma_0.5']:.4%}")  # fmt: skip
         metrics = results
+    folder.finish("vae")
     trainer.accelerator.wait_for_everyone()
     return trainer.unwrapped_model, metrics
 
 
-def train_denoiser(out: Path, values, run: RunArguments, data, vae: TokComVAE, resume: bool):
+def train_denoiser(
+    folder: RunFolder,
+    config: TokComConfig,
+    arguments: DenoiserTrainingArguments,
+    run: RunArguments,
+    data,
+    vae: TokComVAE,
+):
     """Stage 2; returns the whole model and its held-out denoising accuracies."""
-    state = PartialState()
-    folder = out / "denoiser"
-    flow = {"max_chunks": run.length // vae.config.chunk_size, "eos_token_id": data.tokenizer.eos_token_id}
-    denoiser = {"latent_size": vae.config.latent_size, **values["denoiser"]}
-    config = TokComConfig(**flow | values["flow"] | {"vae": vae.config.to_dict(), "denoiser": denoiser})
+    state, latents = PartialState(), folder.path / "denoiser"
     set_seed(run.seed)
     model = TokComModel(config)
     model.vae.load_state_dict(vae.state_dict())
@@ -212,23 +242,23 @@ def train_denoiser(out: Path, values, run: RunArguments, data, vae: TokComVAE, r
     print_once(state, f"stage 2: DenoisedModel with {parameters:,} parameters")
     # One process writes the latents, the others read its file.
     with state.main_process_first():
-        train = encode_rows(vae, data.train, folder / "train_latents.npy", description="encoding training rows")
+        train = encode_rows(vae, data.train, latents / "train_latents.npy", description="encoding training rows")
         validation = encode_rows(
-            vae, data.validation, folder / "validation_latents.npy", description="encoding held-out rows"
+            vae, data.validation, latents / "validation_latents.npy", description="encoding held-out rows"
         )
     model.fit_latents(train.mean, train.std)
-    arguments = DenoiserTrainingArguments(**training_values(values, "denoiser_training", folder, run))
     trainer = DenoiserTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=validation, processing_class=data.tokenizer
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
+    trainer.train(folder.checkpoint(trainer.checkpoint_files(), "denoiser"))
     trainer.use_averaged_weights()
     model = trainer.unwrapped_model.eval()
     ids, mask = held_out(data, 64)
     metrics = denoising_metrics(model, ids, mask, TIMES) if trainer.is_world_process_zero() else {}
-    trainer.save_model(str(out))
-    metrics = {"parameters": parameters, "steps": trainer.state.global_step, **metrics}
-    return model, metrics
+    trainer.save_model(str(folder.path))
+    folder.finish("denoiser")
+    steps = {"parameters": parameters, "steps": trainer.state.global_step}
+    return model, steps | {"seconds": round(trainer.training_seconds, 1), **metrics}
 
 
 def report(out: Path, model: TokComModel, data, run: RunArguments, results: dict[str, Any]) -> None:
@@ -290,10 +320,10 @@ def load_vae(folder: Path, tokenizer) -> TokComVAE:
     return vae
 
 
-def training_values(values, section: str, folder: Path, run: RunArguments) -> dict[str, Any]:
+def training_values(values, section: str, stage: str, run: RunArguments) -> dict[str, Any]:
     """A section of TrainingArguments, with what the run decides for both stages."""
     own = {k: v for k, v in values[section].items() if k != "resume_from_checkpoint"}
-    return own | {"output_dir": str(folder), "seed": run.seed, "remove_unused_columns": False}
+    return own | {"output_dir": str(Path(run.output_dir) / stage), "seed": run.seed}
 
 
 def held_out(data, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,9 +31,10 @@ from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options
+from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
+from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
 from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_token_pruning.yaml"
@@ -41,13 +42,11 @@ SMALL_VLM = "outputs/small_vlm"
 
 
 @dataclass
-class RunArguments:
+class RunArguments(RunFolderArguments):
     """What is trained and where it goes."""
 
     base_model: str = field(default=SMALL_VLM, metadata={"help": "VLM by Hub name or folder."})
     output_dir: str = field(default="outputs/token_pruning", metadata={"help": "Folder of heads and reports."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'true' goes on from a checkpoint."})
     seed: int = field(default=42, metadata={"help": "Seed of heads and training."})
     merger: bool = field(default=True, metadata={"help": "Train stage 1, the token merger."})
     pruners: bool = field(default=True, metadata={"help": "Train stage 2, the layer pruners."})
@@ -76,8 +75,8 @@ def main() -> None:
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
     upload = take_upload(values["training"])
-    resume = run.resume_from_checkpoint not in (None, "false")
-    out = check_output_dir(run.output_dir, run.overwrite, resume)
+    folder = RunFolder(run, "train_token_pruning")
+    out = folder.path
     use_all_cores(run.threads)
     ensure_small_vlm(run.base_model, run.threads)
     started = time.time()
@@ -87,7 +86,8 @@ def main() -> None:
     train, held_out = load_vqa_rows(source, run.base_model)
     model = build_model(base, run, values)
 
-    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed, "remove_unused_columns": False}
+    values["training"].pop("resume_from_checkpoint", None)
+    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed}
     args = TokenPruningTrainingArguments(**arguments)
     discriminator = None
     if args.adversarial_weight > 0:
@@ -104,7 +104,8 @@ def main() -> None:
         generation_collator=VQACollator(processor, source.prompt, answers=False),
         discriminator=discriminator,
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) if resume else None)
+    folder.start({"": settings_of(SECTIONS, values)})
+    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
     trainer.use_averaged_weights()
     if args.lora_r:
         trainer.merge_lora()
@@ -112,7 +113,9 @@ def main() -> None:
         return
     model.save_pretrained(out, include_base=bool(args.lora_r))
     processor.save_pretrained(out)
-    report(out, model, processor, source, held_out, run, args, time.time() - started)
+    seconds = max(time.time() - started, trainer.training_seconds)
+    report(out, model, processor, source, held_out, run, args, seconds)
+    folder.finish()
     if upload is not None:
         print("pushed to", upload.push(out))
 

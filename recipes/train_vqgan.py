@@ -3,14 +3,13 @@
     accelerate launch recipes/train_vqgan.py                                   # procedural images, small enough for a CPU
     accelerate launch recipes/train_vqgan.py --image_dir photos --model.image_size 128
     accelerate launch recipes/train_vqgan.py --config recipes/configs/base/train_vqgan.yaml --dataset_name NAME
-    accelerate launch recipes/train_vqgan.py --resume                          # go on after an interruption
+    accelerate launch recipes/train_vqgan.py --resume_from_checkpoint true     # go on after an interruption
 
 Writes the model with its image processor and model card, `results.json`, `reconstructions.png`, `codebook.png` and
 `history.png` into output_dir. The discriminator is saved beside it in `discriminator/`.
 """
 
 import json
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from transformers import set_seed
 from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.images import image_datasets
+from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.models.configuration_vqgan import VQGANConfig
 from tokcom_hf.models.configuration_vqgan_discriminator import VQGANDiscriminatorConfig
@@ -26,8 +26,8 @@ from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
 from tokcom_hf.models.modeling_vqgan import VQGAN
 from tokcom_hf.models.modeling_vqgan_discriminator import VQGANDiscriminator
 from tokcom_hf.plots_vqgan import NO_MATPLOTLIB, plot_history, plot_usage
+from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.base import check_output_dir
 from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments
 from tokcom_hf.trainers.vqgan_pictures import reconstruction_grid
 
@@ -35,9 +35,10 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_vqgan.yaml"
 
 
 @dataclass
-class RunArguments:
+class RunArguments(RunFolderArguments):
     """What to train on and where to write."""
 
+    output_dir: str = field(default="outputs/train_vqgan", metadata={"help": "Folder of the model and the reports."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder of images; unreadable files are skipped."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub data set with an image column."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
@@ -49,29 +50,25 @@ class RunArguments:
     threads: int = field(
         default=0, metadata={"help": "Processor threads of a run on one CPU process; 0 takes all cores."}
     )
-    resume: bool = field(default=False, metadata={"help": "Resume from the newest complete checkpoint."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in output_dir."})
+
+
+SECTIONS = {
+    "run": RunArguments,
+    "model": VQGANConfig,
+    "discriminator": VQGANDiscriminatorConfig,
+    "training": VQGANTrainingArguments,
+}
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the recipe and returns its results."""
-    values = parse_recipe(
-        __doc__,
-        {
-            "run": RunArguments,
-            "model": VQGANConfig,
-            "discriminator": VQGANDiscriminatorConfig,
-            "training": VQGANTrainingArguments,
-        },
-        DEFAULT_CONFIG,
-        argv,
-    )
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run = RunArguments(**values["run"])
     upload = take_upload(values["training"])
-    args = VQGANTrainingArguments(**{"output_dir": "outputs/train_vqgan", **values["training"]})
-    output = Path(args.output_dir)
-    if args.process_index == 0:
-        check_output_dir(output, run.overwrite, run.resume)
+    folder = RunFolder(run, "train_vqgan", folders=("discriminator", "pictures"))
+    output = folder.path
+    values["training"].pop("resume_from_checkpoint", None)
+    args = VQGANTrainingArguments(**values["training"] | {"output_dir": run.output_dir})
     use_all_cores(run.threads)
     set_seed(args.seed)
     model = VQGAN.from_pretrained(run.init_from) if run.init_from else VQGAN(VQGANConfig(**values["model"]))
@@ -94,9 +91,8 @@ def main(argv: list[str] | None = None) -> dict:
         eval_dataset=eval_set,
         processing_class=processor,
     )
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=True if run.resume else None)
-    minutes = (time.perf_counter() - started) / 60
+    folder.start({"": settings_of(SECTIONS, values)})
+    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
     trainer.use_averaged_weights()
     trainer.average = None
     metrics = trainer.evaluate()
@@ -108,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict:
         "skipped_files": len(getattr(getattr(train_set, "dataset", train_set), "skipped", [])),
         "seed": args.seed,
         "steps": trainer.state.global_step,
-        "minutes": round(minutes, 2),
+        "minutes": round(trainer.training_seconds / 60, 2),
         "parameters": model.num_parameters(),
         "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()},
     }
@@ -116,6 +112,7 @@ def main(argv: list[str] | None = None) -> dict:
         if discriminator is not None:
             discriminator.save_pretrained(output / "discriminator")
         write_results(trainer, results, output)
+        folder.finish()
         if upload is not None:
             print("pushed to", upload.push(output))
     return results

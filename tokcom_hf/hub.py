@@ -20,6 +20,7 @@ RUN_FILES = [
     "runs/*",
     "*/runs/*",
     RUN_MARKER,
+    f".{RUN_MARKER}",
     "*/" + RUN_MARKER,
 ]
 

@@ -3,24 +3,40 @@
 Everything else (Accelerate, resume, RNG, callbacks, trackers, Hub pushes) is `Trainer`'s own.
 """
 
-import json
-import shutil
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from ..checkpoints import (
+    AUXILIARY_FILE,
+    AVERAGE_FILE,
+    choose_checkpoint,
+    last_complete_checkpoint,
+    last_finite_checkpoint,
+)
+from ..run_folders import check_output_dir
+from .clock import Clock
+from .finite import nonfinite_names
 from .muon import MuonWithAdamW, split_for_muon
 
-AVERAGE_FILE = "ema.safetensors"
-AUXILIARY_FILE = "auxiliary.pt"
+__all__ = [
+    "CompressionTrainer",
+    "CompressionTrainingArguments",
+    "check_output_dir",
+    "last_complete_checkpoint",
+]
 
 
 @dataclass
@@ -36,7 +52,8 @@ class CompressionTrainingArguments(TrainingArguments):
         metadata={"help": "Use min(ema_decay, (1 + step) / (10 + step)), so that short runs forget their start."},
     )
     stop_on_nonfinite_loss: bool = field(
-        default=True, metadata={"help": "Stop at the first NaN or infinite loss instead of training on."}
+        default=True,
+        metadata={"help": "Stop at the first NaN or infinite loss or gradient norm instead of training on."},
     )
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after so many evaluations without improvement; 0 never stops early."}
@@ -47,6 +64,9 @@ class CompressionTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.early_stopping_patience and self.metric_for_best_model is None:
+            # Trainer sets its default, the loss, for `load_best_model_at_end` alone.
+            self.metric_for_best_model = "loss"
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
             # Every parameter of the package's models takes part in every step; the search costs a pass over the graph.
@@ -58,6 +78,11 @@ class CompressionTrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if self.early_stopping_patience < 0:
             raise ValueError(f"early_stopping_patience must not be negative, got {self.early_stopping_patience}.")
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            raise ValueError(
+                f"early_stopping_patience {self.early_stopping_patience} counts evaluations, and eval_strategy is 'no'; "
+                "set --eval_strategy steps (and --eval_steps) or epoch."
+            )
 
 
 class _AverageCallback(TrainerCallback):
@@ -78,18 +103,55 @@ class CompressionTrainer(Trainer):
     """Thin base of the package's trainers.
 
     Subclasses may override `auxiliary_state` (second networks, optimizers) and call `log_scalars` in `compute_loss`.
+
+    Attributes:
+        arguments_class: what `args` must be; built with its defaults where `args` is None.
+        data_columns: columns that the loss reads and the model's forward does not name, kept under Trainer's default
+            `remove_unused_columns=True`; None where the collator reads whole rows, which turns that argument off.
     """
 
     args: CompressionTrainingArguments
+    arguments_class: type[CompressionTrainingArguments] = CompressionTrainingArguments
+    data_columns: tuple[str, ...] | None = ()
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model=None, args=None, *positional, **kwargs):
+        args = self.checked_arguments(args)
+        if self.data_columns is None:
+            args.remove_unused_columns = False
+        self._grad_norm = 0.0
+        super().__init__(model, args, *positional, **kwargs)
         self.average: AveragedModel | None = None
         self._resume_folder: str | None = None
         self._scalars: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._clock = Clock()
+        self.add_callback(self._clock)
         self.add_callback(_AverageCallback(self))
         if self.args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+
+    @classmethod
+    def checked_arguments(cls, args: CompressionTrainingArguments | None) -> CompressionTrainingArguments:
+        """`args`, or the defaults for None.
+
+        Raises:
+            TypeError: another class of arguments, which lacks this trainer's fields.
+        """
+        if args is None:
+            return cls.arguments_class(output_dir="tmp_trainer")
+        if not isinstance(args, cls.arguments_class):
+            raise TypeError(
+                f"{cls.__name__} needs args of class {cls.arguments_class.__name__}, got {type(args).__name__}."
+            )
+        return args
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds spent in `train`, those before a resume included."""
+        return self._clock.seconds
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *(self.data_columns or ())]))
 
     @property
     def unwrapped_model(self):
@@ -122,11 +184,18 @@ class CompressionTrainer(Trainer):
 
     # ------------------------------------------------------------------ training
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"No complete checkpoint found in {self.args.output_dir}; nothing to resume from.")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        """As `Trainer.train`, going on only from whole checkpoints and ending only with finite weights.
+
+        Raises:
+            ValueError: there is no whole checkpoint to go on from.
+            FloatingPointError: loss, gradient norm or weights became NaN or infinite.
+        """
+        checkpoint = choose_checkpoint(self.args.output_dir, resume_from_checkpoint, self.checkpoint_files())
+        if resume_from_checkpoint is True and checkpoint is None:
+            raise ValueError(f"No complete checkpoint found in {self.args.output_dir}; nothing to resume from.")
+        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self.check_finite()
+        return output
 
     def _run_epoch(self, *args, **kwargs):
         # A run resumed from its last checkpoint has nothing left to do; Trainer itself would train one step more.
@@ -138,13 +207,47 @@ class CompressionTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.stop_on_nonfinite_loss and not torch.isfinite(loss):
-            last = last_complete_checkpoint(self.args.output_dir)
-            advice = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
-            raise FloatingPointError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}; {advice}. "
-                "Lower the learning rate or set max_grad_norm, then resume from it."
-            )
+            raise self.not_finite(f"The loss became {loss.item()}")
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # A loss scaler skips steps of infinite gradients by design.
+        self._grad_norm = 0.0 if self.accelerator.scaler is not None else float(norm)
+        if self.args.stop_on_nonfinite_loss:
+            self._check_grad_norm()
+        return norm
+
+    def _check_grad_norm(self) -> None:
+        if not math.isfinite(self._grad_norm):
+            raise self.not_finite(f"The gradient norm became {self._grad_norm}")
+
+    def not_finite(self, what: str) -> FloatingPointError:
+        """The error that ends a run whose numbers left the finite ones; it names the last checkpoint that has not."""
+        last = last_finite_checkpoint(self.args.output_dir, self.checkpoint_files())
+        advice = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+        return FloatingPointError(
+            f"{what} at step {self.state.global_step + 1}; {advice}. "
+            "Lower the learning rate or set max_grad_norm, then resume from it."
+        )
+
+    def check_finite(self) -> None:
+        """Checks everything that was trained: model, averaged weights, second networks.
+
+        Raises:
+            FloatingPointError: some hold NaN or infinity; names them.
+        """
+        trained = {"": self.unwrapped_model, "average of ": self.average}
+        trained |= {f"{name}: ": item for name, item in self.auxiliary_state().items() if isinstance(item, nn.Module)}
+        bad = [
+            prefix + name
+            for prefix, module in trained.items()
+            if module is not None
+            for name in nonfinite_names(module)
+        ]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise self.not_finite(f"The weights hold NaN or infinity ({', '.join(bad[:3])}{more})")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -154,6 +257,10 @@ class CompressionTrainer(Trainer):
 
     # ------------------------------------------------------------------ averaged weights
     def _start_auxiliary(self) -> None:
+        # The state of a resumed run knows only the callbacks it was saved with; Trainer updates those of this one.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         if self.args.ema_decay > 0:
             average = get_ema_multi_avg_fn(self.args.ema_decay)
             if self.args.ema_warmup:
@@ -163,18 +270,25 @@ class CompressionTrainer(Trainer):
             self.average.requires_grad_(False)
         if self._resume_folder is not None:
             self._load_average(self._resume_folder)
-            path = Path(self._resume_folder) / AUXILIARY_FILE
-            auxiliary = self.auxiliary_state()
-            if auxiliary and path.is_file():
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                for name, item in auxiliary.items():
-                    item.load_state_dict(saved[name])
+            self._load_auxiliary(Path(self._resume_folder) / AUXILIARY_FILE)
             self._resume_folder = None
 
+    def _load_auxiliary(self, path: Path) -> None:
+        auxiliary = self.auxiliary_state()
+        if not auxiliary:
+            return
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        missing = sorted(set(auxiliary) - set(saved))
+        if missing:
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}, which this run trains; resume with the settings it was saved with."
+            )
+        for name, item in auxiliary.items():
+            item.load_state_dict(saved[name])
+
     def _load_average(self, folder: str) -> None:
-        path = Path(folder) / AVERAGE_FILE
-        if self.average is not None and path.is_file():
-            load_model(self.average, path)
+        if self.average is not None:
+            load_model(self.average, Path(folder) / AVERAGE_FILE)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -210,6 +324,36 @@ class CompressionTrainer(Trainer):
             return super().predict(*args, **kwargs)
 
     # ------------------------------------------------------------------ checkpoints
+    def checkpoint_files(self) -> tuple[str, ...]:
+        """Files that a checkpoint of this run must hold beside weights, optimizer, scheduler and state."""
+        average = average_files(self.args)
+        return (*average, AUXILIARY_FILE) if self.auxiliary_state() else average
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # What cannot be used is not saved, as a checkpoint or as the result.
+        self.check_finite()
+        if not _internal_call:
+            return super().save_model(output_dir)
+        self._check_grad_norm()
+        with self._own_key_names():
+            super().save_model(output_dir, _internal_call=True)
+
+    @contextmanager
+    def _own_key_names(self) -> Iterator[None]:
+        """`save_pretrained` with the names of the model's own parameters, which is what resuming reads.
+
+        By default it writes those of the architecture's original release, and none of them would be found again.
+        """
+        model = self.unwrapped_model
+        if not isinstance(model, PreTrainedModel):
+            yield
+            return
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            yield
+        finally:
+            del model.save_pretrained
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Runs before trainer_state.json is written, which therefore marks a complete checkpoint.
         super()._save_optimizer_and_scheduler(output_dir)
@@ -226,9 +370,33 @@ class CompressionTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resume_folder = resume_from_checkpoint
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        model = self.unwrapped_model
+        tensors = model.state_dict(keep_vars=True)
+        missing = set(load_result.missing_keys)
+        # A tied parameter is stored once, under one of its names; a frozen base is where its reference says.
+        found = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+        if hasattr(getattr(model, "config", None), "base_model_name_or_path"):
+            found |= {
+                id(tensor) for name, tensor in tensors.items() if name.startswith("base.") and not tensor.requires_grad
+            }
+        lost = [name for name in load_result.missing_keys if name in tensors and id(tensors[name]) not in found]
+        if lost:
+            raise ValueError(
+                f"The checkpoint lacks {len(lost)} of the model's {len(tensors)} tensors ({', '.join(lost[:3])}, ...); "
+                "training from it would start them anew. Resume with the model it was saved from."
+            )
+        load_result.missing_keys[:] = []
+        super()._issue_warnings_after_load(load_result)
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._load_average(str(self.state.best_model_checkpoint))
+
+
+def average_files(args: CompressionTrainingArguments) -> tuple[str, ...]:
+    """Names of the files of averaged weights in a checkpoint of a run with these arguments."""
+    return (AVERAGE_FILE,) if args.ema_decay > 0 else ()
 
 
 def _warmed_up(decay: float):
@@ -240,39 +408,3 @@ def _warmed_up(decay: float):
         torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1.0 + n) / (10.0 + n)))
 
     return update
-
-
-def last_complete_checkpoint(output_dir: str | Path | None) -> str | None:
-    """The newest `checkpoint-N` whose saving was finished, or None; a killed run may leave an unfinished one."""
-    found = []
-    for folder in Path(output_dir or ".").glob("checkpoint-*"):
-        step = folder.name.removeprefix("checkpoint-")
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        if step.isdigit():
-            found.append((int(step), str(folder)))
-    return max(found)[1] if found else None
-
-
-def check_output_dir(path: str | Path, overwrite: bool = False, resume: bool = False) -> Path:
-    """Refuses a non-empty output folder unless the run overwrites or resumes it; creates nothing.
-
-    Raises:
-        FileExistsError: the folder holds files and neither flag is set.
-        NotADirectoryError: the path is a file.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"Output folder {str(path)!r} is a file; name a folder.")
-    if path.is_dir() and any(path.iterdir()):
-        if not (overwrite or resume):
-            raise FileExistsError(
-                f"Output folder {str(path)!r} is not empty; add --resume to go on with that run, --overwrite to "
-                "replace it, or name another with --output_dir."
-            )
-        if overwrite and not resume:
-            for checkpoint in path.rglob("checkpoint-*"):
-                shutil.rmtree(checkpoint, ignore_errors=True)
-    return path

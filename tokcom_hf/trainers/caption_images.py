@@ -1,6 +1,6 @@
 """Steps of the full circle: train the image tokenizer, turn images into codes, draw captions and look at the result."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,21 @@ from ..metrics.scene_reader import SceneReader, score_scene
 from .vqgan import VQGANTrainer, VQGANTrainingArguments
 
 
-def train_image_tokenizer(model, image_processor, train, held_out, values: dict[str, Any], folder: Path, seed: int):
-    """Trains a VQGAN on the images of caption rows and returns it with its averaged weights."""
-    args = VQGANTrainingArguments(
-        **values | {"output_dir": str(folder), "seed": seed, "report_to": "none", "remove_unused_columns": False}
-    )
+def train_image_tokenizer(
+    model,
+    image_processor,
+    train,
+    held_out,
+    values: dict[str, Any],
+    folder: Path,
+    seed: int,
+    choose: Callable[[Sequence[str]], str | None] = lambda required: None,
+):
+    """Trains a VQGAN on the images of caption rows and returns it with its averaged weights.
+
+    `choose` returns the checkpoint to go on from, given the files that it must hold.
+    """
+    args = VQGANTrainingArguments(**values | {"output_dir": str(folder), "seed": seed, "report_to": "none"})
     trainer = VQGANTrainer(
         model,
         args,
@@ -26,7 +36,7 @@ def train_image_tokenizer(model, image_processor, train, held_out, values: dict[
         eval_dataset=PixelRows(held_out, image_processor),
         processing_class=image_processor,
     )
-    trainer.train()
+    trainer.train(choose(trainer.checkpoint_files()))
     trainer.use_averaged_weights()
     trainer.average = None
     trainer.evaluate()

@@ -77,16 +77,19 @@ class JointLFQTrainer(CompressionTrainer):
     """
 
     args: JointLFQTrainingArguments
+    arguments_class = JointLFQTrainingArguments
+    data_columns = None
 
     def __init__(
         self,
         model: JointLFQModel,
-        args: JointLFQTrainingArguments,
+        args: JointLFQTrainingArguments | None = None,
         *,
         teacher=None,
         generation_collator=None,
         **kwargs,
     ):
+        args = self.checked_arguments(args)
         model.set_trainable(args.tune_llm)
         super().__init__(model, args, **kwargs)
         self.generation_collator = generation_collator

@@ -18,3 +18,5 @@ class SmallVLMTrainer(CompressionTrainer):
     """`Trainer` with Muon for the matrices, which learns to look things up in far fewer steps than AdamW."""
 
     args: SmallVLMTrainingArguments
+    arguments_class = SmallVLMTrainingArguments
+    data_columns = None

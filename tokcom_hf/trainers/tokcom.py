@@ -49,7 +49,9 @@ class DenoiserTrainingArguments(_TokComTrainingArguments):
 
 
 class _TokComTrainer(CompressionTrainer):
-    """Loss-only evaluation plus accuracies on a fixed part of the held-out rows, and sample tables."""
+    """Evaluation adds accuracies on a fixed part of the held-out rows, and sample tables."""
+
+    data_columns = ("input_ids", "attention_mask", "latents")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -76,6 +78,8 @@ class _TokComTrainer(CompressionTrainer):
 
 class TokComVAETrainer(_TokComTrainer):
     """Trains a `TokComVAE` on rows of `input_ids` and `attention_mask`; padding is not part of the loss."""
+
+    arguments_class = TokComVAETrainingArguments
 
     def __init__(self, model=None, *args, **kwargs):
         if model is not None and model.config.nearest_decoder:
@@ -112,6 +116,8 @@ class DenoiserTrainer(_TokComTrainer):
     Noise and times of a batch depend only on seed, step and position in the global batch: a resumed run and a run on more
     processes see the same ones.
     """
+
+    arguments_class = DenoiserTrainingArguments
 
     def __init__(self, model=None, *args, **kwargs):
         if model is not None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoints import newest_state
 from ..data.latent_rows import encode_rows
 from ..metrics.compute import count_flops, count_training_flops
-from .base import last_complete_checkpoint
 from .tokcom import DenoiserTrainer, DenoiserTrainingArguments, TokComVAETrainer, TokComVAETrainingArguments
 
 
@@ -58,13 +58,13 @@ def _row_count(folder: Path, given: int) -> int:
 
 
 def _epochs(folder: Path) -> float:
-    checkpoint = last_complete_checkpoint(folder)
-    if checkpoint is None:
+    state = newest_state(folder)
+    if state is None:
         raise FileNotFoundError(
             f"No complete checkpoint in {str(folder)!r}: its training length is unknown. Give --run.tokens or --run.flops "
             "instead of --run.match_tokcom."
         )
-    return float(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["epoch"])
+    return float(state["epoch"])
 
 
 def _step_flops(model: Any, inputs: dict[str, torch.Tensor], rows: list[Any], draws: int) -> dict[str, float]:

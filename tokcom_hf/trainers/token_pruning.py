@@ -86,6 +86,8 @@ class TokenPruningTrainer(CompressionTrainer):
     """
 
     args: TokenPruningTrainingArguments
+    arguments_class = TokenPruningTrainingArguments
+    data_columns = None
 
     def __init__(
         self,
@@ -96,8 +98,7 @@ class TokenPruningTrainer(CompressionTrainer):
         generation_collator=None,
         **kwargs,
     ):
-        if args is None:
-            raise ValueError("TokenPruningTrainer needs args, a TokenPruningTrainingArguments.")
+        args = self.checked_arguments(args)
         self._lora_r = args.lora_r
         if model is not None:
             self._make_trainable(model)
@@ -290,12 +291,6 @@ class TokenPruningTrainer(CompressionTrainer):
             torch.manual_seed(self.args.seed + self.state.global_step)
             self.accelerator.unwrap_model(self.discriminator).reinitialize()
         self.discriminator_optimizer.state.clear()
-
-    def _issue_warnings_after_load(self, load_result):
-        # Frozen base weights are not in the checkpoint by design; only missing heads are worth a word.
-        missing = [key for key in load_result.missing_keys if not key.startswith("base.")]
-        load_result.missing_keys[:] = missing
-        super()._issue_warnings_after_load(load_result)
 
     # ------------------------------------------------------------------ evaluation and the end
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):

@@ -84,13 +84,19 @@ class VQGANTrainer(CompressionTrainer):
     """
 
     args: VQGANTrainingArguments
+    arguments_class = VQGANTrainingArguments
+    data_columns = None
 
     def __init__(
-        self, model: VQGAN, args: VQGANTrainingArguments, discriminator: VQGANDiscriminator | None = None, **kw
+        self,
+        model: VQGAN,
+        args: VQGANTrainingArguments | None = None,
+        discriminator: VQGANDiscriminator | None = None,
+        **kw,
     ):
+        args = self.checked_arguments(args)
         # Buffers are equal on all ranks by construction; broadcasting would only hide a fault.
         args.ddp_broadcast_buffers = False
-        args.remove_unused_columns = False
         super().__init__(model=model, args=args, **kw)
         self.model_accepts_loss_kwargs = False
         self.discriminator = discriminator

@@ -1,0 +1,150 @@
+"""What decides a run's result, as a flat dictionary that two runs can be compared by."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedConfig, TrainingArguments
+
+# Of `TrainingArguments`, what decides the trained weights; how often to log, save or evaluate does not. More steps or
+# epochs make no other run: it goes on for longer.
+DECIDING = frozenset(
+    [
+        "learning_rate",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "warmup_ratio",
+        "optim",
+        "optim_args",
+        "seed",
+        "data_seed",
+        "bf16",
+        "fp16",
+        "label_smoothing_factor",
+        "neftune_noise_alpha",
+        "train_sampling_strategy",
+        "dataloader_drop_last",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "greater_is_better",
+    ]
+)
+# Of the recipes' and trainers' own arguments, what is only shown or measured.
+COSMETIC = frozenset(
+    [
+        "output_dir",
+        "overwrite",
+        "resume_from_checkpoint",
+        "resume",
+        "threads",
+        "sample_every",
+        "num_samples",
+        "metric_rows",
+        "eval_noise_levels",
+        "eval_times",
+        "monitor_window",
+        "num_pictures",
+        "eval_max_new_tokens",
+        "eval_questions",
+        "eval_captions",
+        "eval_images",
+        "stop_on_nonfinite_loss",
+        "early_stopping_patience",
+    ]
+)
+# Fields that name a file, a folder or something on the Hub: files count by their contents.
+PATHS = frozenset(
+    [
+        "train_file",
+        "validation_file",
+        "eval_file",
+        "image_text_file",
+        "image_dir",
+        "tokenizer",
+        "base",
+        "base_model",
+        "init_from",
+        "image_tokenizer",
+        "match_tokcom",
+    ]
+)
+
+
+def settings_of(
+    sections: Mapping[str, type], values: Mapping[str, Mapping[str, Any]], ignore: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What decides a run's result, as `{"section.field": value}`: data, model and training settings, defaults included.
+
+    Args:
+        sections: name -> dataclass, as for `parse_recipe`; those of one stage.
+        values: what configuration file and command line set.
+        ignore: further fields that decide nothing.
+    """
+    settings: dict[str, Any] = {}
+    ignored = COSMETIC | set(ignore)
+    for section, cls in sections.items():
+        given = values[section]
+        for item in dataclasses.fields(cls):
+            name = item.name
+            if item.init and not name.startswith("_") and name not in ignored and (name in given or _own(cls, name)):
+                value = given.get(name, _default(item))
+                settings[f"{section}.{name}"] = fingerprint(value) if name in PATHS else value
+        if issubclass(cls, TrainingArguments):
+            settings = {key: value for key, value in settings.items() if _decides(section, key)}
+            parts = given.get("per_device_train_batch_size", 8), given.get("gradient_accumulation_steps", 1)
+            # The same batch on more devices, or in more parts, is the same training.
+            settings[f"{section}.batch_size"] = parts[0] * parts[1] * PartialState().num_processes
+    # As it comes back from the marker.
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _own(cls: type, name: str) -> bool:
+    """Whether a field left at its default is the class's own matter: not what every configuration has, not a part."""
+    if issubclass(cls, PreTrainedConfig):
+        return name not in _names(PreTrainedConfig) and name not in cls.sub_configs
+    return True
+
+
+def _decides(section: str, key: str) -> bool:
+    place, _, name = key.partition(".")
+    return place != section or name in DECIDING or name not in _names(TrainingArguments)
+
+
+def _names(cls: type) -> set[str]:
+    return {item.name for item in dataclasses.fields(cls)}
+
+
+def _default(item: dataclasses.Field) -> Any:
+    if item.default is not dataclasses.MISSING:
+        return item.default
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else None
+
+
+def fingerprint(path: Any) -> Any:
+    """Of a file the hash of its bytes, of a folder that of its files' names and sizes, of anything else the name itself."""
+    if not isinstance(path, str):
+        return path
+    place, digest = Path(path), hashlib.sha256()
+    if place.is_file():
+        with place.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    elif place.is_dir():
+        for file in sorted(place.rglob("*")):
+            if file.is_file():
+                digest.update(
+                    f"{file.relative_to(place).as_posix()}\0{file.stat().st_size}\n".encode("utf-8", "surrogatepass")
+                )
+    else:
+        return str(path)
+    return digest.hexdigest()[:16]
