@@ -315,6 +315,18 @@ class CompressionTrainer(Trainer):
             for parameter, averaged in pairs:
                 parameter.data.copy_(averaged.data)
 
+    def loss_and_predictions(self, rows, ignore_keys, metric_key_prefix: str) -> dict[str, float]:
+        """For trainers with an evaluation of their own: the loss and the user's metrics, where somebody asks for them.
+
+        `compute_metrics` does, and `metric_for_best_model`, which is the loss by default.
+        """
+        best = str(self.args.metric_for_best_model).removeprefix("eval_")
+        if self.compute_metrics is None and best != "loss":
+            return {}
+        loader = self.get_eval_dataloader(rows)
+        loss_only = self.compute_metrics is None
+        return super().evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix).metrics
+
     def evaluate(self, *args, **kwargs):
         with self.averaged_weights():
             return super().evaluate(*args, **kwargs)

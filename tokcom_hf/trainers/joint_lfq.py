@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ..metrics.codebook import utilization_ceiling
 from ..metrics.lfq import code_indices
+from .answer_rows import answer_rows
 from .base import CompressionTrainer, CompressionTrainingArguments
 from .joint_lfq_evaluation import evaluate_joint
 from .joint_lfq_model import JointLFQModel, frozen_copy, last_hidden_states
@@ -234,6 +235,15 @@ class JointLFQTrainer(CompressionTrainer):
         super()._issue_warnings_after_load(load_result)
 
     # ------------------------------------------------------------------ evaluation
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss, and for `compute_metrics` the logits of answers from quantized features, as `answer_rows` has them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), *answer_rows(output.quantized_logits.float(), inputs["labels"])
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """Held-out losses, agreement of generated answers with the teacher's, and the state of the bits.
 
@@ -241,9 +251,13 @@ class JointLFQTrainer(CompressionTrainer):
             the scalars of `evaluate_joint`, with the prefix.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, dict):
+            parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items())
+            return {name: value for part in parts for name, value in part.items()}
         with self.averaged_weights():
             report = evaluate_joint(self, rows)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in report.items() if isinstance(v, (int, float))}
+            metrics = self.loss_and_predictions(rows, ignore_keys, metric_key_prefix)
+        metrics |= {f"{metric_key_prefix}_{k}": v for k, v in report.items() if isinstance(v, (int, float))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

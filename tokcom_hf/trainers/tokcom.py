@@ -59,9 +59,18 @@ class _TokComTrainer(CompressionTrainer):
             self.add_callback(SampleTableCallback(self))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            logits = None if prediction_loss_only else self.token_logits(outputs, len(inputs["input_ids"]))
+        if logits is None:
+            return loss.detach(), None, None
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        return loss.detach(), logits.float(), labels
+
+    def token_logits(self, outputs, rows: int) -> torch.Tensor | None:
+        """Predictions for `compute_metrics`, `(rows, length, vocab)`, of what `compute_loss` returned."""
+        raise TypeError(f"{type(self).__name__} must say what it predicts.")
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -96,6 +105,9 @@ class TokComVAETrainer(_TokComTrainer):
                 values["kl_loss"] = outputs.kl_loss
             self.log_scalars("vae", values)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def token_logits(self, outputs, rows: int) -> torch.Tensor | None:
+        return self.unwrapped_model.decode_logits(outputs.latents.view(rows, -1, outputs.latents.shape[-1]))
 
     def accuracies(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
         return reconstruction_metrics(self.unwrapped_model, ids, mask, tuple(self.args.eval_noise_levels))
@@ -191,6 +203,19 @@ class DenoiserTrainer(_TokComTrainer):
     def evaluation_loop(self, *args, **kwargs):
         self._draw = (-1, 0)
         return super().evaluation_loop(*args, **kwargs)
+
+    def token_logits(self, outputs, rows: int) -> torch.Tensor | None:
+        """The tokens of the clean latents that were predicted from the batch's noisy ones."""
+        if outputs.clean_latents is None:
+            if self.compute_metrics is not None:
+                raise ValueError(
+                    "This model predicts tokens without latents, of which compute_metrics could be given nothing; set "
+                    "mse_weight above 0, or leave compute_metrics out."
+                )
+            return None
+        copies = len(outputs.clean_latents) // rows
+        model = self.unwrapped_model
+        return model.vae.decode_logits(model.unstandardize(outputs.clean_latents[::copies]))
 
     def accuracies(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
         return denoising_metrics(self.unwrapped_model, ids, mask, tuple(self.args.eval_times))

@@ -20,6 +20,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup, get_linea
 
 from ..models.modeling_pruned_vlm import PrunedVLM
 from ..models.modeling_pruning_discriminator import PruningDiscriminator
+from .answer_rows import answer_rows
 from .attention_guidance import attention_reader, guidance_loss, reading_scores
 from .base import CompressionTrainer, CompressionTrainingArguments
 from .pruning_evaluation import evaluate_mode
@@ -293,6 +294,17 @@ class TokenPruningTrainer(CompressionTrainer):
         self.discriminator_optimizer.state.clear()
 
     # ------------------------------------------------------------------ evaluation and the end
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss, and for `compute_metrics` the answers' logits with tokens really removed, as `answer_rows` has them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).detach()
+            if prediction_loss_only:
+                return loss, None, None
+            logits = self.unwrapped_model(**inputs, pruning_mode="hard").logits
+        predicts = inputs["labels"][:, 1:] != -100
+        return loss, *answer_rows(logits[:, :-1][predicts].float(), inputs["labels"])
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """Generated answers with tokens really removed.
 
@@ -303,9 +315,13 @@ class TokenPruningTrainer(CompressionTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.generation_collator is None:
             raise ValueError("Evaluation needs generation_collator, a VQACollator with answers=False.")
+        if isinstance(rows, dict):
+            parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items())
+            return {name: value for part in parts for name, value in part.items()}
         with self.averaged_weights():
             run = partial(evaluate_mode, self.unwrapped_model, self.generation_collator)
             result = run(rows, mode="hard", max_new_tokens=self.args.eval_max_new_tokens)
+            others = self.loss_and_predictions(rows, ignore_keys, metric_key_prefix)
         accuracy, ratio = result["accuracy"]["all"], result["flops_ratio"]
         over = ratio - self.args.flops_budget
         metrics = {
@@ -315,7 +331,7 @@ class TokenPruningTrainer(CompressionTrainer):
             "sequence_kept": result["sequence_kept"],
         }
         metrics |= {f"accuracy_{kind}": value for kind, value in result["accuracy"].items() if kind != "all"}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics = others | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

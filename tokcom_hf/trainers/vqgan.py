@@ -279,7 +279,7 @@ class VQGANTrainer(CompressionTrainer):
         sums["images"] = torch.tensor(len(image), device=image.device)
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        return loss.detach(), None, None
+        return (loss.detach(), None, None) if prediction_loss_only else (loss.detach(), image, target.float())
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._sums = {}
