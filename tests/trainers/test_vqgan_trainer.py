@@ -172,6 +172,26 @@ def test_a_run_that_would_never_quantize_is_refused(tmp_path):
         trainer(tmp_path, autoencoder_steps=4).train()
 
 
+@pytest.mark.parametrize("quantizer", ["ema", "lfq"])
+@pytest.mark.parametrize("autoencoder_steps", [0, 1])
+def test_a_rate_that_is_far_too_high_ends_in_words(tmp_path, quantizer, autoencoder_steps):
+    run = trainer(
+        tmp_path,
+        {"quantizer": quantizer, "entropy_weight": 0.1},
+        learning_rate=1e12,
+        max_grad_norm=0.0,
+        autoencoder_steps=autoencoder_steps,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        num_pictures=0,
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"became (nan|NaN|inf).* at step [23]; no checkpoint .*Lower the learning"
+    ):
+        run.train()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_bf16_trains_and_fp16_is_refused(tmp_path):
     run = trainer(tmp_path, bf16=True, max_steps=2)
     run.train()

@@ -72,6 +72,10 @@ def sample_rows(weights: torch.Tensor, number: int, seed: int) -> torch.Tensor:
 LARGEST_NORM = 1e18
 
 
+class NonFiniteFeaturesError(ValueError, FloatingPointError):
+    """Features that no code can be near to: an input's fault (ValueError), or training's that diverged."""
+
+
 @torch.no_grad()
 def check_finite(vectors: torch.Tensor, user: str) -> None:
     """Raises ValueError where a row of `vectors (n, d)` is NaN, infinite or longer than `LARGEST_NORM`.
@@ -81,7 +85,7 @@ def check_finite(vectors: torch.Tensor, user: str) -> None:
     # NaN compares false, so that the negation refuses it.
     wrong = ~(vectors.abs().amax(1) * vectors.shape[1] ** 0.5 <= LARGEST_NORM)
     if bool(wrong.any()):
-        raise ValueError(
+        raise NonFiniteFeaturesError(
             f"{user} needs finite features of a length below {LARGEST_NORM:.0e}, but {int(wrong.sum())} of {len(vectors)} "
             "are NaN, infinite or larger. Look for such values in the input images, and lower the learning rate if training "
             "produced them."

@@ -10,6 +10,7 @@ from tokcom_hf.metrics.image import ms_ssim, psnr, ssim
 from tokcom_hf.models.modeling_vqgan import VQGAN
 from tokcom_hf.models.modeling_vqgan_discriminator import VQGANDiscriminator
 from tokcom_hf.models.quantizers import EMAQuantizer
+from tokcom_hf.models.vector_search import NonFiniteFeaturesError
 
 from .adversary import Adversary, adaptive_weight
 from .base import CompressionTrainer, CompressionTrainingArguments
@@ -158,7 +159,10 @@ class VQGANTrainer(CompressionTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batches) > 1 and self.unwrapped_model.config.entropy_weight:
-            self._look_ahead(batches)
+            try:
+                self._look_ahead(batches)
+            except NonFiniteFeaturesError as error:
+                raise self.not_finite(f"The encoder's features became NaN or infinite ({error})") from error
         return batches, number
 
     @torch.no_grad()
@@ -211,6 +215,13 @@ class VQGANTrainer(CompressionTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            return self._both_players_step(model, inputs, num_items_in_batch)
+        except NonFiniteFeaturesError as error:
+            # The loss of the step before was finite, what it did to the weights was too much.
+            raise self.not_finite(f"The encoder's features became NaN or infinite ({error})") from error
+
+    def _both_players_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.adversary is not None and self._fake is not None:
             real = self._prepare_inputs(inputs)
