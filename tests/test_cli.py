@@ -84,3 +84,12 @@ def test_a_users_mistake_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run_recipe(main)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: Too small.\n"
+
+
+def test_a_configuration_in_another_encoding_is_named(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_bytes("run:\n  path: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.yaml, line 2: not UTF-8 text"):
+        parse(config=file)
+    file.write_bytes(b"\xef\xbb\xbfrun:\n  path: caf\xc3\xa9\n")
+    assert parse(config=file)["run"] == {"path": "café"}

@@ -20,6 +20,8 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
+from .data.text_files import read_text
+
 
 class RecipeError(ValueError):
     """A command line or configuration file that cannot be used; its message is meant for the user."""
@@ -80,7 +82,7 @@ def parse_recipe(
     if config_path is not None:
         if not Path(config_path).is_file():
             raise RecipeError(f"Configuration file {str(config_path)!r} does not exist.")
-        loaded = read_yaml(Path(config_path).read_text(encoding="utf-8")) or {}
+        loaded = read_yaml(read_text(config_path)) or {}
         for section, mapping in loaded.items():
             if section not in sections:
                 raise RecipeError(

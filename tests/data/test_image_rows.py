@@ -199,6 +199,13 @@ def test_missing_images_are_named_with_their_line(folder, read, name):
         read(write(folder, {"image": name}))
 
 
+def test_an_image_dir_that_is_no_folder_is_refused(folder):
+    for read in READERS:
+        for wrong in (folder / "a.png", folder / "none"):
+            with pytest.raises(NotADirectoryError, match="does not exist or is not a folder"):
+                read(write(folder, {}), image_dir=wrong)
+
+
 def test_recipes_have_a_flag_for_it(folder):
     path = str(write(folder, {"image": "../outside.png"}))
     with pytest.raises(ValueError, match="lies outside"):

@@ -5,12 +5,14 @@ import io
 import os
 import stat
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import tokcom_hf
 from tokcom_hf.models.image_files import check_image, load_image, open_image, read_image
 from tokcom_hf.models.image_pixels import to_mode, to_uint8
 
@@ -50,6 +52,13 @@ def test_postscript_of_any_name_starts_no_program(tmp_path, monkeypatch, name):
             with pytest.raises(ValueError, match="not an image of the formats PNG, JPEG"):
                 read(source)
     assert not started.exists()
+
+
+def test_no_other_module_opens_images():
+    package = Path(tokcom_hf.__file__).parent
+    sources = [*package.rglob("*.py"), *(package.parent / "recipes").rglob("*.py")]
+    openers = {path.name for path in sources if "Image.open(" in path.read_text(encoding="utf-8")}
+    assert openers == {"image_files.py"}
 
 
 def test_a_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
@@ -107,7 +116,7 @@ def test_floats_are_shares_of_white_or_levels_and_never_stretched(dtype):
     ("low", "high"), [(-1, 1), (0, 1.5), (0, 256), (-20, 255), (0, 65535), (0, np.inf), (np.nan, 1)]
 )
 def test_floats_of_unclear_range_are_refused(tmp_path, low, high):
-    image = np.linspace(low, high, 64, dtype=np.float32).reshape(8, 8)
+    image = np.full((8, 8), 0.5, np.float32)
     image[0, 0], image[-1, -1] = low, high
     with pytest.raises(ValueError, match=r"NaN or infinite|from 0 to 1, or levels from 0 to 255"):
         read_image(image)
@@ -240,6 +249,8 @@ def test_load_image_takes_what_transformers_takes(tmp_path, monkeypatch):
         io.BytesIO(data),
     ):
         assert np.array_equal(np.asarray(load_image(source)), expected)
+    clear = base64.b64encode(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG").getvalue()).decode()
+    assert load_image(clear).getpixel((0, 0)) == (255,) * 3 and load_image(clear, mode="LA").getpixel((0, 0))[1] == 0
     with pytest.raises(ValueError, match="neither an existing file, a URL"):
         load_image("no such thing")
     with pytest.raises(ValueError, match=r"none\.png': no such file"):

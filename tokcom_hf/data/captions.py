@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .image_rows import ImageTextRow, check_images
+from .image_rows import ImageTextRow, check_images, image_folder
 from .packed_vqa import PackedVQACollator
 from .scenes import COLOURS, QUESTION_TYPES, SHAPES, render_scene, sample_scene, scene_caption, scene_questions
 from .text_files import read_json_objects
@@ -93,10 +93,11 @@ def read_image_text_jsonl(
 
     Raises:
         FileNotFoundError: the file or an image is missing.
+        NotADirectoryError: `image_dir` is no folder.
         ValueError: a line is not JSON, or lacks image, caption or the answer to its question, an image is broken, a URL,
             or lies outside the folder; the message names the line.
     """
-    folder = Path(image_dir) if image_dir is not None else Path(path).parent
+    folder = image_folder(path, image_dir)
     rows, images = [], []
     for place, record in read_json_objects(path):
         line = ImageTextRow(place, record, "image, caption and, beside a question, its answer")

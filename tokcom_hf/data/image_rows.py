@@ -92,6 +92,19 @@ class ImageTextRow:
         return ValueError(f"{self.place}: expected JSON with {self.expected}, but {key!r} {got}.")
 
 
+def image_folder(file: str | Path, image_dir: str | Path | None) -> Path:
+    """What image paths in `file` are relative to: `image_dir`, or the file's own folder.
+
+    Raises:
+        NotADirectoryError: `image_dir` is no folder.
+    """
+    if image_dir is None:
+        return Path(file).parent
+    if not Path(image_dir).is_dir():
+        raise NotADirectoryError(f"Image folder {str(image_dir)!r} does not exist or is not a folder.")
+    return Path(image_dir)
+
+
 def check_images(images: Iterable[tuple[str, Any]], number: int | None = None) -> None:
     """Finds broken images before a training meets them, without decoding whole ones (`image_files.check_image`).
 

@@ -15,7 +15,7 @@ import torch
 
 from ..models.image_files import read_image
 from .image_columns import encoded_images, image_bytes
-from .image_rows import ImageTextRow, check_images
+from .image_rows import ImageTextRow, check_images, image_folder
 from .scenes import (
     COLOURS,
     QUESTION_TYPES,
@@ -121,10 +121,11 @@ def read_vqa_jsonl(path: str | Path, image_dir: str | Path | None = None, allow_
 
     Raises:
         FileNotFoundError: the file or an image is missing.
+        NotADirectoryError: `image_dir` is no folder.
         ValueError: a line is not JSON or lacks a field, an image is broken, a URL, or lies outside the folder; the message
             names the line.
     """
-    folder = Path(image_dir) if image_dir is not None else Path(path).parent
+    folder = image_folder(path, image_dir)
     rows, images = [], []
     for place, record in read_json_objects(path):
         line = ImageTextRow(place, record, "image, question and answer")

@@ -98,32 +98,32 @@ def read_image(image, mode: str = "RGB") -> Image.Image:
         raise _unreadable(source, error) from error
 
 
-def load_image(source, timeout: float | None = None, allow_urls: bool = True) -> Image.Image:
-    """`transformers.image_utils.load_image` with this opener: path, URL, data URI, base64, PIL image → RGB image.
+def load_image(source, timeout: float | None = None, allow_urls: bool = True, mode: str = "RGB") -> Image.Image:
+    """`transformers.image_utils.load_image` with this opener: path, URL, data URI, base64, PIL image → image of `mode`.
 
     Args:
         timeout: seconds to wait for a URL.
         allow_urls: fetch `http://` and `https://` addresses, those of this machine and its network too.
+        mode: `L`, `LA`, `RGB` or `RGBA`.
 
     Raises:
         TypeError: something that is not an image.
         ValueError: a URL where `allow_urls` is off, or what it or the file holds cannot be read.
     """
-    if not isinstance(source, str):
-        return read_image(source)
-    if source.startswith(("http://", "https://")):
-        if not allow_urls:
-            raise ValueError(f"{source!r} is a URL, and allow_urls is off: pass a path or a PIL image.")
-        try:
-            content = httpx.get(source, timeout=timeout, follow_redirects=True).raise_for_status().content
-        except httpx.HTTPError as error:
-            raise _unreadable(source, error) from error
-        return read_image(io.BytesIO(content))
-    if source.startswith("data:"):
-        return read_image(io.BytesIO(_base64(source.partition(",")[2], source)))
-    if os.path.isfile(source) or os.path.splitext(source)[1].lower() in SUFFIXES:
-        return read_image(source)
-    return read_image(io.BytesIO(_base64(source, source)))
+    if isinstance(source, str):
+        if source.startswith(("http://", "https://")):
+            if not allow_urls:
+                raise ValueError(f"{source!r} is a URL, and allow_urls is off: pass a path or a PIL image.")
+            try:
+                content = httpx.get(source, timeout=timeout, follow_redirects=True).raise_for_status().content
+            except httpx.HTTPError as error:
+                raise _unreadable(source, error) from error
+            source = io.BytesIO(content)
+        elif source.startswith("data:"):
+            source = io.BytesIO(_base64(source.partition(",")[2], source))
+        elif not os.path.isfile(source) and os.path.splitext(source)[1].lower() not in SUFFIXES:
+            source = io.BytesIO(_base64(source, source))
+    return read_image(source, mode)
 
 
 def check_image(source: str | os.PathLike | BinaryIO) -> None:
