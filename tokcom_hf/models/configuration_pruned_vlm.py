@@ -19,8 +19,10 @@ def checked_mode(mode: str) -> str:
 class PrunedVLMConfig(PreTrainedConfig):
     """A vision-language model by reference, and what removes its vision tokens.
 
-    base_model_name_or_path: Hub name or folder of the VLM. A relative path that exists inside the saved folder (`base`)
-        is read from there, which is how `save_pretrained(..., include_base=True)` stores everything together.
+    base_model_name_or_path: Hub name or absolute folder of the VLM. `base` is the subfolder of that name in the saved
+        folder, which is how `save_pretrained(..., include_base=True)` stores everything together.
+    base_revision: branch, tag or commit of a base on the Hub, so that later commits there change nothing here.
+    base_included: the base's weights are in the folder's own weight files, beside the heads': it was trained or changed.
     base_config: the VLM's own configuration as a dictionary.
     token_merger, layer_pruner: configurations of the learned stages as dictionaries, or None for no such stage.
     strategy: a training-free strategy instead of the learned stages (`token_selection.STRATEGIES` or `fastv`).
@@ -34,6 +36,8 @@ class PrunedVLMConfig(PreTrainedConfig):
     model_type = "tokcom_pruned_vlm"
 
     base_model_name_or_path: str | None = None
+    base_revision: str | None = None
+    base_included: bool = False
     base_config: dict[str, Any] | None = None
     token_merger: dict[str, Any] | None = None
     layer_pruner: dict[str, Any] | None = None

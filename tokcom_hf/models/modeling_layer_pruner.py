@@ -46,11 +46,13 @@ class PrunerHead(nn.Module):
         self.score = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1))
 
     def forward(self, vision_hidden, question_embeddings=None, question_mask=None) -> torch.Tensor:
-        tokens = self.vision_proj(self.vision_norm(vision_hidden))
+        # A head computes in its own precision, which may be higher than the hidden states'.
+        dtype = self.vision_norm.weight.dtype
+        tokens = self.vision_proj(self.vision_norm(vision_hidden.to(dtype)))
         if hasattr(self, "attention"):
             if question_embeddings is None:
                 raise ValueError("pruner_type 'cross_attention' needs question_embeddings.")
-            question = self.question_proj(self.question_norm(question_embeddings))
+            question = self.question_proj(self.question_norm(question_embeddings.to(dtype)))
             tokens = tokens + self.attention(tokens, question, question_mask)
         return self.score(tokens).squeeze(-1).float()
 
@@ -76,7 +78,8 @@ class LayerPruner(PreTrainedModel):
         vision_mask: torch.Tensor | None = None,
         images: torch.Tensor | None = None,
         temperature: float = 0.1,
-    ) -> LayerPrunerOutput:
+        return_dict: bool | None = None,
+    ) -> LayerPrunerOutput | tuple:
         """Decides before layer `layer_index`.
 
         Args:
@@ -87,6 +90,7 @@ class LayerPruner(PreTrainedModel):
             vision_mask: bool `(batch, n)`, False on padding; padding is never kept.
             images: `(batch, n)` image numbers; the budget holds per image. One image per row where None.
             temperature: of the soft mask, and of the Gumbel noise while training; > 0.
+            return_dict: False gives a tuple of what the output holds, in its order.
 
         Raises:
             ValueError: no head at that layer.
@@ -123,7 +127,8 @@ class LayerPruner(PreTrainedModel):
             soft = _straight_through(keep, gate) * real
         else:
             soft = torch.sigmoid((noisy - threshold) / temperature) * real
-        return LayerPrunerOutput(keep_logits=logits, keep_mask=keep, soft_mask=soft, target=target)
+        output = LayerPrunerOutput(keep_logits=logits, keep_mask=keep, soft_mask=soft, target=target)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _budget(self, layer_index: int, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens to keep of `tokens` (per row); a budget above what is there keeps everything."""

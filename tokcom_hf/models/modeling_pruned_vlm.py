@@ -5,6 +5,8 @@ Stage 2 works inside it: before chosen layers a `LayerPruner` (or FastV) decides
 mode the others are removed from hidden states, masks and KV cache; positions of what stays do not change.
 """
 
+import os
+
 import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
 
@@ -16,12 +18,13 @@ from .modeling_layer_pruner import LayerPruner
 from .modeling_token_merger import TokenMerger
 from .pruned_decoder import decode, run_layers
 from .pruned_vlm_checks import check_cached_turn, check_generation, check_stages, refuse_attentions
-from .pruned_vlm_files import load_pruned_vlm, save_pruned_vlm
+from .pruned_vlm_files import load_base, load_pruned_vlm, save_pruned_vlm
 from .pruned_vlm_output import PrunedVLMOutput
 from .token_removal import Prompt, PrunedCache
 from .token_report import LastPrompt, token_report
 from .vision_reduction import VisionReduction
 from .vlm_adapters import adapter_for
+from .wrapped_base import without_casting_buffers
 
 
 class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
@@ -36,11 +39,21 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # Trained at small learning rates, which bfloat16 weights would mostly round away.
+    _keep_in_fp32_modules_strict = ["token_merger", "layer_pruner"]
 
     def __init__(self, config: PrunedVLMConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
         if base is None:
-            base = AutoModelForImageTextToText.from_config(config.make_base_config())
+            attention = config._attn_implementation
+            options = {} if attention in (None, "sdpa") else {"attn_implementation": attention}
+            base = AutoModelForImageTextToText.from_config(
+                config.make_base_config(), dtype=torch.get_default_dtype(), **options
+            )
+        else:
+            # Its weights are there already: `post_init` must not draw them again.
+            for module in base.modules():
+                module._is_hf_initialized = True
         self.base = base
         self.adapter = adapter_for(base)
         self.token_merger = self.layer_pruner = None
@@ -52,57 +65,83 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         self.generation_config = base.generation_config
         self.temperature = 0.1
         self._last_prompt = LastPrompt()
+        self.post_init()
 
     # ------------------------------------------------------------------ building, saving, loading
     @classmethod
     def from_base(
         cls,
-        model,
+        model: str | os.PathLike | PreTrainedModel,
         token_merger: TokenMerger | TokenMergerConfig | None = None,
         layer_pruner: LayerPruner | LayerPrunerConfig | None = None,
         strategy: str | None = None,
         keep: int | None = None,
-        **options,
+        *,
+        strategy_layer: int = 2,
+        strategy_seed: int = 0,
+        pruning_mode: str = "hard",
+        **loading,
     ) -> "PrunedVLM":
         """Wraps a VLM.
 
         Args:
             model: a loaded VLM, or a Hub name or folder.
-            token_merger, layer_pruner: the learned stages, as modules or configurations (fresh weights).
+            token_merger, layer_pruner: the learned stages, as modules or configurations (fresh weights, in float32
+                whatever the VLM's precision, so that small learning rates move them).
             strategy, keep: a training-free strategy and the tokens it leaves per image.
-            options: further fields of `PrunedVLMConfig` (`pruning_mode`, `strategy_layer`, ...).
+            strategy_layer, strategy_seed, pruning_mode: see `PrunedVLMConfig`.
+            loading: where `model` is a name, options of `from_pretrained` for it: `dtype`, `device_map`,
+                `attn_implementation`, `revision`, `token`, `trust_remote_code`, ...
+
+        Raises:
+            TypeError: a keyword that is not known, or loading options for a model that is loaded already.
+            ValueError: a family that is not supported, or stages that do not fit the VLM.
         """
-        if isinstance(model, str):
-            model = AutoModelForImageTextToText.from_pretrained(model)
+        if isinstance(model, str | os.PathLike):
+            model = load_base(model, **loading)
+        elif loading:
+            raise TypeError(
+                f"PrunedVLM.from_base does not take {', '.join(map(repr, sorted(loading)))} with a loaded model; "
+                "options of loading go with the name of a model."
+            )
         adapter_for(model)
         config = PrunedVLMConfig(
             base_model_name_or_path=model.config.name_or_path or None,
+            base_revision=loading.get("revision") or getattr(model.config, "_commit_hash", None),
             base_config=model.config.to_dict(),
             token_merger=_as_dict(token_merger),
             layer_pruner=_as_dict(layer_pruner),
             strategy=strategy,
             keep=keep,
-            **options,
+            strategy_layer=strategy_layer,
+            strategy_seed=strategy_seed,
+            pruning_mode=pruning_mode,
         )
         pruned = cls(config, base=model)
         for name, part in (("token_merger", token_merger), ("layer_pruner", layer_pruner)):
             if isinstance(part, PreTrainedModel):
                 setattr(pruned, name, part)
             elif part is not None:
-                getattr(pruned, name).to(dtype=model.dtype, device=model.device)
+                getattr(pruned, name).to(device=pruned.head_device, dtype=torch.float32)
         return pruned.train(model.training)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads the heads, and the base model from where the configuration says; takes `dtype`, `device_map`, ..."""
-        return load_pruned_vlm(cls, pretrained_model_name_or_path, **kwargs)
+        """Loads the heads, and the base model from where the configuration says.
 
-    def save_pretrained(self, save_directory, include_base: bool = False, **kwargs):
-        """Saves the heads and the reference to the base.
+        `dtype`, `device_map` and the like are the base's; without `dtype` the base comes in the precision it was saved
+        in. The heads keep their own. Fields of `PrunedVLMConfig` may be given, for example `pruning_mode`.
+        """
+        return load_pruned_vlm(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, include_base: bool | None = None, **kwargs):
+        """Saves the heads with a reference to the base, or everything.
 
         Args:
             save_directory: folder.
-            include_base: also save the whole base model, in the subfolder `base`.
+            include_base: True: the whole base too, in the subfolder `base`. None: only where its reference would not
+                give it back, because it was trained, merged, cast, resized or built in memory; its weights are then
+                in the folder's own files, where a resumed training finds them. False: never.
         """
         save_pruned_vlm(self, super().save_pretrained, save_directory, include_base, **kwargs)
 
@@ -124,6 +163,26 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self):
         return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.base.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Resizes the base model's input embeddings and head; arguments as in transformers."""
+        table = self.base.resize_token_embeddings(*args, **kwargs)
+        self.config.base_config = self.base.config.to_dict()
+        return table
+
+    def _apply(self, fn, recurse=True):
+        without_casting_buffers(self, lambda: super(PrunedVLM, self)._apply(fn, recurse))
+        return self
+
+    @property
+    def head_device(self) -> torch.device:
+        """Where the heads and the prompt are: the device on which the base embeds its tokens."""
+        table = self.base.get_input_embeddings()
+        device = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
+        return table.weight.device if device is None else torch.device(device)
 
     def gradient_checkpointing_enable(self, *args, **kwargs):
         self.base.gradient_checkpointing_enable(*args, **kwargs)

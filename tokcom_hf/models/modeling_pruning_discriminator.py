@@ -1,11 +1,21 @@
 """`PruningDiscriminator`: real (unpruned) or fake (pruned), from hidden states at answer positions."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .configuration_pruning_discriminator import PruningDiscriminatorConfig
+
+
+@dataclass
+class PruningDiscriminatorOutput(ModelOutput):
+    """Result of `PruningDiscriminator` with `return_dict=True`: `logits` `(batch,)`."""
+
+    logits: torch.Tensor | None = None
 
 
 class PruningDiscriminator(PreTrainedModel):
@@ -40,12 +50,15 @@ class PruningDiscriminator(PreTrainedModel):
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
 
-    def forward(self, hidden_states: list[torch.Tensor], answer_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: list[torch.Tensor], answer_mask: torch.Tensor, return_dict: bool | None = None
+    ) -> torch.Tensor | tuple | PruningDiscriminatorOutput:
         """Logit of "unpruned" per row.
 
         Args:
             hidden_states: one `(batch, length, hidden)` per layer in `config.layers`.
             answer_mask: `(batch, length)`, 1 at answer positions.
+            return_dict: None gives the bare logits, False a tuple of them, True an output object.
 
         Returns:
             `(batch,)` logits, the mean over answer positions and layers.
@@ -56,4 +69,7 @@ class PruningDiscriminator(PreTrainedModel):
         total = weight.sum(-1).clamp(min=1)
         dtype = self.networks[0][-1].bias.dtype
         logits = [net(h.to(dtype)).squeeze(-1).float() for net, h in zip(self.networks, hidden_states)]
-        return torch.stack([(logit * weight).sum(-1) / total for logit in logits]).mean(0)
+        mean = torch.stack([(logit * weight).sum(-1) / total for logit in logits]).mean(0)
+        if return_dict is None:
+            return mean
+        return PruningDiscriminatorOutput(logits=mean) if return_dict else (mean,)

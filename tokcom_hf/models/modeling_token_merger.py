@@ -90,8 +90,8 @@ class TokenMerger(PreTrainedModel):
         question_mask: torch.Tensor | None = None,
         attention_scores: torch.Tensor | None = None,
         temperature: float = 0.1,
-        return_dict: bool = True,
-    ) -> TokenMergerOutput:
+        return_dict: bool | None = None,
+    ) -> TokenMergerOutput | tuple:
         """Merges.
 
         Args:
@@ -100,10 +100,16 @@ class TokenMerger(PreTrainedModel):
             question_mask: `(batch, q)`, 1 on real tokens.
             attention_scores: `(batch, n)` received attention, for `attention_guided`.
             temperature: of the Gumbel noise and of the straight-through factor while training; > 0.
+            return_dict: False gives a tuple of what the output holds, in its order.
         """
+        output = self._merge(vision_features, question_embeddings, question_mask, attention_scores, temperature)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _merge(self, vision_features, question_embeddings, question_mask, attention_scores, temperature):
         config = self.config
         count = self.tokens_kept(vision_features.shape[1])
-        tokens = self.feature_proj(self.feature_norm(vision_features))
+        # The merger computes in its own precision, which may be higher than the features'.
+        tokens = self.feature_proj(self.feature_norm(vision_features.to(self.log_scale.dtype)))
         question, pooled = self._question(question_embeddings, question_mask)
         if config.merger_type == "fixed_pooling":
             return self._pool(vision_features, tokens, pooled, count)
@@ -153,7 +159,7 @@ class TokenMerger(PreTrainedModel):
             return None, None
         if not hasattr(self, "question_proj"):
             return None, None
-        question = self.question_norm(self.question_proj(embeddings))
+        question = self.question_norm(self.question_proj(embeddings.to(self.log_scale.dtype)))
         mask = torch.ones(question.shape[:2], device=question.device) if mask is None else mask
         weight = mask[..., None].to(question.dtype)
         return question, (question * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -125,6 +125,7 @@ def _prune(model, number: int, stream: Stream, bias: torch.Tensor | None, mode: 
         vision_mask=stream.vision if alive is None else stream.vision & alive,
         images=stream.images.clamp(min=0),
         temperature=model.temperature,
+        return_dict=True,
     )
     keep = decision.keep_mask | ~stream.vision
     soft = torch.where(stream.vision, decision.soft_mask, 1.0)

@@ -111,6 +111,7 @@ class VisionReduction:
                 stream.question[rows],
                 torch.stack([received[i] for i in members]) if received is not None else None,
                 temperature=self.temperature,
+                return_dict=True,
             )
             for place, image in enumerate(members):
                 used = result.keep_mask[place]

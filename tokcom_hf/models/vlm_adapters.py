@@ -8,6 +8,7 @@ Everything else in `PrunedVLM` is the same for all families. An adapter gives
 """
 
 import torch
+from transformers import AutoModelForImageTextToText
 
 from .eager_copy import eager_copy
 
@@ -167,9 +168,22 @@ def adapter_for(base) -> VLMAdapter:
     """The adapter of a VLM, by `config.model_type`.
 
     Raises:
-        ValueError: a family without adapter.
+        ValueError: a family without adapter, or a model without a language-model head.
     """
-    kind = getattr(base.config, "model_type", type(base).__name__)
+    check_family(base.config)
+    wanted = AutoModelForImageTextToText._model_mapping[type(base.config)]
+    if not isinstance(base, wanted):
+        raise ValueError(
+            f"PrunedVLM wraps a {wanted.__name__}, got {type(base).__name__}: load it with AutoModelForImageTextToText, "
+            "and merge adapters of peft first."
+        )
+    return ADAPTERS[base.config.model_type](base)
+
+
+def check_family(config) -> None:
+    """Raises ValueError for a configuration whose family has no adapter."""
+    kind = getattr(config, "model_type", type(config).__name__)
+    if kind == "tokcom_pruned_vlm":
+        raise ValueError("The base of a PrunedVLM must be a plain VLM, got a PrunedVLM ('tokcom_pruned_vlm').")
     if kind not in ADAPTERS:
         raise ValueError(f"PrunedVLM does not support {kind!r}; supported are {', '.join(sorted(ADAPTERS))}.")
-    return ADAPTERS[kind](base)

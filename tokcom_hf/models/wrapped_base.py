@@ -7,11 +7,17 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def locate_base(reference: str, name: str | os.PathLike) -> tuple[str, str | None]:
@@ -71,6 +77,25 @@ def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return same_kind and torch.equal(found.detach().to(expected.device), expected)
 
 
+def without_casting_buffers(module: nn.Module, apply: Callable[[], None]) -> None:
+    """Runs `apply`, which moves or casts `module`, and leaves buffers that no file holds in their own precision.
+
+    Rotary frequencies are such buffers. A model whose frequencies were cast would compute something else than the same
+    weights after saving and loading, which makes them anew.
+    """
+    fixed = [
+        (owner, name, owner._buffers[name])
+        for owner in module.modules()
+        for name in owner._non_persistent_buffers_set
+        if owner._buffers[name] is not None
+    ]
+    apply()
+    for owner, name, before in fixed:
+        after = owner._buffers[name]
+        if after is not None and after.dtype != before.dtype:
+            owner._buffers[name] = before.to(after.device)
+
+
 def weight_files(name: str | os.PathLike, variant: str | None = None, **hub) -> list[str]:
     """Paths of the safetensors files of a saved model, its shards or the one file.
 
@@ -100,6 +125,16 @@ def read_weights(name: str | os.PathLike, variant: str | None = None, **hub) -> 
     for path in weight_files(name, variant, **hub):
         weights |= load_file(path)
     return weights
+
+
+def stored_dtypes(files: list[str]) -> dict[str, torch.dtype]:
+    """The dtype of every weight in safetensors files, read from their headers."""
+    dtypes = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                dtypes[name] = _DTYPES.get(file.get_slice(name).get_dtype(), torch.uint8)
+    return dtypes
 
 
 def remove_weights(folder: str | os.PathLike, variant: str | None = None) -> None:
