@@ -34,6 +34,10 @@ def test_line_ends_of_every_system_blank_lines_and_a_byte_order_mark(tmp_path, e
     assert load_documents(str(tmp_path / "a.txt")) == ["one\ntwo", "three"]
 
 
+def test_files_joined_with_their_byte_order_marks_are_read(tmp_path):
+    assert records(tmp_path / "a.jsonl", 2 * (b"\xef\xbb\xbf" + GOOD)) == 2 * [{"text": "a good line"}]
+
+
 def test_a_line_may_be_long_and_hold_anything_that_is_json(tmp_path):
     row = {"text": "é" * 3_000_000, "more": {"a": [1, None, True, 1e300]}, "emoji": "🦊"}
     assert records(tmp_path / "a.jsonl", json.dumps(row).encode()) == [row]

@@ -59,6 +59,7 @@ def read_json_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             _check_encoding(path, line, number)
+            line = line.lstrip("\ufeff")  # inside the file where several were joined
             if line.strip():
                 place = f"{path}, line {number}"
                 yield place, _parse(line, place)
