@@ -10,6 +10,8 @@ from .lfq_tokens import check_output_dim
 
 INIT_METHODS = ("random", "zeros", "mean")
 BIT_ORDER = "least_significant_first"
+# What may build a base model; AutoModel serves remote code that registers no other.
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 
 
 @strict
@@ -33,8 +35,9 @@ class LFQExpandedConfig(PreTrainedConfig):
 
     Where the base model is:
     base_config: its configuration as a dictionary.
-    base_auto_class: the Auto class that builds it.
-    base_model_name_or_path: its Hub name or folder.
+    base_auto_class: the Auto class that builds it, one of `AUTO_CLASSES`.
+    base_model_name_or_path: its Hub name or folder; `./base` is a folder inside the saved one.
+    base_revision: commit of the Hub repository it was loaded from.
     base_included: its weights are in this checkpoint; otherwise they are read from `base_model_name_or_path`.
     """
 
@@ -50,6 +53,7 @@ class LFQExpandedConfig(PreTrainedConfig):
     base_config: dict[str, Any] | None = None
     base_auto_class: str = "AutoModelForCausalLM"
     base_model_name_or_path: str | None = None
+    base_revision: str | None = None
     base_included: bool = True
 
     def __post_init__(self, **kwargs):
@@ -71,7 +75,23 @@ class LFQExpandedConfig(PreTrainedConfig):
                 "model's table: a tokenizer with more ids than the model has rows needs "
                 "model.resize_token_embeddings(len(tokenizer)) before the vocabulary is expanded."
             )
+        if self.base_auto_class not in AUTO_CLASSES:
+            raise ValueError(
+                f"base_auto_class must be one of {', '.join(AUTO_CLASSES)}, got {self.base_auto_class!r}."
+            )
+        if (self.base_config or {}).get("model_type") == self.model_type:
+            raise ValueError("The base of an LFQExpandedModel is a plain model, not another LFQExpandedModel.")
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As saved. Remote code is announced for one Auto class; this model also answers to its base model's."""
+        values = super().to_dict()
+        classes = values.get("auto_map") or {}
+        names = ("AutoModel", self.base_auto_class)
+        code = next((classes[name] for name in names if name in classes), None)
+        if code is not None:
+            values["auto_map"] = classes | dict.fromkeys(names, code)
+        return values
 
     @property
     def lfq_token_range(self) -> tuple[int, int]:

@@ -6,21 +6,25 @@ momentum or a gradient mask that is off by one: no optimizer ever holds them, an
 same matrix product as before. Training computes the loss in chunks over both tables, never all logits.
 """
 
+import os
+
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .cache_name import cache_argument, one_cache
 from .configuration_lfq_expanded import LFQExpandedConfig
-from .lfq_expanded_files import auto_class_of, load_base, load_lfq_expanded, save_lfq_expanded
+from .lfq_expanded_files import auto_class_of, load_base, load_lfq_expanded, reference_of, save_lfq_expanded
 from .lfq_generation import LFQModeLogitsProcessor
 from .lfq_hooks import LFQHooks
 from .lfq_rows import LFQRows, device_of, initialize_rows, text_host, vocabulary_of, weights_at_hand
 from .lfq_tables import JoinedHead, OldHead, SplitTable, merge_rows
 from .lfq_tokens import check_output_dim
+from .strict_loading import StrictLoading
+from .wrapped_base import computed_buffers_kept
 
 
-class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
+class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
     """A base model whose ids `[start, start + 2^output_dim)` are LFQ tokens.
 
     model = LFQExpandedModel.from_base(AutoModelForCausalLM.from_pretrained(name), output_dim=16)
@@ -40,8 +44,10 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: LFQExpandedConfig, base: PreTrainedModel | None = None):
+    def __init__(self, config: LFQExpandedConfig, base: PreTrainedModel | None = None, rows_in_float32: bool = False):
         super().__init__(config)
+        if rows_in_float32:
+            self._keep_in_fp32_modules_strict = ["lfq_rows"]
         if base is None:
             attention = config._attn_implementation
             options = {} if attention in (None, "sdpa") else {"attn_implementation": attention}
@@ -122,7 +128,7 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
                 an option out of range.
         """
         check_output_dim(output_dim)
-        if isinstance(model, str):
+        if isinstance(model, (str, os.PathLike)):
             model = load_base(model, **kwargs)
         elif kwargs:
             raise TypeError(f"{', '.join(kwargs)} can only be given together with the name of a model.")
@@ -136,6 +142,7 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
         embedding, _ = vocabulary_of(model)
         rows = len(embedding.weight)
         text = None if tokenizer is None else len(tokenizer)
+        reference, revision = reference_of(model)
         config = LFQExpandedConfig(
             output_dim=output_dim,
             lfq_start_token_id=rows,
@@ -145,7 +152,8 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
             freeze_original=freeze_original,
             base_config=model.config.to_dict(),
             base_auto_class=auto_class_of(model),
-            base_model_name_or_path=model.config.name_or_path or None,
+            base_model_name_or_path=reference,
+            base_revision=revision,
         )
         expanded = cls(config, base=model)
         # New rows stay float32 over a bfloat16 base: at a small learning rate bfloat16 rounds most updates away.
@@ -156,19 +164,36 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads the new rows, and the base model from the same folder or from where the configuration says.
 
+        Args:
+            pretrained_model_name_or_path: Hub name or folder.
+            kwargs: as everywhere in transformers. `trust_remote_code` is about the named repository alone;
+                `base_trust_remote_code=True` lets code of the base model's repository run.
+
         Raises:
             OSError: the folder or the base model cannot be found.
-            ValueError: the checkpoint does not fit its configuration or its base model.
+            TypeError: an unknown keyword.
+            ValueError: the checkpoint does not fit its configuration or its base model, holds numbers that are not
+                finite, or needs code that is not trusted.
         """
         return load_lfq_expanded(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # `load_lfq_expanded` names missing and unexpected weights.
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def save_pretrained(self, save_directory, include_base: bool | None = None, **kwargs):
         """Saves the new rows and a reference to the base model, or everything.
 
         Args:
             save_directory: folder.
-            include_base: save the base model's weights too. None: where they may have been trained (any of them has
-                `requires_grad`), or where no name or folder is known to load them from.
+            include_base: save the base model's weights too. None: where they may be trained (any of them has
+                `requires_grad`), where they are not bit for bit what the base model's name or folder gives, or where
+                none is known.
+
+        Raises:
+            ValueError: `include_base=False` for a base model that its name or folder does not give, or adapters that
+                are not merged.
         """
         save_lfq_expanded(self, super().save_pretrained, save_directory, include_base, **kwargs)
 
@@ -179,6 +204,10 @@ class LFQExpandedModel(LFQHooks, PreTrainedModel, GenerationMixin):
         `lfq_start_token_id`, which `get_lfq_token_range` reads.
         """
         return merge_rows(self)
+
+    def _apply(self, *args, **kwargs):
+        with computed_buffers_kept(self.base):
+            return super()._apply(*args, **kwargs)
 
     # ------------------------------------------------------------------ what trains
     def freeze_original_rows(self, frozen: bool = True) -> None:

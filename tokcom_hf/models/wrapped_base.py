@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -176,3 +177,23 @@ def check_finite(name: str, value: torch.Tensor, where: str) -> None:
     """Raises ValueError where the weight `name` holds NaN or infinity."""
     if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} in {where} holds NaN or infinite numbers: the checkpoint is damaged or diverged.")
+
+
+@contextmanager
+def computed_buffers_kept(base: nn.Module) -> Iterator[None]:
+    """Within this context a cast of `base` leaves its non-persistent buffers in their dtype, as loading in that dtype does.
+
+    `.to(torch.bfloat16)` would round the frequencies of rotary positions, which no file holds: a saved and loaded model
+    would differ from the one that was cast.
+    """
+    kept = [
+        (module, name, module._buffers[name])
+        for module in base.modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None
+    ]
+    yield
+    for module, name, before in kept:
+        now = module._buffers[name]
+        if now.dtype != before.dtype:
+            module._buffers[name] = before.to(now.device)
