@@ -135,7 +135,8 @@ def load(args: ExpandArguments, output: Path):
 def reload(output, args: ExpandArguments, base_class):
     """What was saved, loaded as a user loads it."""
     if not args.merge:
-        return LFQExpandedModel.from_pretrained(output, dtype=args.dtype).eval()
+        trust = args.trust_remote_code
+        return LFQExpandedModel.from_pretrained(output, dtype=args.dtype, base_trust_remote_code=trust).eval()
     auto = AutoModelForImageTextToText if "ConditionalGeneration" in base_class.__name__ else AutoModelForCausalLM
     return auto.from_pretrained(output, dtype=args.dtype).eval()
 
