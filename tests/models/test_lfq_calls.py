@@ -101,7 +101,7 @@ def test_offloaded_weights_give_the_same_logits_loss_and_ids(tmp_path, name):
     # Tied tables have to be in one place; elsewhere the head is on disk.
     tied = name in ("llama_tied", "gemma3")
     body = [f"model.{name}" for name, _ in model.base.model.named_children()]
-    places = {name: "disk" if "layers" in name or not tied and "embed" in name else "cpu" for name in body}
+    places = {name: "disk" if "layers" in name or (not tied and "embed" in name) else "cpu" for name in body}
     places |= {"lm_head": "cpu" if tied else "disk"}
     parts = {f"base.{name}": where for name, where in places.items()} | {"lfq_rows": "disk"}
     offloaded = {
