@@ -158,4 +158,5 @@ for one in (pipe, again):
 def test_every_argument_of_generate_can_be_given():
     own = set(inspect.signature(TokComModel.generate).parameters)
     own -= {"self", "prompt_ids", "prompt_mask", "batch_size", "return_dict_in_generate"}
+    own -= {"inputs", "input_ids", "attention_mask"}  # other names of the prompt and its mask
     assert set(FORWARD_ARGUMENTS) == own

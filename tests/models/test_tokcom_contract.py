@@ -135,7 +135,7 @@ def test_vqgan_attention_implementations_agree(monkeypatch, tmp_path):
 
 
 # With accelerate 1.10 something must be left on the CPU.
-@pytest.mark.parametrize("share", [0.7, 0.9])
+@pytest.mark.parametrize("share", [0.8, 0.95])
 def test_offloaded_models_are_exact(saved, share, tmp_path):
     kind, folder, batch, expected = saved
     size = sum(p.numel() * p.element_size() for p in small(kind).parameters())
@@ -153,6 +153,26 @@ def test_offloaded_models_are_exact(saved, share, tmp_path):
         codes = model.encode(**batch)
         assert torch.equal(codes, small(kind).encode(**batch))
         assert torch.equal(model.decode_codes(codes), small(kind).decode_codes(codes))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_offloaded_generation_is_exact(share, tmp_path):
+    whole = small("tokcom", eos_token_id=None, standardize_latents=True)
+    with torch.no_grad():
+        whole.latent_mean.normal_()
+    whole.save_pretrained(tmp_path / "model")
+    size = sum(p.numel() * p.element_size() for p in whole.parameters())
+    model = AutoModel.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": int(share * size)}, offload_folder=tmp_path
+    )
+    assert "disk" in model.hf_device_map.values()
+    for prompt in (None, torch.arange(1, 8)[None]):
+        ids = [
+            m.generate(prompt, num_steps=2, generator=torch.Generator().manual_seed(0), max_new_tokens=9)
+            for m in (whole, model)
+        ]
+        assert torch.equal(*ids)
+    assert torch.equal(whole.reconstruct(torch.arange(8)[None]), model.reconstruct(torch.arange(8)[None]))
 
 
 # ---------------------------------------------------------------- names of configs, vocabulary

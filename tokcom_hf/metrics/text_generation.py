@@ -213,8 +213,12 @@ def _batches(count: int, size: int) -> Iterator[int]:
 @contextmanager
 def _without_end(model: Any) -> Iterator[None]:
     """Inside the block TokCom does not stop at EOS."""
-    end, model.config.eos_token_id = model.config.eos_token_id, None
+    configs = (model.config, model.generation_config)
+    ends = [config.eos_token_id for config in configs]
     try:
+        for config in configs:
+            config.eos_token_id = None
         yield
     finally:
-        model.config.eos_token_id = end
+        for config, end in zip(configs, ends):
+            config.eos_token_id = end

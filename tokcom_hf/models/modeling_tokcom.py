@@ -5,6 +5,7 @@ All public methods speak token ids; those that generate are in tokcom_generation
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
@@ -25,7 +26,7 @@ from .token_window import TokenWindow
 EVIDENCE_REMAINING = 0.2
 
 
-class TokComModel(TokComGeneration, StrictLoading):
+class TokComModel(TokComGeneration, StrictLoading, GenerationMixin):
     """VAE, denoiser and latent statistics in one folder."""
 
     config_class = TokComConfig
@@ -41,6 +42,9 @@ class TokComModel(TokComGeneration, StrictLoading):
 
     def __init__(self, config: TokComConfig):
         super().__init__(config)
+        self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id)
+        # A change of either config can be told from it.
+        self.eos_of_config = config.eos_token_id
         self.vae = TokComVAE(config.vae)
         self.denoiser = DenoisedModel(config.denoiser)
         self.token_window = None
@@ -104,6 +108,13 @@ class TokComModel(TokComGeneration, StrictLoading):
                 f"{new_num_tokens} rows, one of them the omni token's, leave none for eos_token_id={eos}."
             )
         return self.vae.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """As in transformers, where a folder without generation_config.json gives one that loses our own settings."""
+        super().adjust_generation_fn(*args, **kwargs)
+        stored = self.generation_config.to_diff_dict()
+        stored.pop("_from_model_config", None)
+        self.generation_config = GenerationConfig(**stored)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.vae.get_input_embeddings()
@@ -318,13 +329,15 @@ class TokComModel(TokComGeneration, StrictLoading):
         """VAE latents → the space of the flow."""
         if not self.config.standardize_latents:
             return latents
-        return (latents - self.latent_mean) / self.latent_std
+        # Several devices: the statistics stay on the model's own.
+        mean, std = self.latent_mean.to(latents.device), self.latent_std.to(latents.device)
+        return (latents - mean) / std
 
     def unstandardize(self, latents: torch.Tensor) -> torch.Tensor:
         """The space of the flow → VAE latents."""
         if not self.config.standardize_latents:
             return latents
-        return latents * self.latent_std + self.latent_mean
+        return latents * self.latent_std.to(latents.device) + self.latent_mean.to(latents.device)
 
     def encode(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """ids (batch, length) → VAE latents (batch, length / chunk, latent)."""

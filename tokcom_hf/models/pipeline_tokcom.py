@@ -10,6 +10,7 @@ TASK = "tokcom-generation"
 FORWARD_ARGUMENTS = (
     "num_chunks", "num_generate_chunks", "num_steps", "temperature", "sampler", "time_grid", "block_size",
     "guidance_scale", "final_clean_pass", "posterior_temperature", "token_lag", "generator", "num_return_sequences",
+    "max_new_tokens", "max_length", "do_sample", "eos_token_id", "pad_token_id", "streamer", "generation_config",
 )  # fmt: skip
 
 
