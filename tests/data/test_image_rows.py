@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tokcom_hf import LFQProcessor
+from tokcom_hf.data.caption_images import CaptionImageCollator
 from tokcom_hf.data.captions import JointLFQCollator, read_image_text_jsonl
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.small_internvl import scene_tile_processor
@@ -247,6 +250,10 @@ def test_other_braces_of_a_prompt_stay_as_they_are():
     batch = JointLFQCollator(tiles, caption_prompt='{"caption": "{caption}"}')(rows)
     expected = tiles.tokenizer('{"caption": "{a} red circle"}', add_special_tokens=False).input_ids
     assert batch["caption_ids"][0].tolist()[:-1] == expected
+
+    lfq = LFQProcessor(tiles.tokenizer, len(tiles.tokenizer), 2, image_prompt='{"caption": "{caption}"}')
+    batch = CaptionImageCollator(lfq)([{"caption": "{a} red circle", "codes": torch.tensor([1, 2])}])
+    assert batch["input_ids"][0].tolist()[:-2] == expected
 
 
 @pytest.mark.parametrize(

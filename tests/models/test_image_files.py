@@ -51,6 +51,8 @@ def test_postscript_of_any_name_starts_no_program(tmp_path, monkeypatch, name):
         for read in (open_image, read_image, check_image):
             with pytest.raises(ValueError, match="not an image of the formats PNG, JPEG"):
                 read(source)
+    with Image.open(io.BytesIO(POSTSCRIPT)) as opened, pytest.raises(ValueError, match="starts Ghostscript"):
+        read_image(opened)
     assert not started.exists()
 
 
@@ -216,6 +218,13 @@ def test_broken_files_are_found_without_decoding_whole_ones(tmp_path, monkeypatc
         for read in (open_image, check_image):
             with pytest.raises(ValueError, match=r"Cannot read image '.*photo\.img'"):
                 read(path)
+
+
+def test_a_broken_file_that_the_caller_opened_is_named(tmp_path):
+    data = encoded(noise(), "PNG").getvalue()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    with Image.open(tmp_path / "cut.png") as opened, pytest.raises(ValueError, match=r"cut\.png': .*truncated"):
+        read_image(opened)
 
 
 def test_files_with_something_behind_their_end_are_whole(tmp_path):

@@ -89,7 +89,7 @@ def read_image(image, mode: str = "RGB") -> Image.Image:
     if isinstance(image, str | os.PathLike) or hasattr(image, "read"):
         image = open_image(image)
     elif isinstance(image, Image.Image):
-        image = upright(image)
+        image = _loaded(image)
     try:
         return to_mode(image, mode)
     except ValueError as error:
@@ -155,6 +155,18 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
+def _loaded(image: Image.Image) -> Image.Image:
+    """A PIL image that its caller opened, and that is perhaps not decoded yet."""
+    name = getattr(image, "filename", "") or f"PIL image of format {image.format}"
+    if image.format == "EPS":
+        raise ValueError(f"Cannot read image {name!r}: decoding PostScript starts Ghostscript; pass a bitmap of it.")
+    try:
+        image.load()
+    except BROKEN as error:
+        raise _unreadable(name, error) from error
+    return upright(image)
+
+
 def _is_whole(file: BinaryIO, image: Image.Image) -> bool:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - TAIL))
@@ -188,7 +200,7 @@ def _unreadable(source, error: BaseException) -> ValueError:
     name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", type(source).__name__)
     reason = str(error) or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError):
-        reason = f"not an image of the formats {', '.join(FORMATS)}"
+        reason = f"not an image of the formats {', '.join(FORMATS)}, or with samples that Pillow cannot decode"
     elif isinstance(error, FileNotFoundError):
         reason = "no such file"
     elif isinstance(error, IsADirectoryError):
