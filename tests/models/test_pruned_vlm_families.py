@@ -1,16 +1,28 @@
-"""The families whose tokens come projected: Qwen2-VL and LLaVA-NeXT (several tiles and newline tokens per image)."""
+"""The families whose tokens come projected: in `origin` mode they are the base, whatever tiles and windows they have."""
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     CLIPVisionConfig,
+    Cohere2Config,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    SiglipVisionConfig,
 )
 
 from tokcom_hf import LayerPrunerConfig, PrunedVLM
@@ -67,3 +79,71 @@ def test_llava_next():
     inputs = images | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     report = check(base, inputs, inputs["attention_mask"].bool())
     assert report["vision_tokens_per_layer"] == [tokens, 6, 3, 3]
+
+
+def test_llava_onevision():
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE, video_token_id=98,
+        image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]], vision_feature_select_strategy="default",
+    )  # fmt: skip
+    base = LlavaOnevisionForConditionalGeneration(config).eval()
+    # One image in tiles, then two images of one tile each.
+    for images in (
+        {"pixel_values": torch.randn(1, 5, 3, 16, 16), "image_sizes": torch.tensor([[32, 32]])},
+        {
+            "pixel_values": torch.randn(2, 1, 3, 16, 16),
+            "image_sizes": torch.tensor([[16, 16], [16, 16]]),
+            "batch_num_images": torch.tensor([2]),
+        },
+    ):
+        inputs = prompt_of(base, images)
+        report = check(base, inputs, inputs["attention_mask"].bool())
+        count = 1 if len(images) == 2 else 2
+        assert report["vision_tokens_per_layer"][1:] == [6 * count, 3 * count, 3 * count]
+
+
+def test_mistral3_and_its_window():
+    torch.manual_seed(0)
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
+    )
+    text = MistralConfig(**TEXT, head_dim=8, sliding_window=48)
+    config = Mistral3Config(vision_config=vision, text_config=text, image_token_id=IMAGE, spatial_merge_size=2)
+    base = Mistral3ForConditionalGeneration(config).eval()
+    inputs = prompt_of(
+        base, {"pixel_values": torch.randn(2, 3, 32, 32), "image_sizes": torch.tensor([[32, 32], [16, 32]])}
+    )
+    assert check(base, inputs, inputs["attention_mask"].bool())["vision_tokens_per_layer"] == [24, 12, 6, 6]
+    model = PrunedVLM.from_base(base, strategy="uniform", keep=3)
+    with pytest.raises(ValueError, match="window holds 48 tokens and prompt and answer take 49"):
+        model.generate(**inputs, max_new_tokens=60, do_sample=False)
+
+
+def test_aya_vision():
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
+    )
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = AyaVisionConfig(
+        vision_config=vision, text_config=Cohere2Config(**TEXT, layer_types=kinds, sliding_window=64),
+        image_token_id=IMAGE, downsample_factor=2, adapter_layer_norm_eps=1e-6,
+    )  # fmt: skip
+    base = AyaVisionForConditionalGeneration(config).eval()
+    inputs = prompt_of(base, {"pixel_values": torch.randn(2, 3, 32, 32)})
+    assert check(base, inputs, inputs["attention_mask"].bool())["vision_tokens_per_layer"] == [32, 12, 6, 6]
+
+
+@torch.no_grad()
+def prompt_of(base, images):
+    """Text around as many placeholders as the images give tokens."""
+    parts = base.model.get_image_features(**images).pooler_output
+    ids = [1, 2, 3]
+    for part in parts:
+        ids += [IMAGE] * len(part) + [4]
+    ids = torch.tensor([[*ids, 5, 6]])
+    return images | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -251,7 +251,7 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
             raise ValueError("PrunedVLM needs input_ids: it finds the images by their placeholders.")
         cache = one_cache(cache, past_key_values)
         if cache is None and use_cache:
-            cache = PrunedCache(config=self.adapter.text_config)
+            cache = PrunedCache()
         if cache is not None and not isinstance(cache, PrunedCache):
             raise TypeError(f"PrunedVLM needs a PrunedCache (or use_cache=True), got {type(cache).__name__}.")
         states: list | None = [] if wants_states else None
@@ -284,6 +284,8 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
     def _run_prompt(self, prompt: Prompt, cache: PrunedCache | None, states: list | None, length: int):
         """Final hidden states `(batch, length, hidden)` of a prompt and the fields of the output that tell of pruning."""
         stream = prompt.stream
+        if self.adapter.window is not None:
+            self.adapter.check_window(int(stream.positions.max()) + 1)
         if cache is not None:
             cache.next_position = stream.positions.reshape(-1, *stream.positions.shape[-2:]).amax((0, -1)) + 1
             cache.mode = prompt.mode
@@ -346,7 +348,7 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
             "batch_num_images": batch_num_images,
         }
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        cache = PrunedCache(config=self.adapter.text_config)
+        cache = PrunedCache()
         cache.prompt = self.prepare_prompt(input_ids, mask, position_ids, None, images, mode)
         output = super().generate(
             input_ids=input_ids, attention_mask=mask, generation_config=generation_config, **{CACHE: cache}, **options

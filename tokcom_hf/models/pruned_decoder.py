@@ -97,6 +97,8 @@ def decode(
     cache.next_position = positions.reshape(-1, *positions.shape[-2:]).amax((0, -1)) + 1
     if adapter.three_axes and positions.dim() == 2:
         positions = positions.expand(3, *positions.shape)
+    if adapter.window is not None:
+        adapter.check_window(int(cache.next_position.max()))
     cache.extend(real)
     rotary = text.rotary_emb(hidden, position_ids=positions)
     segments = {segment.start: segment for segment in cache.segments}

@@ -119,8 +119,9 @@ class PrunedCache(DynamicCache):
         next_position: `(batch,)`, rotary position of the next new token.
     """
 
-    def __init__(self, config=None):
-        super().__init__(config=config)
+    def __init__(self):
+        # Without a configuration no layer's cache slides: within the window, which is all there is, none has to.
+        super().__init__()
         self.prompt: Prompt | None = None
         self.mode: str | None = None
         self.report: dict | None = None

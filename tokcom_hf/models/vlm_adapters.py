@@ -14,7 +14,7 @@ from .eager_copy import eager_copy
 
 
 class VLMAdapter:
-    """Families whose image features are only available after projection (LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL)."""
+    """Families whose image features are only available after projection (LLaVA-NeXT, Mistral 3, Qwen2-VL, ...)."""
 
     image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     # Whether rotary positions have time, height and width.
@@ -28,13 +28,27 @@ class VLMAdapter:
         if missing:
             raise ValueError(
                 f"The language model {type(self.text_model).__name__} has no {', '.join(missing)}; PrunedVLM supports "
-                "Llama-like decoders (Llama, Mistral, Qwen2, Qwen3)."
+                "Llama-like decoders (Llama, Mistral, Qwen2, Qwen3, Cohere2)."
             )
-        kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
+        kinds = getattr(self.text_config, "layer_types", None)
+        other = set(kinds or ()) - {"full_attention", "sliding_attention"}
+        if other:
             raise ValueError(
-                f"PrunedVLM needs full attention in every layer, got layer types {sorted(kinds)}: a sliding window "
-                "counts removed tokens."
+                f"PrunedVLM needs attention over all tokens in every layer, got layer types {sorted(other)}."
+            )
+        # Families without layer types slide in all layers where a window is set.
+        slides = kinds is None or "sliding_attention" in kinds
+        self.window = getattr(self.text_config, "sliding_window", None) if slides else None
+
+    def check_window(self, length: int) -> None:
+        """Raises ValueError where `length` positions do not fit into the language model's sliding window.
+
+        Up to its width the window hides nothing. Beyond it, it would count removed tokens as if they were there.
+        """
+        if self.window is not None and length > self.window:
+            raise ValueError(
+                f"The language model's sliding window holds {self.window} tokens and prompt and answer take {length}: "
+                "PrunedVLM works within the window only."
             )
 
     @property
@@ -138,6 +152,18 @@ class InternVLAdapter(VLMAdapter):
         return self.base.model.multi_modal_projector(features)
 
 
+class LlavaOnevisionAdapter(VLMAdapter):
+    """LLaVA-OneVision: tiles of an image, or several images of one tile each."""
+
+    image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
+
+
+class AyaVisionAdapter(VLMAdapter):
+    """Aya Vision: every tile counts as an image."""
+
+    image_inputs = ("pixel_values",)
+
+
 class QwenVLAdapter(VLMAdapter):
     """Qwen2-VL and Qwen2.5-VL: any resolution, three-dimensional rotary positions."""
 
@@ -158,6 +184,9 @@ class QwenVLAdapter(VLMAdapter):
 ADAPTERS: dict[str, type[VLMAdapter]] = {
     "llava": LlavaAdapter,
     "llava_next": VLMAdapter,
+    "llava_onevision": LlavaOnevisionAdapter,
+    "mistral3": VLMAdapter,
+    "aya_vision": AyaVisionAdapter,
     "internvl": InternVLAdapter,
     "qwen2_vl": QwenVLAdapter,
     "qwen2_5_vl": QwenVLAdapter,
