@@ -47,8 +47,9 @@ class RunArguments(RunFolderArguments):
     base: str | None = field(default=None, metadata={"help": "Causal language model: folder or Hub id."})
     image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
     eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder of the images; the file's own if not set."})
     allow_outside: bool = field(
-        default=False, metadata={"help": "Let JSON lines name images by absolute paths and outside their folder."}
+        default=False, metadata={"help": "Let JSON lines name images by absolute paths and outside that folder."}
     )
     train_images: int = field(
         default=16000, metadata={"help": "Procedural scenes to train on; those with a held-out caption are left out."}
@@ -175,7 +176,7 @@ def load_rows(run: RunArguments):
     """Training and held-out rows with caption and image; no held-out caption is trained on."""
     if run.image_text_file is not None:
         files = (run.image_text_file, run.eval_file or "")
-        return tuple(read_image_text_jsonl(file, allow_outside=run.allow_outside) for file in files)
+        return tuple(read_image_text_jsonl(file, run.image_dir, run.allow_outside) for file in files)
     options = {"min_objects": run.min_objects, "max_objects": run.max_objects, "grid": run.grid, "dots": run.dots}
     held_out = draw_scenes(run.eval_captions, run.seed + 1, **options)
     captions = frozenset(caption_of(scene) for scene in held_out)

@@ -1,6 +1,8 @@
 """JSON lines that name images: what both readers of them take, what they refuse, and when."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, VQADataset, map_vqa_columns, read_vqa_jsonl, scene_rows
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 READERS = [read_vqa_jsonl, read_image_text_jsonl]
 ROW = {"image": "a.png", "question": "what ?", "answer": "this", "caption": "a thing"}
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
@@ -215,6 +218,19 @@ def test_recipes_have_a_flag_for_it(folder):
         load_vqa_rows(VQASourceArguments(eval_file=path), "base", training=False)
     source = VQASourceArguments(train_file=path, eval_file=path, allow_outside=True)
     assert [len(rows) for rows in load_vqa_rows(source, "base")] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["train_joint_lfq", "image_tokens"])
+def test_caption_recipes_take_a_folder_and_the_flag(folder, name):
+    recipe = runpy.run_path(str(RECIPES / f"{name}.py"))
+    path = str(write(folder, {"image": "outside.png"}))
+    files = {"image_text_file": path, "eval_file": path}
+    rows = recipe["load_rows"](recipe["RunArguments"](**files, image_dir=str(folder.parent)))
+    assert [pixel(part[0]) for part in rows] == [(0, 0, 255)] * 2
+    write(folder, {"image": "../outside.png"})
+    with pytest.raises(ValueError, match="lies outside"):
+        recipe["load_rows"](recipe["RunArguments"](**files))
+    assert len(recipe["load_rows"](recipe["RunArguments"](**files, allow_outside=True))[1]) == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- prompts
