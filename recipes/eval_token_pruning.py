@@ -59,7 +59,6 @@ def main() -> None:
     table = {m: evaluate_mode(model, collator, rows, m, run.max_new_tokens, run.batch_size) for m in modes}
     batch = collator([rows[i] for i in range(min(run.batch_size, len(rows)))])
     times = time_modes(model, batch, ["origin", "hard"], run.repeats)
-    print_table(table, times)
     out = Path(run.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     results = {
@@ -76,7 +75,9 @@ def main() -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     shown = [rows[i] for i in range(min(run.pictures, len(rows)))]
     model.pruning_mode = "hard"
-    print(plot_kept_patches(model, collator, shown, out / "kept_patches.png"))
+    told = plot_kept_patches(model, collator, shown, out / "kept_patches.png")
+    print_table(table, times)
+    print(told)
 
 
 def load_model(run: RunArguments) -> PrunedVLM:

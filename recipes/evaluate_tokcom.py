@@ -150,12 +150,13 @@ def main() -> None:
 
     curves = results["frontier"] = frontiers(run, model, data, judge, length)
     results["comparisons"] = compare(rows, curves, [name for name in samplers if name.startswith("autoregressive")])
-    for line in results["comparisons"]["lines"]:
-        print(line)
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
     write_samples(out, samplers, data, held_out, run, length)
-    if not draw_evaluation(out, results):
+    drawn = draw_evaluation(out, results)
+    for line in results["comparisons"]["lines"]:
+        print(line)
+    if not drawn:
         print('No figures: matplotlib is not installed (pip install "tokcom_hf[plots]").')
     print(f"\nresults in {out}")
 

@@ -24,7 +24,7 @@ from tokcom_hf import TokComModel, TokComVAE
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latents import load_latents, save_latents
 from tokcom_hf.data.text import read_json_lines
-from tokcom_hf.data.text_files import JSON_LINES, is_json_lines, read_text
+from tokcom_hf.data.text_files import is_json_lines, read_text
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
@@ -263,7 +263,15 @@ def decode(model: Any, tokenizer: Any, run: InferenceArguments) -> list[dict[str
 
 
 def show(results: list[dict[str, Any]], run: InferenceArguments) -> None:
-    """Prints the results and writes the texts to --output_file."""
+    """Writes the texts to --output_file, then prints the results."""
+    if run.output_file is not None and run.mode != "encode":
+        path = Path(run.output_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jsonl":
+            lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
+            path.write_text("".join(lines), encoding="utf-8")
+        else:
+            path.write_text("\n\n\n".join(result["text"] for result in results), encoding="utf-8")
     for result in results:
         if "token_accuracy" in result:
             print(f"token accuracy {result['token_accuracy']:.4%} over {result['tokens']:,} tokens")
@@ -271,17 +279,8 @@ def show(results: list[dict[str, Any]], run: InferenceArguments) -> None:
             print(f"{result['tokens']:,} tokens in {result['latents'][0]:,} latents of {result['latents'][1]}")
         else:
             print(result["text"], end="\n\n" if len(results) > 1 else "\n")
-    if run.output_file is None:
-        return
-    path = Path(run.output_file)
-    if run.mode != "encode":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() in JSON_LINES:
-            lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
-            path.write_text("".join(lines), encoding="utf-8")
-        else:
-            path.write_text("\n\n\n".join(result["text"] for result in results), encoding="utf-8")
-    print(f"written to {path}")
+    if run.output_file is not None:
+        print(f"written to {run.output_file}")
 
 
 if __name__ == "__main__":

@@ -272,6 +272,16 @@ def report(out: Path, model: TokComModel, data, run: RunArguments, results: dict
     text = data.tokenizer.decode(generated, skip_special_tokens=True)
     continuation = data.tokenizer.decode(continued, skip_special_tokens=True)
     vae, denoiser = results["vae"], results["denoiser"]
+    # Files first: whatever happens to the terminal, they are there.
+    (out / "samples.txt").write_text(f"{text}\n\n---\n\n{continuation}\n", encoding="utf-8")
+    results["samples"] = {"generated": text, "conditional": continuation}
+    (out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
+    parameters = {"VAE": vae.get("parameters"), "denoiser": denoiser["parameters"]}
+    metrics = {k: v for part in (vae, denoiser) for k, v in part.items() if isinstance(v, float)}
+    card = {"parameters": parameters, "metrics": metrics, "samples": results["samples"], "data": describe(run)}
+    write_model_card(out, "tokcom", tags=["text-generation", "flow-matching"], pipeline_tag="text-generation",
+                     name="TokCom", config=model.config.to_dict(), **card)  # fmt: skip
+    figures = plot(out, vae, denoiser)
     print("\nheld-out accuracy of the VAE against noise (sigma in latent standard deviations)")
     for sigma in SIGMAS:
         name = "token_accuracy" + (f"_sigma_{sigma:g}" if sigma else "")
@@ -285,30 +295,20 @@ def report(out: Path, model: TokComModel, data, run: RunArguments, results: dict
         loss = denoiser["next_token_loss"]
         print(f"\nheld-out loss of the next token: {loss:.3f} nats, a perplexity of {math.exp(loss):.1f}")
     print(f"\ngenerated from nothing:\n  {text!r}\n\ncontinuing {run.prompt!r}:\n  {continuation!r}")
-    (out / "samples.txt").write_text(f"{text}\n\n---\n\n{continuation}\n", encoding="utf-8")
-    results["samples"] = {"generated": text, "conditional": continuation}
-    (out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
-    parameters = {"VAE": vae.get("parameters"), "denoiser": denoiser["parameters"]}
-    metrics = {k: v for part in (vae, denoiser) for k, v in part.items() if isinstance(v, float)}
-    card = {"parameters": parameters, "metrics": metrics, "samples": results["samples"], "data": describe(run)}
-    write_model_card(out, "tokcom", tags=["text-generation", "flow-matching"], pipeline_tag="text-generation",
-                     name="TokCom", config=model.config.to_dict(), **card)  # fmt: skip
-    plot(out, vae, denoiser)
-    print(f"\nmodel, tokenizer, card and results in {out} after {results['seconds']:.0f} s; load it with\n"
+    print(f"\n{figures}\n\nmodel, tokenizer, card and results in {out} after {results['seconds']:.0f} s; load it with\n"
           f"  AutoModel.from_pretrained({str(out)!r})")  # fmt: skip
 
 
-def plot(out: Path, vae: dict[str, Any], denoiser: dict[str, Any]) -> None:
-    """Two figures: accuracy against latent noise, and against t."""
+def plot(out: Path, vae: dict[str, Any], denoiser: dict[str, Any]) -> str:
+    """Two figures: accuracy against latent noise, and against t; returns what to say about them."""
     if find_spec("matplotlib") is None:
-        print("\nno figures: matplotlib is not installed (pip install 'tokcom_hf[plots]')")
-        return
+        return "no figures: matplotlib is not installed (pip install 'tokcom_hf[plots]')"
     from tokcom_hf.plots_text import plot_accuracy_against_noise, plot_denoising_against_time
 
     if "token_accuracy" in vae:
         plot_accuracy_against_noise(vae, out / "accuracy_against_noise.png")
     plot_denoising_against_time(denoiser, out / "denoising_against_time.png")
-    print(f"\nfigures: {out / 'accuracy_against_noise.png'}, {out / 'denoising_against_time.png'}")
+    return f"figures: {out / 'accuracy_against_noise.png'}, {out / 'denoising_against_time.png'}"
 
 
 def load_vae(folder: Path, tokenizer) -> TokComVAE:

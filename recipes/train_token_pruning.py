@@ -157,14 +157,6 @@ def report(out: Path, model, processor, source, held_out, run, args, seconds: fl
     collator = VQACollator(processor, source.prompt, answers=False)
     modes = ("origin", "merge_only", "soft", "hard")
     table = {m: evaluate_mode(model, collator, held_out, m, args.eval_max_new_tokens) for m in modes}
-    print(f"{len(held_out)} held-out questions, {seconds:.0f} s of training and loading")
-    print(f"{'mode':12s} {'accuracy':>8s} {'FLOPs':>7s} {'sequence':>8s}  vision tokens per layer")
-    for mode, result in table.items():
-        tokens = " ".join(f"{n:.0f}" for n in result["vision_tokens_per_layer"])
-        print(
-            f"{mode:12s} {100 * result['accuracy']['all']:7.1f}% {100 * result['flops_ratio']:6.1f}% "
-            f"{100 * result['sequence_kept']:7.1f}%  {tokens}"
-        )
     slim = {m: {k: v for k, v in r.items() if k not in ("scores", "answers")} for m, r in table.items()}
     results = {"base_model": run.base_model, "seed": run.seed, "seconds": round(seconds, 1), "modes": slim}
     if not (source.dataset_name or source.eval_file):
@@ -180,6 +172,14 @@ def report(out: Path, model, processor, source, held_out, run, args, seconds: fl
         questions=len(held_out),
         config=model.config.to_dict(),
     )
+    print(f"{len(held_out)} held-out questions, {seconds:.0f} s of training and loading")
+    print(f"{'mode':12s} {'accuracy':>8s} {'FLOPs':>7s} {'sequence':>8s}  vision tokens per layer")
+    for mode, result in table.items():
+        tokens = " ".join(f"{n:.0f}" for n in result["vision_tokens_per_layer"])
+        print(
+            f"{mode:12s} {100 * result['accuracy']['all']:7.1f}% {100 * result['flops_ratio']:6.1f}% "
+            f"{100 * result['sequence_kept']:7.1f}%  {tokens}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Recipe arguments: YAML sections, command-line overrides, and errors that help."""
 
+import io
 from dataclasses import dataclass, field
 
 import pytest
 
-from tokcom_hf.cli import RecipeError, parse_recipe, read_yaml, run_recipe
+from tokcom_hf.cli import RecipeError, parse_recipe, read_yaml, run_recipe, suggestion
 
 
 @dataclass
@@ -93,3 +94,58 @@ def test_a_configuration_in_another_encoding_is_named(tmp_path):
         parse(config=file)
     file.write_bytes(b"\xef\xbb\xbfrun:\n  path: caf\xc3\xa9\n")
     assert parse(config=file)["run"] == {"path": "café"}
+
+
+PRUNING = [
+    "adversarial_weight",
+    "discriminator_learning_rate",
+    "keep_tokens",
+    "kl_weight",
+    "learning_rate",
+    "task_weight",
+]
+PRUNING += ["merge_sparsity_weight", "num_train_epochs", "per_device_train_batch_size", "temperature_start"]
+INFERENCE = ["input_file", "model", "noise_level", "num_steps", "output_file", "prompt", "temperature", "text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "meant"),
+    [
+        ("adv_loss_weight", PRUNING, "adversarial_weight"),
+        ("adv_loss_weight", ["task_weight", "kl_weight"], None),
+        ("disc_lr", PRUNING, "discriminator_learning_rate"),
+        ("learning_rat", PRUNING, "learning_rate"),
+        ("task_loss_weight", PRUNING, "task_weight"),
+        ("epochs", PRUNING, "num_train_epochs"),
+        ("weight", PRUNING, None),
+        ("input_text", INFERENCE, "text"),
+        ("input_text", ["input_file"], None),
+        ("input_fiel", INFERENCE, "input_file"),
+        ("outputfile", INFERENCE, "output_file"),
+        ("checkpoint", INFERENCE, "model"),
+        ("promt", INFERENCE, "prompt"),
+        ("entirely_else", INFERENCE, None),
+    ],
+)
+def test_a_proposal_means_what_was_typed_or_is_not_made(name, known, meant):
+    assert suggestion(name, known) == meant
+
+
+def test_traceback_is_a_flag_of_every_recipe(monkeypatch):
+    assert parse("--traceback", "--seed", "3") == {"model": {}, "run": {"seed": 3}}
+    monkeypatch.setattr("sys.argv", ["recipe", "--traceback"])
+
+    def main():
+        raise ValueError("Too small.")
+
+    with pytest.raises(SystemExit) as stop:
+        run_recipe(main)
+    assert isinstance(stop.value.__cause__, ValueError)
+
+
+def test_printing_never_fails(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr("sys.stdout", terminal)
+    run_recipe(lambda: print("μ ± σ"))
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"? ? ?\n"

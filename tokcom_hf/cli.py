@@ -100,6 +100,9 @@ def _split(argv: list[str], config: str | Path | None) -> tuple[str | Path | Non
     position = 0
     while position < len(argv):
         token = argv[position]
+        if token == "--traceback":  # read by `run_recipe`
+            position += 1
+            continue
         if not token.startswith("--"):
             raise RecipeError(f"Unexpected argument {token!r}; options look like --name value.")
         name, has_value, inline = token[2:].partition("=")
@@ -128,11 +131,67 @@ def _set(values, sections, flag: str, value, origin: str) -> None:
     targets = [name for name in targets if field in _fields(sections[name])]
     if not targets:
         known = [f"{name}.{key}" for name, cls in sections.items() for key in _fields(cls)]
-        near = difflib.get_close_matches(flag, known + [key.partition(".")[2] for key in known], n=1)
-        hint = f" Did you mean {near[0]}?" if near else " See --help."
+        near = suggestion(field, sorted({key.partition(".")[2] for key in known}))
+        hint = f" Did you mean {near}?" if near else " See --help."
         raise RecipeError(f"{origin}{flag}: no such option.{hint}")
     for name in targets:
         values[name][field] = _convert(value, _fields(sections[name])[field], f"{origin}{flag}", origin == "--")
+
+
+# What others call an option, and what it may be called here; the first name that a recipe has is proposed.
+MEANINGS = {
+    "input_text": ("text", "train_file"),
+    "input": ("input_file", "train_file"),
+    "text_file": ("input_file", "train_file"),
+    "data_file": ("train_file", "image_text_file"),
+    "lr": ("learning_rate",),
+    "batch_size": ("per_device_train_batch_size",),
+    "epochs": ("num_train_epochs",),
+    "num_epochs": ("num_train_epochs",),
+    "steps": ("max_steps",),
+    "num_steps": ("max_steps",),
+    "train_dir": ("image_dir", "train_file"),
+    "data_dir": ("image_dir", "train_file"),
+    "val_dir": ("eval_file", "validation_file"),
+    "val_file": ("eval_file", "validation_file"),
+    "save_dir": ("output_dir",),
+    "sample_dir": ("output_dir",),
+    "checkpoint": ("resume_from_checkpoint", "model", "model_path"),
+    "model_dir": ("model", "model_path", "base_model", "output_dir"),
+    "model_name": ("base_model", "model", "model_path", "base"),
+    "use_amp": ("bf16",),
+    "amp": ("bf16",),
+    "no_cuda": ("use_cpu",),
+    "cpu": ("use_cpu",),
+    "dataset": ("dataset_name", "train_file"),
+}
+# Words inside an option's name.
+WORDS = {
+    "adv": "adversarial", "gan": "adversarial", "disc": "discriminator", "recon": "reconstruction", "lr": "learning_rate",
+    "bs": "batch_size", "val": "eval", "dim": "size", "perc": "perceptual", "temp": "temperature",
+}  # fmt: skip
+EMPTY_WORDS = frozenset(("loss", "num", "n", "the", "use"))
+
+
+def suggestion(name: str, known: list[str]) -> str | None:
+    """The option of `known` that `name` most likely means, by spelling or by meaning; None rather than a wrong one."""
+    meant = [other for other in MEANINGS.get(name, ()) if other in known]
+    if meant:
+        return meant[0]
+    for other in difflib.get_close_matches(name, known, n=5, cutoff=0.75):
+        pairs = list(zip(name.split("_"), other.split("_")))
+        alike = [difflib.SequenceMatcher(None, mine, theirs).ratio() for mine, theirs in pairs]
+        # Two options may share most of their letters and none of their sense: every word must be alike.
+        if name.replace("_", "") == other.replace("_", "") or (
+            name.count("_") == other.count("_") and min(alike) >= 0.6
+        ):
+            return other
+    words = {part for word in name.split("_") for part in WORDS.get(word, word).split("_")} - EMPTY_WORDS
+    holding = [other for other in known if words and words <= set(other.split("_"))]
+    # A single word that several options hold says too little.
+    if holding and (len(words) > 1 or len(holding) == 1):
+        return min(holding, key=len)
+    return None
 
 
 def _fields(cls: type) -> dict[str, Any]:
@@ -175,7 +234,11 @@ def _is_union(annotation) -> bool:
 
 
 def _help(doc: str, sections: dict[str, type]) -> str:
-    lines = [doc.strip(), "", "Options (--section.field value, or --field value for every section that has it):"]
+    lines = [
+        doc.strip(),
+        "",
+        "Options (--section.field value, or --field value for every section that has it; --traceback shows errors whole):",
+    ]
     for name, cls in sections.items():
         lines.append(f"\n[{name}] {cls.__name__}")
         for field in dataclasses.fields(cls):
@@ -188,7 +251,13 @@ def _help(doc: str, sections: dict[str, type]) -> str:
 
 
 def run_recipe(main) -> None:
-    """Calls `main()` and ends the process; the user's mistakes become one line on stderr and exit code 2."""
+    """Calls `main()` and ends the process; the user's mistakes become one line on stderr and exit code 2.
+
+    Characters that the terminal does not know (a redirected Windows console, LANG=C) are printed as question marks.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:

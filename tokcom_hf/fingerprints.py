@@ -140,11 +140,10 @@ def fingerprint(path: Any) -> Any:
             while block := file.read(1 << 20):
                 digest.update(block)
     elif place.is_dir():
-        for file in sorted(place.rglob("*")):
-            if file.is_file():
-                digest.update(
-                    f"{file.relative_to(place).as_posix()}\0{file.stat().st_size}\n".encode("utf-8", "surrogatepass")
-                )
+        for item in sorted(place.rglob("*")):
+            if item.is_file():
+                line = f"{item.relative_to(place).as_posix()}\0{item.stat().st_size}\n"
+                digest.update(line.encode("utf-8", "surrogatepass"))
     else:
         return str(path)
     return digest.hexdigest()[:16]

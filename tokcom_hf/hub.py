@@ -88,7 +88,7 @@ def push_folder(
         raise OSError(f"{str(folder)!r} holds no config.json; only a finished model can be pushed.")
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
-    options = {}
+    options: dict[str, Any] = {}
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
         options["revision"] = revision

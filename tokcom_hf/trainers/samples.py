@@ -1,6 +1,7 @@
 """Tables of samples during training: on the terminal, in `samples.jsonl`, and in the trackers in use."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ class SampleTableCallback(TrainerCallback):
         with torch.random.fork_rng(), trainer.averaged_weights():
             table = trainer.sample_table(decode_text)
         model.train(training)
-        self._print(table, state)
         with (Path(args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **table}) + "\n")
+        self._print(table, state)
         self._track(table, state.global_step)
 
     def _print(self, table: dict[str, list[str]], state) -> None:
@@ -56,7 +57,9 @@ class SampleTableCallback(TrainerCallback):
                 text = " ".join(text.split())
                 lines.append(f"  {name:>20}: {text[: self.width]}{'…' if len(text) > self.width else ''}")
             lines.append("")
-        print("\n" + "\n".join(lines), flush=True)
+        # A terminal that knows few characters must not end the training.
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print("\n" + "\n".join(lines).encode(encoding, "replace").decode(encoding), flush=True)
 
     def _track(self, table: dict[str, list[str]], step: int) -> None:
         for callback in self.trainer.callback_handler.callbacks:
