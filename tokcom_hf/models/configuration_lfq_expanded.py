@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .lfq_tokens import check_output_dim
+from .pipeline_files import PipelineTasks
 
 INIT_METHODS = ("random", "zeros", "mean")
 BIT_ORDER = "least_significant_first"
@@ -57,6 +58,7 @@ class LFQExpandedConfig(PreTrainedConfig):
     base_included: bool = True
 
     def __post_init__(self, **kwargs):
+        self.custom_pipelines = PipelineTasks("lfq", kwargs.pop("custom_pipelines", None))
         check_output_dim(self.output_dim)
         if self.embedding_init_method not in INIT_METHODS:
             raise ValueError(

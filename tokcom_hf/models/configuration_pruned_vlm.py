@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .pipeline_files import PipelineTasks
+
 MODES = ("origin", "merge_only", "soft", "hard")
 
 
@@ -48,6 +50,7 @@ class PrunedVLMConfig(PreTrainedConfig):
     pruning_mode: str = "hard"
 
     def __post_init__(self, **kwargs):
+        self.custom_pipelines = PipelineTasks("pruned_vlm", kwargs.pop("custom_pipelines", None))
         checked_mode(self.pruning_mode)
         if self.strategy is not None and (self.keep is None or self.keep < 1):
             raise ValueError(

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_tokcom_denoiser import DenoisedModelConfig
 from .configuration_tokcom_vae import TokComVAEConfig
+from .pipeline_files import PipelineTasks
 
 
 @strict
@@ -126,10 +127,7 @@ class TokComConfig(PreTrainedConfig):
         return self.denoiser.intermediate_size
 
     def __post_init__(self, **kwargs):
-        # transformers runs the folder's own pipeline code, and asks for trust_remote_code, wherever a config names custom
-        # pipelines. Where the package is installed the registered pipeline serves, so the name is dropped here.
-        if not __name__.startswith("transformers_modules."):
-            kwargs.pop("custom_pipelines", None)
+        self.custom_pipelines = PipelineTasks("tokcom", kwargs.pop("custom_pipelines", None))
         if self.vae is None:
             self.vae = TokComVAEConfig()
         elif isinstance(self.vae, dict):

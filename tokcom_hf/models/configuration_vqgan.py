@@ -5,6 +5,8 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .pipeline_files import PipelineTasks
+
 QUANTIZER_NAMES = ("ema", "fsq", "lfq")
 
 
@@ -110,6 +112,7 @@ class VQGANConfig(PreTrainedConfig):
     usage_decay: float | int = 0.99
 
     def __post_init__(self, **kwargs):
+        self.custom_pipelines = PipelineTasks("vqgan", kwargs.pop("custom_pipelines", None))
         # Set before the checks; the base class would set them behind.
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))

@@ -7,6 +7,7 @@ same matrix product as before. Training computes the loss in chunks over both ta
 """
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,6 +23,10 @@ from .lfq_tables import JoinedHead, OldHead, SplitTable, merge_rows
 from .lfq_tokens import check_output_dim
 from .strict_loading import StrictLoading
 from .wrapped_base import computed_buffers_kept
+
+if TYPE_CHECKING:
+    # Never run: the code of the pipeline travels with the model because its file is named here.
+    from .pipeline_lfq import LFQImageTextPipeline  # noqa: F401
 
 
 class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
@@ -360,7 +365,8 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
         if mode is not None:
             start, _ = self.lfq_token_range
             text = self.config.text_vocab_size or start
-            processors.append(LFQModeLogitsProcessor(mode, self.lfq_token_range, text, num_image_tokens))
+            # First, so that a processor that warps or draws sees the ids that may be drawn.
+            processors.insert(0, LFQModeLogitsProcessor(mode, self.lfq_token_range, text, num_image_tokens))
         if mode == "image":
             kwargs |= {"max_new_tokens": num_image_tokens, "min_new_tokens": num_image_tokens}
             kwargs.pop("max_length", None)

@@ -6,6 +6,7 @@ mode the others are removed from hidden states, masks and KV cache; positions of
 """
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
@@ -25,6 +26,10 @@ from .token_report import LastPrompt, token_report
 from .vision_reduction import VisionReduction
 from .vlm_adapters import adapter_for
 from .wrapped_base import without_casting_buffers
+
+if TYPE_CHECKING:
+    # Never run: the code of the pipeline travels with the model because its file is named here.
+    from .pipeline_pruned_vlm import PrunedImageTextToTextPipeline  # noqa: F401
 
 
 class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):

@@ -3,6 +3,8 @@
 All public methods speak token ids; those that generate are in tokcom_generation.py.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
@@ -15,11 +17,14 @@ from .context_encoder import FinishedChunks, joined
 from .layers import SwiGLU
 from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput, Modulations
 from .modeling_tokcom_vae import TokComVAE
-from .pipeline_tokcom import custom_pipelines
 from .strict_loading import StrictLoading
 from .tokcom_generation import TokComGeneration
 from .token_attention import TokenAttention
 from .token_window import TokenWindow
+
+if TYPE_CHECKING:
+    # Never run: the code of the pipeline travels with the model because its file is named here.
+    from .pipeline_tokcom import TokComGenerationPipeline  # noqa: F401
 
 # 1 − t is kept at least this large in the evidence of x_t: every token is certain by then, and larger logits would only
 # lose their last digits in bfloat16.
@@ -84,15 +89,6 @@ class TokComModel(TokComGeneration, StrictLoading, GenerationMixin):
             init.ones_(module.latent_std)
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the folder also names its pipeline, whose code travels as one of this file's imports."""
-        self.config.custom_pipelines = custom_pipelines()
-        try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            # Only the folder names it: a config in memory that did would make pipeline() look for remote code.
-            del self.config.custom_pipelines
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,10 @@ from .configuration_vqgan import VQGANConfig
 from .layer_outputs import refuse_layer_outputs
 from .quantizers import EMAQuantizer, Quantizer, build_quantizer
 from .strict_loading import StrictLoading
+
+if TYPE_CHECKING:
+    # Never run: the code of the pipeline travels with the model because its file is named here.
+    from .pipeline_vqgan import VQReconstructionPipeline  # noqa: F401
 
 
 @dataclass

@@ -1,108 +1,136 @@
 """`pipeline("lfq-image-text")`: text, images and both from an `LFQExpandedModel`."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, Pipeline
+from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers.utils import cached_file
 
 from .image_processing_vqgan import VQGANImageProcessor
+from .modeling_vqgan import VQGAN
+from .pipeline_base import TOKENIZER_LOCK
+from .pipeline_prompts import answered, render
+from .pipeline_vlm_base import PromptPipeline
 from .processing_lfq import LFQProcessor
 
 DECODER_FOLDER = "image_decoder"
 
 
-class LFQImageTextPipeline(Pipeline):
+class LFQImageTextPipeline(PromptPipeline):
     """Captions to pictures, or prompts to text with pictures in it.
 
     pipe = pipeline("lfq-image-text", model=folder)
     pipe("a red circle", guidance_scale=3.0)[0]["images"][0].save("circle.png")
 
+    Returns `[{"generated_text", "token_ids", "images"}]` for one request, a list of such lists for several.
+
     Keyword arguments, at construction or call: `mode` (`image` by default; `text`, `mixed`), `num_image_tokens` (the image
     decoder's own number by default), `guidance_scale` (above 1 the caption counts more; the prompt without a caption is
-    what it is compared with), `num_return_sequences`, `seed`, and everything `generate` takes.
+    what it is compared with), `num_return_sequences`, `seed` or `generator`, `return_full_text` (True: with the prompt),
+    everything `generate` takes (it samples by default; also as `generate_kwargs={...}`), `batch_size` (all of a list at once
+    by default), `num_workers`, and for a base model that sees images `timeout` and `allow_urls` (False refuses URLs; by
+    default they are fetched, as transformers does, those of this machine and its network too).
 
     Args:
         image_decoder: a model with `decode_codes` (a VQGAN with `quantizer="lfq"`), or its folder or Hub id; the folder
-            `image_decoder` beside the model by default. None there either: ids only.
+            `image_decoder` of the model's own repository by default. None there either: ids only.
+        decoder_revision: branch, tag or commit of an `image_decoder` given by its Hub id.
+        decoder_trust_remote_code: run code of the `image_decoder`'s repository. Trust in the model's repository does not
+            extend to it; a VQGAN needs none.
     """
 
+    family = "lfq"
+    default_batch_size = None
+    defaults = {"do_sample": True}
+    own_names = ("mode", "num_image_tokens")
     _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_video_processor = False
-    _pipeline_calls_generate = True
 
-    def __init__(self, *args, image_decoder=None, seed: int | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        image_decoder=None,
+        decoder_revision: str | None = None,
+        decoder_trust_remote_code: bool = False,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
-        self.seed = seed
         if not isinstance(self.processor, LFQProcessor) and type(self.processor).__name__ != "LFQProcessor":
             raise ValueError("This pipeline needs the LFQProcessor saved beside the model; pass processor=...")
-        self.image_decoder, self.image_processor = _load_decoder(image_decoder, self.model)
-        if self.image_decoder is not None:
+        decoder = _own_decoder(self.model) if image_decoder is None else image_decoder
+        self.image_decoder, self.image_processor = None, None
+        if decoder is not None:
+            options = {"revision": decoder_revision, "trust_remote_code": decoder_trust_remote_code}
+            self.image_decoder, self.image_processor = _load_decoder(decoder, options)
             self.image_decoder.to(self.device).eval()
             codes, ours = self.image_decoder.config.codebook_size, 2**self.model.config.output_dim
             if codes != ours:
                 raise ValueError(f"The image decoder has {codes:,} codes, but the model has {ours:,} LFQ ids.")
 
     def _sanitize_parameters(self, mode: str | None = None, **kwargs):
-        return {"mode": mode or "image"}, kwargs | {"mode": mode or "image"}, {}
+        before, forward, after = super()._sanitize_parameters(**kwargs)
+        if mode is not None:
+            before, forward = before | {"mode": mode}, forward | {"mode": mode}
+        return before, forward, after
 
-    def __call__(self, inputs: Any, *, seed: int | None = None, batch_size: int | None = None, **kwargs) -> list:
-        """Returns `[{"generated_text", "token_ids", "images"}]` for one text, a list of such lists for a list.
-
-        Args:
-            inputs: a caption or prompt, a dictionary `{"text": ..., "images": ...}` for a base model that sees images,
-                or a list of either.
-        """
-        single = isinstance(inputs, (str, dict))
-        rows = [inputs] if single else list(inputs)
-        if not all(isinstance(row, (str, dict)) for row in rows):
-            raise TypeError("Inputs must be texts, or dictionaries with text and images.")
-        if not rows:
-            return []
-        seed = self.seed if seed is None else seed
-        size = batch_size or self._batch_size or len(rows)
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            results = [result for batch in super().__call__(batches, batch_size=1, **kwargs) for result in batch]
-        return results[0] if single else results
-
-    def preprocess(self, inputs: list, mode: str = "image", **kwargs):
-        """Texts → left-padded ids; in `image` mode inside the processor's `image_prompt`."""
-        texts = [row if isinstance(row, str) else row["text"] for row in inputs]
-        pictures = [row["images"] for row in inputs if isinstance(row, dict) and row.get("images") is not None]
-        pictures = [image for given in pictures for image in (given if isinstance(given, list) else [given])]
+    def preprocess(self, inputs: list, mode: str = "image", **kwargs) -> dict[str, Any]:
+        """Requests → left-padded ids; a text in `image` mode inside the processor's `image_prompt`."""
+        prompts = self.prompts(inputs, **kwargs)
+        texts = [render(prompt, self._prompt_processor()) for prompt in prompts]
         if mode == "image":
-            texts = [self.processor.image_prompt.replace("{caption}", text) for text in texts]
-        self.processor.tokenizer.padding_side = "left"
-        return dict(self.processor(text=texts, images=pictures or None, padding=True, return_tensors="pt"))
+            texts = [
+                (self._image_prompt(text) if prompt.messages is None else text, special)
+                for prompt, (text, special) in zip(prompts, texts, strict=True)
+            ]
+        return self.grouped(prompts, texts)
 
-    def _forward(self, model_inputs, mode: str = "image", num_image_tokens: int | None = None, **options):
-        if num_image_tokens is None:
-            side = 0 if self.image_decoder is None else self._side()
-            num_image_tokens = side * side or 256
+    def _prompt_processor(self):
+        """What knows the image token and the chat template."""
+        return self.processor if self.processor.base is None else self.processor.base
+
+    def _image_prompt(self, caption: str) -> str:
+        # Not str.format: caption and prompt may hold braces of their own.
+        return self.processor.image_prompt.replace("{caption}", caption)
+
+    def encode(self, texts: list[str], images: list[list], special: bool) -> dict[str, Any]:
+        flat = [image for given in images for image in given]
+        with TOKENIZER_LOCK:
+            batch = self.processor(text=texts, images=flat or None, add_special_tokens=special)
+        return _left_padded(dict(batch), self.processor.tokenizer.pad_token_id)
+
+    def generate_ids(self, encoded: dict, options: dict, own: dict) -> tuple[torch.LongTensor, dict]:
+        """Ids `(rows, prompt + new)` of one batch, and the number of tokens of an image."""
+        mode, count = own.get("mode", "image"), own.get("num_image_tokens") or self._num_image_tokens()
+        rows = len(encoded["input_ids"])
         if options.get("guidance_scale", 1.0) not in (None, 1.0) and "negative_prompt_ids" not in options:
-            empty = self.processor(text=self.processor.image_prompt.replace("{caption}", ""), return_tensors="pt")
-            rows = model_inputs["input_ids"].shape[0] * options.get("num_return_sequences", 1)
-            options["negative_prompt_ids"] = empty["input_ids"].to(self.device).expand(rows, -1)
-        options = {"do_sample": True, "pad_token_id": self.processor.tokenizer.pad_token_id} | options
-        ids = self.model.generate(**model_inputs, mode=mode, num_image_tokens=num_image_tokens, **options)
-        new = ids[:, model_inputs["input_ids"].shape[1] :]
-        return {"ids": new, "prompts": len(model_inputs["input_ids"]), "num_image_tokens": num_image_tokens}
+            empty = self.encode([self._image_prompt("")], [[]], special=True)["input_ids"]
+            options["negative_prompt_ids"] = empty.to(self.device).expand(rows, -1)
+        length = {"max_new_tokens", "max_length", "generation_config"} & options.keys()
+        if mode != "image" and not length and self.model.generation_config.max_new_tokens is None:
+            options["max_new_tokens"] = 64 + count * (mode == "mixed")
+        if "generation_config" not in options:
+            options = {"pad_token_id": self.processor.tokenizer.pad_token_id} | options
+        ids = self.model.generate(**encoded, mode=mode, num_image_tokens=count, **options)
+        return ids, {"num_image_tokens": count}
 
-    def postprocess(self, model_outputs, **kwargs):
-        rows = []
-        for ids in model_outputs["ids"]:
-            images = self.processor.split_images(ids, model_outputs["num_image_tokens"])
-            text = self.processor.decode(ids, skip_lfq_tokens=self.image_decoder is not None, skip_special_tokens=True)
-            rows.append({"generated_text": text, "token_ids": ids.tolist(), "images": [self._draw(i) for i in images]})
-        copies = len(rows) // model_outputs["prompts"]
-        return [rows[start : start + copies] for start in range(0, len(rows), copies)]
+    def postprocess(self, model_outputs, return_full_text: bool = False) -> list:
+        results = []
+        for (rows, extra), prompt in zip(model_outputs["rows"], model_outputs["prompts"], strict=True):
+            given = []
+            for ids in rows:
+                images = self.processor.split_images(ids, extra["num_image_tokens"])
+                skip = self.image_decoder is not None
+                text = self.processor.decode(ids, skip_lfq_tokens=skip, skip_special_tokens=True)
+                text = answered(prompt, text) if return_full_text else text
+                pictures = [self._draw(image) for image in images]
+                given.append({"generated_text": text, "token_ids": ids.tolist(), "images": pictures})
+            results.append(given)
+        return results
+
+    def _num_image_tokens(self) -> int:
+        return 256 if self.image_decoder is None else self._side() ** 2
 
     def _side(self) -> int:
         config = self.image_decoder.config
@@ -117,18 +145,77 @@ class LFQImageTextPipeline(Pipeline):
         with torch.no_grad():
             return self.image_processor.postprocess(self.image_decoder.decode_codes(codes))[0]
 
+    def save_pretrained(self, save_directory, include_base: bool | None = None, **kwargs) -> None:
+        """Saves everything the pipeline needs; `pipeline(model=folder, trust_remote_code=True)` brings it back.
 
-def _load_decoder(decoder, model):
-    """Image decoder and its image processor, or (None, None)."""
-    trust = {"trust_remote_code": True} if type(model).__module__.startswith("transformers_modules") else {}
-    if decoder is None:
-        folder = Path(model.config.name_or_path or ".") / DECODER_FOLDER
-        if not (folder / "config.json").is_file():
-            return None, None
-        decoder = str(folder)
-    if isinstance(decoder, (str, Path)):
-        image_processor = AutoImageProcessor.from_pretrained(decoder, **trust)
-        return AutoModel.from_pretrained(decoder, **trust), image_processor
+        Args:
+            save_directory: folder.
+            include_base: with the base model's weights. None: yes, unless its code is not part of transformers; then the
+                folder refers to it.
+            kwargs: for the model's `save_pretrained`.
+        """
+        if include_base is None:
+            known = self.model.config.base_config["model_type"] in CONFIG_MAPPING
+            include_base = True if known else None
+        super().save_pretrained(save_directory, include_base=include_base, **kwargs)
+        if self.image_decoder is not None:
+            folder = Path(save_directory) / DECODER_FOLDER
+            self.image_decoder.save_pretrained(folder)
+            self.image_processor.save_pretrained(folder)
+
+
+def _left_padded(batch: dict[str, Any], pad_token_id: int | None) -> dict[str, Any]:
+    """Lists of one value per token → tensors `(rows, longest)`; the rest as tensors."""
+    lengths = [len(ids) for ids in batch["input_ids"]]
+    if pad_token_id is None and len(set(lengths)) > 1:
+        raise ValueError("The tokenizer has no pad token; set processor.tokenizer.pad_token, or batch_size=1.")
+    tensors = {}
+    for name, rows in batch.items():
+        if isinstance(rows, list) and all(isinstance(row, list) for row in rows) and [len(r) for r in rows] == lengths:
+            fill = pad_token_id if name == "input_ids" else 0
+            tensors[name] = torch.tensor([[fill] * (max(lengths) - len(row)) + row for row in rows])
+        else:
+            tensors[name] = torch.stack(rows) if _are_tensors(rows) else torch.as_tensor(rows)
+    return tensors
+
+
+def _are_tensors(rows: Any) -> bool:
+    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], torch.Tensor)
+
+
+def _own_decoder(model) -> tuple[VQGAN, VQGANImageProcessor] | None:
+    """The VQGAN in the folder `image_decoder` of the repository that the model was loaded from, or None.
+
+    Built by this file's own VQGAN class: code that lies beside the decoder's weights is never run.
+    """
+    name = model.config.name_or_path
+    if not name:
+        # Built in memory: a folder of that name below the working directory is nobody's.
+        return None
+    if os.path.isdir(name):
+        if not (Path(name) / DECODER_FOLDER / "config.json").is_file():
+            return None
+        options = {}
+    else:
+        # The commit that the model came from.
+        options = {"revision": getattr(model.config, "_commit_hash", None)}
+        config = f"{DECODER_FOLDER}/config.json"
+        if cached_file(name, config, _raise_exceptions_for_missing_entries=False, **options) is None:
+            return None
+    processor = VQGANImageProcessor.from_pretrained(name, subfolder=DECODER_FOLDER, **options)
+    return VQGAN.from_pretrained(name, subfolder=DECODER_FOLDER, **options), processor
+
+
+def _load_decoder(decoder, options: dict):
+    """An image decoder (loaded, with or without its processor, or named) → decoder and image processor."""
+    if isinstance(decoder, tuple):
+        return decoder
+    if isinstance(decoder, str | os.PathLike):
+        name, revision = os.fspath(decoder), {"revision": options["revision"]}
+        values, _ = PreTrainedConfig.get_config_dict(name, **revision)
+        if values.get("model_type") == VQGAN.config_class.model_type:
+            return VQGAN.from_pretrained(name, **revision), VQGANImageProcessor.from_pretrained(name, **revision)
+        return AutoModel.from_pretrained(name, **options), AutoImageProcessor.from_pretrained(name, **options)
     config = decoder.config
     processor = VQGANImageProcessor(config.image_size, config.in_channels, size_divisor=config.downsample_factor)
     return decoder, processor

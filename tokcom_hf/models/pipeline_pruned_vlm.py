@@ -2,64 +2,69 @@
 
 from typing import Any
 
-from transformers import AutoProcessor, Pipeline
-from transformers.image_utils import load_image
+import torch
+from transformers import AutoProcessor
+
+from .pipeline_prompts import answered, render
+from .pipeline_vlm_base import PromptPipeline
 
 
-class PrunedImageTextToTextPipeline(Pipeline):
-    """Answers `{"image": path, URL or PIL image, "text": prompt with <image>}`.
+class PrunedImageTextToTextPipeline(PromptPipeline):
+    """Answers `{"image": path, URL, data URI or PIL image, "text": prompt with <image>}`, a chat, or a text without image.
 
-    Returns `{"generated_text": answer, "token_report": tokens per layer, FLOPs and KV memory}`. Text without an image
-    passes through. Options: `max_new_tokens` and everything else `generate` takes, `pruning_mode`.
+    Returns `{"generated_text": answer, "token_report": tokens per layer, FLOPs and KV memory}`, a list of such results for
+    several requests and for `num_return_sequences` above 1. The report is that of the batch a request ran in.
+
+    Keyword arguments, at construction or call: everything `generate` takes (greedy, 64 new tokens by default; also as
+    `generate_kwargs={...}`), `pruning_mode`, `return_full_text` (True: the prompt, or the chat, with the answer), `seed`
+    or `generator` (where `do_sample=True`), `batch_size`, `num_workers`, `timeout` and `allow_urls` (False refuses URLs; by
+    default they are fetched, as transformers does, those of this machine and its network too).
     """
 
-    _load_processor = False
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    family = "pruned_vlm"
+    defaults = {"do_sample": False, "max_new_tokens": 64}
+    own_names = ("pruning_mode",)
+    _load_processor = None
 
     def __init__(self, *args, processor=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        if processor is None:
-            try:
-                processor = AutoProcessor.from_pretrained(self.model.config.name_or_path)
-            except (OSError, ValueError):
-                processor = AutoProcessor.from_pretrained(self.model.config.base_model_name_or_path)
-        self.processor = processor
-
-    def _sanitize_parameters(self, pruning_mode: str | None = None, **generation):
-        forward: dict[str, Any] = {"generation": generation}
-        if pruning_mode is not None:
-            forward["pruning_mode"] = pruning_mode
-        return {}, forward, {}
-
-    def preprocess(self, inputs, **kwargs):
-        if isinstance(inputs, str):
-            inputs = {"text": inputs}
-        if not isinstance(inputs, dict) or "text" not in inputs:
-            raise ValueError(f'Expected {{"image": ..., "text": ...}}, got {inputs!r}.')
-        images = inputs.get("image", inputs.get("images"))
-        images = images if isinstance(images, list) else [] if images is None else [images]
-        token = getattr(self.processor, "image_token", "<image>")
-        text = inputs["text"].replace("<image>", token)
-        if images and text.count(token) != len(images):
-            raise ValueError(
-                f"{len(images)} image(s) but {text.count(token)} '<image>' in the text; put one '<image>' per image."
+        super().__init__(*args, processor=processor, **kwargs)
+        if self.processor is None:
+            # The base model's own: its code, if it has any, is another repository's and not trusted with this one.
+            self.processor = AutoProcessor.from_pretrained(
+                self.model.config.base_model_name_or_path, trust_remote_code=False
             )
-        return self.processor(text=[text], images=[load_image(image) for image in images] or None, return_tensors="pt")
 
-    def _forward(self, inputs, generation=None, pruning_mode=None):
-        before = self.model.pruning_mode
-        self.model.pruning_mode = pruning_mode or before
-        try:
-            options = {"do_sample": False, "max_new_tokens": 64} | (generation or {})
-            ids = self.model.generate(**inputs, **options)
-            report = self.model.token_report()
-        finally:
-            self.model.pruning_mode = before
-        return {"ids": ids[:, inputs["input_ids"].shape[1] :], "report": report}
+    def preprocess(self, inputs: list, **kwargs) -> dict[str, Any]:
+        prompts = self.prompts(inputs, **kwargs)
+        return self.grouped(prompts, [render(prompt, self.processor) for prompt in prompts])
 
-    def postprocess(self, outputs):
-        texts = self.processor.batch_decode(outputs["ids"], skip_special_tokens=True)
-        results = [{"generated_text": text.strip(), "token_report": outputs["report"]} for text in texts]
-        return results[0] if len(results) == 1 else results
+    def generate_ids(self, encoded: dict, options: dict, own: dict) -> tuple[torch.LongTensor, dict]:
+        """Ids `(rows, prompt + new)` and the token report of one batch."""
+        options = {"pad_token_id": self._pad_token_id(), **options} if len(encoded["input_ids"]) > 1 else options
+        output = self.model.generate(**encoded, **own, **options, return_dict_in_generate=True)
+        return output.sequences, output.token_report
+
+    def _pad_token_id(self) -> int | None:
+        tokenizer = self.processor.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def postprocess(self, outputs, return_full_text: bool = False) -> list:
+        results = []
+        for (ids, report), prompt in zip(outputs["rows"], outputs["prompts"], strict=True):
+            texts = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+            given = [
+                {"generated_text": answered(prompt, text) if return_full_text else text, "token_report": report}
+                for text in texts
+            ]
+            results.append(given[0] if len(given) == 1 else given)
+        return results
+
+    def save_pretrained(self, save_directory, include_base: bool = True, **kwargs) -> None:
+        """Saves everything the pipeline needs; `pipeline(model=folder, trust_remote_code=True)` brings it back.
+
+        Args:
+            save_directory: folder.
+            include_base: with the whole base model, so that the folder needs nothing else.
+            kwargs: for the model's `save_pretrained`.
+        """
+        super().save_pretrained(save_directory, include_base=include_base, **kwargs)

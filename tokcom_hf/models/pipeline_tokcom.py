@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import Pipeline
-from transformers.dynamic_module_utils import custom_object_save
 
-TASK = "tokcom-generation"
+from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, generator_of, refuse_unknown
+
 FORWARD_ARGUMENTS = (
     "num_chunks", "num_generate_chunks", "num_steps", "temperature", "sampler", "time_grid", "block_size",
     "guidance_scale", "final_clean_pass", "posterior_temperature", "token_lag", "generator", "num_return_sequences",
@@ -14,17 +13,12 @@ FORWARD_ARGUMENTS = (
 )  # fmt: skip
 
 
-def custom_pipelines() -> dict[str, dict[str, Any]]:
-    """What a folder's config.json must say for `pipeline(task, model=folder, trust_remote_code=True)` to find this file."""
-    # The "pt" class is looked up in transformers itself, so it cannot be TokComModel.
-    return {TASK: {"impl": "pipeline_tokcom.TokComGenerationPipeline", "pt": ["AutoModel"], "type": "text"}}
-
-
-class TokComGenerationPipeline(Pipeline):
+class TokComGenerationPipeline(BatchedPipeline):
     """Generates text with a `TokComModel`.
 
     `pipe()` gives one text from nothing, `pipe("prompt")` continues it; both return `[{"generated_text": ...}]`.
-    `pipe(["one", "two"])` is one batch and returns such a list per prompt, as "text-generation" does.
+    `pipe(["one", "two"])` is one batch and returns such a list per prompt, as "text-generation" does. Generators and data
+    sets (of texts, or with a column `text`) give their results one by one.
 
     Keyword arguments, at construction or call: `seed` (reproducible output), `num_return_sequences`, `return_full_text`
     (False leaves the prompt out), `batch_size` (prompts per batch; all at once by default), and those of
@@ -33,12 +27,9 @@ class TokComGenerationPipeline(Pipeline):
     `generator`.
     """
 
+    family = "tokcom"
+    default_batch_size = None
     _load_tokenizer = True
-    _load_processor = False
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
-    _pipeline_calls_generate = False
 
     def __init__(self, *args, seed: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -46,51 +37,47 @@ class TokComGenerationPipeline(Pipeline):
         expected = self.model.config.vae.omni_token_id
         if self.tokenizer is None:
             raise ValueError("TokComGenerationPipeline needs the tokenizer saved beside the model; pass tokenizer=...")
-        if len(self.tokenizer) != expected:
+        # Ids may have gaps, which its length does not count.
+        size = 1 + max(self.tokenizer.get_vocab().values())
+        if size != expected:
             raise ValueError(
-                f"The tokenizer has {len(self.tokenizer)} tokens but the model was trained with {expected}; use the "
+                f"The tokenizer has {size} tokens but the model was trained with {expected}; use the "
                 "tokenizer saved beside the model."
             )
 
     def _sanitize_parameters(self, return_full_text: bool | None = None, **kwargs):
-        unknown = sorted(set(kwargs) - set(FORWARD_ARGUMENTS))
-        if unknown:
-            raise TypeError(
-                f"Unknown argument {unknown[0]!r}; this pipeline takes seed, {', '.join(FORWARD_ARGUMENTS)}."
-            )
+        refuse_unknown(kwargs, ("seed", "batch_size", "num_workers", "return_full_text", *FORWARD_ARGUMENTS))
         forward = {name: value for name, value in kwargs.items() if value is not None}
         return {}, forward, {} if return_full_text is None else {"return_full_text": return_full_text}
 
-    def __call__(
-        self, inputs: Any = None, *, batch_size: int | None = None, seed: int | None = None, **kwargs
-    ) -> list:
+    def _is_single(self, inputs: Any) -> bool:
+        return inputs is None or isinstance(inputs, str)
+
+    def _dataset_row(self, row: dict) -> str:
+        if "text" not in row:
+            raise ValueError(f"The data set has no column 'text', only {sorted(row)}; use KeyDataset(data, column).")
+        return row["text"]
+
+    def __call__(self, inputs: Any = None, *, seed: int | None = None, **kwargs):
         """Returns `[{"generated_text": str}]` for one prompt or none, a list of such lists for a list of prompts.
 
         Raises:
             TypeError: prompts that are no strings, or an unknown keyword.
             ValueError: an empty prompt, or an argument that `TokComModel.generate` refuses.
         """
-        prompts = [inputs] if inputs is None or isinstance(inputs, str) else list(inputs)
-        if inputs is not None and not all(isinstance(prompt, str) for prompt in prompts):
-            raise TypeError("Prompts must be strings; call the pipeline without arguments to generate from nothing.")
-        if not prompts:
-            return []
-        if "generator" not in kwargs:
-            # One generator for the whole call: a batch seeded like the one before would repeat its noise.
-            seed = self.seed if seed is None else seed
-            # Without a seed it follows the global one, so that set_seed still decides.
-            seed = int(torch.randint(2**62, ())) if seed is None else seed
-            kwargs["generator"] = torch.Generator().manual_seed(seed)
-        size = batch_size or self._batch_size or len(prompts)
-        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        results = [result for batch in super().__call__(batches, batch_size=1, **kwargs) for result in batch]
-        return results[0] if inputs is None or isinstance(inputs, str) else results
+        generator = kwargs.get("generator", self._forward_params.get("generator"))
+        # One generator for the whole call: a batch seeded like the one before would repeat its noise.
+        kwargs["generator"] = generator_of(self.seed if seed is None and generator is None else seed, generator)
+        return super().__call__(inputs, **kwargs)
 
     def preprocess(self, inputs: list[str] | list[None], **kwargs) -> dict[str, Any]:
         """Prompts → `prompt_ids` and `prompt_mask` (batch, longest), padded on the right; `[None]` → nothing."""
         if inputs == [None]:
             return {}
-        rows = self.tokenizer(inputs, add_special_tokens=False).input_ids
+        if not all(isinstance(prompt, str) for prompt in inputs):
+            raise TypeError("Prompts must be strings; call the pipeline without arguments to generate from nothing.")
+        with TOKENIZER_LOCK:
+            rows = self.tokenizer(inputs, add_special_tokens=False).input_ids
         if not all(rows):
             raise ValueError(
                 f"Prompt {inputs[[bool(row) for row in rows].index(False)]!r} makes no token; give some text."
@@ -118,10 +105,3 @@ class TokComGenerationPipeline(Pipeline):
             texts.append({"generated_text": text.removeprefix(prompt)})
         copies = model_outputs["copies"]
         return [texts[start : start + copies] for start in range(0, len(texts), copies)]
-
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Saves model, tokenizer and this file, so that the folder works where tokcom_hf is not installed."""
-        super().save_pretrained(save_directory, **kwargs)
-        custom_object_save(self, save_directory)
-        self.model.config.custom_pipelines = custom_pipelines()
-        self.model.config.save_pretrained(save_directory)

@@ -1,50 +1,107 @@
 """`pipeline("vq-reconstruction")` and `pipeline("vq-tokenize")`."""
 
+import os
+from typing import Any
+
+import numpy as np
 import torch
-from transformers import Pipeline
+from PIL import Image
+
+from .image_files import load_image
+from .pipeline_base import BatchedPipeline, refuse_unknown
 
 
-class _VQPipeline(Pipeline):
-    _load_tokenizer = False
+class _VQPipeline(BatchedPipeline):
+    """Images in, codes or images out.
+
+    An image is a PIL image, a path, a URL, a data URI, an array or a tensor; a data set's row `{"image": ...}` holds one.
+    Keyword arguments, at construction or call: `allow_urls` (False refuses URLs; by default they are fetched, as
+    transformers does, those of this machine and its network too), `timeout` (seconds for a URL), `batch_size` (images at
+    once, 1 by default), `num_workers` (threads that read images ahead).
+    """
+
+    family = "vqgan"
     _load_image_processor = True
-    _load_feature_extractor = False
-    _load_processor = False
-    _load_video_processor = False
 
     def _sanitize_parameters(self, **kwargs):
-        return {}, {}, {}
+        refuse_unknown(kwargs, ("allow_urls", "timeout"))
+        return kwargs, {}, {}
 
-    def preprocess(self, inputs, **kwargs):
-        return self.image_processor(inputs, return_tensors="pt")
+    def _is_single(self, inputs: Any) -> bool:
+        if isinstance(inputs, np.ndarray | torch.Tensor):
+            return inputs.ndim < 4
+        return isinstance(inputs, str | os.PathLike | Image.Image | dict) or hasattr(inputs, "read")
+
+    def preprocess(self, inputs: list, allow_urls: bool = True, timeout: float | None = None) -> dict[str, Any]:
+        """Images → `pixel_values` (batch, channels, height, width)."""
+        images = [self._image(row, allow_urls, timeout) for row in inputs]
+        return dict(self.image_processor(images, return_tensors="pt"))
+
+    def _image(self, row: Any, allow_urls: bool, timeout: float | None) -> Any:
+        if isinstance(row, dict):
+            if set(row) != {"image"}:
+                raise ValueError(f'Expected an image or {{"image": ...}}, got the keys {sorted(row)}.')
+            row = row["image"]
+        if isinstance(row, str) and not os.path.isfile(row):
+            return load_image(row, timeout, allow_urls)
+        # The processor's own opener keeps what the model can use of transparency and depth.
+        return row
+
+    def _dataset_row(self, row: dict) -> Any:
+        if "image" not in row:
+            raise ValueError(f"The data set has no column 'image', only {sorted(row)}; use KeyDataset(data, column).")
+        return row["image"]
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        return self.model.encode(pixel_values.to(self.model.dtype))
 
 
 class VQReconstructionPipeline(_VQPipeline):
-    """Images (PIL, path, array, or a list) → `{"image": PIL image, "codes": (h, w) list}` each."""
+    __doc__ = (
+        "Images → `{'image': PIL image, 'codes': (h, w) list}` each.\n\n" + _VQPipeline.__doc__.partition("\n\n")[2]
+    )
 
     def _forward(self, model_inputs):
-        codes = self.model.encode(model_inputs["pixel_values"])
+        codes = self._encode(model_inputs["pixel_values"])
         return {"codes": codes, "pixels": self.model.decode_codes(codes)}
 
     def postprocess(self, model_outputs, **kwargs):
-        image = self.image_processor.postprocess(model_outputs["pixels"])[0]
-        return {"image": image, "codes": model_outputs["codes"][0].tolist()}
+        images = self.image_processor.postprocess(model_outputs["pixels"])
+        return [
+            {"image": image, "codes": codes}
+            for image, codes in zip(images, model_outputs["codes"].tolist(), strict=True)
+        ]
 
 
 class VQTokenizePipeline(_VQPipeline):
-    """Images → `{"codes": (h, w) list, "length": h·w}`; codes `(h, w)` (tensor) → `{"image": PIL image}`."""
+    __doc__ = (
+        "Images → `{'codes': (h, w) list, 'length': h·w}`; an integer tensor of codes (h, w) → `{'image': PIL image}`.\n\n"
+        + _VQPipeline.__doc__.partition("\n\n")[2]
+    )
 
-    def preprocess(self, inputs, **kwargs):
-        if isinstance(inputs, torch.Tensor) and not inputs.is_floating_point() and inputs.ndim == 2:
-            return {"codes": inputs[None]}
-        return super().preprocess(inputs)
+    def preprocess(self, inputs: list, **kwargs):
+        """Images → `pixel_values`, codes → `codes` (batch, h, w); which of the rows are which in `is_codes`."""
+        is_codes = [_are_codes(row) for row in inputs]
+        images = [row for row, codes in zip(inputs, is_codes) if not codes]
+        given = [row for row in inputs if _are_codes(row)]
+        return (super().preprocess(images, **kwargs) if images else {}) | {"codes": given, "is_codes": is_codes}
 
     def _forward(self, model_inputs):
-        if "codes" in model_inputs:
-            return {"pixels": self.model.decode_codes(model_inputs["codes"])}
-        return {"codes": self.model.encode(model_inputs["pixel_values"])}
+        found = self._encode(model_inputs["pixel_values"]) if "pixel_values" in model_inputs else []
+        pixels = [self.model.decode_codes(codes[None].long())[0] for codes in model_inputs["codes"]]
+        return {"found": found, "pixels": pixels, "is_codes": model_inputs["is_codes"]}
 
     def postprocess(self, model_outputs, **kwargs):
-        if "pixels" in model_outputs:
-            return {"image": self.image_processor.postprocess(model_outputs["pixels"])[0]}
-        codes = model_outputs["codes"][0]
-        return {"codes": codes.tolist(), "length": codes.numel()}
+        found, pixels = iter(model_outputs["found"]), iter(model_outputs["pixels"])
+        results = []
+        for is_codes in model_outputs["is_codes"]:
+            if is_codes:
+                results.append({"image": self.image_processor.postprocess(next(pixels)[None])[0]})
+            else:
+                codes = next(found)
+                results.append({"codes": codes.tolist(), "length": codes.numel()})
+        return results
+
+
+def _are_codes(row: Any) -> bool:
+    return isinstance(row, torch.Tensor) and not row.is_floating_point() and row.ndim == 2

@@ -1,0 +1,152 @@
+"""What every pipeline of the package shares: inputs in batches, one state per call, refused keywords, saved folders."""
+
+import difflib
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from threading import RLock
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Pipeline
+
+from .pipeline_files import save_pipeline
+
+# Fast tokenizers keep padding and truncation as settings of their own: two threads that ask for different ones mix them up.
+TOKENIZER_LOCK = RLock()
+
+
+class BatchedPipeline(Pipeline):
+    """A pipeline whose steps take and return a batch, a list of rows.
+
+    - One input gives one result; a list, a tuple or another iterable gives a list of results.
+    - Generators and data sets (`torch.utils.data.Dataset`, `KeyDataset`, `datasets.Dataset`) are read as their results
+      are asked for.
+    - `batch_size` rows run at once, `num_workers` threads prepare the batches to come.
+    - Nothing of a call stays on the pipeline or the model, so threads may share it.
+
+    Subclasses set `family` and `default_batch_size` (None: a whole list at once), and define `_is_single`, the steps
+    `preprocess`, `_forward` and `postprocess` on lists, and `_sanitize_parameters`.
+    """
+
+    family: str
+    default_batch_size: int | None = 1
+    _load_tokenizer = False
+    _load_processor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    # transformers would set generation options aside at construction and mix them up with those of a call.
+    _pipeline_calls_generate = False
+
+    def _is_single(self, inputs: Any) -> bool:
+        """Whether `inputs` is one row rather than several."""
+        raise NotImplementedError
+
+    def _dataset_row(self, row: Any) -> Any:
+        """A row of `datasets.Dataset` as the pipeline takes it."""
+        return row
+
+    def _parameters(self, kwargs: dict) -> tuple[dict, dict, dict]:
+        """Keywords of a call over those of the construction, for the three steps."""
+        before = (self._preprocess_params, self._forward_params, self._postprocess_params)
+        now = self._sanitize_parameters(**kwargs)
+        return tuple({**old, **new} for old, new in zip(before, now, strict=True))
+
+    def __call__(self, inputs, *, batch_size: int | None = None, num_workers: int | None = None, **kwargs):
+        """One result for one input, a list for several, an iterator for a generator or a data set.
+
+        Raises:
+            TypeError: an unknown keyword; it is named.
+            ValueError: `batch_size` below 1 or `num_workers` below 0.
+        """
+        parameters = self._parameters(kwargs)
+        size = self._batch_size if batch_size is None else batch_size
+        workers = (self._num_workers if num_workers is None else num_workers) or 0
+        if (size is not None and size < 1) or workers < 0:
+            raise ValueError(f"batch_size must be at least 1 and num_workers at least 0, got {size} and {workers}.")
+        if self._is_single(inputs):
+            return self.run_single([inputs], *parameters)[0]
+        if _is_lazy(inputs):
+            rows = _rows_of(inputs, self._dataset_row)
+            return self._results(rows, size or self.default_batch_size or 1, workers, parameters)
+        rows = list(inputs)
+        size = size or self.default_batch_size or max(1, len(rows))
+        return list(self._results(rows, size, workers, parameters))
+
+    def _results(self, rows: Iterable, size: int, workers: int, parameters: tuple[dict, dict, dict]) -> Iterator:
+        preprocess, forward, postprocess = parameters
+        for batch in _prepared(_batches(rows, size), lambda batch: self.preprocess(batch, **preprocess), workers):
+            yield from self.postprocess(self.forward(batch, **forward), **postprocess)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Saves everything the pipeline needs; `pipeline(model=folder, trust_remote_code=True)` brings it back.
+
+        Args:
+            save_directory: folder.
+            kwargs: for the model's `save_pretrained`.
+        """
+        save_pipeline(self, save_directory, self.family, **kwargs)
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for the first of `names` that is not in `known`, with the name that was probably meant."""
+    known = sorted(known)
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        meant = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {meant[0]!r}?" if meant else f"; this pipeline takes {', '.join(known)}."
+        raise TypeError(f"Unknown argument {unknown[0]!r}{hint}")
+
+
+def _is_lazy(inputs: Any) -> bool:
+    return isinstance(inputs, types.GeneratorType | Dataset) or _is_hub_dataset(inputs)
+
+
+def _is_hub_dataset(inputs: Any) -> bool:
+    # By its name: the data set library is not needed to run a pipeline.
+    return type(inputs).__module__.split(".")[0] == "datasets"
+
+
+def _rows_of(inputs, dataset_row) -> Iterator:
+    if _is_hub_dataset(inputs):
+        yield from (dataset_row(row) for row in inputs)
+    elif isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
+        yield from (inputs[index] for index in range(len(inputs)))
+    else:
+        yield from inputs
+
+
+def _batches(rows: Iterable, size: int) -> Iterator[list]:
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def _prepared(batches: Iterator[list], prepare, workers: int) -> Iterator:
+    """`prepare(batch)` of each batch in order; with `workers`, that many threads work ahead."""
+    if not workers:
+        yield from map(prepare, batches)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque(pool.submit(prepare, batch) for batch in islice(batches, 2 * workers))
+        while waiting:
+            ready = waiting.popleft().result()
+            waiting.extend(pool.submit(prepare, batch) for batch in islice(batches, 1))
+            yield ready
+
+
+def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
+    """The random numbers of one call: `generator`, or a new one from `seed`.
+
+    Without either the seed is drawn from the global generator, so that `set_seed` still decides; with one, the global
+    generator is neither seeded nor read.
+    """
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("Give either seed or generator, not both.")
+        return generator
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)

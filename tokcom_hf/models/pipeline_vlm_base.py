@@ -1,0 +1,163 @@
+"""What the pipelines with prompts of text and images share: every form of input, options of `generate`, private sampling."""
+
+from typing import Any
+
+import torch
+
+from .image_files import load_image
+from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, generator_of, refuse_unknown
+from .pipeline_prompts import Prompt, as_prompt, is_prompt, pair
+from .private_sampling import generation_names, private_options, sampling_options
+
+PREPROCESS = ("allow_urls", "timeout")
+
+
+class PromptPipeline(BatchedPipeline):
+    """Text and images in, ids out, through the model's `generate`.
+
+    Subclasses set `defaults` (of `generate`), `own_names` (keywords of their own for `_forward`) and
+    `postprocess_names`, and define `generate_ids` and `postprocess`.
+    """
+
+    defaults: dict[str, Any] = {}
+    own_names: tuple[str, ...] = ()
+    postprocess_names: tuple[str, ...] = ("return_full_text",)
+
+    def __init__(self, *args, seed: int | None = None, **kwargs):
+        self.seed = seed
+        super().__init__(*args, **kwargs)
+
+    # ------------------------------------------------------------------ keywords
+    def _sanitize_parameters(self, generate_kwargs: dict | None = None, **kwargs):
+        if generate_kwargs is not None:
+            twice = sorted(set(generate_kwargs) & set(kwargs))
+            if twice:
+                raise ValueError(f"{twice[0]!r} is given twice, as a keyword and in generate_kwargs.")
+            kwargs |= generate_kwargs
+        forward = generation_names() | set(self.own_names)
+        known = forward | {*PREPROCESS, *self.postprocess_names, "generate_kwargs"}
+        refuse_unknown(kwargs, known | {"seed", "generator", "batch_size", "num_workers", "images", "text"})
+        return (
+            {name: kwargs[name] for name in PREPROCESS if name in kwargs},
+            {name: value for name, value in kwargs.items() if name in forward | {"generator"} and value is not None},
+            {name: kwargs[name] for name in self.postprocess_names if kwargs.get(name) is not None},
+        )
+
+    # ------------------------------------------------------------------ inputs
+    def _is_single(self, inputs: Any) -> bool:
+        return is_prompt(inputs)
+
+    def _dataset_row(self, row: dict) -> Any:
+        if "messages" in row:
+            return row["messages"]
+        if "text" not in row:
+            raise ValueError(f"The data set has neither column 'text' nor 'messages', only {sorted(row)}.")
+        return {name: row[name] for name in ("text", "image", "images") if row.get(name) is not None}
+
+    def __call__(self, inputs: Any = None, *, images: Any = None, text: Any = None, seed: int | None = None, **kwargs):
+        """One result for one request, a list for several, an iterator for a generator or a data set.
+
+        Args:
+            inputs: a text with one `<image>` per image, `{"image": ..., "text": ...}` (or `"images"` with a list), a chat
+                (a list of messages `{"role": ..., "content": text or parts}`), or several of them. With `text=`, the
+                images, as for transformers' "image-text-to-text".
+            images, text: the same apart: one text with an image or a list of images, or as many of each; `text` may be
+                a chat, whose image parts without an image take them in order.
+            seed: of the sampling, which draws from a generator of this call's own.
+
+        Raises:
+            TypeError: an unknown keyword, or something that is no request.
+            ValueError: images that do not fit the text, or a URL with `allow_urls=False`.
+        """
+        if inputs is not None and images is not None:
+            inputs, text = None, inputs if text is None else text
+        elif inputs is not None and text is not None:
+            inputs, images = None, inputs
+        if inputs is None:
+            if text is None and images is None:
+                raise TypeError("Nothing to answer: pass a text, images with text, or a chat.")
+            inputs = images if text is None else pair(text, images)
+        generator = kwargs.get("generator", self._forward_params.get("generator"))
+        if generator is not None or self._samples(kwargs):
+            seed = self.seed if seed is None and generator is None else seed
+            kwargs["generator"] = generator_of(seed, generator)
+        return super().__call__(inputs, **kwargs)
+
+    def _samples(self, kwargs: dict) -> bool:
+        options = self.defaults | self._forward_params | kwargs | (kwargs.get("generate_kwargs") or {})
+        return bool(sampling_options(self.model, options)["do_sample"])
+
+    def prompts(self, inputs: list, allow_urls: bool = True, timeout: float | None = None) -> list[Prompt]:
+        """Rows of any form → prompts with opened images."""
+        prompts = [as_prompt(row) for row in inputs]
+        return [
+            Prompt(prompt.text, [load_image(image, timeout, allow_urls) for image in prompt.images], prompt.messages)
+            for prompt in prompts
+        ]
+
+    def encode(self, texts: list[str], images: list[list], special: bool) -> dict[str, Any]:
+        """Texts and their images → one batch of the processor's tensors, padded on the left."""
+        options: dict[str, Any] = {} if special else {"add_special_tokens": False}
+        if len(texts) > 1:
+            options |= {"padding": True, "padding_side": "left"}
+        if any(images):
+            options["images"] = images if len(images) > 1 else images[0]
+        with TOKENIZER_LOCK:
+            return dict(self.processor(text=texts, return_tensors="pt", **options))
+
+    # ------------------------------------------------------------------ running
+    def _forward(self, model_inputs: dict, generator: torch.Generator | None = None, **options) -> dict[str, Any]:
+        if "generation_config" not in options:
+            options = self.defaults | options
+        copies = options.get("num_return_sequences") or 1
+        samples = bool(sampling_options(self.model, options)["do_sample"])
+        own = {name: options.pop(name) for name in self.own_names if name in options}
+        rows: list = [None] * len(model_inputs["prompts"])
+        for group in model_inputs["groups"]:
+            encoded = group["encoded"]
+            if samples and copies > 1:
+                # One row per sample: what `generate` does itself where it draws from the global generator.
+                encoded = self.repeated(group, copies)
+            call = dict(options)
+            if samples:
+                call.pop("num_return_sequences", None)
+                call = private_options(self.model, call, generator)
+            encoded = self._on_device(encoded)
+            ids, extra = self.generate_ids(encoded, call, own)
+            new = ids[:, encoded["input_ids"].shape[1] :]
+            each = len(new) // len(group["rows"])
+            for position, row in enumerate(group["rows"]):
+                rows[row] = (new[position * each : (position + 1) * each].cpu(), extra)
+        return {"rows": rows, "prompts": model_inputs["prompts"]}
+
+    def repeated(self, group: dict, copies: int) -> dict[str, Any]:
+        """The tensors of a group with every row `copies` times."""
+        texts = [text for text in group["texts"] for _ in range(copies)]
+        images = [given for given in group["images"] for _ in range(copies)]
+        return self.encode(texts, images, group["special"])
+
+    def _on_device(self, encoded: dict) -> dict[str, Any]:
+        tensors = self._ensure_tensor_on_device(encoded, self.device)
+        dtype = self.model.dtype
+        return {
+            name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in tensors.items()
+        }
+
+    def grouped(self, prompts: list[Prompt], texts: list[tuple[str, bool]]) -> dict[str, Any]:
+        """Prompts in groups that one batch can hold: with or without images, with or without special tokens.
+
+        Args:
+            texts: of `render`, one per prompt.
+        """
+        groups: dict[tuple[bool, bool], list[int]] = {}
+        for row, (prompt, (_, special)) in enumerate(zip(prompts, texts, strict=True)):
+            groups.setdefault((bool(prompt.images), special), []).append(row)
+        found = []
+        for (_, special), rows in groups.items():
+            group = {
+                "rows": rows, "texts": [texts[row][0] for row in rows],
+                "images": [prompts[row].images for row in rows], "special": special,
+            }  # fmt: skip
+            found.append(group | {"encoded": self.encode(group["texts"], group["images"], special)})
+        return {"prompts": prompts, "groups": found}

@@ -1,0 +1,121 @@
+"""Sampling in transformers' `generate` from a private generator, which may be one of many threads'.
+
+`generate(do_sample=True)` draws from torch's global generator. Here the same distribution is drawn greedily: the warpers
+that `generate` would add (temperature, top-k, top-p, ...) run as logits processors, and the last processor adds Gumbel
+noise of the call's own generator, for argmax(logits + Gumbel noise) is distributed as softmax(logits).
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation import logits_process
+
+# What `generate` falls back to. With these values none of them warps, top_k apart.
+DEFAULTS = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise to logits `(batch, vocabulary)`, so that their largest is a sample of their softmax."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # Drawn where the generator lives; -log of an exponential variable is a Gumbel variable.
+        noise = torch.empty(scores.shape, device=self.generator.device).exponential_(generator=self.generator)
+        return scores.float() - noise.to(scores.device).log()
+
+
+def sampling_options(model, options: dict[str, Any]) -> dict[str, Any]:
+    """Values of `DEFAULTS`' keys that `model.generate(**options)` would use."""
+    values = dict(DEFAULTS)
+    for config in (model.generation_config, options.get("generation_config")):
+        if config is not None:
+            values |= {name: value for name in DEFAULTS if (value := getattr(config, name, None)) is not None}
+    return values | {name: options[name] for name in DEFAULTS if name in options}
+
+
+def warpers(values: dict[str, Any]) -> LogitsProcessorList:
+    """The processors that `generate` adds for sampling, in its order.
+
+    Args:
+        values: of `sampling_options`.
+    """
+    found = LogitsProcessorList()
+    if values["temperature"] not in (None, 1.0):
+        found.append(TemperatureLogitsWarper(float(values["temperature"])))
+    if values["top_h"] is not None:
+        found.append(logits_process.TopHLogitsWarper(top_h=values["top_h"]))
+    if values["top_k"]:
+        found.append(TopKLogitsWarper(top_k=values["top_k"]))
+    if values["top_p"] is not None and values["top_p"] < 1.0:
+        found.append(TopPLogitsWarper(top_p=float(values["top_p"])))
+    if values["min_p"] is not None:
+        found.append(MinPLogitsWarper(min_p=values["min_p"]))
+    if values["typical_p"] is not None and values["typical_p"] < 1.0:
+        found.append(TypicalLogitsWarper(mass=values["typical_p"]))
+    if values["epsilon_cutoff"]:
+        found.append(EpsilonLogitsWarper(epsilon=values["epsilon_cutoff"]))
+    if values["eta_cutoff"]:
+        found.append(EtaLogitsWarper(epsilon=values["eta_cutoff"]))
+    return found
+
+
+def private_options(model, options: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """`options` of a sampling `generate` call, rewritten so that they draw from `generator`; others come back unchanged.
+
+    Args:
+        options: keyword arguments of `generate`; `num_return_sequences` must not be among them (repeat the inputs).
+
+    Raises:
+        ValueError: beams that sample, which draw inside `generate`.
+    """
+    values = sampling_options(model, options)
+    if not values["do_sample"]:
+        return options
+    if values["num_beams"] > 1:
+        raise ValueError(
+            f"num_beams={values['num_beams']} with do_sample=True draws from the global random numbers inside generate; "
+            "pass do_sample=False, or one beam."
+        )
+    processors = [*(options.get("logits_processor") or []), *warpers(values), GumbelNoise(generator)]
+    greedy = {name: DEFAULTS[name] for name in DEFAULTS}
+    options = {name: value for name, value in options.items() if name not in DEFAULTS}
+    config = copy.deepcopy(options.get("generation_config"))
+    if config is not None:
+        config.update(**greedy)
+        return options | {"generation_config": config, "logits_processor": processors}
+    return options | greedy | {"logits_processor": processors}
+
+
+def generation_names() -> set[str]:
+    """Keyword arguments that `generate` of any model takes."""
+    names = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    return names | {
+        "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model",
+        "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "tokenizer", "assistant_tokenizer",
+    }  # fmt: skip
