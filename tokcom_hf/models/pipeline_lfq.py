@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModel, BatchFeature, PreTrainedConfig
 from transformers.utils import cached_file
 
 from .image_processing_vqgan import VQGANImageProcessor
@@ -175,12 +175,9 @@ def _left_padded(batch: dict[str, Any], pad_token_id: int | None) -> dict[str, A
             fill = pad_token_id if name == "input_ids" else 0
             tensors[name] = torch.tensor([[fill] * (max(lengths) - len(row)) + row for row in rows])
         else:
-            tensors[name] = torch.stack(rows) if _are_tensors(rows) else torch.as_tensor(rows)
-    return tensors
-
-
-def _are_tensors(rows: Any) -> bool:
-    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], torch.Tensor)
+            tensors[name] = rows
+    # transformers knows how to join images, whatever its image processors give.
+    return dict(BatchFeature(tensors, tensor_type="pt"))
 
 
 def _own_decoder(model) -> tuple[VQGAN, VQGANImageProcessor] | None:

@@ -29,10 +29,7 @@ class PrunedImageTextToTextPipeline(PromptPipeline):
     def __init__(self, *args, processor=None, **kwargs):
         super().__init__(*args, processor=processor, **kwargs)
         if self.processor is None:
-            # The base model's own: its code, if it has any, is another repository's and not trusted with this one.
-            self.processor = AutoProcessor.from_pretrained(
-                self.model.config.base_model_name_or_path, trust_remote_code=False
-            )
+            self.processor = _processor_of(self.model)
 
     def preprocess(self, inputs: list, **kwargs) -> dict[str, Any]:
         prompts = self.prompts(inputs, **kwargs)
@@ -68,3 +65,15 @@ class PrunedImageTextToTextPipeline(PromptPipeline):
             kwargs: for the model's `save_pretrained`.
         """
         super().save_pretrained(save_directory, include_base=include_base, **kwargs)
+
+
+def _processor_of(model):
+    """The processor beside the model, or the base model's own."""
+    for name in (model.config.name_or_path, model.config.base_model_name_or_path):
+        if name:
+            try:
+                # Its code, if it has any, may be another repository's, which was not trusted with this one.
+                return AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                reason = error
+    raise ValueError("This pipeline needs the base model's processor; pass processor=...") from reason
