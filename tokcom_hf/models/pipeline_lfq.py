@@ -14,6 +14,7 @@ from .modeling_vqgan import VQGAN
 from .pipeline_base import TOKENIZER_LOCK
 from .pipeline_prompts import answered, render
 from .pipeline_vlm_base import PromptPipeline
+from .private_sampling import one_config
 from .processing_lfq import LFQProcessor
 
 DECODER_FOLDER = "image_decoder"
@@ -104,15 +105,21 @@ class LFQImageTextPipeline(PromptPipeline):
         """Ids `(rows, prompt + new)` of one batch, and the number of tokens of an image."""
         mode, count = own.get("mode", "image"), own.get("num_image_tokens") or self._num_image_tokens()
         rows = len(encoded["input_ids"])
-        if options.get("guidance_scale", 1.0) not in (None, 1.0) and "negative_prompt_ids" not in options:
+        config = options.get("generation_config")
+        guidance = options.get("guidance_scale") or getattr(config, "guidance_scale", None)
+        if guidance not in (None, 1.0) and "negative_prompt_ids" not in options:
             empty = self.encode([self._image_prompt("")], [[]], special=True)["input_ids"]
             options["negative_prompt_ids"] = empty.to(self.device).expand(rows, -1)
-        length = {"max_new_tokens", "max_length", "generation_config"} & options.keys()
-        if mode != "image" and not length and self.model.generation_config.max_new_tokens is None:
+        unlimited = all(
+            options.get(name) is None and getattr(given, name, None) is None
+            for name in ("max_new_tokens", "max_length")
+            for given in (config, self.model.generation_config)
+        )
+        if mode != "image" and unlimited:
             options["max_new_tokens"] = 64 + count * (mode == "mixed")
-        if "generation_config" not in options:
+        if getattr(config, "pad_token_id", None) is None:
             options = {"pad_token_id": self.processor.tokenizer.pad_token_id} | options
-        ids = self.model.generate(**encoded, mode=mode, num_image_tokens=count, **options)
+        ids = self.model.generate(**encoded, mode=mode, num_image_tokens=count, **one_config(options))
         return ids, {"num_image_tokens": count}
 
     def postprocess(self, model_outputs, return_full_text: bool = False) -> list:

@@ -7,6 +7,7 @@ from transformers import AutoProcessor
 
 from .pipeline_prompts import answered, render
 from .pipeline_vlm_base import PromptPipeline
+from .private_sampling import one_config
 
 
 class PrunedImageTextToTextPipeline(PromptPipeline):
@@ -38,7 +39,8 @@ class PrunedImageTextToTextPipeline(PromptPipeline):
     def generate_ids(self, encoded: dict, options: dict, own: dict) -> tuple[torch.LongTensor, dict]:
         """Ids `(rows, prompt + new)` and the token report of one batch."""
         options = {"pad_token_id": self._pad_token_id(), **options} if len(encoded["input_ids"]) > 1 else options
-        output = self.model.generate(**encoded, **own, **options, return_dict_in_generate=True)
+        options = one_config({**options, "return_dict_in_generate": True})
+        output = self.model.generate(**encoded, **own, **options)
         return output.sequences, output.token_report
 
     def _pad_token_id(self) -> int | None:

@@ -84,8 +84,18 @@ class PromptPipeline(BatchedPipeline):
         return super().__call__(inputs, **kwargs)
 
     def _samples(self, kwargs: dict) -> bool:
-        options = self.defaults | self._forward_params | kwargs | (kwargs.get("generate_kwargs") or {})
-        return bool(sampling_options(self.model, options)["do_sample"])
+        options = self._forward_params | kwargs | (kwargs.get("generate_kwargs") or {})
+        return bool(sampling_options(self.model, self._with_defaults(options))["do_sample"])
+
+    def _with_defaults(self, options: dict) -> dict:
+        """Options of `generate`, and the pipeline's defaults for those that the caller set nowhere."""
+        config = options.get("generation_config")
+        limited = "max_length" in options or getattr(config, "max_length", None) is not None
+        return {
+            name: value
+            for name, value in self.defaults.items()
+            if getattr(config, name, None) is None and not (limited and name == "max_new_tokens")
+        } | options
 
     def prompts(self, inputs: list, allow_urls: bool = True, timeout: float | None = None) -> list[Prompt]:
         """Rows of any form → prompts with opened images."""
@@ -107,9 +117,9 @@ class PromptPipeline(BatchedPipeline):
 
     # ------------------------------------------------------------------ running
     def _forward(self, model_inputs: dict, generator: torch.Generator | None = None, **options) -> dict[str, Any]:
-        if "generation_config" not in options:
-            options = self.defaults | options
-        copies = options.get("num_return_sequences") or 1
+        options = self._with_defaults(options)
+        config = options.get("generation_config")
+        copies = options.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
         samples = bool(sampling_options(self.model, options)["do_sample"])
         own = {name: options.pop(name) for name in self.own_names if name in options}
         rows: list = [None] * len(model_inputs["prompts"])
@@ -120,7 +130,7 @@ class PromptPipeline(BatchedPipeline):
                 encoded = self.repeated(group, copies)
             call = dict(options)
             if samples:
-                call.pop("num_return_sequences", None)
+                call["num_return_sequences"] = 1
                 call = private_options(self.model, call, generator)
             encoded = self._on_device(encoded)
             ids, extra = self.generate_ids(encoded, call, own)

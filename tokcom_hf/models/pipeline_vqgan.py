@@ -24,7 +24,7 @@ class _VQPipeline(BatchedPipeline):
     _load_image_processor = True
 
     def _sanitize_parameters(self, **kwargs):
-        refuse_unknown(kwargs, ("allow_urls", "timeout"))
+        refuse_unknown(kwargs, ("allow_urls", "timeout", "batch_size", "num_workers"))
         return kwargs, {}, {}
 
     def _is_single(self, inputs: Any) -> bool:

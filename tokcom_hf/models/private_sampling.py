@@ -89,7 +89,7 @@ def private_options(model, options: dict[str, Any], generator: torch.Generator) 
     """`options` of a sampling `generate` call, rewritten so that they draw from `generator`; others come back unchanged.
 
     Args:
-        options: keyword arguments of `generate`; `num_return_sequences` must not be among them (repeat the inputs).
+        options: keyword arguments of `generate`, with `num_return_sequences=1` (repeat the inputs).
 
     Raises:
         ValueError: beams that sample, which draw inside `generate`.
@@ -105,11 +105,19 @@ def private_options(model, options: dict[str, Any], generator: torch.Generator) 
     processors = [*(options.get("logits_processor") or []), *warpers(values), GumbelNoise(generator)]
     greedy = {name: DEFAULTS[name] for name in DEFAULTS}
     options = {name: value for name, value in options.items() if name not in DEFAULTS}
-    config = copy.deepcopy(options.get("generation_config"))
-    if config is not None:
-        config.update(**greedy)
-        return options | {"generation_config": config, "logits_processor": processors}
     return options | greedy | {"logits_processor": processors}
+
+
+def one_config(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` of `generate`, those of generation written into a copy of their `generation_config` where there is one.
+
+    `generate` is going to refuse a configuration together with such options.
+    """
+    config = copy.deepcopy(options.get("generation_config"))
+    if config is None:
+        return options
+    rest = config.update(**{name: value for name, value in options.items() if name != "generation_config"})
+    return rest | {"generation_config": config}
 
 
 def generation_names() -> set[str]:
