@@ -1,8 +1,16 @@
 """The five pipelines: every form of input, options that act or are refused, folders, threads, random numbers."""
 
 import base64
+import copy
+import hashlib
 import importlib.util
 import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -10,9 +18,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import GenerationConfig, pipeline
+from transformers import AutoProcessor, GenerationConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
+import tokcom_hf
 from tokcom_hf.models.pipeline_prompts import as_prompt, chat_prompt, pair, render
 from tokcom_hf.models.private_sampling import GumbelNoise, private_options, warpers
 
@@ -352,3 +361,180 @@ def test_dtype(pipe, request, folders):
     )
     assert other.model.dtype == torch.bfloat16 and other.device.type == "cpu"
     assert ask(other, name, 1) and ask(other, name, 2)
+
+
+# ---------------------------------------------------------------------- folders
+FRESH = """
+import hashlib, json, pickle, sys
+{block}
+from transformers import pipeline
+
+def plain(value):
+    if hasattr(value, "tobytes"):
+        return [list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, dict):
+        return {{key: plain(item) for key, item in value.items()}}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+def answers(pipe, name):
+    return [plain(pipe(*inputs, **options)) for inputs, options in given[name]]
+
+with open(sys.argv[1], "rb") as file:
+    jobs, given = pickle.load(file)
+for task, folder, name in jobs:
+    pipe = pipeline(*([task] if task else []), model=folder, trust_remote_code=True, device="cpu")
+    assert pipe.task == name.split(" ")[0], (pipe.task, name)
+    assert type(pipe).__module__.startswith("transformers_modules") == {blocked}, type(pipe)
+    first = answers(pipe, name)
+    print(json.dumps([name, first]))
+    if task is None and {blocked}:
+        pipe.save_pretrained(folder + "_again")
+        assert answers(pipeline(model=folder + "_again", trust_remote_code=True, device="cpu"), name) == first, name
+"""
+BLOCK = """
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tokcom_hf":
+            raise ImportError("tokcom_hf is not installed")
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocked", [True, False])
+def test_a_folder_alone_brings_every_pipeline_back(pipes, folders, tmp_path, blocked):
+    jobs, given, expected = [], {}, {}
+    for number, (name, (task, _)) in enumerate(bench.BUILDERS.items()):
+        given[name] = [bench.request(name, index) for index in (1, 4)]
+        expected[name] = [ask(pipes[name], name, index) for index in (1, 4)]
+        # What the model and its processors wrote, by the task's name and, where it is the folder's first, without.
+        jobs.append((task, str(folders[name]), name))
+        if name != "vq-tokenize":
+            jobs.append((None, str(folders[name]), name))
+        # What the pipeline wrote, away from everything it came from.
+        pipes[name].save_pretrained(tmp_path / str(number))
+        jobs.append((None, str(tmp_path / str(number)), name))
+    file = tmp_path / "jobs.pkl"
+    file.write_bytes(pickle.dumps((jobs, given)))
+    code = FRESH.format(block=BLOCK if blocked else "import tokcom_hf", blocked=blocked)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, env=environment, timeout=600,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(jobs)
+    for name, answers in found:
+        assert answers == json.loads(json.dumps(hashed(expected[name]))), name
+
+
+def hashed(value):
+    """A result of `bench.plain` as the fresh process prints it."""
+    if isinstance(value, tuple):
+        return [list(value[0]), hashlib.sha256(value[1]).hexdigest()]
+    if isinstance(value, dict):
+        return {key: hashed(item) for key, item in value.items()}
+    return [hashed(item) for item in value] if isinstance(value, list) else value
+
+
+@on("lfq-image-text on a VLM", "pruned-image-text-to-text", "vq-tokenize")
+def test_a_saved_pipeline_holds_all_its_parts(pipe, request, tmp_path):
+    pipe.save_pretrained(tmp_path / "first")
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+    again = pipeline(model=str(tmp_path / "moved"), trust_remote_code=True, device="cpu")
+    again.save_pretrained(tmp_path / "second")
+    names = {str(path.relative_to(tmp_path / "second")) for path in (tmp_path / "second").rglob("*")}
+    task = request.node.callspec.params["pipe"].split(" ")[0]
+    parts = {"vq-tokenize": {"preprocessor_config.json", "pipeline_vqgan.py"}}
+    parts["lfq-image-text"] = {
+        "processor_config.json",
+        "base_processor",
+        "image_decoder/config.json",
+        "pipeline_lfq.py",
+    }
+    parts["pruned-image-text-to-text"] = {"processor_config.json", "base/config.json", "pipeline_pruned_vlm.py"}
+    assert parts[task] <= names
+    name = request.node.callspec.params["pipe"]
+    final = pipeline(model=str(tmp_path / "second"), trust_remote_code=True, device="cpu")
+    assert [ask(final, name, index) for index in (0, 1)] == [ask(pipe, name, index) for index in (0, 1)]
+    with pytest.raises(ValueError, match=r"pipe\.push_to_hub"):
+        pipe.save_pretrained(tmp_path / "third", push_to_hub=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        pipe.save_pretrained(tmp_path / "file")
+
+
+def test_with_the_package_no_trust_is_asked_for_and_none_is_needed(folders):
+    for name in NAMES:
+        task = bench.BUILDERS[name][0]
+        assert type(pipeline(task, model=str(folders[name]))).__module__.startswith("tokcom_hf.")
+    config = tokcom_hf.VQGANConfig.from_pretrained(folders["vq-tokenize"])
+    assert list(config.custom_pipelines) == ["vq-reconstruction"] and "vq-tokenize" not in config.custom_pipelines
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert type(copied.custom_pipelines) is type(config.custom_pipelines)
+        assert copied.to_dict() == config.to_dict()
+
+
+# ---------------------------------------------------------------------- trust
+EVIL = "open({marker!r}, 'w').close()\n"
+
+
+def test_trust_in_the_model_does_not_run_the_decoders_code(folders, tmp_path, monkeypatch):
+    """Neither beside the model, nor below the working directory, nor where another repository is named."""
+    marker, model = tmp_path / "executed", tmp_path / "model"
+    shutil.copytree(folders["lfq-image-text"], model)
+    for path in (model / "image_decoder").glob("*.py"):
+        path.write_text(EVIL.format(marker=str(marker)) + path.read_text())
+    shutil.copytree(model / "image_decoder", tmp_path / "image_decoder")
+    monkeypatch.chdir(tmp_path)
+    pipe = pipeline("lfq-image-text", model=str(model), trust_remote_code=True, device="cpu")
+    assert type(pipe.image_decoder).__name__ == "VQGAN" and pipe("a red circle", seed=0)[0]["images"]
+    pipe = pipeline(
+        "lfq-image-text", model=str(model), image_decoder=str(tmp_path / "image_decoder"), trust_remote_code=True,
+        device="cpu",
+    )  # fmt: skip
+    assert pipe("a red circle", seed=0)[0]["images"] and not marker.exists()
+    # A model built in memory has no folder: what lies in the working directory is not its decoder.
+    built = tokcom_hf.LFQExpandedModel.from_pretrained(folders["lfq-image-text"])
+    built.config.name_or_path = ""
+    processor = AutoProcessor.from_pretrained(folders["lfq-image-text"])
+    other = pipeline("lfq-image-text", model=built, processor=processor, device="cpu")
+    assert other.image_decoder is None and not marker.exists()
+
+
+def test_another_decoder_needs_a_flag_of_its_own(folders, tmp_path):
+    marker, decoder = tmp_path / "executed", tmp_path / "decoder"
+    shutil.copytree(folders["lfq-image-text"] / "image_decoder", decoder)
+    config = json.loads((decoder / "config.json").read_text())
+    config["model_type"] = "somebodys_decoder"
+    config["auto_map"] = {"AutoConfig": "decoder.Config", "AutoModel": "decoder.Model"}
+    (decoder / "config.json").write_text(json.dumps(config))
+    (decoder / "decoder.py").write_text(
+        EVIL.format(marker=str(marker)) + "from tokcom_hf import VQGAN, VQGANConfig\n"
+        "class Config(VQGANConfig):\n    model_type = 'somebodys_decoder'\n"
+        "class Model(VQGAN):\n    config_class = Config\n"
+    )
+    options = {"model": str(folders["lfq-image-text"]), "image_decoder": str(decoder), "device": "cpu"}
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        pipeline("lfq-image-text", trust_remote_code=True, **options)
+    assert not marker.exists()
+    pipe = pipeline("lfq-image-text", decoder_trust_remote_code=True, **options)
+    assert marker.exists() and pipe("a red circle", seed=0)[0]["images"]
+
+
+def test_a_decoder_on_the_hub_is_read_from_the_models_own_commit(folders, monkeypatch):
+    """The model came from `user/name` at a commit: its decoder is looked for there, and nowhere else."""
+    asked = []
+
+    def absent(name, file, revision=None, **options):
+        asked.append((name, file, revision))
+
+    model = tokcom_hf.LFQExpandedModel.from_pretrained(folders["lfq-image-text"])
+    model.config.name_or_path, model.config._commit_hash = "user/name", "f" * 40
+    processor = AutoProcessor.from_pretrained(folders["lfq-image-text"])
+    monkeypatch.setattr("tokcom_hf.models.pipeline_lfq.cached_file", absent)
+    pipe = pipeline("lfq-image-text", model=model, processor=processor, device="cpu")
+    assert pipe.image_decoder is None and asked == [("user/name", "image_decoder/config.json", "f" * 40)]
+    ids = pipe("a red circle", num_image_tokens=4, seed=0)[0]
+    assert ids["images"] == [ids["token_ids"]] and ids["generated_text"].count("<lfq:") == 4
