@@ -111,3 +111,13 @@ def batch(family: str, side: str = "left", images: tuple[int, ...] = (1, 1), see
         size = 16 if family == "llava" else 32
         inputs["pixel_values"] = torch.randn(total, 3, size, size, generator=generator)
     return inputs
+
+
+def mixed_sizes():
+    """A Qwen2.5-VL prompt with an image of 4 and one of 15 tokens, whose windows are not all full."""
+    ids = torch.tensor([[1, 2, *[IMAGE] * 4, 3, *[IMAGE] * 15, 4, 5]])
+    grid = torch.tensor([[1, 4, 4], [1, 6, 10]])
+    pixels = torch.randn(int(grid.prod(-1).sum()), 48, generator=torch.Generator().manual_seed(1))
+    return {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "image_grid_thw": grid,
+    }  # fmt: skip

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokcom_hf import LayerPruner, LayerPrunerConfig, TokenPruningTrainingArguments
-from tokcom_hf.trainers.attention_guidance import read_share
+from tokcom_hf import LayerPruner, LayerPrunerConfig, PrunedVLM, TokenMergerConfig, TokenPruningTrainingArguments
+from tokcom_hf.trainers.attention_guidance import attention_reader, guidance_loss, read_share, reading_scores
 from tokcom_hf.trainers.pruning_losses import annealed_temperature, answer_kl, binarization_loss, keep_rate_loss
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from pruned_vlm_tools import mixed_sizes, tiny_vlm
 from pruning_run import fingerprint, make_trainer
 
 SCRIPT = Path(__file__).parent / "pruning_run.py"
@@ -62,6 +64,45 @@ def test_heads_and_discriminator_learn_and_the_base_does_not(tmp_path):
     assert trainer.unwrapped_model.token_report()["vision_tokens_per_layer"] == pytest.approx(
         [10, 6, 6, 3, 3], abs=1e-4
     )
+
+
+def test_guidance_reaches_images_of_every_size():
+    torch.manual_seed(0)
+    merger = TokenMergerConfig(feature_size=32, question_size=32, target_merge_tokens=3, internal_size=16)
+    model = PrunedVLM.from_base(tiny_vlm("qwen2_5_vl"), merger)
+    inputs = mixed_sizes()
+    with torch.no_grad():
+        reader, attention = attention_reader(model)
+        unpruned = reader(**inputs, pruning_mode="origin").logits
+    assert torch.allclose(unpruned, model(**inputs, pruning_mode="origin").logits, atol=1e-5)
+    assert model.base.config.text_config._attn_implementation == "sdpa" and len(attention) == 4
+    with reading_scores(model) as said:
+        output = model(**inputs, pruning_mode="soft")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    loss = guidance_loss(model, attention, said, output.kept_index, ids, mask)
+    share = read_share(attention, (ids != 99))[0]
+    by_hand = []
+    for scores, places in zip(said["merger"], (slice(2, 6), slice(7, 22))):
+        target = share[places] / share[places].sum()
+        by_hand.append(-(target * scores[0].log_softmax(-1)).sum())
+    assert loss.item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-5)
+    loss.backward()
+    assert model.token_merger.scorer[-1].weight.grad.abs().sum() > 0
+
+
+def test_mask_statistics_are_about_vision_tokens(tmp_path):
+    trainer = make_trainer(tmp_path, adversarial_weight=0.0, max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.model.train()
+    trainer.log_scalars = lambda prefix, values: logged.update({f"{prefix}/{k}": float(v) for k, v in values.items()})
+    logged: dict = {}
+    with torch.no_grad():
+        for head in trainer.model.layer_pruner.heads.values():
+            head.score[-1].weight.zero_()
+        trainer.compute_loss(trainer.model, batch)
+    # Without noise all ten merged tokens have one score: a soft mask of 1/2, but 1 on text and padding.
+    assert logged["mask_layer_1/max"] < 0.99 and logged["mask_layer_1/mean"] == pytest.approx(0.5, abs=0.2)
+    assert logged["pruning/kept_from_layer_1"] == 6 and logged["pruning/kept_from_layer_3"] == 3
 
 
 def test_lora_learns_and_merges_without_changing_the_answer(tmp_path):

@@ -201,6 +201,11 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
             raise ValueError("token_report() describes the last prompt; run the model or generate first.")
         return token_report(self, **self._last_prompt.report)
 
+    @property
+    def image_tokens(self) -> list[int]:
+        """Unpruned vision tokens of every image in this thread's last prompt."""
+        return [] if self._last_prompt.report is None else self._last_prompt.report["image_tokens"]
+
     # ------------------------------------------------------------------ the decoder
     def forward(
         self,

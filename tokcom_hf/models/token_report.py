@@ -4,6 +4,7 @@ import threading
 
 import torch
 
+from .token_selection import STRATEGIES
 from .vlm_flops import (
     decoder_layer_flops,
     kv_cache_bytes,
@@ -23,8 +24,19 @@ class LastPrompt(threading.local):
         return LastPrompt, ()
 
 
-def token_report(model, vision_tokens, text_tokens, kept_index, question, mode: str) -> dict:
+def token_report(
+    model, vision_tokens, text_tokens, image_tokens, tower, projected, kept_index, question, mode: str
+) -> dict:
     """Averages over the rows of the last prompt.
+
+    Args:
+        model: the `PrunedVLM`.
+        vision_tokens, text_tokens: of the unpruned rows, `(batch,)`.
+        image_tokens: unpruned tokens of every image.
+        tower, projected: what the vision tower worked on, see `vlm_adapters.ImageTokens`.
+        kept_index: per layer `(batch, tokens)`, -1 on padding.
+        question: text tokens the heads may read, `(batch,)`.
+        mode: pruning mode.
 
     Returns:
         vision_tokens, text_tokens: of the unpruned prompt.
@@ -35,47 +47,47 @@ def token_report(model, vision_tokens, text_tokens, kept_index, question, mode: 
         flops_ratio: flops / flops_origin.
         kv_bytes, kv_bytes_origin: cache after the prompt.
     """
-    config = model.adapter.text_config
+    rows = len(vision_tokens)
     per_layer = [float((index >= 0).sum(-1).float().mean()) for index in kept_index]
     vision = float(vision_tokens.float().mean())
     text = float(text_tokens.float().mean())
     seen = [tokens - text for tokens in per_layer]
     asked = float(question.float().mean())
-    return _report(model, config, vision, text, seen, asked, mode)
+    towers = vision_tower_flops(model.base.config.vision_config, *tower)
+    return _report(model, vision, text, seen, asked, mode, image_tokens, rows, towers / rows, projected / rows)
 
 
 def predicted_report(
     model, vision: float, text: float, vision_per_layer: list[float], question: float | None = None
 ) -> dict:
-    """The same table for token counts given by hand, without running the model."""
-    return _report(
-        model,
-        model.adapter.text_config,
-        vision,
-        text,
-        vision_per_layer,
-        text if question is None else question,
-        "hard",
-    )
+    """The same table for token counts given by hand, of one image, without running the model."""
+    towers = vision_tower_flops(model.base.config.vision_config, _patches(model, vision))
+    projected = 0.0 if model.adapter.reduces_before_projector else vision
+    asked = text if question is None else question
+    return _report(model, vision, text, vision_per_layer, asked, "hard", [vision], 1, towers, projected)
 
 
-def _report(model, config, vision, text, seen, asked, mode) -> dict:
-    base = model.base.config
-    towers = vision_tower_flops(base.vision_config, _patches(model, vision))
-    projector = getattr(model.base.model, "multi_modal_projector", None)
-    entering = seen[0] if model.config.strategy or model.token_merger is not None else vision
+def _report(model, vision, text, seen, asked, mode, image_tokens, rows, towers, projected) -> dict:
+    config, adapter = model.adapter.text_config, model.adapter
+    reduces = mode != "origin" and (model.config.strategy in STRATEGIES or model.token_merger is not None)
+    before = adapter.reduces_before_projector
+    entering = seen[0] if reduces else vision
     merger = model.token_merger if mode != "origin" else None
+    merged = 0.0
+    if merger is not None:
+        merged = sum(token_merger_flops(merger, n, merger.tokens_kept(int(n)), asked) for n in image_tokens) / rows
     parts = {
         "vision_tower": towers,
-        "projector": linear_flops(projector, entering if mode != "origin" else vision),
-        "token_merger": token_merger_flops(merger, vision, seen[0], asked) if vision else 0.0,
+        "projector": linear_flops(adapter.projector, entering if before else projected),
+        "token_merger": merged,
         "layer_pruner": 0.0,
         "language_model": sum(decoder_layer_flops(config, text + n) for n in seen),
     }
     if model.layer_pruner is not None and mode in ("soft", "hard") and vision:
         arriving = [seen[layer - 1] if layer else seen[0] for layer in model.layer_pruner.config.layers]
         parts["layer_pruner"] = sum(pruner_head_flops(model.layer_pruner, n, asked) for n in arriving)
-    origin = towers + linear_flops(projector, vision) + len(seen) * decoder_layer_flops(config, text + vision)
+    origin = towers + linear_flops(adapter.projector, vision if before else projected)
+    origin += len(seen) * decoder_layer_flops(config, text + vision)
     total = sum(parts.values())
     size = torch.finfo(model.base.dtype).bits // 8
     return {

@@ -48,6 +48,7 @@ class VisionReduction:
             images=torch.full_like(input_ids, -1),
         )
         counts = {"vision_tokens": vision.sum(-1), "text_tokens": (mask & ~vision).sum(-1)}
+        counts |= {"image_tokens": [], "tower": ([], []), "projected": 0}
         prompt = Prompt(stream, mode, counts, merged={})
         if not inputs:
             if vision.any():
@@ -61,10 +62,14 @@ class VisionReduction:
         strategy = self.config.strategy if self.config.strategy in STRATEGIES else None
         reduces = mode != "origin" and (self.token_merger is not None or strategy is not None)
         guided = self.token_merger is not None and self.token_merger.config.attention_guided
-        features, received = self.adapter.features(
-            inputs, with_attention=reduces and (guided or strategy == "visionzip")
-        )
+        images = self.adapter.features(inputs, with_attention=reduces and (guided or strategy == "visionzip"))
+        features, received = images.features, images.received
         sizes = [len(f) for f in features]
+        prompt.counts |= {
+            "image_tokens": sizes,
+            "tower": (images.sequences, images.windows),
+            "projected": images.projected,
+        }
         if int(stream.vision.sum()) != sum(sizes):
             raise ValueError(
                 f"The images give {sum(sizes)} vision tokens ({len(sizes)} images), but the prompt holds "

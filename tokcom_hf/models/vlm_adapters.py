@@ -7,10 +7,31 @@ Everything else in `PrunedVLM` is the same for all families. An adapter gives
     positions       rotary position ids, `(batch, length)` or `(3, batch, length)`
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from transformers import AutoModelForImageTextToText
 
 from .eager_copy import eager_copy
+
+
+@dataclass
+class ImageTokens:
+    """What the vision tower made of a batch's images.
+
+    Attributes:
+        features: per image `(tokens, feature_size)`.
+        received: per image the attention `(tokens,)` that its tokens received in the tower, or None.
+        sequences: numbers of patches that attend to each other in the tower.
+        windows: the same for the tower's layers with window attention, if it has any.
+        projected: tokens that have been through the projector; 0 where the features come from before it.
+    """
+
+    features: list[torch.Tensor]
+    received: list[torch.Tensor] | None = None
+    sequences: list[int] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    projected: int = 0
 
 
 class VLMAdapter:
@@ -19,6 +40,8 @@ class VLMAdapter:
     image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     # Whether rotary positions have time, height and width.
     three_axes = False
+    # Whether features are reduced before the projector, so that it works on fewer.
+    reduces_before_projector = False
 
     def __init__(self, base):
         self.base = base
@@ -66,9 +89,23 @@ class VLMAdapter:
         """Vision tokens of an image, or None in families whose images have many sizes."""
         return None
 
-    def features(self, inputs: dict, with_attention: bool = False) -> tuple[list, list | None]:
-        """Per image `(tokens, feature_size)` and, where the tower gives it, received attention `(tokens,)`."""
-        return list(self.base.model.get_image_features(**inputs).pooler_output), None
+    @property
+    def tower(self):
+        """The vision tower."""
+        return self.base.model.vision_tower
+
+    @property
+    def projector(self):
+        """What maps vision features to the language model's width."""
+        return self.base.model.multi_modal_projector
+
+    def features(self, inputs: dict, with_attention: bool = False) -> ImageTokens:
+        """The images' tokens, with received attention where it is asked for and the family gives it."""
+        output = self.base.model.get_image_features(**inputs)
+        features = list(output.pooler_output)
+        tiles, patches = output.last_hidden_state.shape[:2]
+        first = self.base.config.vision_feature_select_strategy == "default"
+        return ImageTokens(features, sequences=[patches] * tiles, projected=tiles * (patches - first))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """`(tokens, feature_size)` to `(tokens, hidden_size)`."""
@@ -83,6 +120,7 @@ class LlavaAdapter(VLMAdapter):
     """LLaVA-1.5: a CLIP- or SigLIP-like tower, features before the two-layer projector."""
 
     image_inputs = ("pixel_values",)
+    reduces_before_projector = True
 
     @property
     def feature_size(self) -> int:
@@ -114,7 +152,7 @@ class LlavaAdapter(VLMAdapter):
             # hidden_states[i] is what layer i - 1 put out, and has one entry more than attentions.
             index = layers[-1] if layers[-1] < 0 else layers[-1] - 1
             received = list(output.attentions[index].mean((1, 2))[:, first:])
-        return list(features), received
+        return ImageTokens(list(features), received, [output.last_hidden_state.shape[1]] * len(features))
 
     def project(self, features):
         return self.base.model.multi_modal_projector(features)
@@ -124,6 +162,7 @@ class InternVLAdapter(VLMAdapter):
     """InternVL as in transformers: features after the pixel shuffle, before the projector."""
 
     image_inputs = ("pixel_values",)
+    reduces_before_projector = True
 
     @property
     def feature_size(self) -> int:
@@ -141,12 +180,14 @@ class InternVLAdapter(VLMAdapter):
         output = model.vision_tower(pixel_values=pixels, output_hidden_states=config.vision_feature_layer != -1)
         layer = config.vision_feature_layer
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        patches = states.shape[1]
         if config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
         side = int(states.shape[1] ** 0.5)
         states = states.reshape(states.shape[0], side, side, -1)
         states = model.pixel_shuffle(states, scale_factor=config.downsample_ratio)
-        return list(states.reshape(states.shape[0], -1, states.shape[-1])), None
+        features = list(states.reshape(states.shape[0], -1, states.shape[-1]))
+        return ImageTokens(features, sequences=[patches] * len(features))
 
     def project(self, features):
         return self.base.model.multi_modal_projector(features)
@@ -158,10 +199,25 @@ class LlavaOnevisionAdapter(VLMAdapter):
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
 
 
+class Mistral3Adapter(VLMAdapter):
+    """Mistral 3: images of any size, whose patches attend to each other within the image."""
+
+    def features(self, inputs, with_attention=False):
+        tokens = list(self.base.model.get_image_features(**inputs).pooler_output)
+        sizes = torch.as_tensor(inputs["image_sizes"]) // self.tower.patch_size
+        return ImageTokens(tokens, sequences=sizes.prod(-1).tolist(), projected=sum(map(len, tokens)))
+
+
 class AyaVisionAdapter(VLMAdapter):
     """Aya Vision: every tile counts as an image."""
 
     image_inputs = ("pixel_values",)
+
+    def features(self, inputs, with_attention=False):
+        tokens = super().features(inputs, with_attention)
+        # The projector puts neighbouring patches together before its matrices.
+        tokens.projected = sum(map(len, tokens.features))
+        return tokens
 
 
 class QwenVLAdapter(VLMAdapter):
@@ -169,6 +225,25 @@ class QwenVLAdapter(VLMAdapter):
 
     image_inputs = ("pixel_values", "image_grid_thw")
     three_axes = True
+
+    @property
+    def tower(self):
+        return self.base.model.visual
+
+    @property
+    def projector(self):
+        return self.base.model.visual.merger
+
+    def features(self, inputs, with_attention=False):
+        tokens = list(self.base.model.get_image_features(**inputs).pooler_output)
+        config = self.base.config.vision_config
+        side = getattr(config, "window_size", 0) // config.patch_size
+        sequences, windows = [], []
+        for frames, height, width in inputs["image_grid_thw"].tolist():
+            sequences += [height * width] * frames
+            if side:
+                windows += [h * w for h in _pieces(height, side) for w in _pieces(width, side)] * frames
+        return ImageTokens(tokens, None, sequences, windows, sum(map(len, tokens)))
 
     def positions(self, input_ids, attention_mask, inputs):
         kinds = (input_ids == self.image_token_id).int()
@@ -181,11 +256,16 @@ class QwenVLAdapter(VLMAdapter):
         return positions
 
 
+def _pieces(length: int, size: int) -> list[int]:
+    """`length` cut into pieces of `size`, the last of which may be smaller."""
+    return [min(size, length - start) for start in range(0, length, size)]
+
+
 ADAPTERS: dict[str, type[VLMAdapter]] = {
     "llava": LlavaAdapter,
     "llava_next": VLMAdapter,
     "llava_onevision": LlavaOnevisionAdapter,
-    "mistral3": VLMAdapter,
+    "mistral3": Mistral3Adapter,
     "aya_vision": AyaVisionAdapter,
     "internvl": InternVLAdapter,
     "qwen2_vl": QwenVLAdapter,

@@ -20,13 +20,24 @@ def decoder_layer_flops(config, tokens: float, keys: float | None = None) -> flo
     return projections + 4 * tokens * keys * queries + 6 * tokens * width * config.intermediate_size
 
 
-def vision_tower_flops(config, patches: int) -> float:
-    """FLOPs of a plain ViT (projections 8·n·d², scores 4·n²·d, MLP 4·n·d·m) on one image of `patches` patches."""
-    width = config.hidden_size
+def vision_tower_flops(config, patches: float | Sequence[float], windows: Sequence[int] = ()) -> float:
+    """FLOPs of a ViT: projections 8·n·d², scores 4·n²·d, MLP 4·n·d·m or, where it is gated, 6·n·d·m.
+
+    Args:
+        config: the tower's configuration.
+        patches: n, the patches that attend to each other; a list for several sequences.
+        windows: sizes of the windows within which the other layers attend, where `fullatt_block_indexes` names those
+            that attend to everything: they have Σ 4·w²·d scores.
+    """
+    # Qwen2-VL's `hidden_size` is the language model's width.
+    width = getattr(config, "embed_dim", None) or config.hidden_size
     depth = getattr(config, "num_hidden_layers", None) or getattr(config, "depth", 0)
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    matrices = 6 if hasattr(config, "spatial_merge_size") and hasattr(config, "intermediate_size") else 4
-    return depth * (8 * patches * width**2 + 4 * patches**2 * width + matrices * patches * width * inner)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "mlp_ratio", 4) * width
+    matrices = 6 if config.model_type in ("qwen2_5_vl", "qwen2_5_vl_vision", "pixtral") else 4
+    full = len(config.fullatt_block_indexes) if windows else depth
+    sequences = patches if isinstance(patches, Sequence) else [patches]
+    pairs = full * sum(n**2 for n in sequences) + (depth - full) * sum(n**2 for n in windows)
+    return depth * sum(sequences) * (8 * width**2 + matrices * width * inner) + 4 * pairs * width
 
 
 def linear_flops(module: nn.Module | None, tokens: float) -> float:

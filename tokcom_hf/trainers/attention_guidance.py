@@ -81,15 +81,27 @@ def read_share(attention: list[torch.Tensor], text: torch.Tensor) -> torch.Tenso
 def guidance_loss(model, attention, said: dict, kept_index, input_ids, attention_mask) -> torch.Tensor:
     """Mean cross-entropy (nats) between the shares that the text reads and the heads' scores, over heads.
 
-    Pruners before layer k learn what is read from layer k on. Where images have several sizes the merger goes without.
+    Pruners before layer k learn what is read from layer k on. The merger's is a mean over images.
+
+    Args:
+        model: the `PrunedVLM`, whose last prompt is the one the heads spoke about.
+        attention: per layer `(batch, heads, length, length)` of the unpruned model.
+        said: what `reading_scores` collected.
+        kept_index: of the model's output.
+        input_ids, attention_mask: `(batch, length)`.
     """
     vision = input_ids == model.adapter.image_token_id
     text = attention_mask.bool() & ~vision
     losses = []
-    if len(said["merger"]) == 1:
-        scores = said["merger"][0]
-        target = read_share(attention, text)[vision].view_as(scores)
-        losses.append(_cross_entropy(scores, target, torch.ones_like(target, dtype=torch.bool)))
+    if said["merger"]:
+        # The merger takes images of one size together, in their order.
+        shares = read_share(attention, text)[vision].split(model.image_tokens)
+        parts = []
+        for scores in said["merger"]:
+            target = torch.stack([share for share in shares if len(share) == scores.shape[1]])
+            mean = _cross_entropy(scores, target, torch.ones_like(target, dtype=torch.bool))
+            parts.append(mean * len(target) / len(shares))
+        losses.append(torch.stack(parts).sum())
     for layer, logits, mask in said["pruners"]:
         target = read_share(attention[layer:], text)
         target = target.gather(1, kept_index[layer].clamp(min=0))

@@ -220,10 +220,10 @@ class TokenPruningTrainer(CompressionTrainer):
             weights["adv_loss"] = ramp * args.adversarial_weight
         loss = sum(weights[name] * value for name, value in losses.items())
         if model.training:
-            self._log_losses(losses, output, temperature)
+            self._log_losses(losses, output, temperature, inputs["input_ids"] == pruned.adapter.image_token_id)
         return (loss, output) if return_outputs else loss
 
-    def _log_losses(self, losses, output, temperature: float) -> None:
+    def _log_losses(self, losses, output, temperature: float, vision: torch.Tensor) -> None:
         merger = {k: v for k, v in losses.items() if k == "merge_sparsity_loss"}
         self.log_scalars("token_merger", merger)
         self.log_scalars("layer_pruners", {k: v for k, v in losses.items() if k not in merger})
@@ -234,9 +234,13 @@ class TokenPruningTrainer(CompressionTrainer):
         self.log_scalars("pruning", tokens)
         for place, mask in enumerate(output.soft_masks or ()):
             layer = self.unwrapped_model.layer_pruner.config.layers[place]
-            kept = output.keep_masks[place].sum(-1).float().mean()
+            index = output.kept_index[layer]
+            # The masks are 1 on text and padding, which nobody prunes.
+            pruned = vision.gather(1, index.clamp(min=0)) & (index >= 0)
+            kept = (output.keep_masks[place] & pruned).sum(-1).float().mean()
             self.log_scalars("pruning", {f"kept_from_layer_{layer}": kept})
-            self.log_scalars(f"mask_layer_{layer}", mask_statistics(mask))
+            if pruned.any():
+                self.log_scalars(f"mask_layer_{layer}", mask_statistics(mask[pruned]))
 
     def _states(self, output) -> list[torch.Tensor]:
         layers = self.accelerator.unwrap_model(self.discriminator).config.layers
