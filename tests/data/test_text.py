@@ -301,3 +301,26 @@ def test_a_folder_of_vocabulary_and_merges_is_a_tokenizer(tmp_path):
     assert loaded(text).input_ids == trained(text).input_ids
     assert loaded.decode(loaded(text).input_ids) == text
     assert len(loaded) == len(trained) and loaded.eos_token_id == trained.eos_token_id
+
+
+def test_ids_without_a_token_are_filled(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(letters | {"th": 270, EOS_TOKEN: 300}, [("t", "h")]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    gaps = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS_TOKEN)
+    assert len(gaps) == 258
+    gaps.save_pretrained(tmp_path / "gaps")
+    tokenizer = load_tokenizer(str(tmp_path / "gaps"))
+    assert len(tokenizer) == 301 and tokenizer.eos_token_id == 300
+    text = "the thing <unused:259>"
+    assert tokenizer(text).input_ids == gaps(text).input_ids and tokenizer.decode(tokenizer(text).input_ids) == text
+    tokenizer.save_pretrained(tmp_path / "filled")
+    assert len(load_tokenizer(str(tmp_path / "filled"))) == 301
+    (tmp_path / "t.txt").write_text("hello world. " * 100)
+    rows = load_text_rows(train_file=tmp_path / "t.txt", tokenizer=str(tmp_path / "gaps"), length=16)
+    assert max(rows.train.token_ids.max(), rows.validation.token_ids.max()) < len(rows.tokenizer)
+    # Sizes are compared by the highest id also where a tokenizer was not loaded here.
+    check_tokenizer(gaps, type("Config", (), {"omni_token_id": 301}))

@@ -7,7 +7,14 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from tokcom_hf import VQGAN, LFQExpandedModel, LFQProcessor, VQGANConfig, VQGANImageProcessor
 from tokcom_hf.data.small_vlm import scene_processor
@@ -93,6 +100,82 @@ def test_wrong_input(processor, tokenizer):
         LFQProcessor(tokenizer, len(tokenizer) - 1, BITS)
     with pytest.raises(ValueError, match=r"must contain \{caption\}"):
         LFQProcessor(tokenizer, START, BITS, image_prompt="draw")
+
+
+def llama_tokenizer(**more):
+    """Of Llama's kind: a space before every text, ▁ in the pieces."""
+    letters = ["<unk>", "<s>", "</s>", "▁", *"abcdeginorst", "re", "red", "▁red", "in", "ing", "ring", "▁ring"]
+    merges = [("r", "e"), ("re", "d"), ("▁", "red"), ("i", "n"), ("in", "g"), ("r", "ing"), ("▁", "ring")]
+    return LlamaTokenizer(vocab={piece: i for i, piece in enumerate(letters)}, merges=merges, **more)
+
+
+@pytest.mark.parametrize("options", [{}, {"legacy": True}, {"add_prefix_space": False}])
+def test_spaces_beside_image_tokens_are_kept_by_tokenizers_that_put_a_space_first(options):
+    tokenizer = llama_tokenizer(**options)
+    processor = LFQProcessor(tokenizer, len(tokenizer), 3)
+    for text in (
+        "red ring<lfq:3> red ring",
+        "<lfq:1><lfq:2> red",
+        "<lfq:1>red",
+        "red<lfq:3>ring",
+        "red <lfq:3> ring",
+        "red<lfq:1> <lfq:2>  ring<lfq:7>red",
+    ):
+        for add in (False, True):
+            ids = processor(text, add_special_tokens=add)["input_ids"][0]
+            assert processor.decode(ids, skip_special_tokens=True) == text
+    ids = [processor(text, add_special_tokens=False)["input_ids"][0] for text in ("red<lfq:3>ring", "red<lfq:3> ring")]
+    assert ids[0] != ids[1]
+    # Text before the first marker is encoded as ever.
+    assert ids[0][: ids[0].index(len(tokenizer) + 3)] == tokenizer("red", add_special_tokens=False).input_ids
+
+
+def test_rows_are_cut_and_padded_whole(tokenizer):
+    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.eos_token
+    processor = LFQProcessor(tokenizer, START, BITS)
+    texts = ["a red circle<lfq:1><lfq:2> and a blue ring", "<lfq:3>"]
+    full = processor(text=texts)["input_ids"]
+    cut = processor(text=texts, truncation=True, max_length=7)
+    assert cut["input_ids"] == [full[0][:7], full[1]] and cut["attention_mask"] == [[1] * 7, [1]]
+    fixed = processor(text=texts, padding="max_length", truncation="longest_first", max_length=7, return_tensors="pt")
+    assert fixed["input_ids"].shape == (2, 7) and fixed["attention_mask"].sum(1).tolist() == [7, 1]
+    left = processor(text=texts, padding=True, padding_side="left", pad_to_multiple_of=8, return_tensors="pt")
+    assert left["input_ids"].shape[1] % 8 == 0 and left["input_ids"][1, -1] == START + 3
+    assert "attention_mask" not in processor(text=texts, return_attention_mask=False)
+    for wrong, message in (
+        ({"padding": "longst"}, "padding must be"),
+        ({"truncation": "only_second"}, "truncation must be"),
+        ({"truncation": True}, "need max_length"),
+        ({"max_length": 4}, "max_length acts with"),
+        ({"padding_side": "middle"}, "padding_side must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(text=texts, **wrong)
+    for name in ("paddding", "text_pair", "return_overflowing_tokens", "stride"):
+        with pytest.raises(TypeError, match=name):
+            processor(text=texts, **{name: True})
+
+
+def test_special_tokens_stay_and_images_are_never_cut():
+    base = scene_processor(16, 8)
+    processor = LFQProcessor(base.tokenizer, 100, BITS, base=base)
+    picture, text = Image.new("RGB", (16, 16)), "<image> what shape is the red object ? <lfq:5>"
+    cut = processor(text=text, images=picture, truncation=True, max_length=6)["input_ids"][0]
+    assert len(cut) == 6 and cut.count(base.tokenizer.convert_tokens_to_ids("<image>")) == 4
+    with pytest.raises(ValueError, match="would cut the tokens of an image"):
+        processor(text=text, images=picture, truncation=True, max_length=3)
+    with pytest.raises(TypeError, match="imagse"):
+        processor(text=text, imagse=picture)
+
+
+def test_a_tokenizer_with_ids_left_out_is_measured_by_its_highest_id(tokenizer):
+    from tokenizers import Tokenizer, models
+
+    gaps = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 9}, "a")))
+    with pytest.raises(ValueError, match="ids up to 9"):
+        LFQProcessor(gaps, 5, BITS)
+    processor = LFQProcessor(gaps, 10, BITS)
+    assert processor.decode([9, 10]) == "b<lfq:0>"
 
 
 @pytest.fixture(scope="module")

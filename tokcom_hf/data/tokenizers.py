@@ -1,5 +1,6 @@
 """Tokenizers: by name or folder, or a byte-level BPE trained on the corpus."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ..models.tokenizer_size import tokenizer_size
+
+# More ids than this without a token are not filled: the table would be empty for the most part.
+MOST_UNUSED_IDS = 1_000_000
 EOS_TOKEN = "<|endoftext|>"
 
 
@@ -37,10 +42,12 @@ def load_tokenizer(name_or_path: str) -> Any:
     """`AutoTokenizer.from_pretrained` with one sentence instead of a page where the tokenizer is not there.
 
     A folder that holds only `vocab.json` and `merges.txt` is read as a byte-level BPE of GPT-2's kind. Where a tokenizer has
-    no padding token, EOS is taken.
+    no padding token, EOS is taken. Ids between others that have no token get one (`<unused:300>`), so that `len` of the
+    result is its highest id plus one.
 
     Raises:
         OSError: nothing of that name on disk or (reachable) on the Hub, or a gated one without access.
+        ValueError: ids without a token that cannot be filled.
     """
     folder = Path(name_or_path)
     parts = folder / "vocab.json", folder / "merges.txt"
@@ -58,6 +65,23 @@ def load_tokenizer(name_or_path: str) -> Any:
     if tokenizer.pad_token is None:
         # GPT-2's, Llama's and others have none; the collator asks for one even where all rows are of one length.
         tokenizer.pad_token = tokenizer.eos_token
+    return _without_gaps(tokenizer)
+
+
+def _without_gaps(tokenizer):
+    size = tokenizer_size(tokenizer)
+    if size == len(tokenizer):
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
+    vocabulary = state["model"].get("vocab")
+    unused = sorted(set(range(size)) - set(tokenizer.get_vocab().values()))
+    if not isinstance(vocabulary, dict) or not 0 < len(unused) <= MOST_UNUSED_IDS:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has {len(tokenizer):,} tokens, but ids up to {size - 1:,}; number "
+            "its tokens without gaps."
+        )
+    vocabulary |= {f"<unused:{number}>": number for number in unused}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     return tokenizer
 
 
@@ -75,8 +99,9 @@ def check_tokenizer(tokenizer: Any, vae_config: Any) -> None:
     Raises:
         ValueError: the sizes differ.
     """
-    if len(tokenizer) != vae_config.omni_token_id:
+    size = tokenizer_size(tokenizer)
+    if size != vae_config.omni_token_id:
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens but the model was trained with "
+            f"The tokenizer {tokenizer.name_or_path!r} has {size} tokens but the model was trained with "
             f"{vae_config.omni_token_id}; use the tokenizer saved beside the model."
         )

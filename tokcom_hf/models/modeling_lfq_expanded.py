@@ -22,6 +22,7 @@ from .lfq_rows import LFQRows, device_of, initialize_rows, text_host, vocabulary
 from .lfq_tables import JoinedHead, OldHead, SplitTable, merge_rows
 from .lfq_tokens import check_output_dim
 from .strict_loading import StrictLoading
+from .tokenizer_size import tokenizer_size
 from .wrapped_base import computed_buffers_kept
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
             )
         embedding, _ = vocabulary_of(model)
         rows = len(embedding.weight)
-        text = None if tokenizer is None else len(tokenizer)
+        text = None if tokenizer is None else tokenizer_size(tokenizer)
         reference, revision = reference_of(model)
         config = LFQExpandedConfig(
             output_dim=output_dim,

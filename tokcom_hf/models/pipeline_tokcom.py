@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, generator_of, refuse_unknown
+from .tokenizer_size import tokenizer_size
 
 FORWARD_ARGUMENTS = (
     "num_chunks", "num_generate_chunks", "num_steps", "temperature", "sampler", "time_grid", "block_size",
@@ -37,8 +38,7 @@ class TokComGenerationPipeline(BatchedPipeline):
         expected = self.model.config.vae.omni_token_id
         if self.tokenizer is None:
             raise ValueError("TokComGenerationPipeline needs the tokenizer saved beside the model; pass tokenizer=...")
-        # Ids may have gaps, which its length does not count.
-        size = 1 + max(self.tokenizer.get_vocab().values())
+        size = tokenizer_size(self.tokenizer)
         if size != expected:
             raise ValueError(
                 f"The tokenizer has {size} tokens but the model was trained with {expected}; use the "

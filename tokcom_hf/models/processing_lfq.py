@@ -10,10 +10,18 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
+from .lfq_rows_of_ids import REFUSED, finish_rows, known_options, row_lengths
+from .lfq_text_pieces import anchor_of, decode_behind, eats_spaces, encode_piece
 from .lfq_tokens import check_output_dim, decode_tokens_to_lfq_codes
+from .tokenizer_size import tokenizer_size
 
 MARKER = re.compile(r"<lfq:(\d+)>")
 BASE_FOLDER = "base_processor"
+# Keywords of a chat template's call that act on the ids it is made into.
+ROW_OPTIONS = (
+    "images", "padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask",
+    "return_tensors",
+)  # fmt: skip
 
 
 class LFQProcessor(ProcessorMixin):
@@ -46,15 +54,17 @@ class LFQProcessor(ProcessorMixin):
         **kwargs,
     ):
         check_output_dim(output_dim)
-        if tokenizer is not None and len(tokenizer) > lfq_start_token_id:
+        size = 0 if tokenizer is None else tokenizer_size(tokenizer)
+        if size > lfq_start_token_id:
             raise ValueError(
-                f"The tokenizer has {len(tokenizer)} tokens, but LFQ ids start at {lfq_start_token_id}: they would "
+                f"The tokenizer has ids up to {size - 1}, but LFQ ids start at {lfq_start_token_id}: they would "
                 "mean two things. lfq_start_token_id is the number of embedding rows of the base model."
             )
         if "{caption}" not in image_prompt:
             raise ValueError(f"image_prompt must contain {{caption}}, got {image_prompt!r}.")
         self.lfq_start_token_id, self.output_dim, self.image_prompt = lfq_start_token_id, output_dim, image_prompt
         super().__init__(tokenizer, chat_template=chat_template or getattr(base or tokenizer, "chat_template", None))
+        self._text_size, self._spaces = size, None
         # Not an attribute that transformers saves by itself: two processors cannot share one processor_config.json.
         self.base = base
         self.has_base = has_base or base is not None
@@ -67,51 +77,99 @@ class LFQProcessor(ProcessorMixin):
         return cls(tokenizer, start, output_dim, base=None if tokenizer is base else base, image_prompt=image_prompt)
 
     # ------------------------------------------------------------------ text to ids
-    def __call__(self, text=None, images=None, padding=False, return_tensors=None, add_special_tokens=True, **kwargs):
+    def __call__(
+        self,
+        text=None,
+        images=None,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool = True,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        **kwargs,
+    ):
         """Texts with `<lfq:N>` markers, and images for a base model that sees them, to one batch.
 
         Args:
             text: string or list of strings.
             images: what the base model's processor takes, in the order of its placeholders in the texts.
-            padding, return_tensors, add_special_tokens: as everywhere in transformers.
+            padding, truncation, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors,
+                add_special_tokens: as everywhere in transformers, for a whole row with its LFQ tokens.
+            kwargs: for the base model's processor, where there is one.
 
         Returns:
             `input_ids`, `attention_mask` and whatever else the base model's processor makes.
 
         Raises:
-            ValueError: a marker beyond the 2^output_dim codes, images for a base model without eyes, or no text.
+            TypeError: a keyword that nothing takes.
+            ValueError: a marker beyond the 2^output_dim codes, images for a base model without eyes, no text, or a
+                length that would cut an image's tokens.
         """
         if text is None:
             raise ValueError("LFQProcessor needs text; for images alone call its `base` processor.")
         rows = [text] if isinstance(text, str) else list(text)
         if images is not None and self.base is None:
             raise ValueError("This LFQProcessor has a tokenizer only: the base model sees no images.")
-        parts = [self._split(row) for row in rows]
-        texts = [part for row in parts for part in row if isinstance(part, str)]
+        self._check_options(kwargs)
+        lengths = row_lengths(self.tokenizer, padding, truncation, max_length, pad_to_multiple_of, padding_side)
+        encoded, batch = self._encode([self._split(row) for row in rows], images, kwargs)
+        around = self._special_ids() if add_special_tokens else ([], [])
+        rest = {name: encoded[name] for name in encoded if name not in batch and name != "attention_mask"}
+        image_token = getattr(self.base, "image_token_id", None) if rest else None
+        finished = finish_rows(batch, around, lengths, image_token, has_images=bool(rest))
+        if not return_attention_mask:
+            del finished["attention_mask"]
+        if return_tensors is not None and len(set(map(len, finished["input_ids"]))) > 1:
+            raise ValueError("Texts of different length make no tensor; pass padding=True.")
+        return BatchFeature(finished | rest, tensor_type=return_tensors)
+
+    def _encode(self, parts: list[list[str | int]], images, options: dict):
+        """What the base model's tokenizer or processor gives for all pieces, and its values per token, joined to rows.
+
+        What has one value per token follows the ids, with 0 at LFQ tokens (mm_token_type_ids); the rest passes through.
+        """
+        texts, heads = [], []
+        for row in parts:
+            for index, part in enumerate(row):
+                if isinstance(part, str):
+                    anchor = anchor_of(self.tokenizer, part) if index > 0 and self._eats_spaces() else ""
+                    texts.append(anchor + part)
+                    heads.append(len(encode_piece(self.tokenizer, anchor)) if anchor else 0)
+        inputs = options | ({} if images is None else {"images": images})
         encoder = self.tokenizer if self.base is None else self.base
-        inputs = kwargs | ({} if images is None else {"images": images})
         encoded = encoder(text=texts, add_special_tokens=False, **inputs) if texts else {"input_ids": []}
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        # What has one value per token follows the ids, with 0 at LFQ tokens (mm_token_type_ids); the rest passes through.
         aligned = [name for name in encoded if name != "attention_mask" and _lengths(encoded[name]) == lengths]
-        prefix, suffix = self._special_ids() if add_special_tokens else ([], [])
         batch: dict[str, list[list[int]]] = {name: [] for name in aligned}
-        position = 0
-        for row in parts:
-            first = position
-            for name in aligned:
-                position = first
+        for name in aligned:
+            pieces = iter(zip(encoded[name], heads, strict=True))
+            for row in parts:
                 values: list[int] = []
                 for part in row:
                     if isinstance(part, str):
-                        values += list(map(int, encoded[name][position]))
-                        position += 1
+                        piece, head = next(pieces)
+                        values += list(map(int, piece[head:]))
                     else:
                         values.append(self.lfq_start_token_id + part if name == "input_ids" else 0)
-                around = (prefix, suffix) if name == "input_ids" else ([0] * len(prefix), [0] * len(suffix))
-                values = around[0] + values + around[1]
                 batch[name].append(values)
-        return self._padded(batch, encoded, padding, return_tensors)
+        return encoded, batch
+
+    def _check_options(self, options: dict) -> None:
+        """Refuses a keyword that the base model's processor does not know; a tokenizer alone takes none."""
+        known: set[str] | None = set()
+        if self.base is not None:
+            known = known_options(self.base)
+        for name in options:
+            if name in REFUSED or (known is not None and name not in known):
+                raise TypeError(f"LFQProcessor got an unexpected keyword argument {name!r}.")
+
+    def _eats_spaces(self) -> bool:
+        if self._spaces is None:
+            self._spaces = eats_spaces(self.tokenizer)
+        return self._spaces
 
     def _split(self, text: str) -> list[str | int]:
         """Text and code numbers in order; no empty text."""
@@ -134,22 +192,6 @@ class LFQProcessor(ProcessorMixin):
                 return full[:start], full[start + len(bare) :]
         return [], []
 
-    def _padded(self, batch, encoded, padding, return_tensors) -> BatchFeature:
-        ids = batch["input_ids"]
-        batch["attention_mask"] = [[1] * len(row) for row in ids]
-        if padding:
-            width, fill = max(map(len, ids), default=0), self.tokenizer.pad_token_id
-            if fill is None and any(len(row) < width for row in ids):
-                raise ValueError("The tokenizer has no pad token; set processor.tokenizer.pad_token first.")
-            left = self.tokenizer.padding_side == "left"
-            for name, rows in batch.items():
-                pads = [[fill if name == "input_ids" else 0] * (width - len(row)) for row in rows]
-                batch[name] = [pad + row if left else row + pad for pad, row in zip(pads, rows, strict=True)]
-        elif return_tensors is not None and len(set(map(len, ids))) > 1:
-            raise ValueError("Texts of different length make no tensor; pass padding=True.")
-        rest = {name: encoded[name] for name in encoded if name not in batch}
-        return BatchFeature(batch | rest, tensor_type=return_tensors)
-
     # ------------------------------------------------------------------ ids to text and codes
     @property
     def lfq_token_range(self) -> tuple[int, int]:
@@ -159,9 +201,12 @@ class LFQProcessor(ProcessorMixin):
     def decode(self, token_ids, skip_lfq_tokens: bool = False, **kwargs) -> str:
         """Text of one row of ids, LFQ ids written `<lfq:N>` or left out."""
         text: list[str] = []
-        for is_lfq, run in self._runs(token_ids):
+        for number, (is_lfq, run) in enumerate(self._runs(token_ids)):
             if not is_lfq:
-                text.append(self.tokenizer.decode(run, **kwargs))
+                inside = number > 0 and self._eats_spaces()
+                text.append(
+                    decode_behind(self.tokenizer, run, **kwargs) if inside else self.tokenizer.decode(run, **kwargs)
+                )
             elif not skip_lfq_tokens:
                 text.append("".join(f"<lfq:{token - self.lfq_start_token_id}>" for token in run))
         return "".join(text)
@@ -191,7 +236,7 @@ class LFQProcessor(ProcessorMixin):
         runs: list[tuple[bool, list[int]]] = []
         for token in token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids):
             inside = start <= token < end
-            if len(self.tokenizer) <= token and not inside:
+            if self._text_size <= token and not inside:
                 # A padding row of the table: it has no text.
                 continue
             if not runs or runs[-1][0] != inside:
@@ -202,7 +247,9 @@ class LFQProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, tokenize: bool = False, **kwargs):
         """The base model's chat template; markers in its texts are read like elsewhere where `tokenize` is set."""
         owner = self.tokenizer if self.base is None else self.base
-        options = {k: kwargs.pop(k) for k in ("padding", "return_tensors", "images") if k in kwargs}
+        options = {name: kwargs.pop(name) for name in ROW_OPTIONS if name in kwargs}
+        if options and not tokenize:
+            raise ValueError(f"{', '.join(options)} act on ids; pass tokenize=True.")
         text = owner.apply_chat_template(conversation, tokenize=False, **kwargs)
         return self(text=text, add_special_tokens=False, **options) if tokenize else text
 
