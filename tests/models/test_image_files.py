@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 import tokcom_hf
+from tokcom_hf import VQGAN, VQGANConfig, VQGANImageProcessor
 from tokcom_hf.models.image_files import check_image, load_image, open_image, read_image
 from tokcom_hf.models.image_pixels import to_mode, to_uint8
+from tokcom_hf.models.pipeline_vqgan import VQTokenizePipeline
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 
@@ -270,3 +272,14 @@ def test_load_image_takes_what_transformers_takes(tmp_path, monkeypatch):
         load_image("http://127.0.0.1:9/a.png", allow_urls=False)
     with pytest.raises(ValueError, match=r"Cannot read image 'http://127\.0\.0\.1:9/a\.png'"):
         load_image("http://127.0.0.1:9/a.png", timeout=5)
+
+
+def test_the_pipeline_keeps_transparency_for_models_that_have_it():
+    config = VQGANConfig(
+        image_size=16, in_channels=4, out_channels=4, codebook_size=8, codebook_dim=4, base_channels=8, mid_attention=False,
+        channel_multipliers=[1, 2], downsample_factor=4, patch_size=2, num_res_blocks=1, latent_channels=8,
+    )  # fmt: skip
+    pipe = VQTokenizePipeline(VQGAN(config), image_processor=VQGANImageProcessor(16, 4, size_divisor=4))
+    file = encoded(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG")
+    uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    assert pipe.preprocess([uri])["pixel_values"].unique().tolist() == [-1.0]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from .image_files import load_image
+from .image_pixels import CHANNELS
 from .pipeline_base import BatchedPipeline, refuse_unknown
 
 
@@ -43,7 +44,7 @@ class _VQPipeline(BatchedPipeline):
                 raise ValueError(f'Expected an image or {{"image": ...}}, got the keys {sorted(row)}.')
             row = row["image"]
         if isinstance(row, str) and not os.path.isfile(row):
-            return load_image(row, timeout, allow_urls)
+            return load_image(row, timeout, allow_urls, CHANNELS[self.image_processor.num_channels])
         # The processor's own opener keeps what the model can use of transparency and depth.
         return row
 
