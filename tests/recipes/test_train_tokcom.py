@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,39 @@ def test_resume_skips_what_is_finished_and_a_full_folder_needs_a_flag(trained, c
     again = run(*arguments, "--resume_from_checkpoint", "true")
     assert again.returncode == 0, again.stderr[-2000:]
     assert "stage 1 is finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_an_overwritten_run_that_was_killed_does_not_go_on_with_the_one_before(trained, corpus, tmp_path):
+    out = tmp_path / "model"
+    shutil.copytree(trained[0], out)
+    for project in (out / "another", out / "vae" / "another"):
+        (project / "checkpoint-9").mkdir(parents=True)
+    other = ["--train_file", str(corpus), "--output_dir", str(out), "--seed", "7"]
+    refused = run(*TINY, *other, "--resume_from_checkpoint", "true")
+    assert refused.returncode == 2 and "run.seed 42 -> 7" in refused.stderr, refused.stderr[-2000:]
+    # A mistake in the second stage is found before anything of the first run is gone.
+    wrong = run(*TINY, *other, "--overwrite", "--denoiser_training.lr_scheduler_type", "no_such_schedule")
+    assert wrong.returncode == 2 and (out / "vae" / "results.json").is_file(), wrong.stderr[-2000:]
+    killed = run(
+        code=f"""
+import os, sys
+sys.path.insert(0, {str(RECIPE.parent)!r})
+sys.argv = ["train_tokcom.py", *{[*TINY, *other, "--overwrite"]!r}]
+import train_tokcom
+train_tokcom.TokComVAETrainer.training_step = lambda *arguments: os._exit(9)
+train_tokcom.main()
+"""
+    )
+    assert killed.returncode == 9, killed.stderr[-2000:]
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - {"run.json"}
+    assert {path for path in left if not path.endswith(".py")} == set()
+    assert (out / "another" / "checkpoint-9").is_dir() and (out / "vae" / "another" / "checkpoint-9").is_dir()
+    marker = json.loads((out / "run.json").read_text())
+    assert [stage["finished"] for stage in marker["stages"].values()] == [False, False]
+    again = run(*TINY, *other, "--resume_from_checkpoint", "true", "--stage", "vae")
+    assert again.returncode == 0 and "stage 1 is finished" not in again.stdout, again.stderr[-2000:]
+    assert "no checkpoint in" in again.stdout and (out / "vae" / "results.json").is_file()
 
 
 @pytest.mark.slow
