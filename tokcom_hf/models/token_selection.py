@@ -35,7 +35,11 @@ def pooled_tokens(features, keep, attention=None, generator=None) -> Kept:
 
 
 def divprune_tokens(features, keep, attention=None, generator=None) -> Kept:
-    """DivPrune (arXiv 2503.02175): greedily adds the token farthest (cosine) from those chosen."""
+    """DivPrune-like (arXiv 2503.02175): greedily adds the token farthest (cosine) from those chosen.
+
+    The published method compares projected embeddings; here they are the features given, in LLaVA and InternVL those
+    from before the projector.
+    """
     units = F.normalize(features.float(), dim=-1)
     distance = 1.0 - units @ units.T
     # The first token is the one whose nearest neighbour is farthest away.
@@ -53,7 +57,11 @@ def divprune_tokens(features, keep, attention=None, generator=None) -> Kept:
 
 
 def tome_tokens(features, keep, attention=None, generator=None) -> Kept:
-    """ToMe (arXiv 2210.09461): rounds of bipartite soft matching, merging the most similar pairs, weighted by size."""
+    """ToMe-like (arXiv 2210.09461): rounds of bipartite matching that merge the most similar pairs, weighted by size.
+
+    The published method merges inside the vision tower's blocks, by their keys and with proportional attention; here it
+    is the tower's output that is merged.
+    """
     values = features.float()
     sizes = values.new_ones(len(values))
     places = torch.arange(len(values), device=values.device)
@@ -74,10 +82,12 @@ def tome_tokens(features, keep, attention=None, generator=None) -> Kept:
 
 
 def visionzip_tokens(features, keep, attention=None, generator=None, contextual_share: float = 0.15) -> Kept:
-    """VisionZip (arXiv 2412.04467): tokens with most received attention, the rest merged into a few contextual ones.
+    """VisionZip-like (arXiv 2412.04467): the tokens with most received attention, and a few merged of the rest.
 
-    Received attention comes from the vision tower; where a family does not give it, the attention of the features to
-    each other stands in.
+    The published method takes the attention of the CLS token where there is one, keeps that token, matches by keys and
+    adds the mean of what it merges to the target; here it is the mean of all received attention, the features, and the
+    mean alone. Received attention comes from the vision tower; where a family does not give it, the attention of the
+    features to each other stands in.
     """
     if attention is None:
         units = F.normalize(features.float(), dim=-1)
