@@ -35,7 +35,7 @@ from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import average_files
-from tokcom_hf.trainers.dense_pretraining import pretrain_tower
+from tokcom_hf.trainers.dense_pretraining import earlier_accuracy, pretrain_tower
 from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.trainers.vqa_generation import generate_answers
 
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     folder.start({"": settings_of(SECTIONS, values)})
     checkpoint = folder.checkpoint(average_files(args))
-    seen = {}
+    seen = earlier_accuracy(out / "tower")
     if run.tower_steps and checkpoint is None:
         seen = teach_tower(model, processor, run, scenes, args)
     # The tower can see by now, and training goes twice as fast without its backward pass.

@@ -33,7 +33,7 @@ from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import average_files
-from tokcom_hf.trainers.dense_pretraining import pretrain_tower
+from tokcom_hf.trainers.dense_pretraining import earlier_accuracy, pretrain_tower
 from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.trainers.vqa_generation import generate_answers
 
@@ -112,7 +112,10 @@ def main() -> None:
     )
     folder.start({"": settings_of(SECTIONS, values)})
     checkpoint = folder.checkpoint(average_files(args))
-    seen = teach_tower(model, processor, run, args) if run.tower_steps and checkpoint is None else {}
+    if run.tower_steps and checkpoint is None:
+        seen = teach_tower(model, processor, run, args)
+    else:
+        seen = earlier_accuracy(out / "tower")
     tower = model.model.vision_tower.requires_grad_(run.train_tower)
     if run.train_tower:
         # LLaVA reads the tower before its last norm, which hence never gets a gradient.

@@ -6,10 +6,13 @@ The probe is thrown away; the tower is an ordinary tower afterwards.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import nn
 
 from ..data.scene_patches import ScenePatchDataset, patch_label_sizes
@@ -72,7 +75,7 @@ def pretrain_tower(
         features: pixel values → features `(batch, side², size)`, one per patch in reading order.
         image_processor: of the VLM.
         image_size: pixels per side; side: features per side.
-        output_dir: where `Trainer` may put its files.
+        output_dir: where `Trainer` may put its files, and `results.json` goes.
         extra_modules: further modules that `features` passes through and that should learn, too.
         trainer_arguments: more fields of `CompressionTrainingArguments`.
         **scene_options: of `sample_scene`.
@@ -102,7 +105,17 @@ def pretrain_tower(
     args = CompressionTrainingArguments(**arguments | (trainer_arguments or {}))
     with _only_what_is_used(probe, data):
         CompressionTrainer(model=probe, args=args, train_dataset=data).train()
-    return probe_accuracy(probe, ScenePatchDataset(128, seed + 1, image_processor, image_size, side, **scene_options))
+    held_out = ScenePatchDataset(128, seed + 1, image_processor, image_size, side, **scene_options)
+    correct = probe_accuracy(probe, held_out)
+    if PartialState().is_main_process:
+        (Path(output_dir) / "results.json").write_text(json.dumps(correct) + "\n", encoding="utf-8")
+    return correct
+
+
+def earlier_accuracy(output_dir: str | Path) -> dict[str, float]:
+    """What `pretrain_tower` returned when it trained into `output_dir`; nothing where it did not."""
+    file = Path(output_dir) / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 @contextlib.contextmanager
