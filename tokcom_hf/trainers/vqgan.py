@@ -98,6 +98,8 @@ class VQGANTrainer(CompressionTrainer):
         args = self.checked_arguments(args)
         # Buffers are equal on all ranks by construction; broadcasting would only hide a fault.
         args.ddp_broadcast_buffers = False
+        # Known before anything is trained or replaced, unless the run is counted in epochs.
+        self._check_autoencoder_steps(args, args.max_steps)
         super().__init__(model=model, args=args, **kw)
         self.model_accepts_loss_kwargs = False
         self.discriminator = discriminator
@@ -254,12 +256,16 @@ class VQGANTrainer(CompressionTrainer):
         super().log(logs, start_time)
 
     # ---------------------------------------------------------------- second player and checkpoints
-    def _start_auxiliary(self) -> None:
-        if self.args.autoencoder_steps >= self.state.max_steps:
+    @staticmethod
+    def _check_autoencoder_steps(args: VQGANTrainingArguments, max_steps: int) -> None:
+        if 0 < max_steps <= args.autoencoder_steps:
             raise ValueError(
-                f"autoencoder_steps ({self.args.autoencoder_steps}) must be below the {self.state.max_steps} steps of "
-                "this run, or the codebook would never be used."
+                f"autoencoder_steps ({args.autoencoder_steps}) must be below the {max_steps} steps of this run, or the "
+                "codebook would never be used."
             )
+
+    def _start_auxiliary(self) -> None:
+        self._check_autoencoder_steps(self.args, self.state.max_steps)
         if self.discriminator is not None and self.args.adversarial_weight:
             self.adversary = Adversary(self.discriminator, self.args, self.accelerator)
         super()._start_auxiliary()
