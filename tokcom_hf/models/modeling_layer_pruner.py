@@ -63,6 +63,10 @@ class LayerPruner(PreTrainedModel):
     config: LayerPrunerConfig
     config_class = LayerPrunerConfig
     main_input_name = "vision_hidden"
+    # Its small attention to the question is torch's fused one, whatever a language model around it uses.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
 
     def __init__(self, config: LayerPrunerConfig):
         super().__init__(config)

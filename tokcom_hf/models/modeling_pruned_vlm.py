@@ -183,6 +183,11 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         return self
 
     @property
+    def device(self) -> torch.device:
+        """Where inputs are expected; of an offloaded model not where its first weight happens to be."""
+        return self.head_device
+
+    @property
     def head_device(self) -> torch.device:
         """Where the heads and the prompt are: the device on which the base embeds its tokens."""
         table = self.base.get_input_embeddings()

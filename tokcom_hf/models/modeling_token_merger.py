@@ -44,6 +44,10 @@ class TokenMerger(PreTrainedModel):
     config: TokenMergerConfig
     config_class = TokenMergerConfig
     main_input_name = "vision_features"
+    # Its small attention to the question is torch's fused one, whatever a language model around it uses.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
 
     def __init__(self, config: TokenMergerConfig):
         super().__init__(config)

@@ -90,7 +90,7 @@ def check_generation(model, input_ids, generation_config: GenerationConfig | Non
         raise ValueError("PrunedVLM generates with a KV cache only; leave use_cache out.")
     if wanted("cache_implementation") is not None:
         raise ValueError("PrunedVLM brings its own cache; leave cache_implementation out.")
-    refuse_attentions(wanted("output_attentions"))
+    refuse_attentions(wanted("output_attentions") or model.config.output_attentions)
     if options.get("cache") is not None or options.get("past_key_values") is not None:
         raise ValueError(
             "generate starts a new prompt and takes no cache: give the whole conversation, or call forward with the "
