@@ -43,6 +43,7 @@ class LFQExpandedConfig(PreTrainedConfig):
     """
 
     model_type = "tokcom_lfq_expanded"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     output_dim: int = 16
     lfq_start_token_id: int = 0

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from .cache_name import cache_argument, one_cache
+from .cache_name import one_cache
 from .configuration_lfq_expanded import LFQExpandedConfig
+from .lfq_base_call import cache_keyword_of, keywords_of
 from .lfq_expanded_files import auto_class_of, load_base, load_lfq_expanded, reference_of, save_lfq_expanded
 from .lfq_generation import LFQModeLogitsProcessor
 from .lfq_hooks import LFQHooks
@@ -82,6 +83,7 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
         embedding.register_forward_hook(self._with_new_rows)
         head.register_forward_pre_hook(self._catch_hidden)
         head.register_forward_hook(self._with_new_logits)
+        self._keywords, self._cache_keyword = keywords_of(base), cache_keyword_of(base)
         # Whether the base's logits are what its head returns (no soft cap, no scale); seen at the first loss.
         self._plain_head: bool | None = None
         self.generation_config = getattr(base, "generation_config", None) or GenerationConfig()
@@ -293,52 +295,111 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
         cache=None,
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
     ):
         """The base model's forward over the larger vocabulary.
 
+        The columns that processors make are named, so that `Trainer` keeps them.
+
         Args:
             input_ids: `(batch, length)`, old and new ids.
+            cache, past_key_values: a KV cache, under the new name of transformers or the old one.
             labels: `(batch, length)` ids, -100 where there is nothing to predict; shifted here as transformers does.
+            use_cache: return a KV cache. None: as the base model decides, but none beside a loss.
+            logits_to_keep: logits of so many last positions, or of these positions; 0 for all.
             num_items_in_batch: divisor of the summed loss (given by Trainer under gradient accumulation).
             return_logits: compute logits beside the loss. None: only without labels, so that neither training nor
                 evaluation of a loss ever holds `(batch, length, vocabulary)`.
-            kwargs: anything else the base model takes (`image_grid_thw`, `output_hidden_states`, ...).
+            return_dict: False for a tuple.
+            kwargs: anything else the base model takes.
 
         Returns:
             The base model's output; `.logits` `(batch, length, old + 2^output_dim)` or None.
+
+        Raises:
+            TypeError: a keyword that the base model does not take.
+            ValueError: attentions from an implementation that has none, or `return_logits` and `logits_to_keep` where
+                they mean nothing.
         """
         inputs = kwargs | {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            cache_argument(self.base.forward): one_cache(cache, past_key_values),
+            self._cache_keyword: one_cache(cache, past_key_values),
             "inputs_embeds": inputs_embeds,
+            "token_type_ids": token_type_ids,
+            "mm_token_type_ids": mm_token_type_ids,
             "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "image_sizes": image_sizes,
+            "image_grid_thw": image_grid_thw,
+            "pixel_values_videos": pixel_values_videos,
+            "video_grid_thw": video_grid_thw,
+            "second_per_grid_ts": second_per_grid_ts,
             "use_cache": use_cache,
+            "output_attentions": output_attentions or self.config.output_attentions or None,
+            "output_hidden_states": output_hidden_states or self.config.output_hidden_states or None,
             "logits_to_keep": logits_to_keep,
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        for name in inputs:
+            if name not in self._keywords:
+                raise TypeError(f"The forward of {type(self.base).__name__} takes no argument {name!r}.")
+        if self.base.config.return_dict is False:
+            inputs["return_dict"] = True
         if labels is None:
-            return self.base(**inputs)
-        return_logits = bool(return_logits)
-        inputs.pop("logits_to_keep", None)
+            if return_logits is False:
+                raise ValueError("return_logits=False leaves nothing to compute without labels.")
+            output = self.base(**inputs)
+        else:
+            output = self._forward_with_loss(inputs, labels, num_items_in_batch, bool(return_logits))
+        if output_attentions and any(layer is None for layer in output.attentions or (None,)):
+            raise ValueError(
+                f"attn_implementation={self.base.config.get_text_config()._attn_implementation!r} gives no attentions; "
+                "load the model with attn_implementation='eager'."
+            )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _forward_with_loss(self, inputs: dict, labels, num_items_in_batch, return_logits: bool):
+        keep = inputs.pop("logits_to_keep", None)
+        if keep is not None and not return_logits:
+            raise ValueError(
+                "logits_to_keep beside labels needs return_logits=True: a loss is computed without logits."
+            )
+        if "use_cache" in self._keywords and self._cache_keyword not in inputs:
+            inputs.setdefault("use_cache", False)
         narrow = not return_logits and self._plain_head is not False and self._tables_at_hand()
         output, call = self._run(inputs, narrow)
         if self._plain_head is None and narrow:
             self._plain_head = torch.equal(output.logits.float(), call.logits.float())
             if not self._plain_head:
                 output, call = self._run(inputs, narrow=False)
-        output.loss = self._loss(output.logits, call, labels, num_items_in_batch)
+        values = dict(output.items())
+        values["loss"] = self._loss(output.logits, call, labels, num_items_in_batch)
         if not return_logits:
-            output.logits = None
-        return output
+            del values["logits"]
+        elif keep is not None:
+            places = keep if isinstance(keep, torch.Tensor) else slice(-keep, None) if keep else slice(None)
+            values["logits"] = output.logits[:, places]
+        return type(output)(**values)
 
     @torch.no_grad()
     def generate(
@@ -355,22 +416,28 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
             inputs: prompt ids `(batch, length)`; or `input_ids=` and whatever else the base model's processor gives.
             mode: `text` (no LFQ ids), `image` (exactly `num_image_tokens` LFQ ids), `mixed` (text, and where an LFQ
                 id appears, a whole image of `num_image_tokens`), or None for no restriction.
-            num_image_tokens: LFQ tokens of one image.
+            num_image_tokens: LFQ tokens of one image, for the modes `image` and `mixed`.
             kwargs: generation options. With `guidance_scale` above 1 give `negative_prompt_ids` `(batch, length)`, the
                 prompt without its caption, which training with caption drop has taught the model.
 
         Returns:
             What the base model's `generate` returns: ids `(batch, prompt + new)`.
+
+        Raises:
+            ValueError: options that would not act: an unknown one, or a length that is not that of the image.
         """
         processors = list(logits_processor or [])
         if mode is not None:
             start, _ = self.lfq_token_range
             text = self.config.text_vocab_size or start
-            # First, so that a processor that warps or draws sees the ids that may be drawn.
-            processors.insert(0, LFQModeLogitsProcessor(mode, self.lfq_token_range, text, num_image_tokens))
+            processors.append(LFQModeLogitsProcessor(mode, self.lfq_token_range, text, num_image_tokens))
         if mode == "image":
-            kwargs |= {"max_new_tokens": num_image_tokens, "min_new_tokens": num_image_tokens}
-            kwargs.pop("max_length", None)
+            for name in ("max_new_tokens", "min_new_tokens", "max_length", "min_length"):
+                if kwargs.get(name) not in (None, num_image_tokens):
+                    raise ValueError(f"mode='image' generates {num_image_tokens=} tokens exactly; leave {name} out.")
+            kwargs |= {"max_new_tokens": num_image_tokens, "min_new_tokens": num_image_tokens, "max_length": None}
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise ValueError("inputs and input_ids are two names of one argument; give one of them.")
         if inputs is not None:
             kwargs["input_ids"] = inputs
         # Remote code may leave generation to its language model, which sees no images: this model then generates itself.
