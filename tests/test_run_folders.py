@@ -176,3 +176,23 @@ def test_settings_hold_what_decides_and_data_count_by_content(tmp_path):
     before = fingerprint(str(tmp_path / "photos"))
     (tmp_path / "photos" / "1.png").write_bytes(b"x")
     assert fingerprint(str(tmp_path / "photos")) != before and fingerprint("user/name") == "user/name"
+
+
+def test_a_model_folder_counts_by_what_is_loaded_from_it(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "results.json").write_text("{}")
+    whole_checkpoint(tmp_path / "checkpoint-3")
+    assert fingerprint(str(tmp_path)) == before
+    save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert fingerprint(str(tmp_path)) != before
+    # Of a large file the beginning and the end are read.
+    large = tmp_path / "model-00001-of-00002.safetensors"
+    with large.open("wb") as file:
+        file.truncate(65 << 20)
+    before = fingerprint(str(tmp_path))
+    with large.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert fingerprint(str(tmp_path)) != before

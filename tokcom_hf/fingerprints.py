@@ -131,19 +131,38 @@ def _default(item: dataclasses.Field) -> Any:
 
 
 def fingerprint(path: Any) -> Any:
-    """Of a file the hash of its bytes, of a folder that of its files' names and sizes, of anything else the name itself."""
-    if not isinstance(path, str):
+    """What a name stands for, as 16 hexadecimal digits; the name itself where it is no path.
+
+    Of a file its bytes count; of a folder with a model its configuration, tokenizer and weights (of files above 64 MiB their
+    size, beginning and end); of another folder the names and sizes of its files.
+    """
+    if not isinstance(path, str) or not Path(path).exists():
         return path
     place, digest = Path(path), hashlib.sha256()
     if place.is_file():
-        with place.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    elif place.is_dir():
-        for item in sorted(place.rglob("*")):
-            if item.is_file():
-                line = f"{item.relative_to(place).as_posix()}\0{item.stat().st_size}\n"
-                digest.update(line.encode("utf-8", "surrogatepass"))
+        _read(place, digest)
+    elif (place / "config.json").is_file():
+        names = ["config.json", "tokenizer.json", "preprocessor_config.json"]
+        for file in [
+            *(place / name for name in names),
+            *sorted(place.glob("*.safetensors")),
+            *sorted(place.glob("*.bin")),
+        ]:
+            if file.is_file() and file.name != "training_args.bin":
+                _read(file, digest, most=64 << 20)
     else:
-        return str(path)
+        for file in sorted(place.rglob("*")):
+            if file.is_file():
+                line = f"{file.relative_to(place).as_posix()}\0{file.stat().st_size}\n"
+                digest.update(line.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
+
+
+def _read(path: Path, digest, most: int | None = None) -> None:
+    size, block = path.stat().st_size, 1 << 20
+    with path.open("rb") as file:
+        if most is not None and size > most:
+            digest.update(f"{size}\0".encode() + file.read(block))
+            file.seek(size - block)
+        while part := file.read(block):
+            digest.update(part)

@@ -167,6 +167,20 @@ def test_every_tensor_of_a_converted_architecture_is_restored(tmp_path):
         trainer(tmp_path, model=frozen(1)).train(resume_from_checkpoint=True)
 
 
+def test_other_rates_act_in_a_resumed_run(tmp_path):
+    trainer(tmp_path).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    again = trainer(tmp_path / "new", learning_rate=3e-3, weight_decay=0.5, adam_beta2=0.5, logging_steps=1)
+    again.train(resume_from_checkpoint=checkpoint)
+    # Trainer decays linearly from the rate to 0 over its three steps.
+    rates = [line["learning_rate"] for line in again.state.log_history if "learning_rate" in line]
+    assert rates == pytest.approx([2e-3, 1e-3])
+    group = again.optimizer.param_groups[0]
+    assert group["weight_decay"] == 0.5 and group["betas"] == (0.9, 0.5)
+    # The moments are the checkpoint's: another run than one that starts there without them.
+    assert all(int(state["step"]) == 3 for state in again.optimizer.state.values())
+
+
 def test_tied_weights_are_not_missing(tmp_path):
     def tied():
         return LlamaForCausalLM(LlamaConfig(**TEXT, tie_word_embeddings=True))

@@ -6,7 +6,7 @@ Everything else (Accelerate, resume, RNG, callbacks, trackers, Hub pushes) is `T
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..run_folders import check_output_dir
 from .clock import Clock
 from .finite import nonfinite_names
 from .muon import MuonWithAdamW, split_for_muon
+from .resumed_settings import own_settings
 
 __all__ = [
     "CompressionTrainer",
@@ -261,6 +262,8 @@ class CompressionTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+        # Nor does it know how often this run logs, saves and evaluates; Trainer would keep to the checkpoint's steps.
+        self.state.compute_steps(self.args, self.state.max_steps)
         if self.args.ema_decay > 0:
             average = get_ema_multi_avg_fn(self.args.ema_decay)
             if self.args.ema_warmup:
@@ -283,8 +286,14 @@ class CompressionTrainer(Trainer):
             raise ValueError(
                 f"{path} lacks {', '.join(missing)}, which this run trains; resume with the settings it was saved with."
             )
-        for name, item in auxiliary.items():
-            item.load_state_dict(saved[name])
+        optimizers = {name: item for name, item in auxiliary.items() if isinstance(item, torch.optim.Optimizer)}
+        schedulers = [item for item in auxiliary.values() if hasattr(item, "base_lrs")]
+        with ExitStack() as stack:
+            for optimizer in optimizers.values():
+                scheduler = next((item for item in schedulers if item.optimizer is optimizer), None)
+                stack.enter_context(own_settings(optimizer, scheduler))
+            for name, item in auxiliary.items():
+                item.load_state_dict(saved[name])
 
     def _load_average(self, folder: str) -> None:
         if self.average is not None:
@@ -377,6 +386,10 @@ class CompressionTrainer(Trainer):
         if auxiliary:
             states = {name: item.state_dict() for name, item in auxiliary.items()}
             torch.save(states, Path(output_dir) / AUXILIARY_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with own_settings(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
