@@ -164,7 +164,7 @@ def build_model(base, processor: TileProcessor, run: RunArguments, quantizer: di
     language_model = LFQExpandedModel.from_base(
         base, config.output_dim, run.embedding_init_method, tokenizer=processor.tokenizer
     )
-    return JointLFQModel(language_model, LFQQuantizer(config).to(base.dtype))
+    return JointLFQModel(language_model, LFQQuantizer(config))
 
 
 def load_rows(run: RunArguments):
@@ -212,6 +212,7 @@ def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, An
           f"{after['entropy']:.3f}")  # fmt: skip
     print(f"  understanding KL, quantized features: {row('quantized_kl')}")
     print(f"  understanding KL, continuous features: {row('continuous_kl')}")
+    print(f"  probability of an image token where an answer's first token follows: {row('lfq_mass_first')}")
     if "agreement" in after:
         print(f"  answers from quantized features equal the teacher's: {after['agreement']:.1%} of {after['questions']} "
               f"({before['agreement']:.1%} before); from continuous ones {after['continuous_agreement']:.1%}")  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from tokcom_hf import JointLFQTrainingArguments, LFQExpandedModel
+from tokcom_hf.trainers import joint_lfq_model
 from tokcom_hf.trainers.joint_lfq_model import JointLFQModel
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -51,11 +52,15 @@ def test_the_loss_is_the_documented_sum_of_plain_transformers_forwards(tmp_path)
         def answers(vlm, seen):
             text = vlm.get_input_embeddings()(inputs["input_ids"])
             text[inputs["input_ids"] == vlm.config.image_token_id] = seen.flatten(0, 1)
-            logits = vlm(inputs_embeds=text, attention_mask=inputs["attention_mask"]).logits[:, :-1, :start]
+            logits = vlm(inputs_embeds=text, attention_mask=inputs["attention_mask"]).logits[:, :-1]
+            # Over all ids that a model has: LFQ ids too for the student.
             return logits[inputs["labels"][:, 1:] != -100].log_softmax(-1)
 
         teacher = answers(trainer.teacher, features)
-        kls = [(teacher.exp() * (teacher - answers(plain, seen))).sum(-1).mean() for seen in (embeddings, features)]
+        assert teacher.shape[1] == start
+        students = [answers(plain, seen) for seen in (embeddings, features)]
+        kls = [(teacher.exp() * (teacher - told[:, :start])).sum(-1).mean() for told in students]
+        masses = [told[:, start:].exp().sum(-1) for told in students]
         drawn = torch.cat([inputs["caption_ids"], ids], 1)
         mask = torch.cat([inputs["caption_mask"], torch.ones_like(ids)], 1)
         logits = plain(input_ids=drawn, attention_mask=mask).logits
@@ -63,6 +68,8 @@ def test_the_loss_is_the_documented_sum_of_plain_transformers_forwards(tmp_path)
     assert out.generation_loss.item() == pytest.approx(generation.item(), rel=1e-4)
     assert out.quantized_kl.item() == pytest.approx(kls[0].item(), rel=1e-3)
     assert out.continuous_kl.item() == pytest.approx(kls[1].item(), rel=1e-3) and kls[1] > 1e-3
+    for mass, wanted in zip((out.lfq_mass, out.continuous_lfq_mass), masses, strict=True):
+        torch.testing.assert_close(mass, wanted, atol=1e-5, rtol=1e-4)
     quantized = out.quantizer
     expected = generation + 25 * (kls[0] + kls[1]) + quantized.reconstruction_loss + 0.3 * quantized.entropy_loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
@@ -71,7 +78,9 @@ def test_the_loss_is_the_documented_sum_of_plain_transformers_forwards(tmp_path)
 def test_the_continuous_student_starts_as_the_teacher(tmp_path):
     trainer = make_trainer(tmp_path)
     _, out = trainer.compute_loss(trainer.model.eval(), batch_of(trainer), return_outputs=True)
-    assert out.continuous_kl.item() == pytest.approx(0, abs=1e-6) and out.quantized_kl > 0.01
+    # It differs by the probability alone that its new rows have.
+    assert out.continuous_kl.item() == pytest.approx(-(1 - out.continuous_lfq_mass).log().mean().item(), abs=1e-6)
+    assert out.quantized_kl > 0.01
 
 
 def test_every_loss_trains_the_quantizer_through_its_bits(tmp_path):
@@ -82,6 +91,59 @@ def test_every_loss_trains_the_quantizer_through_its_bits(tmp_path):
     (gradient,) = torch.autograd.grad(out.quantized_kl, first, retain_graph=True)
     assert gradient.abs().max() > 1e-6
     assert torch.autograd.grad(out.generation_loss, first, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("tune_llm", [True, False])
+def test_answers_hold_no_image_ids_without_being_told_so(tmp_path, tune_llm):
+    """The KL sees LFQ ids: training takes away the probability that they have where an answer follows."""
+    options = {"max_steps": 60, "learning_rate": 3e-3, "new_rows_learning_rate": 3e-2, "warmup_steps": 0}
+    trainer = make_trainer(tmp_path, tune_llm=tune_llm, **options)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_lfq_mass_first"] < 0.01 < before["eval_lfq_mass_first"]
+    assert after["eval_continuous_lfq_mass"] < 0.05 < before["eval_continuous_lfq_mass"]
+    inputs, model = batch_of(trainer), trainer.model.eval()
+    features = model.quantizer(model.image_features(inputs["pixel_values"])).embeddings
+    prompts = trainer._prepare_inputs(trainer.generation_collator([trainer.train_dataset[i] for i in range(4)]))
+    torch.manual_seed(0)
+    told = model.language_model.generate(
+        inputs_embeds=model.embed(prompts["input_ids"], features),
+        attention_mask=prompts["attention_mask"],
+        max_new_tokens=1,
+        do_sample=True,
+        num_return_sequences=10,
+    )
+    assert (told >= model.language_model.lfq_token_range[0]).float().mean() < 0.05
+
+
+def test_the_mass_of_new_ids_is_computed_in_parts(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    rows, hidden = trainer.model.language_model.lfq_rows, torch.randn(9, 32, requires_grad=True)
+    whole = rows(hidden, as_head=True).logsumexp(-1)
+    expected = torch.autograd.grad(whole.square().sum(), [hidden, rows.tables()[0]])
+    widest = []
+    lookup = joint_lfq_model._part_logsumexp
+    monkeypatch.setattr(joint_lfq_model, "LOGITS_AT_ONCE", 2 * len(rows.embedding))
+    monkeypatch.setattr(
+        joint_lfq_model, "_part_logsumexp", lambda rows, part: widest.append(len(part)) or lookup(rows, part)
+    )
+    parts = joint_lfq_model.lfq_logsumexp(rows, hidden)
+    torch.testing.assert_close(parts, whole)
+    got = torch.autograd.grad(parts.square().sum(), [hidden, rows.tables()[0]])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert max(widest) == 2 and len(widest) == 10  # five parts, each computed again in the backward
+
+
+def test_what_trains_over_a_bfloat16_base_is_float32(tmp_path):
+    for tune_llm in (True, False):
+        model, _ = make_model()
+        model.base.bfloat16()
+        model.quantizer.bfloat16()
+        model.set_trainable(tune_llm)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        assert model.base.dtype == (torch.float32 if tune_llm else torch.bfloat16)
 
 
 def test_entropy_weight_falls_linearly_and_stays(tmp_path):
@@ -162,12 +224,17 @@ def test_what_moves_and_what_stays_bitwise(tmp_path, tune_llm):
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert not any(id(p) in held for p in trainer.model.tables())
     line = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    wanted = {"joint/generation_loss", "joint/quantized_kl", "joint/continuous_kl", "joint/entropy_weight"}
+    wanted = {
+        "joint/generation_loss",
+        "joint/quantized_kl",
+        "joint/continuous_kl",
+        "joint/entropy_weight",
+        "joint/lfq_mass",
+    }
     wanted |= {"lfq/bit_mean_min", "lfq/bit_mean_max", "lfq/batch_utilization", "lfq/batch_utilization_ceiling"}
     assert wanted <= set(line)
     assert line["lfq/batch_utilization_ceiling"] == pytest.approx(1 - (1 - 1 / 64) ** 16)
-    if not tune_llm:
-        assert line["joint/continuous_kl"] == 0
+    assert 0 < line["joint/lfq_mass"] < 1 and line["joint/continuous_kl"] > 0
 
 
 def test_a_started_quantizer_resembles_the_features_and_is_alike_every_time(tmp_path):
@@ -252,7 +319,10 @@ def test_evaluation_reports_losses_agreement_and_bits(tmp_path):
     trainer = make_trainer(tmp_path)
     metrics = trainer.evaluate()
     assert metrics["eval_generation_chance"] == pytest.approx(math.log(64))
-    assert metrics["eval_continuous_kl"] == pytest.approx(0, abs=1e-6) and metrics["eval_continuous_agreement"] == 1
+    assert metrics["eval_continuous_agreement"] == 1
+    assert 0 < metrics["eval_lfq_mass"] < 1 and 0 < metrics["eval_lfq_mass_first"] < 1
+    # At the start the student differs from its teacher by the probability of LFQ ids: −ln(1 − mass) ≥ mass.
+    assert metrics["eval_continuous_kl"] >= metrics["eval_continuous_lfq_mass"] > 0
     assert metrics["eval_quantized_kl"] > 0 and 0 <= metrics["eval_agreement"] <= 1
     assert metrics["eval_tokens"] == 48 and metrics["eval_questions"] == 12
     assert metrics["eval_utilization_ceiling"] == pytest.approx(1 - (63 / 64) ** 48)

@@ -187,12 +187,9 @@ class JointLFQTrainer(CompressionTrainer):
         if model.training:
             inputs["caption_mask"] = self.drop_captions(inputs["caption_mask"])
         teacher = self.teacher_logits(features, inputs)
-        # With a frozen language model the continuous student is the teacher: its KL is 0.
-        output = model(image_features=features, teacher_logits=teacher, continuous=args.tune_llm, **inputs)
+        output = model(image_features=features, teacher_logits=teacher, **inputs)
         quantizer, entropy_scale = output.quantizer, self.entropy_scale
-        understanding = output.quantized_kl
-        if output.continuous_kl is not None:
-            understanding = understanding + output.continuous_kl
+        understanding = output.quantized_kl + output.continuous_kl
         loss = (
             args.generation_weight * output.generation_loss
             + args.understanding_weight * understanding
@@ -204,9 +201,11 @@ class JointLFQTrainer(CompressionTrainer):
         return (loss, output) if return_outputs else loss
 
     def _log_losses(self, output, entropy_scale: float) -> None:
-        continuous = 0.0 if output.continuous_kl is None else output.continuous_kl
-        joint = {"generation_loss": output.generation_loss, "quantized_kl": output.quantized_kl}
-        self.log_scalars("joint", joint | {"continuous_kl": continuous, "entropy_weight": entropy_scale})
+        names = ("generation_loss", "quantized_kl", "continuous_kl")
+        joint = {name: output[name] for name in names} | {"entropy_weight": entropy_scale}
+        if len(output.lfq_mass):
+            joint["lfq_mass"] = output.lfq_mass.mean()
+        self.log_scalars("joint", joint)
         quantizer = output.quantizer
         mean = quantizer.codes.float().mean((0, 1))
         size = 1 << quantizer.codes.shape[-1]

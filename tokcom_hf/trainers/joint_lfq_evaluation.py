@@ -21,9 +21,10 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
     Returns:
         generation_loss (nats per image token, captions given), generation_loss_no_caption (captions hidden; the
         difference is what captions tell), generation_chance (ln of the number of codes); quantized_kl and
-        continuous_kl (nats per answer token), reconstruction_loss, entropies; agreement (share of rows whose greedy
-        answer to the first question, from quantized features, is word for word the teacher's) and
-        continuous_agreement; accuracy, teacher_accuracy; and `metrics.lfq.bit_report` of all codes.
+        continuous_kl (nats per answer token, over all ids), lfq_mass and continuous_lfq_mass (probability of an LFQ id
+        where an answer token follows), lfq_mass_first (where the first one does), reconstruction_loss, entropies;
+        agreement (share of rows whose greedy answer to the first question, from quantized features, is word for word
+        the teacher's) and continuous_agreement; accuracy, teacher_accuracy; and `metrics.lfq.bit_report` of all codes.
     """
     model, args = trainer.unwrapped_model, trainer.args
     was_training = model.training
@@ -44,7 +45,7 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
         with trainer.compute_loss_context_manager():
             features = model.image_features(inputs.pop("pixel_values"))
             teacher = trainer.teacher_logits(features, inputs)
-            output = model(image_features=features, teacher_logits=teacher, continuous=args.tune_llm, **inputs)
+            output = model(image_features=features, teacher_logits=teacher, **inputs)
         tokens = output.quantizer.codes.shape[0] * output.quantizer.codes.shape[1]
         add("generation_loss", output.generation_loss, tokens)
         hidden = inputs["caption_mask"].clone()
@@ -53,7 +54,16 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
             blind = model.generation_loss(output.quantizer.codes, inputs["caption_ids"], hidden)
         add("generation_loss_no_caption", blind, tokens)
         add("quantized_kl", output.quantized_kl, len(teacher))
-        add("continuous_kl", 0.0 if output.continuous_kl is None else output.continuous_kl, len(teacher))
+        add("continuous_kl", output.continuous_kl, len(teacher))
+        labels = inputs["labels"]
+        follows = labels[:, 1:] != -100
+        first = (follows & (labels[:, :-1] == -100))[follows]
+        for name, mass in (
+            ("lfq_mass", output.lfq_mass),
+            ("continuous_lfq_mass", output.continuous_lfq_mass),
+            ("lfq_mass_first", output.lfq_mass[first]),
+        ):
+            add(name, mass.mean() if len(mass) else 0.0, len(mass))
         for name in ("reconstruction_loss", "entropy_loss", "sample_entropy", "batch_entropy"):
             add(name, output.quantizer[name], tokens)
         codes.append(output.quantizer.codes.cpu())

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..metrics.lfq import code_indices
+from ..models.chunked_cross_entropy import LOGITS_AT_ONCE
 from ..models.lfq_rows import vocabulary_of
 from ..models.modeling_lfq import LFQQuantizer, LFQQuantizerOutput
 from ..models.modeling_lfq_expanded import LFQExpandedModel
@@ -19,8 +21,10 @@ class JointLFQOutput(ModelOutput):
 
     Attributes:
         generation_loss: cross-entropy in nats of the image's LFQ ids after its caption, over old and new ids.
-        quantized_kl, continuous_kl: KL(teacher ‖ student) in nats per answer token, over old ids; the second is None
-            where it was not asked for.
+        quantized_kl, continuous_kl: KL(teacher ‖ student) in nats per answer token, over old and new ids; the teacher
+            gives new ids no probability.
+        lfq_mass, continuous_lfq_mass: `(answer tokens,)`, the probability that the student gives to LFQ ids where an
+            answer token follows, from quantized and from continuous features.
         quantized_logits: `(answer tokens, old vocabulary)`.
         quantizer: everything that the quantizer returned.
     """
@@ -28,6 +32,8 @@ class JointLFQOutput(ModelOutput):
     generation_loss: torch.Tensor | None = None
     quantized_kl: torch.Tensor | None = None
     continuous_kl: torch.Tensor | None = None
+    lfq_mass: torch.Tensor | None = None
+    continuous_lfq_mass: torch.Tensor | None = None
     quantized_logits: torch.Tensor | None = None
     quantizer: LFQQuantizerOutput | None = None
 
@@ -35,6 +41,25 @@ class JointLFQOutput(ModelOutput):
 def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> torch.Tensor:
     """Final hidden states `(batch, length, hidden)` of a transformers model, without its head."""
     return base.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
+
+
+def lfq_logsumexp(rows: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """log Σ exp `(n,)` of the logits that the new rows give hidden states `(n, hidden)`.
+
+    A part of the logits is in memory at a time, and computed again in the backward.
+    """
+    size = max(1, LOGITS_AT_ONCE // len(rows.embedding))
+    sums = [
+        checkpoint(_part_logsumexp, rows, part, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else _part_logsumexp(rows, part)
+        for part in hidden_states.split(size)
+    ]
+    return torch.cat(sums)
+
+
+def _part_logsumexp(rows: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    return rows(hidden_states, as_head=True).float().logsumexp(-1)
 
 
 @torch.no_grad()
@@ -104,8 +129,14 @@ class JointLFQModel(nn.Module):
         return [parameter for parameter in self.base.get_decoder().parameters() if id(parameter) not in tables]
 
     def set_trainable(self, tune_llm: bool) -> None:
-        """Quantizer and new rows train, the language model's layers where asked for, nothing else."""
+        """Quantizer and new rows train, the language model's layers where asked for, nothing else.
+
+        What trains is float32, and with the language model's layers the whole base: in bfloat16 most small updates
+        round to nothing. `bf16=True` in the training arguments computes in bfloat16 all the same.
+        """
         self.requires_grad_(False)
+        for part in (self.quantizer, self.language_model.lfq_rows, *([self.base] if tune_llm else [])):
+            part.float()
         self.quantizer.requires_grad_(True)
         for parameter in self.new_rows():
             parameter.requires_grad_(True)
@@ -138,11 +169,15 @@ class JointLFQModel(nn.Module):
             )
         return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
 
-    def answer_logits(self, features, input_ids, attention_mask, labels, position_ids=None) -> torch.Tensor:
-        """Logits over old ids `(answer tokens, old vocabulary)` where a label is predicted."""
+    def answer_states(self, features, input_ids, attention_mask, labels, position_ids=None) -> torch.Tensor:
+        """The head's input `(answer tokens, hidden)` where a label is predicted."""
         where = {} if position_ids is None else {"position_ids": position_ids}
         hidden = last_hidden_states(self.base, self.embed(input_ids, features), attention_mask, **where)
-        return self.language_model.original_logits(hidden[:, :-1][labels[:, 1:] != -100])
+        return hidden[:, :-1][labels[:, 1:] != -100]
+
+    def answer_logits(self, features, **text) -> torch.Tensor:
+        """Logits over old ids `(answer tokens, old vocabulary)` where a label is predicted; `text` as `answer_states`."""
+        return self.language_model.original_logits(self.answer_states(features, **text))
 
     def codes_to_ids(self, codes: torch.Tensor) -> torch.Tensor:
         """Bits `(batch, n, output_dim)` → LFQ ids `(batch, n)`."""
@@ -157,9 +192,25 @@ class JointLFQModel(nn.Module):
             input_ids=torch.cat([caption_ids, ids], dim=1), attention_mask=mask, labels=labels
         ).loss
 
-    def kl(self, teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:
-        """KL(teacher ‖ student) in nats per answer token of the global batch."""
-        teacher, student = teacher_logits.float().log_softmax(-1), student_logits.float().log_softmax(-1)
+    def compare(self, teacher_logits: torch.Tensor, states: torch.Tensor):
+        """Student's answers `states` `(answer tokens, hidden)` beside the teacher's logits over old ids.
+
+        Returns:
+            KL(teacher ‖ student) over all ids, the student's logits of old ids, and the probability of LFQ ids per token.
+        """
+        logits = self.language_model.original_logits(states)
+        new = lfq_logsumexp(self.language_model.lfq_rows, states)
+        whole = torch.logaddexp(logits.float().logsumexp(-1), new)
+        return self.kl(teacher_logits, logits.float() - whole[:, None]), logits, (new - whole).exp().detach()
+
+    def kl(self, teacher_logits: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        """KL(teacher ‖ student) in nats per answer token of the global batch.
+
+        Args:
+            teacher_logits: `(answer tokens, old vocabulary)`; the teacher gives new ids no probability.
+            student: log-probabilities of old ids, normalised over old and new ones.
+        """
+        teacher = teacher_logits.float().log_softmax(-1)
         count = torch.tensor(float(max(1, len(teacher))), device=teacher.device)
         if self.training:
             # Ranks hold different numbers of answer tokens; DDP averages over ranks.
@@ -176,7 +227,6 @@ class JointLFQModel(nn.Module):
         caption_ids: torch.Tensor,
         caption_mask: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        continuous: bool = True,
     ) -> JointLFQOutput:
         """All losses of a batch.
 
@@ -186,19 +236,17 @@ class JointLFQModel(nn.Module):
             input_ids, attention_mask, labels: `(batch, length)` questions and answers about each image.
             caption_ids, caption_mask: `(batch, caption length)`, ending with the start-of-image token.
             position_ids: of packed questions, whose `attention_mask` is `(batch, 1, length, length)`.
-            continuous: also compare the student that sees continuous features.
         """
         quantized = self.quantizer(image_features)
         text = (input_ids, attention_mask, labels, position_ids)
-        logits = self.answer_logits(quantized.embeddings, *text)
-        continuous_kl = None
-        if continuous:
-            unquantized = self.answer_logits(image_features, *text)
-            continuous_kl = self.kl(teacher_logits, unquantized)
+        quantized_kl, logits, mass = self.compare(teacher_logits, self.answer_states(quantized.embeddings, *text))
+        continuous_kl, _, continuous_mass = self.compare(teacher_logits, self.answer_states(image_features, *text))
         return JointLFQOutput(
             generation_loss=self.generation_loss(quantized.codes, caption_ids, caption_mask),
-            quantized_kl=self.kl(teacher_logits, logits),
+            quantized_kl=quantized_kl,
             continuous_kl=continuous_kl,
+            lfq_mass=mass,
+            continuous_lfq_mass=continuous_mass,
             quantized_logits=logits,
             quantizer=quantized,
         )
