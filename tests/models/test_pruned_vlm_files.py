@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaModel, Trainer, TrainingArguments
 
 from tokcom_hf import LayerPrunerConfig, PrunedVLM, TokenMergerConfig
+from tokcom_hf.models.token_removal import PrunedCache
+from tokcom_hf.trainers.pruning_lora import add_lora, merge_lora
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pruned_vlm_tools import batch, tiny_vlm
@@ -271,3 +273,29 @@ def test_heads_train_in_float32_over_a_half_precision_base(vlm, dtype):
         (a != b).float().mean() for a, b in zip(model.token_merger.parameters(), before) if a.grad.abs().min() > 0
     ]
     assert moved and min(moved) > 0.95 and all(p.dtype == torch.float32 for p in model.layer_pruner.parameters())
+
+
+def test_lora_trains_in_float32_over_a_bfloat16_base_and_merges_into_it(vlm, tmp_path):
+    model = with_heads(vlm, dtype=torch.bfloat16).requires_grad_(False)
+    add_lora(model, 2)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in n and p.dtype == torch.float32 for n, p in trained.items())
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    model.train()
+    for _ in range(2):
+        inputs = batch("llava", images=(1, 2))
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        torch.optim.Adam(trained.values(), lr=2e-5).step()
+    # Those of the last layers' unused tokens may get no gradient; all others move.
+    assert min((p != before[n]).float().mean() for n, p in trained.items() if p.grad.abs().min() > 0) > 0.95
+    model.eval()
+    merge_lora(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PrunedVLM.from_pretrained(tmp_path)), logits(model))
+    assert model.base.dtype == torch.bfloat16
+
+
+def test_a_pruned_cache_is_not_cropped():
+    assert not PrunedCache().is_croppable
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        PrunedCache().crop(1)

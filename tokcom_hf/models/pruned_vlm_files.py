@@ -190,9 +190,14 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
         raise TypeError(f"PrunedVLM.from_pretrained does not take {', '.join(map(repr, unknown))}.")
     if kwargs:
         config = PrunedVLMConfig.from_dict(config.to_dict() | kwargs)
+    if config.base_included and state_dict is not None:
+        raise ValueError(
+            f"{name} holds its base model, too; build PrunedVLM from its config and call load_state_dict, or leave "
+            "state_dict out."
+        )
     given = {} if variant is None else {"variant": variant}
     inside = {"subfolder": subfolder} | hub
-    if config.base_included and state_dict is None:
+    if config.base_included:
         model = _load_everything(load, name, config, inside | loading, given, weight_files(name, variant, **inside))
     else:
         base = _load_reference(name, config, hub, subfolder, loading, given)

@@ -9,9 +9,13 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def add_lora(model, rank: int) -> None:
-    """Adds trainable adapters of `rank` to every attention and MLP projection of the language model."""
+    """Adds trainable adapters of `rank`, in float32, to every attention and MLP projection of the language model."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, bias="none")
     inject_adapter_in_model(config, model.adapter.text_model)
+    for name, parameter in model.adapter.text_model.named_parameters():
+        if ".lora_" in name:
+            # Injected in the base's precision; bfloat16 would round most small steps away.
+            parameter.data = parameter.data.float()
 
 
 def lora_layers(model) -> list[tuple[str, BaseTunerLayer]]:
