@@ -10,10 +10,12 @@ from tokcom_hf import (
     VQGAN,
     DenoiserTrainer,
     DenoiserTrainingArguments,
+    JointLFQTrainingArguments,
     TokComConfig,
     TokComModel,
     TokComVAETrainer,
     TokComVAETrainingArguments,
+    TokenPruningTrainingArguments,
     VQGANConfig,
     VQGANDiscriminator,
     VQGANDiscriminatorConfig,
@@ -167,6 +169,18 @@ def test_early_stopping_without_a_default_needs_evaluations(tmp_path):
         VQGANTrainingArguments(str(tmp_path), early_stopping_patience=2)
     args = CompressionTrainingArguments(str(tmp_path), early_stopping_patience=2, eval_strategy="epoch", use_cpu=True)
     assert args.metric_for_best_model == "loss" and args.greater_is_better is False
+
+
+def test_an_optimizer_that_would_not_be_used_is_refused(tmp_path):
+    common = {"output_dir": str(tmp_path), "use_cpu": True}
+    assert CompressionTrainingArguments(**common, optim="adafactor").optim == "adafactor"
+    with pytest.raises(ValueError, match=r"--optim .*adafactor would do nothing.*--muon_learning_rate 0"):
+        CompressionTrainingArguments(**common, optim="adafactor", muon_learning_rate=0.1)
+    for cls in (TokenPruningTrainingArguments, JointLFQTrainingArguments):
+        with pytest.raises(ValueError, match="own optimizer"):
+            cls(**common, optim="adafactor")
+        with pytest.raises(ValueError, match=r"muon_learning_rate 0\.1 would do nothing"):
+            cls(**common, muon_learning_rate=0.1)
 
 
 def test_other_arguments_are_refused_and_none_are_the_defaults(tmp_path, monkeypatch):

@@ -7,10 +7,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -43,6 +43,8 @@ __all__ = [
 @dataclass
 class CompressionTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the fields shared by every stage of the package."""
+
+    builds_own_optimizer: ClassVar[bool] = False
 
     ema_decay: float = field(
         default=0.0,
@@ -77,6 +79,18 @@ class CompressionTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        own_optimizer = self.muon_learning_rate > 0 or self.builds_own_optimizer
+        if own_optimizer and (self.optim != _default(TrainingArguments, "optim") or self.optim_args):
+            advice = "leave it out" if self.builds_own_optimizer else "leave it out, or set --muon_learning_rate 0"
+            name = getattr(self.optim, "value", self.optim)
+            raise ValueError(
+                f"This training builds its own optimizer, so that --optim {name} would do nothing; {advice}."
+            )
+        if self.builds_own_optimizer and self.muon_learning_rate > 0:
+            raise ValueError(
+                f"muon_learning_rate {self.muon_learning_rate} would do nothing: this training has an AdamW with one "
+                "group per part; leave it out."
+            )
         if self.early_stopping_patience < 0:
             raise ValueError(f"early_stopping_patience must not be negative, got {self.early_stopping_patience}.")
         if self.early_stopping_patience and self.eval_strategy == "no":
@@ -170,6 +184,7 @@ class CompressionTrainer(Trainer):
             learning_rate=self.args.learning_rate,
             weight_decay=self.args.weight_decay,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
         )
         return self.optimizer
 
@@ -223,13 +238,16 @@ class CompressionTrainer(Trainer):
         if not math.isfinite(self._grad_norm):
             raise self.not_finite(f"The gradient norm became {self._grad_norm}")
 
-    def not_finite(self, what: str) -> FloatingPointError:
-        """The error that ends a run whose numbers left the finite ones; it names the last checkpoint that has not."""
+    def not_finite(self, what: str, step: int | None = None) -> FloatingPointError:
+        """The error that ends a run whose numbers left the finite ones; it names the last checkpoint that has not.
+
+        `step` is the one being taken where it is None.
+        """
+        step = self.state.global_step + 1 if step is None else step
         last = last_finite_checkpoint(self.args.output_dir, self.checkpoint_files())
         advice = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
         return FloatingPointError(
-            f"{what} at step {self.state.global_step + 1}; {advice}. "
-            "Lower the learning rate or set max_grad_norm, then resume from it."
+            f"{what} at step {step}; {advice}. Lower the learning rate or set max_grad_norm, then resume from it."
         )
 
     def check_finite(self) -> None:
@@ -248,7 +266,8 @@ class CompressionTrainer(Trainer):
         ]
         if bad:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise self.not_finite(f"The weights hold NaN or infinity ({', '.join(bad[:3])}{more})")
+            names = ", ".join(bad[:3]) + more
+            raise self.not_finite(f"The weights hold NaN or infinity ({names})", self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -417,6 +436,11 @@ class CompressionTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._load_average(str(self.state.best_model_checkpoint))
+
+
+def _default(cls: type, name: str) -> Any:
+    item = next(item for item in fields(cls) if item.name == name)
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def average_files(args: CompressionTrainingArguments) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ from .quantizer_start import fit_quantizer
 class JointLFQTrainingArguments(CompressionTrainingArguments):
     """Arguments of `JointLFQTrainer`; the documented numbers are the defaults."""
 
+    builds_own_optimizer = True
+
     learning_rate: float = field(default=1e-4, metadata={"help": "Rate of every part that names none of its own."})
     adam_beta1: float = field(default=0.9, metadata={"help": "First beta of AdamW."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})

@@ -15,7 +15,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others: everything else.
         muon_learning_rate, learning_rate: of the two.
         weight_decay: decoupled, of both.
-        betas: of AdamW.
+        betas, eps: of AdamW.
     """
 
     def __init__(
@@ -26,10 +26,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         learning_rate: float = 2e-3,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
     ):
         self.parts: dict[str, torch.optim.Optimizer] = {
             "muon": torch.optim.Muon(list(matrices), lr=muon_learning_rate, weight_decay=weight_decay),
-            "adamw": torch.optim.AdamW(list(others), lr=learning_rate, betas=betas, weight_decay=weight_decay),
+            "adamw": torch.optim.AdamW(
+                list(others), lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay
+            ),
         }
         super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
 

@@ -32,6 +32,8 @@ from .pruning_losses import annealed_temperature, answer_kl, binarization_loss, 
 class TokenPruningTrainingArguments(CompressionTrainingArguments):
     """Arguments of `TokenPruningTrainer`; the documented numbers are the defaults, KL and budget are added."""
 
+    builds_own_optimizer = True
+
     merger_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the token merger."})
     pruner_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the layer pruners."})
     discriminator_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the discriminator."})
@@ -149,6 +151,7 @@ class TokenPruningTrainer(CompressionTrainer):
                 groups,
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
                 weight_decay=self.args.weight_decay,
             )
         return self.optimizer
