@@ -57,24 +57,24 @@ def test_a_config_of_tuples_changes_no_method():
 def test_hidden_states_and_attentions_of_every_layer(kind, tmp_path):
     small(kind).save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, attn_implementation="eager")
-    batch, prefixes = inputs(kind), ("encoder_", "decoder_") if kind == "vae" else ("",)
+    batch = inputs(kind)
     output = model(**batch, output_hidden_states=True, output_attentions=True)
     plain = model(**batch)
-    assert torch.equal(main_output(output), main_output(plain)) and "hidden_states" not in " ".join(plain)
-    length = 4 if kind == "vae" else 5
-    for prefix in prefixes:
-        states, weights = output[prefix + "hidden_states"], output[prefix + "attentions"]
-        assert len(states) == 3 and len(weights) == 2
-        assert {tuple(state.shape) for state in states} == {(len(states[0]), length, 32)}
-        assert {tuple(each.shape) for each in weights} == {(len(states[0]), 4, length, length)}
-        torch.testing.assert_close(weights[0].sum(-1), torch.ones_like(weights[0][..., 0]))
-        assert not torch.allclose(states[0], states[1]) and not torch.allclose(states[1], states[2])
+    assert torch.equal(main_output(output), main_output(plain)) and "hidden_states" not in plain
+    length, stacks = (4, 2) if kind == "vae" else (5, 1)
+    states, weights = output.hidden_states, output.attentions
+    assert len(states) == 3 * stacks and len(weights) == 2 * stacks
+    assert {tuple(state.shape) for state in states} == {(len(states[0]), length, 32)}
+    assert {tuple(each.shape) for each in weights} == {(len(states[0]), 4, length, length)}
+    torch.testing.assert_close(weights[0].sum(-1), torch.ones_like(weights[0][..., 0]))
+    assert not torch.allclose(states[0], states[1]) and not torch.allclose(states[1], states[2])
     if kind == "vae":
-        assert torch.equal(model.lm_head(output.decoder_hidden_states[-1]), output.logits)
-        assert torch.equal(output.encoder_hidden_states[0], model.embed_tokens(batch["input_ids"].view(-1, 4)))
+        assert torch.equal(model.lm_head(states[-1]), output.logits)
+        assert torch.equal(states[0], model.embed_tokens(batch["input_ids"].view(-1, 4)))
+        assert torch.equal(model.latent_proj(states[2][:, -1]), output.latents)
     else:
         denoiser = model if kind == "denoiser" else model.denoiser
-        assert torch.equal(denoiser.output_proj(output.hidden_states[-1]), output.clean_latents)
+        assert torch.equal(denoiser.output_proj(states[-1]), output.clean_latents)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
@@ -175,6 +175,24 @@ def test_offloaded_generation_is_exact(share, tmp_path):
     assert torch.equal(whole.reconstruct(torch.arange(8)[None]), model.reconstruct(torch.arange(8)[None]))
 
 
+def test_tied_weights_in_different_places_are_refused_in_words(tmp_path):
+    small("vae").save_pretrained(tmp_path)
+    places = dict.fromkeys(["embed_tokens", "encoder", "decoder", "latent_proj", "decoder_proj"], "cpu")
+    with pytest.raises(ValueError, match="one tied tensor, to different places"):
+        AutoModel.from_pretrained(tmp_path, device_map=places | {"lm_head": "disk"}, offload_folder=tmp_path / "off")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_codebook_loaded_for_half_precision_keeps_its_types(dtype, tmp_path):
+    model = small("vqgan")
+    model.save_pretrained(tmp_path / "one")
+    half = VQGAN.from_pretrained(tmp_path / "one", dtype=dtype)
+    kinds = {name: value.dtype for name, value in half.quantizer.named_buffers()}
+    assert kinds == {name: value.dtype for name, value in model.quantizer.named_buffers()}
+    half.save_pretrained(tmp_path / "two")
+    assert torch.equal(VQGAN.from_pretrained(tmp_path / "two").quantizer.codebook, model.quantizer.codebook)
+
+
 # ---------------------------------------------------------------- names of configs, vocabulary
 def test_configs_answer_to_the_usual_names():
     config = TokComConfig(vae=VAE | {"hidden_size": 64}, denoiser=SHAPE)
@@ -205,6 +223,7 @@ def test_resized_embeddings_keep_tokens_and_the_omni_token(kind, rows, multiple,
     assert vae.lm_head.weight is vae.embed_tokens.weight and vae.lm_head.out_features == size
     assert torch.equal(vae.embed_tokens.weight[:kept], before[:kept])
     assert torch.equal(vae.embed_tokens.weight[-1], before[50])
+    assert size < 51 or torch.equal(vae.embed_tokens.weight[50], before[50])
     assert torch.equal(vae.encode(torch.arange(8)[None]), latents)
     torch.testing.assert_close(vae(torch.arange(8)[None]).logits[..., :kept], logits[..., :kept])
     model.save_pretrained(tmp_path)
@@ -281,16 +300,35 @@ def test_the_loss_of_an_adapted_head_is_that_of_its_logits():
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_an_adapter_that_would_lose_the_codebook_is_refused():
+@pytest.mark.parametrize("kept", [None, ["quantizer"]])
+def test_an_adapter_moves_the_codebook_only_where_it_saves_it(kept, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base, batch = small("vqgan"), inputs("vqgan")
+    base.save_pretrained(tmp_path / "base")
+    codebook = base.quantizer.codebook.clone()
+    model = get_peft_model(base, LoraConfig(target_modules=["conv1"], modules_to_save=kept)).train()
+    model(**batch).loss.backward()
+    now = dict(model.base_model.model.quantizer.named_buffers())
+    moved = [
+        not torch.equal(value, codebook) for name, value in now.items() if name == "modules_to_save.default.codebook"
+    ]
+    assert moved == ([] if kept is None else [True])
+    if kept is None:
+        assert torch.equal(base.quantizer.codebook, codebook)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    expected, found = model.eval()(**batch), again.eval()(**batch)
+    assert torch.equal(found.codes, expected.codes)
+    torch.testing.assert_close(found.reconstruction, expected.reconstruction, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_needs_a_codebook_that_was_placed():
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(small("vqgan"), LoraConfig(target_modules=["conv1"]))
+    model = get_peft_model(small("vqgan", codebook_init="data"), LoraConfig(target_modules=["conv1"]))
     with pytest.raises(ValueError, match="'quantizer' in modules_to_save"):
         model.train()(**inputs("vqgan"))
-    model.eval()(**inputs("vqgan"))
-    get_peft_model(small("vqgan", freeze_codebook=True), LoraConfig(target_modules=["conv1"])).train()(
-        **inputs("vqgan")
-    )
 
 
 @pytest.mark.parametrize("kind", ["vae", "vqgan"])

@@ -1,12 +1,20 @@
-"""`output_hidden_states` and `output_attentions` of the models in this folder: given, or refused in words.
+"""`return_dict`, `output_hidden_states` and `output_attentions` as the models here take them.
 
-transformers records them by hooks (`capture_outputs`), which share one name among all layers of a model; a VAE has an
-encoder's and a decoder's, so here they are handed from layer to layer. Nothing is kept on a module.
+transformers has decorators for both (`can_return_tuple`, `capture_outputs`). The first puts a frame around `forward`, which
+doubles the graph breaks of torch.compile; the second records by hooks that a compiled model shares among threads. Here the
+arguments are named in `forward`, and layer outputs are handed from layer to layer: nothing is kept on a module.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from transformers.utils import ModelOutput
+
+
+def as_asked(output: ModelOutput, config, return_dict: bool | None) -> ModelOutput | tuple:
+    """The output, or a tuple of what is in it where `return_dict`, or the config where it is None, says False."""
+    named = config.return_dict if return_dict is None else return_dict
+    return output if named else output.to_tuple()
 
 
 @dataclass
@@ -14,7 +22,7 @@ class LayerRecord:
     """Collects what the caller asked for; `hidden_states` and `attentions` are None where they were not asked for."""
 
     hidden_states: list[torch.Tensor] | None = None
-    attentions: list[torch.Tensor] | None = field(default=None)
+    attentions: list[torch.Tensor] | None = None
 
     @classmethod
     def asked(cls, config, output_hidden_states: bool | None, output_attentions: bool | None) -> "LayerRecord":
@@ -32,10 +40,6 @@ class LayerRecord:
             )
         return cls([] if states else None, [] if weights else None)
 
-    def empty(self) -> "LayerRecord":
-        """A record of the same kinds for another stack of layers."""
-        return LayerRecord(*(None if kept is None else [] for kept in (self.hidden_states, self.attentions)))
-
     def add(self, hidden_states: torch.Tensor, weights: torch.Tensor | None) -> None:
         """Keeps a layer's input (batch, length, hidden) and attention weights (batch, heads, length, keys)."""
         if self.hidden_states is not None:
@@ -43,10 +47,14 @@ class LayerRecord:
         if self.attentions is not None and weights is not None:
             self.attentions.append(weights)
 
-    def finished(self, last: torch.Tensor) -> tuple[tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
-        """Inputs of all layers and the `last` hidden states, behind the final norm; attention weights of all layers."""
-        states = None if self.hidden_states is None else (*self.hidden_states, last)
-        return states, None if self.attentions is None else tuple(self.attentions)
+    def end(self, last: torch.Tensor) -> None:
+        """Keeps the hidden states behind a stack of layers and its final norm."""
+        if self.hidden_states is not None:
+            self.hidden_states.append(last)
+
+    def fields(self) -> dict[str, tuple[torch.Tensor, ...] | None]:
+        """`hidden_states` and `attentions` of a model's output."""
+        return {name: None if kept is None else tuple(kept) for name, kept in vars(self).items()}
 
 
 def refuse_layer_outputs(

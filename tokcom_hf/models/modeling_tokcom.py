@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers import initialization as init
-from transformers.utils import can_return_tuple
 
 from .chunked_cross_entropy import LOGITS_AT_ONCE, split_cross_entropy
 from .configuration_tokcom import TokComConfig
 from .context_encoder import FinishedChunks, joined
+from .layer_outputs import as_asked
 from .layers import SwiGLU
 from .modeling_tokcom_denoiser import DenoisedModel, DenoisedModelOutput, Modulations
 from .modeling_tokcom_vae import TokComVAE
@@ -118,7 +118,6 @@ class TokComModel(TokComGeneration, StrictLoading, GenerationMixin):
     def get_output_embeddings(self) -> nn.Linear:
         return self.vae.get_output_embeddings()
 
-    @can_return_tuple
     def forward(
         self,
         latents: torch.Tensor,
@@ -139,7 +138,8 @@ class TokComModel(TokComGeneration, StrictLoading, GenerationMixin):
         previous: torch.Tensor | None = None,
         token_head: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
-    ) -> DenoisedModelOutput:
+        return_dict: bool | None = None,
+    ) -> DenoisedModelOutput | tuple:
         """One forward of the denoiser in the flow's (standardised) space; arguments as `DenoisedModel`.
 
         With `clean_latents="posterior_mean"` the output's `token_hidden` (batch, chunks, chunk_size, width) times the rows
@@ -198,7 +198,7 @@ class TokComModel(TokComGeneration, StrictLoading, GenerationMixin):
                 output.clean_latents = self.standardize(
                     self._mean_latents(output.token_hidden, posterior_temperature, head)
                 )
-        return output
+        return as_asked(output, self.config, return_dict)
 
     def _beside(self, hidden, inputs, times, previous, token_mask, context=None, **kwargs) -> torch.Tensor:
         """`hidden`, what the tokens beside add to it, and what it then reads from those of the finished chunks."""

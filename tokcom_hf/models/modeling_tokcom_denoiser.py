@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from .configuration_tokcom_denoiser import DenoisedModelConfig
 from .context_encoder import ContextEncoder, FinishedChunks
-from .layer_outputs import LayerRecord
+from .layer_outputs import LayerRecord, as_asked
 from .layers import Attention, KeyValue, SwiGLU, rotary_embeddings
 from .strict_loading import StrictLoading
 from .token_window import chunk_before
@@ -119,7 +119,6 @@ class DenoisedModel(StrictLoading):
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
 
-    @can_return_tuple
     def forward(
         self,
         latents: torch.Tensor,
@@ -134,7 +133,8 @@ class DenoisedModel(StrictLoading):
         modulations: Modulations | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> DenoisedModelOutput:
+        return_dict: bool | None = None,
+    ) -> DenoisedModelOutput | tuple:
         """Predicts the clean latents.
 
         Args:
@@ -151,6 +151,7 @@ class DenoisedModel(StrictLoading):
             position_offset: position of the first latent.
             modulations: what `modulation` made of `timesteps`, where they are (1,): saves computing it again.
             output_hidden_states, output_attentions: also return those of all layers; None takes the config's.
+            return_dict: False returns a tuple; None takes the config's.
 
         Raises:
             ValueError: the shape of `timesteps` fits neither, or attention weights that are not computed.
@@ -228,13 +229,11 @@ class DenoisedModel(StrictLoading):
             if return_key_values:
                 key_values.append(key_value)
         hidden_states = self.norm(hidden_states[:, :chunks])
-        all_hidden_states, attentions = record.finished(hidden_states)
-        return DenoisedModelOutput(
-            clean_latents=self.output_proj(hidden_states),
-            key_values=key_values or None,
-            hidden_states=all_hidden_states,
-            attentions=attentions,
+        record.end(hidden_states)
+        output = DenoisedModelOutput(
+            clean_latents=self.output_proj(hidden_states), key_values=key_values or None, **record.fields()
         )
+        return as_asked(output, self.config, return_dict)
 
     def _time(self, times: torch.Tensor) -> torch.Tensor:
         """t (times,) → embeddings (times, hidden)."""

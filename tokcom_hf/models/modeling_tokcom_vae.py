@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from .chunked_cross_entropy import chunked_cross_entropy
 from .configuration_tokcom_vae import TokComVAEConfig
-from .layer_outputs import LayerRecord
+from .layer_outputs import LayerRecord, as_asked
 from .layers import Block, rotary_embeddings
 from .strict_loading import StrictLoading
 from .token_sampling import sample_tokens
@@ -30,9 +30,9 @@ class TokComVAEOutput(ModelOutput):
     logits: (batch, chunk, vocab); None where a loss was computed and `return_logits` is False.
     latents: (batch, latent).
     reconstruction_loss, kl_loss: the parts of `loss`, nats per token and nats per chunk.
-    encoder_hidden_states, decoder_hidden_states: with `output_hidden_states`, (batch, chunk, hidden) before the first layer
-        and behind each, the last one normalised.
-    encoder_attentions, decoder_attentions: with `output_attentions`, (batch, heads, chunk, chunk) of each layer.
+    hidden_states: with `output_hidden_states`, (batch, chunk, hidden) before the encoder's first layer and behind each, the
+        last one normalised, then the same of the decoder.
+    attentions: with `output_attentions`, (batch, heads, chunk, chunk) of the encoder's layers, then of the decoder's.
     """
 
     loss: torch.FloatTensor | None = None
@@ -40,10 +40,8 @@ class TokComVAEOutput(ModelOutput):
     latents: torch.FloatTensor | None = None
     reconstruction_loss: torch.FloatTensor | None = None
     kl_loss: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class ChunkTransformer(nn.Module):
@@ -65,7 +63,10 @@ class ChunkTransformer(nn.Module):
             hidden_states, _, weights = layer(hidden_states, rotary)
             if record is not None:
                 record.add(before, weights)
-        return self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        if record is not None:
+            record.end(hidden_states)
+        return hidden_states
 
 
 class TokComVAE(StrictLoading):
@@ -121,8 +122,8 @@ class TokComVAE(StrictLoading):
     ) -> nn.Embedding:
         """As in transformers; `new_num_tokens` counts all rows, the omni token's included: `len(tokenizer) + 1`.
 
-        An omni token in the last row moves to the new last row, so that the rows before it are the tokenizer's. The head
-        is tied and resized with the embedding, and the config follows.
+        An omni token in the last row moves to the new last row, so that the rows before it are the tokenizer's; the token
+        that gets its old row starts as a copy of it. The tied head is resized with the embedding, and the config follows.
 
         Raises:
             ValueError: fewer than two rows, an omni token elsewhere whose row would be dropped, offloaded weights, or
@@ -147,9 +148,6 @@ class TokComVAE(StrictLoading):
         embedding = super().resize_token_embeddings(rows, None, mean_resizing)
         if moves and rows != old:
             with torch.no_grad():
-                if rows > old:
-                    # The row that the omni token leaves is a token's now: it gets one of the new values.
-                    embedding.weight[old - 1] = embedding.weight[-1]
                 embedding.weight[-1] = omni
             config.omni_token_id = rows - 1
         return embedding
@@ -160,7 +158,6 @@ class TokComVAE(StrictLoading):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -168,7 +165,8 @@ class TokComVAE(StrictLoading):
         return_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> TokComVAEOutput:
+        return_dict: bool | None = None,
+    ) -> TokComVAEOutput | tuple:
         """Reconstructs chunks.
 
         Args:
@@ -176,25 +174,25 @@ class TokComVAE(StrictLoading):
             labels: same shape; -100 positions do not count.
             return_logits: default True without labels, False with labels outside training logs (memory).
             output_hidden_states, output_attentions: also return those of all layers; None takes the config's.
+            return_dict: False returns a tuple; None takes the config's.
 
         Raises:
             ValueError: the length is no multiple of the chunk size, or attention weights that are not computed.
         """
-        read = LayerRecord.asked(self.config, output_hidden_states, output_attentions)
-        written = read.empty()
+        record = LayerRecord.asked(self.config, output_hidden_states, output_attentions)
         chunks = self.fold(input_ids)
         noisy_ids = chunks
         if self.training and self.config.token_dropout > 0:
             dropped = torch.rand(chunks.shape, device=chunks.device) < self.config.token_dropout
             noisy_ids = chunks.masked_fill(dropped, self.config.omni_token_id)
-        mean, log_variance, encoded = self._posterior(noisy_ids, read)
+        mean, log_variance = self.posterior(noisy_ids, record)
         latents, kl_loss = mean, None
         if log_variance is not None:
             kl = 0.5 * (mean.float() ** 2 + log_variance.exp() - 1.0 - log_variance)
             kl_loss = kl.mean(dim=0).clamp(min=self.config.kl_free_nats).sum()
             if self.training:
                 latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp().to(mean.dtype)
-        hidden_states = self.decode_hidden(self._perturb(latents), written)
+        hidden_states = self.decode_hidden(self._perturb(latents), record)
         loss = reconstruction = logits = None
         if labels is not None:
             reconstruction = self._cross_entropy(
@@ -205,19 +203,15 @@ class TokComVAE(StrictLoading):
                 loss = loss + self.config.kl_weight * kl_loss
         if return_logits or (return_logits is None and labels is None):
             logits = _apply_head(self._head(), hidden_states)
-        encoder_hidden_states, encoder_attentions = read.finished(encoded) if self.encoder else (None, None)
-        decoder_hidden_states, decoder_attentions = written.finished(hidden_states) if self.decoder else (None, None)
-        return TokComVAEOutput(
+        output = TokComVAEOutput(
             loss=loss,
             logits=logits,
             latents=mean,
             reconstruction_loss=None if reconstruction is None else reconstruction.detach(),
             kl_loss=None if kl_loss is None else kl_loss.detach(),
-            encoder_hidden_states=encoder_hidden_states,
-            decoder_hidden_states=decoder_hidden_states,
-            encoder_attentions=encoder_attentions,
-            decoder_attentions=decoder_attentions,
+            **record.fields(),
         )
+        return as_asked(output, self.config, return_dict)
 
     def fold(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """ids (batch, length) → chunks (batch · length / chunk, chunk)."""
@@ -228,24 +222,20 @@ class TokComVAE(StrictLoading):
             )
         return input_ids.reshape(-1, chunk)
 
-    def posterior(self, chunks: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """ids (batch, chunk) → mean (batch, latent) and, if variational, log-variance (batch, latent) in float32."""
-        return self._posterior(chunks)[:2]
-
-    def _posterior(
+    def posterior(
         self, chunks: torch.LongTensor, record: LayerRecord | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """What `posterior` returns, and the encoder's last hidden states."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """ids (batch, chunk) → mean (batch, latent) and, if variational, log-variance (batch, latent) in float32."""
         if self.encoder is None:
-            return self._of_unit_scale(self.token_latents(chunks)).flatten(1), None, None
+            return self._of_unit_scale(self.token_latents(chunks)).flatten(1), None
         hidden_states = self.encoder(self.embed_tokens(chunks), record)
         last = hidden_states.flatten(1) if self.config.chunk_projection == "all" else hidden_states[:, -1]
         mean = self.latent_proj(last)
         if self.config.fixed_norm:
             mean = nn.functional.rms_norm(mean.float(), mean.shape[-1:], eps=self.config.rms_norm_eps).to(last.dtype)
         if self.log_variance_proj is None:
-            return mean, None, hidden_states
-        return mean, self.log_variance_proj(last).float().clamp(-10.0, 4.0), hidden_states
+            return mean, None
+        return mean, self.log_variance_proj(last).float().clamp(-10.0, 4.0)
 
     def token_table(self) -> torch.Tensor:
         """Latents of single tokens (vocab, latent / chunk), root-mean-square 1; only with `encoder="embedding"`."""

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from .configuration_vqgan import VQGANConfig
-from .layer_outputs import refuse_layer_outputs
+from .layer_outputs import as_asked, refuse_layer_outputs
 from .quantizers import EMAQuantizer, Quantizer, build_quantizer
 from .strict_loading import StrictLoading
 
@@ -149,7 +149,7 @@ class VQGAN(StrictLoading):
     _supports_sdpa = True
     _no_split_modules = ["ResidualBlock", "SpatialAttention", "EMAQuantizer", "FSQQuantizer", "LFQQuantizerHead"]
     # Codes depend on distances that bf16 cannot resolve.
-    _keep_in_fp32_modules_strict = ["quantizer"]
+    _keep_in_fp32_modules_strict = [r"quantizer\.(?!initialized|num_updates)"]
     # A folder trained without balancing lacks the penalties that `balance_rate` starts at zero.
     _keys_to_ignore_on_load_missing = [r"^quantizer\.penalty$"]
 
@@ -185,19 +185,20 @@ class VQGAN(StrictLoading):
         self._check_pixels(pixel_values)
         return self.encoder(pixel_values.to(self.dtype)).permute(0, 2, 3, 1)
 
-    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> VQGANOutput:
+        return_dict: bool | None = None,
+    ) -> VQGANOutput | tuple:
         """Reconstructs images and returns the named losses.
 
         Args:
             pixel_values: `(batch, in_channels, height, width)` in [-1, 1]; sides divisible by `downsample_factor`.
             labels: target images where they differ from the input, for example another number of channels.
+            return_dict: False returns a tuple; None takes the config's.
 
         Raises:
             ValueError: wrong rank, number of channels or size; hidden states or attentions, which there are not; in
@@ -209,23 +210,27 @@ class VQGAN(StrictLoading):
             output_attentions,
             "a VQGAN returns no outputs of its layers; features(pixel_values) are the encoder's.",
         )
-        if self.training:
-            self._check_adapter()
-        quantized = self.quantizer(self.features(pixel_values))
+        quantized = self.quantizer(self.features(pixel_values), learns=self._codebook_learns())
         reconstruction = self.decoder(quantized.embeddings.permute(0, 3, 1, 2))
         losses = self.losses(reconstruction, self._target(pixel_values, labels), quantized)
-        return VQGANOutput(reconstruction=reconstruction, codes=quantized.codes, **losses)
+        output = VQGANOutput(reconstruction=reconstruction, codes=quantized.codes, **losses)
+        return as_asked(output, self.config, return_dict)
 
-    def _check_adapter(self) -> None:
-        """Raises ValueError where training moves a codebook that the adapter (peft) being trained does not save."""
-        quantizer = self.quantizer
+    def _codebook_learns(self) -> bool:
+        """False where an adapter (peft) is trained that does not save the codebook, which then is frozen as all weights are.
+
+        Raises:
+            ValueError: that codebook has not been placed on data yet.
+        """
         # peft sets `peft_config` on the model, and wraps what is in `modules_to_save`.
-        adapted = hasattr(self, "peft_config") and isinstance(quantizer, EMAQuantizer)
-        if adapted and not (self.config.freeze_codebook and quantizer.initialized):
+        if not (hasattr(self, "peft_config") and isinstance(self.quantizer, Quantizer)):
+            return True
+        if self.training and isinstance(self.quantizer, EMAQuantizer) and not self.quantizer.initialized:
             raise ValueError(
-                "An adapter saves neither the codebook nor its statistics, which training moves: name 'quantizer' in "
-                "modules_to_save, or load a trained VQGAN with freeze_codebook=True."
+                "An adapter does not save the codebook, and this one has not been placed on data: adapt a trained VQGAN, or "
+                "name 'quantizer' in modules_to_save."
             )
+        return False
 
     def losses(self, reconstruction: torch.Tensor, target: torch.Tensor, quantized) -> dict[str, torch.Tensor]:
         """`loss` and its unweighted terms, in float32."""

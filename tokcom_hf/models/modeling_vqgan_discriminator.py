@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from .configuration_vqgan_discriminator import VQGANDiscriminatorConfig
-from .layer_outputs import refuse_layer_outputs
+from .layer_outputs import as_asked, refuse_layer_outputs
 from .strict_loading import StrictLoading
 
 
@@ -52,13 +52,13 @@ class VQGANDiscriminator(StrictLoading):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
-    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> VQGANDiscriminatorOutput:
+        return_dict: bool | None = None,
+    ) -> VQGANDiscriminatorOutput | tuple:
         """`(batch, in_channels, height, width)` in [-1, 1] → logits `(batch, 1, h, w)`.
 
         Raises:
@@ -78,4 +78,5 @@ class VQGANDiscriminator(StrictLoading):
                 f"pixel_values must have shape (batch, {self.config.in_channels}, height, width) with sides of at "
                 f"least {smallest} for num_layers={self.config.num_layers}, got {shape}."
             )
-        return VQGANDiscriminatorOutput(logits=self.layers(pixel_values.to(self.dtype)))
+        output = VQGANDiscriminatorOutput(logits=self.layers(pixel_values.to(self.dtype)))
+        return as_asked(output, self.config, return_dict)

@@ -110,7 +110,8 @@ class Quantizer(nn.Module, ABC):
             check_finite(vectors, "Encoding")
             return self.nearest(vectors).reshape(features.shape[:-1])
 
-    def forward(self, features: torch.Tensor) -> QuantizerOutput:
+    def forward(self, features: torch.Tensor, learns: bool = True) -> QuantizerOutput:
+        """Quantizes `(..., input_size)`; in training the statistics are recorded unless `learns` is False."""
         with torch.autocast(features.device.type, enabled=False):
             vectors = self.prepare(self.project_in(features.float()).reshape(-1, self.width))
             codes, chosen = self.assign(vectors)
@@ -121,7 +122,7 @@ class Quantizer(nn.Module, ABC):
             connected = self.connect(vectors, chosen) if self.enabled else vectors
             if not self.enabled:
                 commitment = commitment * 0
-            elif self.training:
+            elif self.training and learns:
                 # One NaN would stay in the moving averages of the codebook for ever.
                 check_finite(vectors.detach(), "Training of the codebook")
                 self.record(codes, vectors.detach(), chosen)

@@ -5,6 +5,7 @@ at most: the model then runs and is wrong. `StrictLoading` makes them errors tha
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,6 +25,7 @@ class StrictLoading(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        check_ties(model, load_config.device_map)
         # A quantized checkpoint holds integers on purpose.
         if load_config.hf_quantizer is None:
             check_values(model, stored_tensors(state_dict, checkpoint_files))
@@ -54,14 +56,13 @@ def stored_tensors(state_dict, checkpoint_files) -> Iterator[tuple[str, torch.Te
 
 def check_values(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Raises ValueError where a stored tensor is NaN or infinite, or is quantized where the model's is not."""
-    floating = {name: value.is_floating_point() for name, value in model.state_dict().items()}
+    floating = {name for name, value in model.state_dict().items() if value.is_floating_point()}
     for name, value in tensors:
         plain = value.dtype in FLOATING
-        if name in floating and floating[name] != plain:
-            kind = "a floating-point" if floating[name] else "an integer or boolean"
+        if name in floating and not plain:
             raise ValueError(
-                f"{type(model).__name__}: {name} is stored as {value.dtype}, but the model has {kind} tensor there. The "
-                "folder was quantized or written by another program; save it again from the original weights."
+                f"{type(model).__name__}: {name} is stored as {value.dtype}, but the model has a floating-point tensor "
+                "there. The folder was quantized or written by another program; save it again from the original weights."
             )
         if plain and not bool(value.isfinite().all()):
             wrong = int((~value.isfinite()).sum())
@@ -84,3 +85,19 @@ def check_keys(model: PreTrainedModel, missing: Iterable[str], unexpected: Itera
             f"{type(model).__name__}: the checkpoint {'; it '.join(parts)}. Its config.json must describe the model whose "
             "weights are beside it, and all shards must be there."
         )
+
+
+def check_ties(model: PreTrainedModel, device_map: dict[str, Any] | None) -> None:
+    """Raises ValueError where a device map offloads one of two tied weights and not the other: accelerate cannot."""
+
+    def place(weight: str) -> Any:
+        fitting = [name for name in device_map or {} if name == "" or f"{weight}.".startswith(f"{name}.")]
+        return (device_map or {})[max(fitting, key=len)] if fitting else None
+
+    for target, source in model.all_tied_weights_keys.items():
+        places = [place(target), place(source)]
+        if places[0] != places[1] and {"cpu", "disk"} & set(places):
+            raise ValueError(
+                f"{type(model).__name__}: device_map offloads {source} ({places[1]}) and {target} ({places[0]}), which are "
+                "one tied tensor, to different places; name the same place for both, or use device_map='auto'."
+            )
