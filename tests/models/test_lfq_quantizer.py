@@ -340,3 +340,53 @@ print(out.codes.flatten().tolist())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(model.encode(features()).flatten().tolist())
+
+
+# ---------------------------------------------------------------------------------------------- arguments and files
+@pytest.mark.parametrize("variant", ["transformer", "linear"])
+def test_arguments_act_or_are_refused(variant):
+    model = quantizer(variant=variant)
+    plain = model(features())
+    assert plain.hidden_states is None
+    values = model(features(), return_dict=False)
+    assert (
+        isinstance(values, tuple) and torch.equal(values[0], plain.loss) and torch.equal(values[1], plain.embeddings)
+    )
+    states = model(features(), output_hidden_states=True).hidden_states
+    assert [state.shape[:2] for state in states] == [(2, 9)] * (3 if variant == "transformer" else 1)
+    if variant == "transformer":
+        torch.testing.assert_close(model.to_bits(model.output_norm(states[-1])).float(), _before_norm(model))
+    with pytest.raises(ValueError, match="keeps no attentions"):
+        model(features(), output_attentions=True)
+    with pytest.raises(TypeError, match="target"):
+        model(features(), target=features())
+
+
+def _before_norm(model):
+    """Logits as they are before the group norm over all features of an image."""
+    model.config.group_norm = False
+    return model.bit_logits(features())
+
+
+def test_foreign_and_broken_weights_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    quantizer().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    good = load_file(path)
+    weight = good["to_bits.weight"]
+    broken = weight.clone()
+    broken[0, 0] = float("nan")
+    for changes, message in (
+        ({"to_bits.weight": broken}, r"to_bits\.weight are NaN"),
+        ({"to_bits.weight": weight.to(torch.int8)}, r"to_bits\.weight is stored as torch\.int8"),
+        ({"base.extra": torch.zeros(1)}, r"base\.extra"),
+    ):
+        save_file(good | changes, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            LFQQuantizer.from_pretrained(tmp_path)
+    save_file({key: value for key, value in good.items() if key != "to_bits.bias"}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensor.*to_bits\.bias"):
+        LFQQuantizer.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="dtpye"):
+        LFQQuantizer.from_pretrained(tmp_path, dtpye=torch.float16)

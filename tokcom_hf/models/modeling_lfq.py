@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -22,6 +21,7 @@ from transformers.utils import ModelOutput
 from .configuration_lfq import LFQConfig
 from .layers import eager_attention
 from .lfq_entropy import factorised_entropy
+from .strict_loading import StrictLoading
 from .vector_search import all_reduce, world_size
 
 WHITENING_FLOOR = 0.3  # share of the mean variance; directions of much less variance count as noise and stay faint
@@ -53,6 +53,8 @@ class LFQQuantizerOutput(ModelOutput):
         reconstruction_loss: squared distance of embeddings to targets, as a share of the targets' mean square.
         sample_entropy, batch_entropy: the two entropies in nats.
         logits: float32 `(batch, n, output_dim)`, of the bits.
+        hidden_states: where asked for, `(batch, n, width)` before the first block and after each; the normalised
+            features alone in the `linear` variant.
     """
 
     loss: torch.Tensor | None = None
@@ -63,6 +65,7 @@ class LFQQuantizerOutput(ModelOutput):
     sample_entropy: torch.Tensor | None = None
     batch_entropy: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 def rotary_2d(grid: tuple[int, int], head_dim: int, theta: float, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +133,7 @@ class LFQBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
-class LFQQuantizer(PreTrainedModel):
+class LFQQuantizer(StrictLoading):
     """Features `(batch, n, input_size)` ↔ codes `(batch, n, output_dim)` → embeddings `(batch, n, llm_hidden_size)`."""
 
     config: LFQConfig
@@ -165,11 +168,17 @@ class LFQQuantizer(PreTrainedModel):
         self.post_init()
 
     # ---------------------------------------------------------------- features → codes → embeddings
-    def bit_logits(self, features: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    def bit_logits(
+        self,
+        features: torch.Tensor,
+        grid: tuple[int, int] | None = None,
+        hidden: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Features `(batch, n, input_size)` → float32 logits `(batch, n, output_dim)`; a bit is 1 where its logit > 0.
 
-        `grid` gives (rows, columns) of n features that are not a square.
+        `grid` gives (rows, columns) of n features that are not a square; `hidden` receives the hidden states.
         """
+        hidden = [] if hidden is None else hidden
         grid = self._check_features(features, grid)
         hidden_states = self.input_norm(features.to(self.input_norm.weight.dtype))
         if self.config.variant == "transformer":
@@ -177,8 +186,12 @@ class LFQQuantizer(PreTrainedModel):
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             positions = rotary_2d(grid, head_dim, self.config.rope_theta, hidden_states.device, hidden_states.dtype)
             for block in self.blocks:
+                hidden.append(hidden_states)
                 hidden_states = block(hidden_states, positions)
+            hidden.append(hidden_states)
             hidden_states = self.output_norm(hidden_states)
+        else:
+            hidden.append(hidden_states)
         logits = self.to_bits(hidden_states).float()
         if self.config.group_norm:
             with torch.autocast(logits.device.type, enabled=False):
@@ -250,8 +263,10 @@ class LFQQuantizer(PreTrainedModel):
         features: torch.Tensor,
         targets: torch.Tensor | None = None,
         grid: tuple[int, int] | None = None,
-        return_dict: bool = True,
-    ) -> LFQQuantizerOutput:
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> LFQQuantizerOutput | tuple:
         """Quantizes.
 
         Args:
@@ -260,11 +275,17 @@ class LFQQuantizer(PreTrainedModel):
                 given without quantization. The features themselves where the widths agree; otherwise the
                 reconstruction loss is 0.
             grid: (rows, columns) of n features that are not a square.
+            output_hidden_states: also return the hidden states.
+            return_dict: False for a tuple without the fields that are None.
 
         Raises:
-            ValueError: features or targets of a wrong shape.
+            ValueError: features or targets of a wrong shape, or attentions asked for: they are not kept.
         """
-        logits = self.bit_logits(features, grid)
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("LFQQuantizer keeps no attentions; leave output_attentions out.")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden: list[torch.Tensor] | None = [] if wanted else None
+        logits = self.bit_logits(features, grid, hidden)
         probability = logits.sigmoid()
         codes = (logits > 0).long()
         # In this order the sum is exactly 0 or 1, so that embeddings equal `decode(codes)` to the last digit.
@@ -276,7 +297,7 @@ class LFQQuantizer(PreTrainedModel):
             entropy_loss = (per_sample - batch) / (self.config.output_dim * math.log(2))
             reconstruction_loss = self._reconstruction_loss(embeddings, features, targets)
         loss = self.config.reconstruction_weight * reconstruction_loss + self.config.entropy_weight * entropy_loss
-        return LFQQuantizerOutput(
+        output = LFQQuantizerOutput(
             loss=loss,
             embeddings=embeddings,
             codes=codes,
@@ -285,7 +306,10 @@ class LFQQuantizer(PreTrainedModel):
             sample_entropy=per_sample.detach(),
             batch_entropy=batch.detach(),
             logits=logits,
+            hidden_states=None if hidden is None else tuple(hidden),
         )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
     def _reconstruction_loss(self, embeddings, features, targets) -> torch.Tensor:
         if targets is None:
