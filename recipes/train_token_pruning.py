@@ -111,7 +111,7 @@ def main() -> None:
         trainer.merge_lora()
     if not trainer.is_world_process_zero():
         return
-    model.save_pretrained(out, include_base=bool(args.lora_r))
+    model.save_pretrained(out, include_base=True if args.lora_r else None)
     processor.save_pretrained(out)
     seconds = max(time.time() - started, trainer.training_seconds)
     report(out, model, processor, source, held_out, run, args, seconds)

@@ -286,7 +286,7 @@ def test_lora_trains_in_float32_over_a_bfloat16_base_and_merges_into_it(vlm, tmp
         inputs = batch("llava", images=(1, 2))
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         torch.optim.Adam(trained.values(), lr=2e-5).step()
-    # Those of the last layers' unused tokens may get no gradient; all others move.
+    # Weights without a gradient do not move.
     assert min((p != before[n]).float().mean() for n, p in trained.items() if p.grad.abs().min() > 0) > 0.95
     model.eval()
     merge_lora(model)
@@ -299,3 +299,33 @@ def test_a_pruned_cache_is_not_cropped():
     assert not PrunedCache().is_croppable
     with pytest.raises(ValueError, match="cannot be cropped"):
         PrunedCache().crop(1)
+
+
+def test_trust_in_a_model_is_no_trust_in_its_base_and_the_base_has_a_revision(vlm, tmp_path, monkeypatch):
+    shutil.copytree(vlm, tmp_path / "base")
+    marker = tmp_path / "ran"
+    (tmp_path / "base" / "code.py").write_text(f"open({str(marker)!r}, 'w').write('')\n")
+    file = tmp_path / "base" / "config.json"
+    names = {"AutoConfig": "code.A", "AutoModelForImageTextToText": "code.B"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": names}))
+    with_heads(tmp_path / "base").save_pretrained(tmp_path / "saved")
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert not marker.exists()
+
+    asked = {}
+
+    def from_hub(name, **options):
+        asked.update(name=name, **options)
+        base = AutoModelForImageTextToText.from_pretrained(vlm, dtype=options.get("dtype", "auto"))
+        base.config.name_or_path = name
+        return base
+
+    for module in ("modeling_pruned_vlm", "pruned_vlm_files"):
+        monkeypatch.setattr(f"tokcom_hf.models.{module}.load_base", from_hub)
+    model = with_heads("someone/vlm", revision="v1", token="secret")
+    assert asked == {"name": "someone/vlm", "revision": "v1", "token": "secret"}
+    model.save_pretrained(tmp_path / "hub")
+    asked.clear()
+    again = PrunedVLM.from_pretrained(tmp_path / "hub")
+    assert asked["name"] == "someone/vlm" and asked["revision"] == "v1" and again.config.base_revision == "v1"
+    assert torch.equal(logits(again), logits(model)) and not again.config.base_included

@@ -344,5 +344,5 @@ class TokenPruningTrainer(CompressionTrainer):
         return metrics
 
     def merge_lora(self) -> None:
-        """Adds the adapters into the base weights for good; save with `include_base=True` afterwards."""
+        """Adds the adapters into the base weights for good; `save_pretrained` stores the base from then on."""
         merge_lora(self.unwrapped_model)
