@@ -73,7 +73,8 @@ def write(out: Path, model, tokenizer, parts: bool, source: str) -> None:
             counts["denoiser"] = model.denoiser.num_parameters()
         write_model_card(
             unfinished, "tokcom", tags=["text-generation" if whole else "text-compression"],
-            pipeline_tag="text-generation" if whole else None, name="TokCom" if whole else "TokComVAE",
+            pipeline_tag="text-generation" if whole else "feature-extraction", repo_id=out.name,
+            name="TokCom" if whole else "TokComVAE",
             config=model.config.to_dict(), parameters=counts, metrics={}, samples={},
             data=f"data not recorded in {source}, from which it was converted",
         )  # fmt: skip

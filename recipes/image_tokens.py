@@ -23,7 +23,7 @@ from accelerate import PartialState
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlamaConfig, set_seed
 
 from tokcom_hf import VQGAN, LFQExpandedModel, LFQProcessor, VQGANConfig, VQGANImageProcessor, VQGANTrainingArguments
-from tokcom_hf.cards import write_model_card
+from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, caption_of, draw_scenes
 from tokcom_hf.data.captions import read_image_text_jsonl
@@ -284,6 +284,11 @@ def save(model, processor, decoder, image_processor, results, run, trainer, fold
         "image_tokens",
         tags=["text-to-image", "lfq"],
         pipeline_tag="text-to-image",
+        repo_id=None if upload is None else upload.repo_id,
+        base=run.base,
+        dataset=card_dataset(SCENES, file=run.image_text_file),
+        language="en" if run.image_text_file is None else None,
+        measured={"generation_loss": results["generation_loss"], **results.get("drawn", {})},
         config=model.config,
         results=results,
         run=run,

@@ -22,7 +22,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import InternVLVisionConfig, Qwen2Config, set_seed
 
-from tokcom_hf.cards import write_model_card
+from tokcom_hf.cards import SCENES, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.captions import SceneArguments
 from tokcom_hf.data.packed_vqa import PackedVQACollator
@@ -120,6 +120,10 @@ def main(argv: list[str] | None = None) -> dict:
         "small_vlm",
         tags=["vision-language"],
         pipeline_tag="image-text-to-text",
+        repo_id=None if upload is None else upload.repo_id,
+        dataset=SCENES,
+        language="en",
+        measured={"accuracy": accuracy},
         name="InternVL",
         parameters=trainer.unwrapped_model.num_parameters(),
         results=results,

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
-from tokcom_hf.cards import write_model_card
+from tokcom_hf.cards import SCENES, write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_questions import SceneQuestionDataset
@@ -128,7 +128,8 @@ def main() -> None:
         processor.save_pretrained(out)
         # Of a resumed run the training of all its parts, too.
         started = min(started, time.time() - trainer.training_seconds)
-        report(out, trainer.unwrapped_model.requires_grad_(True), processor, run, vision.image_size, seen, started)
+        model, repo_id = trainer.unwrapped_model.requires_grad_(True), None if upload is None else upload.repo_id
+        report(out, model, processor, run, vision.image_size, seen, started, repo_id)
         folder.finish()
         if upload is not None:
             print("pushed to", upload.push(out))
@@ -153,7 +154,9 @@ def teach_tower(model, processor, run: RunArguments, args: SmallVLMTrainingArgum
     return seen
 
 
-def report(out: Path, model, processor, run: RunArguments, image_size: int, seen: dict, started: float) -> None:
+def report(
+    out: Path, model, processor, run: RunArguments, image_size: int, seen: dict, started: float, repo_id: str | None
+) -> None:
     """Accuracy by question type on held-out questions, with the picture and (language prior) on other pictures."""
     scenes = {name: getattr(run, name) for name in ("num_shapes", "num_colours", "min_objects", "max_objects", "grid")}
     scenes["image_size"] = image_size
@@ -175,6 +178,10 @@ def report(out: Path, model, processor, run: RunArguments, image_size: int, seen
         "small_vlm",
         tags=["vision-language"],
         pipeline_tag="image-text-to-text",
+        repo_id=repo_id,
+        dataset=SCENES,
+        language="en",
+        measured=accuracy,
         name="LLaVA",
         parameters=model.num_parameters(),
         results=results,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, LlamaForCausalLM, set_seed
 
-from tokcom_hf.cards import write_model_card
+from tokcom_hf.cards import EMBEDDED_TEXT, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, load_source
 from tokcom_hf.fingerprints import settings_of
@@ -142,6 +142,10 @@ def main() -> None:
             "ar_baseline",
             tags=["text-generation"],
             pipeline_tag="text-generation",
+            repo_id=None if upload is None else upload.repo_id,
+            dataset=card_dataset(EMBEDDED_TEXT, source.dataset_name, source.dataset_config, source.train_file),
+            language="en" if not (source.dataset_name or source.train_file) else None,
+            measured={"loss": loss, "perplexity": budget["held_out_perplexity"]},
             config=config,
             budget=budget,
             training=arguments,

@@ -26,7 +26,7 @@ from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, set_seed
 
 from tokcom_hf import JointLFQTrainer, JointLFQTrainingArguments, LFQConfig, LFQExpandedModel, LFQQuantizer
-from tokcom_hf.cards import write_model_card
+from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.captions import JointLFQCollator, SceneArguments, read_image_text_jsonl, scene_caption_rows
 from tokcom_hf.data.small_internvl import TileProcessor
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "training": round(starting + trainer.training_seconds, 1),
         },
     }
-    report(out, trainer, processor, results)
+    report(out, trainer, processor, results, run, None if upload is None else upload.repo_id)
     folder.finish()
     if upload is not None:
         print("pushed to", upload.push(out / "model"), upload.push(out / "quantizer", "-quantizer"))
@@ -181,7 +181,7 @@ def load_rows(run: RunArguments):
     return train, scene_caption_rows(run.eval_images, run.seed + 3_000_017, 1, **options)
 
 
-def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, Any]) -> None:
+def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, Any], run, repo_id: str | None) -> None:
     """Models, cards, `results.json` and figure; prints what was measured."""
     before, after = results["before"], results["after"]
     model = trainer.unwrapped_model
@@ -190,14 +190,21 @@ def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, An
     processor.save_pretrained(out / "model")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     drawn = plot_joint_training(trainer.state.log_history, after, out / "joint_training.png")
-    for folder, template, tags in (
-        ("quantizer", "lfq_quantizer", ["image-tokenizer", "lfq"]),
-        ("model", "joint_lfq", ["image-text-to-text", "text-to-image", "lfq"]),
+    for folder, template, task, tags in (
+        ("quantizer", "lfq_quantizer", "feature-extraction", ["image-tokenizer", "lfq"]),
+        ("model", "joint_lfq", "text-generation", ["image-text-to-text", "text-to-image", "lfq"]),
     ):
+        pushed = None if repo_id is None else repo_id + ("-quantizer" if folder == "quantizer" else "")
         write_model_card(
             out / folder,
             template,
             tags=tags,
+            pipeline_tag=task,
+            repo_id=pushed,
+            base=run.base,
+            dataset=card_dataset(SCENES, file=run.image_text_file),
+            language="en" if run.image_text_file is None else None,
+            measured=after,
             results=results,
             quantizer=model.quantizer.config,
             language_model=model.language_model.config,

@@ -35,7 +35,7 @@ from tokcom_hf import (
     TokComVAETrainer,
     TokComVAETrainingArguments,
 )
-from tokcom_hf.cards import write_model_card
+from tokcom_hf.cards import EMBEDDED_TEXT, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latent_rows import encode_rows
 from tokcom_hf.data.text import load_text_rows
@@ -161,7 +161,7 @@ def main() -> None:
         parts = [part["seconds"] for part in (results["vae"], results["denoiser"]) if "seconds" in part]
         # Of a resumed run the seconds of all its parts, else those on the clock, data and reports included.
         results["seconds"] = round(max(time.time() - started, sum(parts)), 1)
-        report(out, model, data, run, results)
+        report(out, model, data, run, results, None if upload is None else upload.repo_id)
         if upload is not None:
             print("pushed to", upload.push(out))
 
@@ -214,8 +214,9 @@ def train_vae(
         results = {"parameters": parameters, "steps": trainer.state.global_step}
         results |= {"seconds": round(trainer.training_seconds, 1), **metrics}
         (out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-        card = {"parameters": {"TokComVAE": parameters}, "metrics": metrics, "samples": {}, "data": describe(run)}
-        write_model_card(out, "tokcom", tags=["text-compression"], name="TokComVAE", config=config.to_dict(), **card)
+        card = {"parameters": {"TokComVAE": parameters}, "metrics": metrics, "samples": {}} | card_data(run, metrics)
+        write_model_card(out, "tokcom", tags=["text-compression"], pipeline_tag="feature-extraction", name="TokComVAE",
+                         config=config.to_dict(), **card)  # fmt: skip
         print(f"  held-out token accuracy {metrics['token_accuracy']:.4%}, chunk accuracy {metrics['chunk_accuracy']:.4%}, "
               f"token accuracy with noise 0.5 std {metrics['token_accuracy_sigma_0.5']:.4%}")  # fmt: skip
         metrics = results
@@ -261,7 +262,9 @@ def train_denoiser(
     return model, steps | {"seconds": round(trainer.training_seconds, 1), **metrics}
 
 
-def report(out: Path, model: TokComModel, data, run: RunArguments, results: dict[str, Any]) -> None:
+def report(
+    out: Path, model: TokComModel, data, run: RunArguments, results: dict[str, Any], repo_id: str | None
+) -> None:
     """Samples, results.json and the model card; prints what a newcomer wants to see."""
     device = model.device
     generator = torch.Generator().manual_seed(run.seed)
@@ -278,9 +281,9 @@ def report(out: Path, model: TokComModel, data, run: RunArguments, results: dict
     (out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
     parameters = {"VAE": vae.get("parameters"), "denoiser": denoiser["parameters"]}
     metrics = {k: v for part in (vae, denoiser) for k, v in part.items() if isinstance(v, float)}
-    card = {"parameters": parameters, "metrics": metrics, "samples": results["samples"], "data": describe(run)}
+    card = {"parameters": parameters, "metrics": metrics, "samples": results["samples"]} | card_data(run, metrics)
     write_model_card(out, "tokcom", tags=["text-generation", "flow-matching"], pipeline_tag="text-generation",
-                     name="TokCom", config=model.config.to_dict(), **card)  # fmt: skip
+                     name="TokCom", repo_id=repo_id, config=model.config.to_dict(), **card)  # fmt: skip
     figures = plot(out, vae, denoiser)
     print("\nheld-out accuracy of the VAE against noise (sigma in latent standard deviations)")
     for sigma in SIGMAS:
@@ -332,8 +335,15 @@ def held_out(data, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.stack([torch.as_tensor(row["attention_mask"]) for row in batch])
 
 
-def describe(run: RunArguments) -> str:
-    return run.dataset_name or (Path(run.train_file).name if run.train_file else "the embedded English text")
+def card_data(run: RunArguments, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What a card says of the run's data."""
+    own = run.dataset_name or run.train_file
+    return {
+        "dataset": card_dataset(EMBEDDED_TEXT, run.dataset_name, run.dataset_config, run.train_file),
+        "language": None if own else "en",
+        "measured": metrics,
+        "data": run.dataset_name or (Path(run.train_file).name if run.train_file else "the embedded English text"),
+    }
 
 
 def print_once(state: PartialState, text: str) -> None:

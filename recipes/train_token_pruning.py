@@ -27,7 +27,7 @@ from tokcom_hf import (
     TokenPruningTrainer,
     TokenPruningTrainingArguments,
 )
-from tokcom_hf.cards import write_model_card
+from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options
@@ -114,7 +114,7 @@ def main() -> None:
     model.save_pretrained(out, include_base=True if args.lora_r else None)
     processor.save_pretrained(out)
     seconds = max(time.time() - started, trainer.training_seconds)
-    report(out, model, processor, source, held_out, run, args, seconds)
+    report(out, model, processor, source, held_out, run, args, seconds, None if upload is None else upload.repo_id)
     folder.finish()
     if upload is not None:
         print("pushed to", upload.push(out))
@@ -152,7 +152,7 @@ def build_model(base, run: RunArguments, values) -> PrunedVLM:
     return PrunedVLM.from_base(base, merger if run.merger else None, pruner if run.pruners else None)
 
 
-def report(out: Path, model, processor, source, held_out, run, args, seconds: float) -> None:
+def report(out: Path, model, processor, source, held_out, run, args, seconds: float, repo_id: str | None) -> None:
     """All modes on the held-out rows: printed, saved and put into the model card."""
     collator = VQACollator(processor, source.prompt, answers=False)
     modes = ("origin", "merge_only", "soft", "hard")
@@ -167,6 +167,14 @@ def report(out: Path, model, processor, source, held_out, run, args, seconds: fl
         "token_pruning",
         tags=["token-pruning", "vision-language"],
         pipeline_tag="image-text-to-text",
+        repo_id=repo_id,
+        base=run.base_model,
+        dataset=card_dataset(SCENES, source.dataset_name, source.dataset_config, source.eval_file),
+        language="en" if not (source.dataset_name or source.eval_file) else None,
+        measured={
+            mode: {"accuracy": result["accuracy"]["all"], "flops_ratio": result["flops_ratio"]}
+            for mode, result in slim.items()
+        },
         base_model=run.base_model,
         modes=slim,
         questions=len(held_out),

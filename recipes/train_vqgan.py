@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from tokcom_hf.cards import write_model_card
+from tokcom_hf.cards import IMAGES, CardDataset, card_dataset, write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.images import image_datasets
 from tokcom_hf.fingerprints import settings_of
@@ -111,14 +111,17 @@ def main(argv: list[str] | None = None) -> dict:
     if trainer.is_world_process_zero():
         if discriminator is not None:
             discriminator.save_pretrained(output / "discriminator")
-        write_results(trainer, results, output)
+        dataset = card_dataset(IMAGES, run.dataset_name, file=run.image_dir)
+        write_results(trainer, results, output, dataset, None if upload is None else upload.repo_id)
         folder.finish()
         if upload is not None:
             print("pushed to", upload.push(output))
     return results
 
 
-def write_results(trainer: VQGANTrainer, results: dict, output: Path) -> None:
+def write_results(
+    trainer: VQGANTrainer, results: dict, output: Path, dataset: CardDataset, repo_id: str | None
+) -> None:
     """Pictures, JSON, model card and a few printed lines."""
     pair = trainer.held_out_pictures()
     if pair is not None:
@@ -133,6 +136,9 @@ def write_results(trainer: VQGANTrainer, results: dict, output: Path) -> None:
         "vqgan",
         tags=["image-tokenizer", "vqgan", config.quantizer],
         pipeline_tag="image-to-image",
+        repo_id=repo_id,
+        dataset=dataset,
+        measured=results["metrics"],
         config=config,
         training=trainer.args,
         results=results,

@@ -1,9 +1,46 @@
-"""Fills the Jinja templates of `model_cards/` with the numbers of a run."""
+"""Fills the Jinja templates of `model_cards/` with the numbers of a run, and their metadata as the Hub reads it."""
 
+import math
+import os
+import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+
+class CardDataset(NamedTuple):
+    """The data of a run, as a card names it.
+
+    id: Hub id of a data set, or the slug of one that the package brings along.
+    name: for readers.
+    config: configuration of a data set on the Hub.
+    public: whether others can get it; a user's own file is named with the results only.
+    """
+
+    id: str
+    name: str
+    config: str | None = None
+    public: bool = True
+
+
+EMBEDDED_TEXT = CardDataset("python-documentation", "English text of Python's documentation")
+SCENES = CardDataset("procedural-scenes", "Procedural scenes of tokcom_hf")
+IMAGES = CardDataset("procedural-images", "Procedural images of tokcom_hf")
+
+
+def card_dataset(
+    embedded: CardDataset, dataset_name: str | None = None, dataset_config: str | None = None, file: str | None = None
+) -> CardDataset:
+    """What a run was trained on: a data set on the Hub, the user's own file or folder, or the embedded default."""
+    if dataset_name:
+        return CardDataset(dataset_name, dataset_name, dataset_config)
+    if file:
+        return CardDataset(_slug(Path(file).stem), Path(file).name, public=False)
+    return embedded
 
 
 def template_path(name: str) -> Path:
@@ -17,21 +54,90 @@ def template_path(name: str) -> Path:
 
 
 def write_model_card(
-    folder: str | Path, template: str, *, tags: list[str], pipeline_tag: str | None = None, **values
+    folder: str | Path,
+    template: str,
+    *,
+    tags: list[str],
+    pipeline_tag: str | None = None,
+    repo_id: str | None = None,
+    base: str | None = None,
+    dataset: CardDataset | None = None,
+    language: str | None = None,
+    measured: Mapping[str, Any] | None = None,
+    **values,
 ) -> Path:
     """Renders `model_cards/<template>.md` into `<folder>/README.md` and returns its path.
 
     Args:
         folder: model folder.
-        template: template name without extension.
+        template: template name without extension; it finds `repo_id`, or the folder's name, as `model_id`.
         tags: Hub tags, for example `["text-generation", "flow-matching"]`.
-        pipeline_tag: Hub pipeline tag, where one of the Hub's own fits.
-        values: everything the template names, for example `metrics={"token_accuracy": 0.999}`.
+        pipeline_tag: one of the Hub's own tasks.
+        repo_id: `user/name` where the folder is going to be on the Hub.
+        base: the base model; metadata name it where it is a Hub id and not a local folder.
+        dataset: what the model was trained and measured on; see `card_dataset`.
+        language: ISO code of the texts, for example `en`.
+        measured: results of the run by name, for the machine-readable `model-index`; needs `dataset` and `pipeline_tag`.
+            What is no finite number is left out, for the Hub refuses it.
+        values: everything else the template names, for example `metrics={"token_accuracy": 0.999}`.
     """
+    model_id = repo_id or Path(folder).resolve().name
     data = ModelCardData(
-        library_name="transformers", license="mit", tags=["tokcom_hf", *tags], pipeline_tag=pipeline_tag
+        library_name="transformers",
+        license="mit",
+        tags=list(dict.fromkeys(["tokcom_hf", *tags])),
+        pipeline_tag=pipeline_tag,
+        base_model=hub_id(base),
+        datasets=[dataset.id] if dataset is not None and dataset.public else None,
+        language=language,
+        model_name=model_id.rpartition("/")[2],
+        eval_results=_results(pipeline_tag, dataset, measured or {}) or None,
     )
-    card = ModelCard.from_template(data, template_path=str(template_path(template)), **values)
+    card = ModelCard.from_template(data, template_path=str(template_path(template)), model_id=model_id, **values)
     path = Path(folder) / "README.md"
     card.save(path)
     return path
+
+
+def hub_id(name: str | os.PathLike | None) -> str | None:
+    """`name` where it is a repository on the Hub, None for a local folder or a path."""
+    if name is None or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError:
+        return None
+    return str(name)
+
+
+def flat_numbers(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested results by joined name: `{"a": {"b": 1}}` → `{"a_b": 1.0}`; lists and texts are left out."""
+    numbers: dict[str, float] = {}
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            numbers |= flat_numbers(value, f"{prefix}{name}_")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            numbers[f"{prefix}{name}"] = float(value)
+    return numbers
+
+
+def _results(task: str | None, dataset: CardDataset | None, measured: Mapping[str, Any]) -> list[EvalResult]:
+    if task is None or dataset is None:
+        return []
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset.id,
+            dataset_name=dataset.name,
+            dataset_config=dataset.config,
+            metric_type=_slug(name, "_"),
+            metric_name=name.replace("_", " "),
+            metric_value=value,
+        )
+        for name, value in flat_numbers(measured).items()
+        if math.isfinite(value)
+    ]
+
+
+def _slug(text: str, joint: str = "-") -> str:
+    return re.sub(r"[^a-z0-9.]+", joint, text.lower()).strip(f"{joint}.") or "data"
