@@ -51,8 +51,9 @@ TEXTS = [
     "a small blue ring at the top",
 ]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% for part in message.content %}"
-    "{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
+    "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}"
+    "{% endif %}{% endfor %}"
 )
 
 

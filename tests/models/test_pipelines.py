@@ -255,6 +255,9 @@ def test_images_and_text_apart_and_chats_as_in_transformers(pipe, request):
     full, short = (full, asked) if isinstance(full, dict) else (full[0], asked[0])
     assert [message["role"] for message in full["generated_text"]] == ["user", "assistant"]
     assert full["generated_text"][-1]["content"] == short["generated_text"]
+    assert full["generated_text"][:-1] == chat
+    written = [{"role": "user", "content": "<image> a red circle"}]
+    assert pipe(text=written, images=one, **options) == alone
     whole = pipe("a red circle", return_full_text=True, **options)
     whole = whole if isinstance(whole, dict) else whole[0]
     assert whole["generated_text"].startswith("a red circle")
@@ -289,9 +292,10 @@ def test_prompts_pair_and_render(pipes):
         {"role": "user", "content": [{"type": "image", "url": "x.png"}]},
         {"role": "assistant", "content": "y"},
     ]
-    assert as_prompt(messages).images == ["x.png"] and chat_prompt(messages).messages[0]["content"] == [
-        {"type": "image"}
-    ]
+    assert as_prompt(messages).images == ["x.png"] and chat_prompt(messages).messages == messages
+    written = [{"role": "user", "content": "<image> what ?"}]
+    assert chat_prompt(written, ["y.png"]).images == ["y.png"]
+    assert pair([written, "b <image>"], ["y.png", "z.png"])[1].images == ["z.png"]
     with pytest.raises(ValueError, match="1 image"):
         chat_prompt(messages, ["more"])
     with pytest.raises(ValueError, match=r"3 image.*2 texts"):

@@ -69,36 +69,46 @@ def as_images(value: Any) -> list:
 
 
 def chat_prompt(messages: Iterable[dict], images: Iterable = ()) -> Prompt:
-    """A chat, whose `{"type": "image"}` parts hold their image or take the next of `images`.
+    """A chat, whose `{"type": "image"}` parts hold their image or take the next of `images`, as each `<image>` in text does.
 
     Raises:
         ValueError: a part that is neither text nor image, or more or fewer `images` than parts without one.
     """
-    waiting, found, copied = list(images), [], []
+    waiting, found, messages = list(images), [], list(messages)
     for message in messages:
         content = message["content"]
         if isinstance(content, str):
-            copied.append(dict(message))
+            count = content.count(IMAGE)
+            found += waiting[:count]
+            del waiting[:count]
             continue
-        parts = []
         for part in content:
             kind = part.get("type")
+            if kind not in ("text", "image"):
+                raise ValueError(f"A part of a chat must be of type 'text' or 'image', got {kind!r}.")
             if kind == "image":
                 given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
                 if not given and not waiting:
                     raise ValueError("A chat has an image part without an image; give it as 'image', 'url' or 'path'.")
                 found.append(given[0] if given else waiting.pop(0))
-                parts.append({"type": "image"})
-            elif kind == "text":
-                parts.append(dict(part))
-            else:
-                raise ValueError(f"A part of a chat must be of type 'text' or 'image', got {kind!r}.")
-        copied.append({**message, "content": parts})
     if waiting:
         raise ValueError(
             f"{len(waiting)} image(s) more than the chat has image parts without one; put {{'type': 'image'}} into it."
         )
-    return Prompt(None, found, copied)
+    return Prompt(None, found, messages)
+
+
+def _without_images(messages: list[dict]) -> list[dict]:
+    """The chat as templates read it: image parts say only that there is an image."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]],
+        }
+        for message in messages
+    ]
 
 
 def pair(text: Any, images: Any) -> Prompt | list[Prompt]:
@@ -135,10 +145,15 @@ def _is_message(value: Any) -> bool:
 def _holes(text: Any) -> int:
     if isinstance(text, str):
         return text.count(IMAGE)
-    parts = [part for message in text if not isinstance(message["content"], str) for part in message["content"]]
-    return sum(
-        part.get("type") == "image" and not any(part.get(key) is not None for key in IMAGE_KEYS) for part in parts
-    )
+    count = 0
+    for message in text:
+        content = message["content"]
+        if isinstance(content, str):
+            count += content.count(IMAGE)
+        else:
+            images = [part for part in content if part.get("type") == "image"]
+            count += sum(all(part.get(key) is None for key in IMAGE_KEYS) for part in images)
+    return count
 
 
 def _one_each(texts: list, images: list) -> bool:
@@ -170,7 +185,7 @@ def render(prompt: Prompt, processor) -> tuple[str, bool]:
     if prompt.messages is None:
         text, special = prompt.text.replace(IMAGE, token), True
     else:
-        text, special = _from_template(prompt.messages, processor, token)
+        text, special = _from_template(_without_images(prompt.messages), processor, token)
     if text.count(token) != len(prompt.images):
         raise ValueError(
             f"{len(prompt.images)} image(s) but {text.count(token)} '{IMAGE}' in the text; put one '{IMAGE}' per image."
@@ -186,7 +201,7 @@ def _from_template(messages: list[dict], processor, token: str) -> tuple[str, bo
         text = owner.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not prefill, continue_final_message=prefill
         )
-        bos = getattr(tokenizer, "bos_token", None)
+        text, bos = text.replace(IMAGE, token), getattr(tokenizer, "bos_token", None)
         return text, not (bos and text.startswith(bos))
     if len(messages) > 1:
         raise ValueError(
