@@ -88,7 +88,7 @@ JOINT = {
     "generation_loss": 2.0, "generation_chance": 5.5, "generation_loss_no_caption": 2.5, "entropy": 3.0,
     "quantized_kl": 0.1, "continuous_kl": 0.05, "tokens": 100, "bit_mean_min": 0.4, "bit_mean_max": 0.6, "dead_bits": 0,
     "flip_rate": [0.1, 0.2], "mean_correlation": 0.1, "max_correlation": 0.3, "active": 9, "utilization": 0.1,
-    "utilization_ceiling": 0.3, "perplexity": 7.0, "reconstruction_loss": 0.2,
+    "utilization_ceiling": 0.3, "perplexity": 7.0, "reconstruction_loss": 0.2, "lfq_mass_first": 0.01,
 }  # fmt: skip
 RESULTS = {
     "base": "outputs/small_internvl", "held_out_images": 8, "held_out_captions": 8, "data": "procedural scenes",
