@@ -16,6 +16,7 @@ Leaves in the output folder: `quantizer/` and `model/` (`AutoModel.from_pretrain
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -190,6 +191,10 @@ def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, An
     processor.save_pretrained(out / "model")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     drawn = plot_joint_training(trainer.state.log_history, after, out / "joint_training.png")
+    # What is pushed is the model's folder.
+    for file in (out / "results.json", out / "joint_training.png"):
+        if file.is_file():
+            shutil.copy(file, out / "model")
     for folder, template, task, tags in (
         ("quantizer", "lfq_quantizer", "feature-extraction", ["image-tokenizer", "lfq"]),
         ("model", "joint_lfq", "text-generation", ["image-text-to-text", "text-to-image", "lfq"]),
