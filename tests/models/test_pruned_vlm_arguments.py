@@ -196,12 +196,25 @@ def test_offloaded_to_cpu_or_disk_it_computes_the_same(tmp_path, strategy):
     disk = {
         "model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "disk", "lm_head": "cpu",
     }  # fmt: skip
+    heads = {"token_merger": "disk", "layer_pruner": "disk"} if strategy == "heads" else {}
     for device_map in ("auto", {"": "cpu"}, disk):
         other = PrunedVLM.from_pretrained(
             tmp_path / "saved", device_map=device_map, offload_folder=str(tmp_path / "offload")
         )
         assert torch.equal(other(**inputs).logits, expected)
         assert torch.equal(other.generate(**inputs, max_new_tokens=3, do_sample=False), ids)
+    # The same where the base is stored beside the heads.
+    model.base.lm_head.weight.data[0] += 1.0
+    model.save_pretrained(tmp_path / "whole")
+    other = PrunedVLM.from_pretrained(
+        tmp_path / "whole", device_map={f"base.{name}": place for name, place in disk.items()} | heads,
+        offload_folder=str(tmp_path / "offload"),
+    )  # fmt: skip
+    assert any(p.is_meta for p in other.parameters())
+    assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+    assert other.generate(**inputs, max_new_tokens=3, do_sample=False).shape == ids.shape
+    model.base.lm_head.weight.data[0] -= 1.0
+    other = PrunedVLM.from_pretrained(tmp_path / "saved", device_map=disk, offload_folder=str(tmp_path / "offload"))
     # Saved from there it refers to the same base.
     other.save_pretrained(tmp_path / "again")
     assert torch.equal(PrunedVLM.from_pretrained(tmp_path / "again")(**inputs).logits, expected)
@@ -214,3 +227,15 @@ def test_half_precision_takes_float32_pixels(family, dtype):
     model = PrunedVLM.from_base(tiny_vlm(family).to(dtype), strategy="divprune", keep=4).eval()
     output = model(**batch(family, images=(1, 2)))
     assert output.logits.dtype == dtype and torch.isfinite(output.logits).all()
+
+
+@torch.no_grad()
+def test_guidance_and_assistance_while_generating(model):
+    inputs = batch("llava", images=(1, 1))
+    model.generate(**inputs, max_new_tokens=2)
+    report = model.token_report()
+    model.generate(**inputs, max_new_tokens=2, guidance_scale=2.0, negative_prompt_ids=NEW)
+    assert model.token_report() == report
+    one = {name: value[:1] for name, value in inputs.items()}
+    with pytest.raises(ValueError, match=r"(?i)assisted decoding"):
+        model.generate(**one, max_new_tokens=4, prompt_lookup_num_tokens=2)

@@ -368,6 +368,8 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         output = super().generate(
             input_ids=input_ids, attention_mask=mask, generation_config=generation_config, **{CACHE: cache}, **options
         )
+        # Classifier-free guidance runs prompts of its own in between.
+        self._last_prompt.report = cache.report
         if not torch.is_tensor(output):
             output["token_report"] = token_report(self, **cache.report)
         return output
