@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from tokcom_hf import LFQExpandedModel
+from tokcom_hf.models.cache_name import CACHE
 
 from .lfq_tools import OLD, language_model, vision_batch, vision_language_model
 
@@ -40,6 +41,9 @@ def test_a_misspelt_keyword_is_named(model, vlm, labels):
     with pytest.raises(TypeError, match="pixel_valeus"):
         vlm(**inputs, pixel_valeus=inputs["pixel_values"])
     assert vlm(**inputs, vision_feature_layer=-1).logits.shape[-1] == END
+    # LLaVA hands it to its decoder, whose argument it is.
+    for wanted in (True, False):
+        assert (getattr(vlm(**inputs, use_cache=wanted), CACHE) is not None) is wanted
     with pytest.raises(ValueError, match="temprature"):
         model.generate(IDS, temprature=0.5, max_new_tokens=2)
     with pytest.raises(ValueError, match="leave max_new_tokens out"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from tokcom_hf import LFQExpandedConfig, LFQExpandedModel
 
@@ -301,3 +302,42 @@ def test_relative_folders_are_made_absolute(tmp_path, monkeypatch):
     language_model("llama").save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     assert expanded(Path("base")).config.base_model_name_or_path == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("include_base", [False, True])
+def test_generation_settings_come_back_and_act(tmp_path, base, include_base):
+    folder, inputs = base
+    model, length = expanded(folder), inputs["input_ids"].shape[1]
+    model.generation_config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    model.save_pretrained(tmp_path, include_base=include_base)
+    for again in (model, LFQExpandedModel.from_pretrained(tmp_path)):
+        assert again.generate(**inputs).shape[1] == length + 3
+    given = GenerationConfig(max_new_tokens=2, do_sample=False)
+    again = LFQExpandedModel.from_pretrained(tmp_path, generation_config=given)
+    assert again.generate(**inputs).shape[1] == length + 2
+
+
+def test_a_state_dict_in_place_of_a_folder(tmp_path, base):
+    folder, inputs = base
+    expanded(folder).save_pretrained(tmp_path)
+    model = LFQExpandedModel.from_pretrained(tmp_path)
+    rows = {name: value for name, value in model.state_dict().items() if name.startswith("lfq_rows.")}
+    for weights in (rows, model.state_dict()):
+        again = LFQExpandedModel.from_pretrained(None, config=model.config, state_dict=weights)
+        assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+def test_older_names_and_misspelt_ones_of_loading_and_saving(tmp_path, base):
+    folder, _ = base
+    model = expanded(folder)
+    with pytest.raises(TypeError, match="'include_bse'"):
+        model.save_pretrained(tmp_path, include_bse=True)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="safetensors"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    half = [LFQExpandedModel.from_pretrained(tmp_path, **{name: torch.bfloat16}) for name in ("dtype", "torch_dtype")]
+    assert [{p.dtype for p in model.parameters()} for model in half] == [{torch.bfloat16}] * 2
+    assert (
+        LFQExpandedModel.from_pretrained(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlavaModel, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, GenerationConfig, LlavaModel, Trainer, TrainingArguments
 
 from tokcom_hf import LayerPrunerConfig, PrunedVLM, TokenMergerConfig
 from tokcom_hf.models.token_removal import PrunedCache
@@ -329,3 +329,34 @@ def test_trust_in_a_model_is_no_trust_in_its_base_and_the_base_has_a_revision(vl
     again = PrunedVLM.from_pretrained(tmp_path / "hub")
     assert asked["name"] == "someone/vlm" and asked["revision"] == "v1" and again.config.base_revision == "v1"
     assert torch.equal(logits(again), logits(model)) and not again.config.base_included
+
+
+@pytest.mark.parametrize("include_base", [None, True])
+def test_generation_settings_come_back(vlm, tmp_path, include_base):
+    model = with_heads(vlm)
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(tmp_path, include_base=include_base)
+    assert PrunedVLM.from_pretrained(tmp_path).generation_config.max_new_tokens == 3
+    given = GenerationConfig(max_new_tokens=2)
+    assert PrunedVLM.from_pretrained(tmp_path, generation_config=given).generation_config.max_new_tokens == 2
+
+
+def test_a_state_dict_in_place_of_a_folder(vlm, tmp_path):
+    with_heads(vlm).save_pretrained(tmp_path)
+    model = PrunedVLM.from_pretrained(tmp_path)
+    heads = {name: value for name, value in model.state_dict().items() if not name.startswith("base.")}
+    for weights in (heads, model.state_dict()):
+        again = PrunedVLM.from_pretrained(None, config=model.config, state_dict=weights)
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_older_names_and_misspelt_ones_of_loading_and_saving(vlm, tmp_path):
+    model = with_heads(vlm, torch_dtype=torch.bfloat16)
+    assert model.base.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="'include_bse'"):
+        model.save_pretrained(tmp_path, include_bse=True)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+    loaded = PrunedVLM.from_pretrained(tmp_path, torch_dtype=torch.float32, attn_implementation="eager")
+    assert loaded.base.dtype == torch.float32
+    assert loaded.config._attn_implementation == loaded.base.config._attn_implementation == "eager"

@@ -17,6 +17,9 @@ def keywords_of(base) -> frozenset[str]:
     names = set(parameters)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         names |= set(_parameters(text_host(base))) | set(TransformersKwargs.__annotations__)
+        decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+        if decoder is not None:
+            names |= set(_parameters(decoder))
     return frozenset(names - {"labels", "kwargs", "num_items_in_batch", "return_dict", "args"})
 
 

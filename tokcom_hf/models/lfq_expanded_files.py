@@ -9,7 +9,16 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoM
 from .configuration_lfq_expanded import LFQExpandedConfig
 from .lfq_rows import device_of, vocabulary_of
 from .strict_loading import check_values
-from .wrapped_base import locate_base, matches_reference, read_weights, remove_weights, weight_files
+from .wrapped_base import (
+    check_saving_options,
+    load_generation_config,
+    locate_base,
+    matches_reference,
+    named_as_dtype,
+    read_weights,
+    remove_weights,
+    weight_files,
+)
 
 ROWS = "lfq_rows."
 # Keywords of `from_pretrained` by what they are for, where the base model is loaded from its own place.
@@ -26,7 +35,15 @@ _BASE_ONLY = (
 )
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
 # Of the saved folder alone, or what the Auto classes and pipelines hand on.
-_OTHER = ("variant", "state_dict", "output_loading_info", "use_safetensors", "weights_only", "adapter_kwargs")
+_OTHER = (
+    "variant",
+    "state_dict",
+    "output_loading_info",
+    "use_safetensors",
+    "weights_only",
+    "adapter_kwargs",
+    "generation_config",
+)
 _INTERNAL = ("trust_remote_code", "code_revision", "_from_auto", "_from_pipeline", "_commit_hash")
 
 
@@ -44,6 +61,7 @@ def save_lfq_expanded(model, save, folder, include_base: bool | None, state_dict
         ValueError: the base model cannot be included, because only its own remote code builds it or LoRA is not merged;
             or it was not to be included, but its reference does not give these weights.
     """
+    check_saving_options(kwargs)
     config = model.config
     reference = config.base_model_name_or_path
     weights = model.state_dict() if state_dict is None else state_dict
@@ -128,6 +146,7 @@ def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_cod
         TypeError: an unknown keyword.
         ValueError: the weights do not fit the configuration or the base model, or are not finite numbers.
     """
+    kwargs = named_as_dtype(kwargs)
     hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
     if not isinstance(config, LFQExpandedConfig):
         loading = {key: value for key, value in kwargs.items() if key in (*_BASE_ONLY, *_OTHER, *_INTERNAL)}
@@ -139,7 +158,8 @@ def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_cod
             f"{name} is no LFQ checkpoint: its config.json has no base_config. To add LFQ tokens to a model use "
             "LFQExpandedModel.from_base."
         )
-    if not config.base_included:
+    given = kwargs.get("state_dict")
+    if not (config.base_included if given is None else any(not key.startswith(ROWS) for key in given)):
         return _load_rows(cls, name, config, hub, base_trust_remote_code, kwargs)
     wanted = kwargs.pop("output_loading_info", False)
     if name is not None and kwargs.get("dtype") in (None, "auto") and _rows_are_float32(name, hub, kwargs):
@@ -178,6 +198,7 @@ def _load_rows(cls, name, config, hub: dict, base_trust_remote_code: bool, kwarg
     foreign = sorted(key for key in weights if not key.startswith(ROWS))
     if foreign:
         raise ValueError(f"{where} refers to its base model, but holds other weights than LFQ rows: {foreign[:3]}.")
+    config._attn_implementation = base.config._attn_implementation
     model = cls(config, base=base)
     expected = {key: value.shape for key, value in model.lfq_rows.state_dict().items()}
     found = {key.removeprefix(ROWS): value.shape for key, value in weights.items()}
@@ -194,7 +215,8 @@ def _load_rows(cls, name, config, hub: dict, base_trust_remote_code: bool, kwarg
         device=device_of(vocabulary_of(base)[0]), dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype
     )
     model.lfq_rows.load_state_dict({key.removeprefix(ROWS): value for key, value in weights.items()})
-    model.config.name_or_path = str(name)
+    load_generation_config(model, name, kwargs.get("generation_config"), **hub)
+    model.config.name_or_path = str(name or "")
     info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": {}}
     return (model.eval(), info) if kwargs.get("output_loading_info") else model.eval()
 

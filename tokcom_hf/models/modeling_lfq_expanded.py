@@ -86,7 +86,8 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
         self._keywords, self._cache_keyword = keywords_of(base), cache_keyword_of(base)
         # Whether the base's logits are what its head returns (no soft cap, no scale); seen at the first loss.
         self._plain_head: bool | None = None
-        self.generation_config = getattr(base, "generation_config", None) or GenerationConfig()
+        if getattr(base, "generation_config", None) is None:
+            base.generation_config = GenerationConfig()
         if getattr(base, "hf_device_map", None):
             # What is offloaded has to be known where this model is saved, and where a trainer refuses it.
             self.hf_device_map = {f"base.{name}".rstrip("."): where for name, where in base.hf_device_map.items()}
@@ -247,6 +248,17 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
         return {"trainable": trainable, "total": end, "share": trainable / end}
 
     # ------------------------------------------------------------------ the vocabulary
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base model's, which generates; it is saved with this model."""
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        # transformers sets one of its own before there is a base model.
+        if "base" in self._modules:
+            self.base.generation_config = config
+
     @property
     def lfq_token_range(self) -> tuple[int, int]:
         """`(start, end)` of the LFQ ids, end exclusive."""

@@ -12,9 +12,12 @@ from .configuration_pruned_vlm import PrunedVLMConfig
 from .vlm_adapters import check_family
 from .wrapped_base import (
     check_finite,
+    check_saving_options,
     check_weights,
+    load_generation_config,
     locate_base,
     matches_reference,
+    named_as_dtype,
     read_weights,
     remove_weights,
     stored_dtypes,
@@ -32,6 +35,7 @@ _LOADING = (
     "max_memory",
     "offload_folder",
     "offload_buffers",
+    "weights_only",
 )
 # What AutoModel hands on about the code that it has chosen by then.
 _OF_AUTO = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
@@ -47,6 +51,7 @@ def load_base(name: str | os.PathLike, **options):
         TypeError: an option that is not known here.
         ValueError: a model of a family that PrunedVLM does not support, or no image-text-to-text model.
     """
+    options = named_as_dtype(options)
     known = (*_HUB, *_LOADING, "trust_remote_code", "variant", "subfolder")
     unknown = sorted(options.keys() - set(known))
     if unknown:
@@ -71,6 +76,7 @@ def save_pruned_vlm(model, save, folder, include_base: bool | None, state_dict=N
     Raises:
         ValueError: `include_base=False`, but the base is not what its reference gives.
     """
+    check_saving_options(kwargs)
     if kwargs.get("distributed_checkpoint"):
         raise ValueError("PrunedVLM is saved as safetensors files; leave distributed_checkpoint out.")
     push = {key: kwargs.pop(key, None) for key in ("push_to_hub", "repo_id", "commit_message", "create_pr", "private")}
@@ -162,7 +168,7 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
         load: `PreTrainedModel.from_pretrained`, bound to it.
         name: Hub name or folder.
         config: instead of the folder's own.
-        state_dict: the heads' weights instead of the folder's own.
+        state_dict: the heads' weights instead of the folder's own, or those of heads and base (names with `base.`).
         kwargs: the Hub's options and the loader's, and fields of `PrunedVLMConfig` that are to differ.
 
     Raises:
@@ -170,8 +176,8 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
         TypeError: a keyword that nothing takes.
         ValueError: weights that do not fit, a base that is no supported VLM, or a reference that is not allowed.
     """
-    for key in _OF_AUTO:
-        kwargs.pop(key, None)
+    kwargs = {key: value for key, value in named_as_dtype(kwargs).items() if key not in _OF_AUTO}
+    generation_config = kwargs.pop("generation_config", None)
     wants_info = kwargs.pop("output_loading_info", False)
     if kwargs.pop("use_safetensors", None) is False:
         raise ValueError("PrunedVLM is stored in safetensors files only; leave use_safetensors out.")
@@ -190,20 +196,19 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
         raise TypeError(f"PrunedVLM.from_pretrained does not take {', '.join(map(repr, unknown))}.")
     if kwargs:
         config = PrunedVLMConfig.from_dict(config.to_dict() | kwargs)
-    if config.base_included and state_dict is not None:
-        raise ValueError(
-            f"{name} holds its base model, too; build PrunedVLM from its config and call load_state_dict, or leave "
-            "state_dict out."
-        )
     given = {} if variant is None else {"variant": variant}
     inside = {"subfolder": subfolder} | hub
-    if config.base_included:
+    if state_dict is not None and any(key.startswith("base.") for key in state_dict):
+        model = _load_everything(load, None, config, loading | {"state_dict": state_dict}, {}, [])
+    elif config.base_included:
         model = _load_everything(load, name, config, inside | loading, given, weight_files(name, variant, **inside))
     else:
         base = _load_reference(name, config, hub, subfolder, loading, given)
+        config._attn_implementation = base.config._attn_implementation
         model = cls(config, base=base)
         _fill_heads(model, name, read_weights(name, variant, **inside) if state_dict is None else state_dict)
-    model.config.name_or_path = str(name)
+    load_generation_config(model, name, generation_config, **inside)
+    model.config.name_or_path = str(name or "")
     model.eval()
     if wants_info:
         return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}

@@ -1,9 +1,10 @@
 """What models around a base model share on disk: where the base is, whether it still is what it was, weight files."""
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -11,6 +12,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
@@ -21,8 +23,10 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def locate_base(reference: str, name: str | os.PathLike) -> tuple[str, str | None]:
+def locate_base(reference: str, name: str | os.PathLike | None) -> tuple[str, str | None]:
     """Where the base of the saved model `name` is: `(Hub name or folder, None)`, or `(name, subfolder)` for `./subfolder`.
+
+    `name` is None where a configuration and a state dict were given instead of a folder.
 
     Raises:
         ValueError: the reference leaves the saved folder by a relative path, is the saved model itself, or is neither
@@ -34,9 +38,12 @@ def locate_base(reference: str, name: str | os.PathLike) -> tuple[str, str | Non
             f"The base model {reference!r} of {name} lies outside its folder. A base is named by its Hub name, an "
             "absolute path or ./subfolder."
         )
-    if not parts or reference == str(name) or os.path.realpath(reference) == os.path.realpath(name):
+    own = None if name is None else os.path.realpath(name)
+    if not parts or reference == str(name) or os.path.realpath(reference) == own:
         raise ValueError(f"{name} names itself as its base model ({reference!r}); it must name another model.")
     if reference.startswith("./"):
+        if name is None:
+            raise ValueError(f"The base model {reference!r} is inside a folder; name that folder to from_pretrained.")
         return str(name), "/".join(parts)
     if not os.path.isabs(reference):
         try:
@@ -95,6 +102,42 @@ def without_casting_buffers(module: nn.Module, apply: Callable[[], None]) -> Non
         after = owner._buffers[name]
         if after is not None and after.dtype != before.dtype:
             owner._buffers[name] = before.to(after.device)
+
+
+def named_as_dtype(options: dict) -> dict:
+    """Options of `from_pretrained` in which `torch_dtype`, as `dtype` was called before, has its present name."""
+    options = dict(options)
+    older = options.pop("torch_dtype", None)
+    if older is not None and options.get("dtype") is None:
+        options["dtype"] = older
+    return options
+
+
+def load_generation_config(model, name: str | os.PathLike | None, given: GenerationConfig | None, **hub) -> None:
+    """Gives `model` the generation config `given`, else the one saved at `name`; its base's own where there is neither."""
+    if given is not None:
+        model.generation_config = given
+    elif name is not None:
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+
+
+def check_saving_options(options: dict) -> None:
+    """Refuses keywords of `save_pretrained` that nothing takes; transformers would pass over them.
+
+    Raises:
+        TypeError: an unknown keyword.
+        ValueError: `safe_serialization=False`.
+    """
+    known = {"commit_message", "create_pr", "private", "repo_id"}
+    # Names of older versions: files are safetensors whatever they say.
+    known |= {"safe_serialization", "save_function"}
+    known |= set(inspect.signature(PreTrainedModel.save_pretrained).parameters)
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(f"save_pretrained does not take {', '.join(map(repr, unknown))}.")
+    if options.get("safe_serialization") is False:
+        raise ValueError("Models are saved as safetensors files only; leave safe_serialization out.")
 
 
 def weight_files(name: str | os.PathLike, variant: str | None = None, **hub) -> list[str]:
