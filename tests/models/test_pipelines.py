@@ -82,7 +82,7 @@ def test_a_seeded_call_neither_seeds_nor_reads_the_global_random_numbers(pipes, 
 
 @on("lfq-image-text", "pruned-image-text-to-text")
 def test_without_a_seed_the_global_one_decides_and_a_generator_can_be_given(pipe):
-    options = {"do_sample": True, "max_new_tokens": 12}
+    options = {"do_sample": True, "max_new_tokens": 12} | ({"mode": "text"} if hasattr(pipe, "image_decoder") else {})
     torch.manual_seed(1)
     first, second = pipe("a red circle", **options), pipe("a red circle", **options)
     torch.manual_seed(1)
@@ -344,6 +344,18 @@ def test_a_mode_is_that_of_the_call_and_options_of_the_construction_hold(pipe):
     first, second = other(row)
     assert first["token_report"]["flops_ratio"] == 1.0 and len(first["generated_text"].split()) <= 1
     assert other(row) == [first, second] == other([row])[0]
+
+
+@on("lfq-image-text")
+def test_sampling_is_among_the_ids_that_the_mode_allows(pipe):
+    greedy = pipe("a red circle", do_sample=False, num_image_tokens=4)[0]["token_ids"]
+    assert pipe("a red circle", top_k=1, num_image_tokens=4, seed=0)[0]["token_ids"] == greedy
+    start, end = pipe.model.lfq_token_range
+    several = pipe("a red circle", top_k=2, num_image_tokens=16, num_return_sequences=4, seed=0)
+    drawn = {token for row in several for token in row["token_ids"]}
+    assert len(drawn) > 1 and all(start <= token < end for token in drawn)
+    with pytest.raises(ValueError, match="leave max_new_tokens out"):
+        pipe("a red circle", max_new_tokens=3)
 
 
 @on("lfq-image-text")

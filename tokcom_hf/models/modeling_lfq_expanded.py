@@ -442,7 +442,8 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
         if mode is not None:
             start, _ = self.lfq_token_range
             text = self.config.text_vocab_size or start
-            processors.append(LFQModeLogitsProcessor(mode, self.lfq_token_range, text, num_image_tokens))
+            # First: what else warps or draws must see the ids that may be drawn.
+            processors.insert(0, LFQModeLogitsProcessor(mode, self.lfq_token_range, text, num_image_tokens))
         if mode == "image":
             for name in ("max_new_tokens", "min_new_tokens", "max_length", "min_length"):
                 if kwargs.get(name) not in (None, num_image_tokens):
