@@ -1,6 +1,7 @@
 """What was trained is what is loaded: PrunedVLM on disk, and what a file or a reference may not be."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig, LlavaModel, Trainer, TrainingArguments
 
-from tokcom_hf import LayerPrunerConfig, PrunedVLM, TokenMergerConfig
+from tokcom_hf import (
+    LayerPruner,
+    LayerPrunerConfig,
+    PrunedVLM,
+    PruningDiscriminator,
+    PruningDiscriminatorConfig,
+    TokenMerger,
+    TokenMergerConfig,
+)
 from tokcom_hf.models.token_removal import PrunedCache
 from tokcom_hf.trainers.pruning_lora import add_lora, merge_lora
 
@@ -213,6 +222,32 @@ def test_damaged_weights_are_refused_by_name(vlm, tmp_path, included):
     file.unlink()
     with pytest.raises(OSError):
         PrunedVLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        TokenMerger(TokenMergerConfig(**MERGER)),
+        LayerPruner(LayerPrunerConfig(**PRUNER)),
+        PruningDiscriminator(PruningDiscriminatorConfig(hidden_size=32, internal_size=16)),
+    ],
+    ids=lambda head: type(head).__name__,
+)
+def test_damaged_heads_are_refused_by_name(tmp_path, head):
+    head.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    good = load_file(file)
+    name = max(good, key=lambda key: good[key].numel())
+    for weights in (
+        {key: value for key, value in good.items() if key != name},
+        good | {name: good[name].to(torch.int8)},
+        good | {name: good[name] / 0.0},
+    ):
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=re.escape(name)):
+            type(head).from_pretrained(tmp_path)
+    save_file(good, file, metadata={"format": "pt"})
+    assert torch.equal(type(head).from_pretrained(tmp_path, dtype=torch.float32).state_dict()[name], good[name])
 
 
 def test_a_reference_is_another_plain_vlm_and_is_named_by_what_it_was(vlm, tmp_path):

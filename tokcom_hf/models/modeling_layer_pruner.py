@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_layer_pruner import LayerPrunerConfig
 from .question_attention import QuestionAttention
+from .strict_loading import StrictLoading
 
 # Mask of a dropped token in straight-through training: sharp models see through 1e-6, and its inverse must be finite.
 DROPPED = 1e-30
@@ -57,7 +57,7 @@ class PrunerHead(nn.Module):
         return self.score(tokens).squeeze(-1).float()
 
 
-class LayerPruner(PreTrainedModel):
+class LayerPruner(StrictLoading):
     """Keep/drop heads, one per layer in `config.layers`."""
 
     config: LayerPrunerConfig

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_pruning_discriminator import PruningDiscriminatorConfig
+from .strict_loading import StrictLoading
 
 
 @dataclass
@@ -18,7 +18,7 @@ class PruningDiscriminatorOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class PruningDiscriminator(PreTrainedModel):
+class PruningDiscriminator(StrictLoading):
     """One small network per layer read; their logits are averaged."""
 
     config: PruningDiscriminatorConfig

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_token_merger import TokenMergerConfig
 from .question_attention import QuestionAttention
+from .strict_loading import StrictLoading
 
 
 @dataclass
@@ -38,7 +38,7 @@ class TokenMergerOutput(ModelOutput):
     sparsity_loss: torch.Tensor | None = None
 
 
-class TokenMerger(PreTrainedModel):
+class TokenMerger(StrictLoading):
     """Merges vision tokens before the language model."""
 
     config: TokenMergerConfig
