@@ -218,7 +218,12 @@ def _load_rows(cls, name, config, hub: dict, base_trust_remote_code: bool, kwarg
     model.lfq_rows.load_state_dict({key.removeprefix(ROWS): value for key, value in weights.items()})
     load_generation_config(model, name, kwargs.get("generation_config"), **hub)
     model.config.name_or_path = str(name or "")
-    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": {}}
+    info: dict[str, Any] = {
+        "missing_keys": set(),
+        "unexpected_keys": set(),
+        "mismatched_keys": set(),
+        "error_msgs": {},
+    }
     return (model.eval(), info) if kwargs.get("output_loading_info") else model.eval()
 
 
