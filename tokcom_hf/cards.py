@@ -27,6 +27,8 @@ class CardDataset(NamedTuple):
     public: bool = True
 
 
+# What `Trainer.evaluate` adds of the run itself.
+SPEED = ("runtime", "samples_per_second", "steps_per_second", "epoch")
 EMBEDDED_TEXT = CardDataset("python-documentation", "English text of Python's documentation")
 SCENES = CardDataset("procedural-scenes", "Procedural scenes of tokcom_hf")
 IMAGES = CardDataset("procedural-images", "Procedural images of tokcom_hf")
@@ -78,7 +80,7 @@ def write_model_card(
         dataset: what the model was trained and measured on; see `card_dataset`.
         language: ISO code of the texts, for example `en`.
         measured: results of the run by name, for the machine-readable `model-index`; needs `dataset` and `pipeline_tag`.
-            What is no finite number is left out, for the Hub refuses it.
+            What is no finite number is left out, for the Hub refuses it, and so is the speed of the evaluation.
         values: everything else the template names, for example `metrics={"token_accuracy": 0.999}`.
     """
     model_id = repo_id or Path(folder).resolve().name
@@ -135,7 +137,7 @@ def _results(task: str | None, dataset: CardDataset | None, measured: Mapping[st
             metric_value=value,
         )
         for name, value in flat_numbers(measured).items()
-        if math.isfinite(value)
+        if math.isfinite(value) and name not in SPEED
     ]
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import pipeline, set_seed
+from transformers import GenerationConfig, pipeline, set_seed
 
 import tokcom_hf
 from tokcom_hf import TokComConfig, TokComModel
@@ -106,6 +106,8 @@ def test_several_sequences_per_prompt_and_the_continuation_alone(pipe):
     for prompt, full, short in zip(["the fox", "a dog"], whole, rest):
         assert [prompt + row["generated_text"] for row in short] == [row["generated_text"] for row in full]
     assert len({row["generated_text"] for row in whole[0]}) > 1
+    config = GenerationConfig(num_return_sequences=3, do_sample=True)
+    assert [len(rows) for rows in pipe(["the fox", "a dog"], seed=0, generation_config=config)] == [3, 3]
 
 
 @pytest.mark.parametrize(

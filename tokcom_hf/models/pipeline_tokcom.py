@@ -87,7 +87,11 @@ class TokComGenerationPipeline(BatchedPipeline):
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         return {"prompt_ids": ids, "prompt_mask": mask}
 
-    def _forward(self, model_inputs: dict[str, Any], num_return_sequences: int = 1, **options) -> dict[str, Any]:
+    def _forward(
+        self, model_inputs: dict[str, Any], num_return_sequences: int | None = None, **options
+    ) -> dict[str, Any]:
+        if num_return_sequences is None:
+            num_return_sequences = getattr(options.get("generation_config"), "num_return_sequences", None) or 1
         # Arguments set once for the pipeline may serve calls with and without a prompt.
         options.pop("num_generate_chunks" if not model_inputs else "num_chunks", None)
         ids = self.model.generate(**model_inputs, num_return_sequences=num_return_sequences, **options)
