@@ -390,3 +390,12 @@ def test_foreign_and_broken_weights_are_named(tmp_path):
         LFQQuantizer.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match="dtpye"):
         LFQQuantizer.from_pretrained(tmp_path, dtpye=torch.float16)
+
+
+def test_losses_can_be_left_out():
+    model = quantizer()
+    whole, bare = model(features()), model(features(), return_loss=False)
+    assert torch.equal(whole.embeddings, bare.embeddings) and torch.equal(whole.codes, bare.codes)
+    assert whole.loss is not None and set(bare) == set(whole) - {
+        "loss", "entropy_loss", "reconstruction_loss", "sample_entropy", "batch_entropy"
+    }  # fmt: skip

@@ -42,7 +42,7 @@ class PrunerHead(nn.Module):
         if config.pruner_type == "cross_attention":
             self.question_norm = nn.LayerNorm(config.hidden_size)
             self.question_proj = nn.Linear(config.hidden_size, size)
-            self.attention = QuestionAttention(size, config.num_attention_heads)
+            self.attention = QuestionAttention(config)
         self.score = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1))
 
     def forward(self, vision_hidden, question_embeddings=None, question_mask=None) -> torch.Tensor:
@@ -63,7 +63,7 @@ class LayerPruner(StrictLoading):
     config: LayerPrunerConfig
     config_class = LayerPrunerConfig
     main_input_name = "vision_hidden"
-    # Its small attention to the question is torch's fused one, whatever a language model around it uses.
+    # Its small attention to the question is torch's fused one, unless `eager` is asked for.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

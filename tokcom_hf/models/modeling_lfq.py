@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from .configuration_lfq import LFQConfig
 from .layers import eager_attention
 from .lfq_entropy import factorised_entropy
+from .lfq_rows import weights_at_hand
 from .strict_loading import StrictLoading
 from .vector_search import all_reduce, world_size
 
@@ -253,10 +254,10 @@ class LFQQuantizer(StrictLoading):
 
     def _embed(self, bits: torch.Tensor) -> torch.Tensor:
         # ±1 instead of 0 and 1: no bit pattern is the origin.
-        return (
-            self.from_bits((2 * bits - 1).to(self.from_bits[0].weight.dtype)) * self.embedding_scale
-            + self.embedding_shift
-        )
+        made = self.from_bits((2 * bits - 1).to(self.from_bits[0].weight.dtype))
+        # `decode` is no forward, which is where accelerate brings offloaded weights back.
+        with weights_at_hand(self):
+            return made * self.embedding_scale + self.embedding_shift
 
     def forward(
         self,
@@ -266,6 +267,7 @@ class LFQQuantizer(StrictLoading):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        return_loss: bool = True,
     ) -> LFQQuantizerOutput | tuple:
         """Quantizes.
 
@@ -277,6 +279,8 @@ class LFQQuantizer(StrictLoading):
             grid: (rows, columns) of n features that are not a square.
             output_hidden_states: also return the hidden states.
             return_dict: False for a tuple without the fields that are None.
+            return_loss: False leaves the losses and entropies out. (`Trainer` evaluates a model without labels by its
+                own loss where it knows this argument.)
 
         Raises:
             ValueError: features or targets of a wrong shape, or attentions asked for: they are not kept.
@@ -291,25 +295,32 @@ class LFQQuantizer(StrictLoading):
         # In this order the sum is exactly 0 or 1, so that embeddings equal `decode(codes)` to the last digit.
         bits = probability + (codes - probability).detach()
         embeddings = self._embed(bits)
+        losses = self._losses(logits, embeddings, features, targets) if return_loss else {}
+        output = LFQQuantizerOutput(
+            embeddings=embeddings,
+            codes=codes,
+            logits=logits,
+            hidden_states=None if hidden is None else tuple(hidden),
+            **losses,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _losses(self, logits, embeddings, features, targets) -> dict[str, torch.Tensor]:
+        """The losses and entropies of `LFQQuantizerOutput`, by name."""
         with torch.autocast(logits.device.type, enabled=False):
             scaled = logits.flatten(0, 1) / self.config.entropy_temperature
             per_sample, batch = factorised_entropy(scaled, across_ranks=self.training)
             entropy_loss = (per_sample - batch) / (self.config.output_dim * math.log(2))
             reconstruction_loss = self._reconstruction_loss(embeddings, features, targets)
-        loss = self.config.reconstruction_weight * reconstruction_loss + self.config.entropy_weight * entropy_loss
-        output = LFQQuantizerOutput(
-            loss=loss,
-            embeddings=embeddings,
-            codes=codes,
-            entropy_loss=entropy_loss,
-            reconstruction_loss=reconstruction_loss,
-            sample_entropy=per_sample.detach(),
-            batch_entropy=batch.detach(),
-            logits=logits,
-            hidden_states=None if hidden is None else tuple(hidden),
-        )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return {
+            "loss": self.config.reconstruction_weight * reconstruction_loss
+            + self.config.entropy_weight * entropy_loss,
+            "entropy_loss": entropy_loss,
+            "reconstruction_loss": reconstruction_loss,
+            "sample_entropy": per_sample.detach(),
+            "batch_entropy": batch.detach(),
+        }
 
     def _reconstruction_loss(self, embeddings, features, targets) -> torch.Tensor:
         if targets is None:

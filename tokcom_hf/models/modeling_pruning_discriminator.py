@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_pruning_discriminator import PruningDiscriminatorConfig
@@ -42,6 +44,14 @@ class PruningDiscriminator(StrictLoading):
             nn.LeakyReLU(0.2),
             wrap(nn.Linear(config.internal_size, 1)),
         )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if is_parametrized(module):
+            # Its weight is computed from another tensor, which may be elsewhere while a folder is loaded; it was drawn
+            # where the layer was made.
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     @torch.no_grad()
     def reinitialize(self) -> None:

@@ -44,7 +44,7 @@ class TokenMerger(StrictLoading):
     config: TokenMergerConfig
     config_class = TokenMergerConfig
     main_input_name = "vision_features"
-    # Its small attention to the question is torch's fused one, whatever a language model around it uses.
+    # Its small attention to the question is torch's fused one, unless `eager` is asked for.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -59,7 +59,7 @@ class TokenMerger(StrictLoading):
             self.question_proj = nn.Linear(config.question_size, size)
             self.question_norm = nn.LayerNorm(size)
         if config.merger_type == "question_aware":
-            self.question_attention = QuestionAttention(size, config.num_attention_heads)
+            self.question_attention = QuestionAttention(config)
         if config.merger_type == "fixed_pooling":
             self.queries = nn.Parameter(torch.empty(config.max_tokens, size))
         else:

@@ -1,16 +1,23 @@
 """Vision tokens attend to question tokens: the block that `TokenMerger` and `LayerPruner` share."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+
+from .layers import eager_attention
 
 
 class QuestionAttention(nn.Module):
-    """Multi-head cross-attention `(batch, n, size)` to `(batch, q, size)`; zero where a row has no question."""
+    """Multi-head cross-attention `(batch, n, size)` to `(batch, q, size)`; zero where a row has no question.
 
-    def __init__(self, size: int, num_heads: int):
+    config: with `internal_size` and `num_attention_heads`; torch's fused attention, unless it asks for `eager`.
+    """
+
+    def __init__(self, config):
         super().__init__()
-        self.num_heads = num_heads
+        size = config.internal_size
+        self.config = config
+        self.num_heads = config.num_attention_heads
         self.query = nn.Linear(size, size)
         self.key_value = nn.Linear(size, 2 * size)
         self.output = nn.Linear(size, size)
@@ -25,6 +32,10 @@ class QuestionAttention(nn.Module):
         question_mask = question_mask.bool()
         empty = ~question_mask.any(-1)
         allowed = (question_mask | empty[:, None])[:, None, None, :]
-        mixed = scaled_dot_product_attention(split(self.query(tokens)), split(keys), split(values), attn_mask=allowed)
-        mixed = self.output(mixed.transpose(1, 2).flatten(2))
+        query, keys, values = split(self.query(tokens)), split(keys), split(values)
+        if self.config._attn_implementation == "eager":
+            mixed, _ = eager_attention(self, query, keys, values, allowed, scaling=query.shape[-1] ** -0.5)
+        else:
+            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed).transpose(1, 2)
+        mixed = self.output(mixed.flatten(2))
         return mixed.masked_fill(empty[:, None, None], 0.0)
