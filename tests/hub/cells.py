@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from rows import ROWS, Row, outputs
+from rows import ROWS, Row, outputs, slug
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -87,8 +87,7 @@ class Bench:
         return [self.model(row), self.referenced(row)] if row.composite else [self.model(row)]
 
     def path(self, row: Row, *names: str) -> Path:
-        safe = "".join(letter if letter.isalnum() else "_" for letter in row.name)
-        return self.folder / safe / "_".join(names)
+        return self.folder / slug(row.name) / "_".join(names)
 
     def saved(self, row: Row) -> Path:
         """A folder with the model and its tokenizer or processors."""
@@ -104,8 +103,11 @@ class Bench:
     def process(self, kind: str) -> dict:
         """Results by row of one process for all rows: `package`, `remote` (package blocked) or `ranks` (two of them)."""
         if kind not in self._processes:
-            started = time.perf_counter()
-            self._processes[kind] = self._run(kind) | {"seconds": time.perf_counter() - started}
+            try:
+                self._processes[kind] = self._run(kind)
+            except Exception as error:
+                # Once is enough: every cell that needs it is red.
+                self._processes[kind] = {row.name: {"error": str(error)} for row in ROWS}
         return self._processes[kind]
 
     def _run(self, kind: str) -> dict:

@@ -1,5 +1,6 @@
 """Columns about folders: loading them elsewhere, and what they must hold."""
 
+import json
 import shutil
 
 import torch
@@ -43,11 +44,12 @@ def remote_code(row: Row, bench: Bench) -> None:
 @column("AutoConfig, AutoTokenizer, AutoProcessor")
 def auto_parts(row: Row, bench: Bench) -> str:
     config = load(row, bench.saved(row)).config
+    told = json.loads(config.to_json_string(use_diff=False))
     parts = {}
     for kind in ("package", "remote"):
         found = _looked(bench, kind, row)
         assert found["config"]["class"] == type(config).__name__
-        ours, theirs = (_without_paths(values) for values in (config.to_dict(), found["config"]["values"]))
+        ours, theirs = (_without_paths(values) for values in (told, found["config"]["values"]))
         assert ours == theirs, {k: (ours.get(k), theirs.get(k)) for k in ours | theirs if ours.get(k) != theirs.get(k)}
         for part, made in found["parts"].items():
             parts.setdefault(part, []).append(made["made"])

@@ -34,7 +34,11 @@ def look(row, folder: str) -> dict:
         found["generated"] = row.generate(model)
     found["losses"] = steps(row, model)
     config = transformers.AutoConfig.from_pretrained(folder, **options)
-    found["config"] = {"class": type(config).__name__, "module": type(config).__module__, "values": config.to_dict()}
+    found["config"] = {
+        "class": type(config).__name__,
+        "module": type(config).__module__,
+        "values": json.loads(config.to_json_string(use_diff=False)),
+    }
     found["parts"] = {}
     for part in row.parts:
         loaded = getattr(transformers, part).from_pretrained(folder, **options)

@@ -51,10 +51,14 @@ def table(cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
+def _holds(name: str, words: str) -> bool:
+    return any(word in name for word in words.split(","))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help="only rows whose name holds this")
-    parser.add_argument("--columns", default="", help="only columns whose name holds this")
+    parser.add_argument("--rows", default="", help="only rows whose name holds one of these words (comma-separated)")
+    parser.add_argument("--columns", default="", help="only columns whose name holds one of these words")
     parser.add_argument("--errors", action="store_true", help="whole tracebacks of red cells")
     wanted = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -66,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         bench = Bench(Path(folder))
         for name in COLUMNS:
             for row in ROWS:
-                if wanted.rows in row.name and wanted.columns in name:
+                if _holds(row.name, wanted.rows) and _holds(name, wanted.columns):
                     cell = run_cell(row, name, bench)
                     if cell.state == "red" and not wanted.errors:
                         cell.note = cell.note.strip().splitlines()[-1]

@@ -23,6 +23,7 @@ class Row:
     inputs: keyword arguments of `forward`, float32; `labels` adds what a loss needs, where the model has one.
     more: calls beyond `forward` whose tensors count as outputs (a `TokComModel` uses its VAE only there).
     make_part, parts: its tokenizer or processor, and the Auto class that loads it.
+    tasks: pipelines that run it.
     smooth: outputs that no hard decision enters, which rounding could turn; none named: all of them.
     undecided: arguments under which a forward decides nothing.
     """
@@ -36,11 +37,17 @@ class Row:
     generate: Callable[[Any], Any] | None = None
     make_part: Callable[[Any], Any] | None = None
     parts: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     auto_class: str = "AutoModel"
     modules_to_save: tuple[str, ...] = ()
     composite: bool = False
     smooth: tuple[str, ...] = ()
     undecided: dict[str, Any] = field(default_factory=dict)
+
+
+def slug(name: str) -> str:
+    """A row's name as a name of a folder or repository."""
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in name.lower()).split())
 
 
 # ------------------------------------------------------------------ tensors
@@ -358,14 +365,14 @@ ROWS: tuple[Row, ...] = (
             random_ids(2, 8, 8, 60), num_generate_chunks=2, num_steps=2, generator=torch.Generator().manual_seed(0)
         ),
         make_part=lambda model: _language_processor(), parts=("AutoTokenizer",),
-        modules_to_save=("output_proj",),
+        modules_to_save=("output_proj",), tasks=("tokcom-generation",),
     ),
     Row(
         "VQGAN", "VQGAN", build_vqgan, lambda: {"pixel_values": random(2, 3, 16, 16)},
         # Its loss needs no labels, but the plain Trainer evaluates a loss only where a forward that names them has them.
         lambda inputs: {"labels": inputs["pixel_values"]},
         more=_vqgan_more, make_part=_image_processor, parts=("AutoImageProcessor",),
-        modules_to_save=("conv_out",), smooth=("more.decoded",),
+        modules_to_save=("conv_out",), smooth=("more.decoded",), tasks=("vq-reconstruction", "vq-tokenize"),
     ),
     Row(
         "VQGANDiscriminator", "VQGANDiscriminator", build_vqgan_discriminator,
@@ -393,7 +400,7 @@ ROWS: tuple[Row, ...] = (
         generate=lambda model: _generated(model, **vision_inputs()),
         make_part=lambda model: _vision_language_processor(), parts=("AutoProcessor",),
         auto_class="AutoModelForImageTextToText", modules_to_save=("token_merger", "layer_pruner"), composite=True,
-        smooth=("logits",), undecided={"pruning_mode": "origin"},
+        smooth=("logits",), undecided={"pruning_mode": "origin"}, tasks=("pruned-image-text-to-text",),
     ),
     Row(
         "LFQQuantizer", "LFQQuantizer", build_lfq,
@@ -404,7 +411,7 @@ ROWS: tuple[Row, ...] = (
         "LFQExpandedModel (LM)", "LFQExpandedModel", build_expanded, lambda: {"input_ids": _expanded_ids()}, _next_ids,
         generate=lambda model: model.generate(_expanded_ids(), mode="image", num_image_tokens=3, do_sample=False),
         make_part=_lfq_processor, parts=("AutoProcessor",), auto_class="AutoModelForCausalLM",
-        modules_to_save=("lfq_rows",), composite=True,
+        modules_to_save=("lfq_rows",), composite=True, tasks=("lfq-image-text",),
     ),
     Row(
         "LFQExpandedModel (VLM)", "LFQExpandedModel", build_expanded_vlm, _expanded_vision_inputs, _next_ids,
@@ -412,6 +419,6 @@ ROWS: tuple[Row, ...] = (
             **_expanded_vision_inputs(), mode="image", num_image_tokens=3, do_sample=False
         ),
         make_part=_lfq_processor, parts=("AutoProcessor",), auto_class="AutoModelForImageTextToText",
-        modules_to_save=("lfq_rows",), composite=True,
+        modules_to_save=("lfq_rows",), composite=True, tasks=("lfq-image-text",),
     ),
 )  # fmt: skip
