@@ -41,8 +41,9 @@ class Stream:
         """The stream without the tokens where `keep` (bool, `(batch, length)`) is False; unchanged if all are kept."""
         keep = keep & self.mask
         counts = keep.sum(-1)
-        length = int(counts.max())
-        if bool((keep | ~self.mask).all()):
+        # One transfer from the device for both.
+        length, dropped = torch.stack([counts.max(), (self.mask & ~keep).sum()]).tolist()
+        if not dropped:
             return self
         # A stable sort puts kept tokens first, in their order.
         order = torch.argsort((~keep).int(), dim=-1, stable=True)[:, :length]
