@@ -319,6 +319,8 @@ def test_ids_without_a_token_are_filled(tmp_path):
     assert tokenizer(text).input_ids == gaps(text).input_ids and tokenizer.decode(tokenizer(text).input_ids) == text
     tokenizer.save_pretrained(tmp_path / "filled")
     assert len(load_tokenizer(str(tmp_path / "filled"))) == 301
+    # One that is loaded already is copied, for the caller's own has no use of the added tokens.
+    assert len(load_tokenizer(gaps)) == len(load_tokenizer(tmp_path / "gaps")) == 301 and len(gaps) == 258
     (tmp_path / "t.txt").write_text("hello world. " * 100)
     rows = load_text_rows(train_file=tmp_path / "t.txt", tokenizer=str(tmp_path / "gaps"), length=16)
     assert max(rows.train.token_ids.max(), rows.validation.token_ids.max()) < len(rows.tokenizer)

@@ -213,6 +213,14 @@ def test_the_pipeline_draws(folder):
         pipeline("lfq-image-text", model=pipe.model, processor=scene_processor(16, 8))
 
 
+def test_wrong_texts_and_misspelt_settings_are_named(processor):
+    for text in (5, ["a ring", None], [["a ring"]]):
+        with pytest.raises(TypeError, match="a string or a list of strings"):
+            processor(text=text)
+    with pytest.raises(TypeError, match="image_promt"):
+        LFQProcessor(processor.tokenizer, processor.lfq_start_token_id, 3, image_promt="{caption}")
+
+
 @pytest.mark.slow
 def test_the_pipeline_runs_where_the_package_is_not_installed(folder, tmp_path):
     code = f"""

@@ -115,6 +115,13 @@ def test_wrong_kinds_are_named(model):
         model.generate(input_ids=[[1, 2]])
     with pytest.raises(TypeError, match="put and end"):
         model.generate(max_new_tokens=4, streamer=print)
+    for name in ("max_new_tokens", "num_chunks", "num_steps"):
+        with pytest.raises(TypeError, match=f"{name} must be a whole number, got 1.5"):
+            model.generate(**{name: 1.5})
+    with pytest.raises(ValueError, match=r"both at least 1, got \(0, 4\)"):
+        model.generate(torch.zeros(0, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="pad_token_id must be in 0"):
+        model.generate(num_chunks=1, pad_token_id=9999)
     with pytest.raises(TypeError, match="must be a GenerationConfig"):
         model.generate(generation_config={"max_new_tokens": 4})
 

@@ -202,3 +202,18 @@ def test_threads_encode_as_one_thread_does():
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
             assert all(map(torch.equal, pool.map(model.encode, batches), expected))
+
+
+def test_the_image_processor_follows_its_arguments_or_names_them(tmp_path):
+    image = Image.new("RGB", (40, 20), "teal")
+    processor = VQGANImageProcessor(16, size_divisor=4)
+    processor.save_pretrained(tmp_path)
+    again = VQGANImageProcessor.from_pretrained(tmp_path)
+    assert processor(image)["pixel_values"].shape == again(image)["pixel_values"].shape == (1, 3, 16, 16)
+    assert processor(image, image_size=8, num_channels=1)["pixel_values"].shape == (1, 1, 8, 8)
+    assert processor(image, resize_mode="none")["pixel_values"].shape == (1, 3, 20, 40)
+    for call in (lambda: processor(image, return_tensor="pt"), lambda: VQGANImageProcessor(16, return_tensor="pt")):
+        with pytest.raises(TypeError, match="'return_tensor'"):
+            call()
+    with pytest.raises(ValueError, match="multiple of 4"):
+        processor(image, image_size=7)

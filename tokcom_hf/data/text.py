@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from .packing import PackedTextDataset, pack, spread_offsets
 from .text_files import is_json_lines, read_json_objects, read_text
@@ -213,7 +214,7 @@ def load_text_rows(
     text_column: str = "text",
     streaming: bool = False,
     max_documents: int | None = None,
-    tokenizer: str | None = None,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     vocab_size: int = 2048,
     length: int = 1024,
     chunk_size: int = 4,

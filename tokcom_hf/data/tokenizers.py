@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterable
+from copy import deepcopy
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..models.tokenizer_size import tokenizer_size
 
@@ -38,8 +40,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
 
 
-def load_tokenizer(name_or_path: str) -> Any:
+def load_tokenizer(name_or_path: str | PathLike | PreTrainedTokenizerBase) -> Any:
     """`AutoTokenizer.from_pretrained` with one sentence instead of a page where the tokenizer is not there.
+
+    A tokenizer that is loaded already is copied, so that it stays as it is.
 
     A folder that holds only `vocab.json` and `merges.txt` is read as a byte-level BPE of GPT-2's kind. Where a tokenizer has
     no padding token, EOS is taken. Ids between others that have no token get one (`<unused:300>`), so that `len` of the
@@ -49,6 +53,8 @@ def load_tokenizer(name_or_path: str) -> Any:
         OSError: nothing of that name on disk or (reachable) on the Hub, or a gated one without access.
         ValueError: ids without a token that cannot be filled.
     """
+    if isinstance(name_or_path, PreTrainedTokenizerBase):
+        return _completed(deepcopy(name_or_path))
     folder = Path(name_or_path)
     parts = folder / "vocab.json", folder / "merges.txt"
     configured = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "config.json"))
@@ -62,6 +68,11 @@ def load_tokenizer(name_or_path: str) -> Any:
             f"Tokenizer {name_or_path!r} cannot be loaded; give a folder with a saved tokenizer, or a Hub name that is "
             f"reachable from here ({reason})."
         ) from None
+    return _completed(tokenizer)
+
+
+def _completed(tokenizer):
+    """With a padding token and without gaps between its ids."""
     if tokenizer.pad_token is None:
         # GPT-2's, Llama's and others have none; the collator asks for one even where all rows are of one length.
         tokenizer.pad_token = tokenizer.eos_token

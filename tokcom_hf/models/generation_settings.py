@@ -4,6 +4,7 @@ An argument counts before `generation_config`, that before the model's config, a
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ DEFAULTS = {
 READ = (
     *DEFAULTS, "sampler", "block_size", "temperature", "do_sample", "max_new_tokens", "max_length", "eos_token_id",
     "pad_token_id",
+)  # fmt: skip
+COUNTS = (
+    "max_new_tokens", "max_length", "num_chunks", "num_generate_chunks", "num_steps", "batch_size", "num_return_sequences",
+    "block_size", "pad_token_id",
 )  # fmt: skip
 # No settings of a sampler; trainers copy the begin token from their tokenizer.
 PASSED_OVER = ("transformers_version", "bos_token_id")
@@ -70,7 +75,7 @@ class GenerationSettings:
             given: arguments of `generate` by name, None where they were not given.
 
         Raises:
-            TypeError: `generation_config` is none.
+            TypeError: `generation_config` is none, or a count is no whole number.
             ValueError: values out of range, arguments that contradict each other, or that this call would not use.
         """
         given = {name: value for name, value in given.items() if value is not None}
@@ -79,6 +84,9 @@ class GenerationSettings:
             # A stored temperature is that of sampling.
             configured.pop("temperature", None)
         asked = configured | given
+        for name in COUNTS:
+            if name in asked and not isinstance(asked[name], Integral):
+                raise TypeError(f"{name} must be a whole number, got {asked[name]!r}.")
         random, temperature = _temperature(asked)
         values = {name: asked.get(name, default) for name, default in DEFAULTS.items()}
         for name in ("sampler", "block_size"):
@@ -87,6 +95,8 @@ class GenerationSettings:
         del values["num_chunks"], values["num_generate_chunks"]
         eos = _end_tokens(model, given, configured, generation_config is None)
         fill = asked.get("pad_token_id", eos[0] if eos else model.config.vae.omni_token_id)
+        if not 0 <= fill < model.config.vae.vocab_size:
+            raise ValueError(f"pad_token_id must be in 0 … {model.config.vae.vocab_size - 1}, got {fill}.")
         settings = cls(
             new_tokens=new_tokens, random=random, temperature=temperature, eos_token_ids=eos, fill_id=fill, **values
         )

@@ -10,6 +10,9 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from .image_files import read_image
 from .image_pixels import CHANNELS
 
+# What saved processors hold beside their arguments.
+FILED = ("auto_map", "custom_pipelines", "feature_extractor_type", "image_processor_type", "processor_class")
+
 
 class VQGANImageProcessor(BaseImageProcessor):
     """Converts, resizes and scales images to [-1, 1].
@@ -36,6 +39,9 @@ class VQGANImageProcessor(BaseImageProcessor):
         size_divisor: int = 8,
         **kwargs,
     ):
+        unknown = sorted(name for name in kwargs if name not in FILED and not name.startswith("_"))
+        if unknown:
+            raise TypeError(f"VQGANImageProcessor does not take {', '.join(map(repr, unknown))}.")
         super().__init__(**kwargs)
         if resize_mode not in ("crop", "squash", "none"):
             raise ValueError(f"resize_mode must be crop, squash or none, got {resize_mode!r}.")
@@ -48,19 +54,23 @@ class VQGANImageProcessor(BaseImageProcessor):
         self.resize_mode = resize_mode
         self.size_divisor = size_divisor
 
-    def __call__(self, images, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
+    def __call__(self, images, return_tensors: str | None = "pt", **changes) -> BatchFeature:
         """One image or several (PIL, path, array or tensor) → `pixel_values (batch, num_channels, height, width)`.
 
         Args:
             images: an image, a list of images, or an array or tensor with a batch dimension. Arrays are
                 `(height, width[, channels])`, tensors `(channels, height, width)`; `image_pixels.to_uint8` lists the
                 sample types and their ranges.
+            changes: arguments of the constructor that differ in this call.
 
         Raises:
-            TypeError: something that is not an image.
+            TypeError: something that is not an image, or an unknown keyword.
             ValueError: zero-size or unreadable images, samples whose range is unclear, or images of different sizes with
                 `resize_mode="none"`.
         """
+        if changes:
+            own = {name: getattr(self, name) for name in ("image_size", "num_channels", "resize_mode", "size_divisor")}
+            return type(self)(**own | changes)(images, return_tensors)
         if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
             images = list(images)
         batch = list(images) if isinstance(images, list | tuple) else [images]

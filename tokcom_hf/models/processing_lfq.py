@@ -5,6 +5,7 @@ would make it crawl; here text between markers goes through the tokenizer as it 
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -51,7 +52,6 @@ class LFQProcessor(ProcessorMixin):
         image_prompt: str = "{caption}",
         has_base: bool = False,
         chat_template=None,
-        **kwargs,
     ):
         check_output_dim(output_dim)
         size = 0 if tokenizer is None else tokenizer_size(tokenizer)
@@ -104,13 +104,15 @@ class LFQProcessor(ProcessorMixin):
             `input_ids`, `attention_mask` and whatever else the base model's processor makes.
 
         Raises:
-            TypeError: a keyword that nothing takes.
+            TypeError: a keyword that nothing takes, or a text that is no string.
             ValueError: a marker beyond the 2^output_dim codes, images for a base model without eyes, no text, or a
                 length that would cut an image's tokens.
         """
         if text is None:
             raise ValueError("LFQProcessor needs text; for images alone call its `base` processor.")
-        rows = [text] if isinstance(text, str) else list(text)
+        rows = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
+        if not all(isinstance(row, str) for row in rows):
+            raise TypeError(f"text must be a string or a list of strings, got {text!r:.60}.")
         if images is not None and self.base is None:
             raise ValueError("This LFQProcessor has a tokenizer only: the base model sees no images.")
         self._check_options(kwargs)

@@ -302,8 +302,8 @@ class TokComGeneration(BlockSampling):
         if not torch.is_tensor(prompt_ids) or prompt_ids.is_floating_point():
             kind = prompt_ids.dtype if torch.is_tensor(prompt_ids) else type(prompt_ids).__name__
             raise TypeError(f"prompt_ids must be a tensor of token ids (torch.long), got {kind}.")
-        if prompt_ids.dim() != 2 or prompt_ids.shape[1] == 0:
-            raise ValueError(f"prompt_ids must be (batch, length) with length ≥ 1, got {tuple(prompt_ids.shape)}.")
+        if prompt_ids.dim() != 2 or 0 in prompt_ids.shape:
+            raise ValueError(f"prompt_ids must be (batch, length), both at least 1, got {tuple(prompt_ids.shape)}.")
         if prompt_ids.min() < 0 or prompt_ids.max() >= self.config.vae.vocab_size:
             raise ValueError(
                 f"prompt_ids must be in 0 … {self.config.vae.vocab_size - 1}, got {int(prompt_ids.min())} … "
