@@ -273,7 +273,9 @@ def expand(run, base: str, tokenizer, decoder):
 def save(model, processor, decoder, image_processor, results, run, trainer, folder: RunFolder, upload: Upload | None):
     """Model, processor, image decoder, card, JSON, and the lines a user reads."""
     output = folder.path
-    model.save_pretrained(output, include_base=True if run.base is None else None)
+    # What is pushed must not refer to a folder of this machine.
+    whole = run.base is None or (upload is not None and Path(run.base).is_dir())
+    model.save_pretrained(output, include_base=True if whole else None)
     processor.save_pretrained(output)
     decoder.save_pretrained(output / DECODER_FOLDER)
     image_processor.save_pretrained(output / DECODER_FOLDER)

@@ -187,7 +187,9 @@ def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, An
     before, after = results["before"], results["after"]
     model = trainer.unwrapped_model
     model.quantizer.save_pretrained(out / "quantizer")
-    model.language_model.save_pretrained(out / "model")
+    # What is pushed must not refer to a folder of this machine.
+    whole = repo_id is not None and Path(run.base).is_dir()
+    model.language_model.save_pretrained(out / "model", include_base=True if whole else None)
     processor.save_pretrained(out / "model")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     drawn = plot_joint_training(trainer.state.log_history, after, out / "joint_training.png")

@@ -111,7 +111,9 @@ def main() -> None:
         trainer.merge_lora()
     if not trainer.is_world_process_zero():
         return
-    model.save_pretrained(out, include_base=True if args.lora_r else None)
+    # What is pushed must not refer to a folder of this machine.
+    whole = bool(args.lora_r) or (upload is not None and Path(run.base_model).is_dir())
+    model.save_pretrained(out, include_base=True if whole else None)
     processor.save_pretrained(out)
     seconds = max(time.time() - started, trainer.training_seconds)
     report(out, model, processor, source, held_out, run, args, seconds, None if upload is None else upload.repo_id)
