@@ -192,3 +192,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(vlm):
     assert gradients[0].keys() == gradients[1].keys()
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value, msg=name)
+
+
+def test_prompts_that_are_none_are_named(model):
+    for call in (lambda ids: model(input_ids=ids), lambda ids: model.generate(ids, max_new_tokens=1)):
+        for ids in ([[5, 6]], torch.rand(1, 3)):
+            with pytest.raises(TypeError, match="must be a tensor of token ids"):
+                call(ids)
+        for ids in (torch.tensor([5, 6]), IDS[:0], IDS[:, :0]):
+            with pytest.raises(ValueError, match="both at least 1"):
+                call(ids)
+    with pytest.raises(TypeError, match="must be a GenerationConfig, got dict"):
+        model.generate(IDS, generation_config={"max_new_tokens": 1})

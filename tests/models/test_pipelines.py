@@ -323,6 +323,22 @@ def test_unknown_keywords_are_named_at_construction_and_call(pipe, request, fold
         pipeline(bench.BUILDERS[name][0], model=pipe.model, **parts(pipe), device="cpu", no_such_option=1)
 
 
+@on(*NAMES)
+def test_parts_named_by_a_path_are_loaded(pipe, request, folders):
+    name = request.node.callspec.params["pipe"]
+    paths = dict.fromkeys(parts(pipe), Path(folders[name]))
+    again = pipeline(bench.BUILDERS[name][0], model=pipe.model, **paths, device="cpu")
+    assert {part: type(value) for part, value in parts(again).items()} == {k: type(v) for k, v in parts(pipe).items()}
+    with pytest.raises(TypeError, match="one input or a list of them, got int"):
+        again(5)
+
+
+@on("lfq-image-text")
+def test_an_image_of_no_tokens_is_refused(pipe):
+    with pytest.raises(ValueError, match="num_image_tokens must be >= 1"):
+        pipe("a red circle", num_image_tokens=0)
+
+
 def parts(pipe):
     return {
         name: value

@@ -239,3 +239,16 @@ def test_guidance_and_assistance_while_generating(model):
     one = {name: value[:1] for name, value in inputs.items()}
     with pytest.raises(ValueError, match=r"(?i)assisted decoding"):
         model.generate(**one, max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
+def test_prompts_that_are_none_are_named(model):
+    ids = torch.tensor([[5, 6, 7]])
+    for call in (lambda ids: model(input_ids=ids), lambda ids: model.generate(ids, max_new_tokens=1)):
+        for wrong in (ids.tolist(), ids.float()):
+            with pytest.raises(TypeError, match="must be a tensor of token ids"):
+                call(wrong)
+        for wrong in (ids[0], ids[:0], ids[:, :0]):
+            with pytest.raises(ValueError, match="both at least 1"):
+                call(wrong)
+    with pytest.raises(TypeError, match="must be a GenerationConfig, got dict"):
+        model.generate(ids, generation_config={"max_new_tokens": 1})

@@ -24,7 +24,7 @@ from .lfq_tables import JoinedHead, OldHead, SplitTable, merge_rows
 from .lfq_tokens import check_output_dim
 from .strict_loading import StrictLoading
 from .tokenizer_size import tokenizer_size
-from .wrapped_base import computed_buffers_kept
+from .wrapped_base import check_generation_config, check_ids, computed_buffers_kept
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.
@@ -350,6 +350,8 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
             ValueError: attentions from an implementation that has none, or `return_logits` and `logits_to_keep` where
                 they mean nothing.
         """
+        if input_ids is not None:
+            check_ids(input_ids)
         inputs = kwargs | {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -453,6 +455,9 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
             raise ValueError("inputs and input_ids are two names of one argument; give one of them.")
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        if kwargs.get("input_ids") is not None:
+            check_ids(kwargs["input_ids"])
+        check_generation_config(kwargs.get("generation_config"))
         # Remote code may leave generation to its language model, which sees no images: this model then generates itself.
         generate = self.base.generate if hasattr(self.base, "generate") else super().generate
         return generate(logits_processor=processors or None, **kwargs)

@@ -25,7 +25,7 @@ from .token_removal import Prompt, PrunedCache
 from .token_report import LastPrompt, token_report
 from .vision_reduction import VisionReduction
 from .vlm_adapters import adapter_for
-from .wrapped_base import without_casting_buffers
+from .wrapped_base import check_ids, without_casting_buffers
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.
@@ -264,6 +264,7 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         }
         if input_ids is None:
             raise ValueError("PrunedVLM needs input_ids: it finds the images by their placeholders.")
+        check_ids(input_ids)
         cache = one_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = PrunedCache()

@@ -1,6 +1,7 @@
 """What every pipeline of the package shares: inputs in batches, one state per call, refused keywords, saved folders."""
 
 import difflib
+import os
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers import Pipeline
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Pipeline
 
 from .pipeline_files import save_pipeline
 
@@ -42,6 +43,14 @@ class BatchedPipeline(Pipeline):
     # transformers would set generation options aside at construction and mix them up with those of a call.
     _pipeline_calls_generate = False
 
+    def __init__(self, *args, **kwargs):
+        # transformers loads parts that are named by a string only.
+        loaders = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor, "processor": AutoProcessor}
+        for name, loader in loaders.items():
+            if isinstance(kwargs.get(name), os.PathLike):
+                kwargs[name] = loader.from_pretrained(kwargs[name])
+        super().__init__(*args, **kwargs)
+
     def _is_single(self, inputs: Any) -> bool:
         """Whether `inputs` is one row rather than several."""
         raise NotImplementedError
@@ -60,7 +69,7 @@ class BatchedPipeline(Pipeline):
         """One result for one input, a list for several, an iterator for a generator or a data set.
 
         Raises:
-            TypeError: an unknown keyword; it is named.
+            TypeError: an unknown keyword, which is named, or an input that is neither a row nor several.
             ValueError: `batch_size` below 1 or `num_workers` below 0.
         """
         parameters = self._parameters(kwargs)
@@ -73,6 +82,8 @@ class BatchedPipeline(Pipeline):
         if _is_lazy(inputs):
             rows = _rows_of(inputs, self._dataset_row)
             return self._results(rows, size or self.default_batch_size or 1, workers, parameters)
+        if not hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__"):
+            raise TypeError(f"This pipeline takes one input or a list of them, got {type(inputs).__name__}.")
         rows = list(inputs)
         size = size or self.default_batch_size or max(1, len(rows))
         return list(self._results(rows, size, workers, parameters))

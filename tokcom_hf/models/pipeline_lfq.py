@@ -103,7 +103,8 @@ class LFQImageTextPipeline(PromptPipeline):
 
     def generate_ids(self, encoded: dict, options: dict, own: dict) -> tuple[torch.LongTensor, dict]:
         """Ids `(rows, prompt + new)` of one batch, and the number of tokens of an image."""
-        mode, count = own.get("mode", "image"), own.get("num_image_tokens") or self._num_image_tokens()
+        mode, count = own.get("mode", "image"), own.get("num_image_tokens")
+        count = self._num_image_tokens() if count is None else count
         rows = len(encoded["input_ids"])
         config = options.get("generation_config")
         guidance = options.get("guidance_scale") or getattr(config, "guidance_scale", None)

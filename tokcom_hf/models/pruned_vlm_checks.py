@@ -5,6 +5,7 @@ import inspect
 from transformers import GenerationConfig, GenerationMixin
 
 from .token_selection import LAYER_STRATEGIES, STRATEGIES
+from .wrapped_base import check_generation_config, check_ids
 
 
 def check_stages(model) -> None:
@@ -84,6 +85,8 @@ def check_generation(model, input_ids, generation_config: GenerationConfig | Non
     """Refuses options that `generate` could not follow."""
     if input_ids is None:
         raise ValueError("generate needs input_ids; call it with the processor's output.")
+    check_ids(input_ids)
+    check_generation_config(generation_config)
     settings = generation_config or model.generation_config
     wanted = lambda name: options[name] if name in options else getattr(settings, name, None)  # noqa: E731
     if wanted("use_cache") is False:

@@ -104,6 +104,26 @@ def without_casting_buffers(module: nn.Module, apply: Callable[[], None]) -> Non
             owner._buffers[name] = before.to(after.device)
 
 
+def check_ids(input_ids) -> None:
+    """Refuses what cannot be prompts, without looking at the values.
+
+    Raises:
+        TypeError: no tensor of integers.
+        ValueError: not `(batch, length)`, or empty.
+    """
+    if not torch.is_tensor(input_ids) or input_ids.is_floating_point():
+        kind = input_ids.dtype if torch.is_tensor(input_ids) else type(input_ids).__name__
+        raise TypeError(f"input_ids must be a tensor of token ids (torch.long), got {kind}.")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be (batch, length), both at least 1, got {tuple(input_ids.shape)}.")
+
+
+def check_generation_config(generation_config) -> None:
+    """Raises TypeError for anything but a `GenerationConfig` or None."""
+    if not isinstance(generation_config, GenerationConfig | None):
+        raise TypeError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}.")
+
+
 def named_as_dtype(options: dict) -> dict:
     """Options of `from_pretrained` in which `torch_dtype`, as `dtype` was called before, has its present name."""
     options = dict(options)
