@@ -341,3 +341,31 @@ def test_older_names_and_misspelt_ones_of_loading_and_saving(tmp_path, base):
     assert (
         LFQExpandedModel.from_pretrained(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
     )
+
+
+def test_saved_over_its_base_a_model_keeps_it(tmp_path, base):
+    folder, inputs = base
+    shutil.copytree(folder, tmp_path / "base")
+    model = LFQExpandedModel.from_base(tmp_path / "base", output_dim=BITS)
+    model.freeze_base()
+    with pytest.raises(ValueError, match="is the folder of the base model"):
+        model.save_pretrained(tmp_path / "base", include_base=False)
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path / "base")
+    again = LFQExpandedModel.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(again, inputs), expected)
+    again.save_pretrained(tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "base")
+    assert torch.equal(logits(LFQExpandedModel.from_pretrained(tmp_path / "elsewhere"), inputs), expected)
+
+
+@pytest.mark.parametrize("include_base", [False, True])
+def test_cut_files_and_other_shapes_are_named(tmp_path, base, include_base):
+    folder, _ = base
+    expanded(folder).save_pretrained(tmp_path, include_base=include_base)
+    with pytest.raises(ValueError, match=r"shape|do not fit"):
+        LFQExpandedModel.from_pretrained(tmp_path, output_dim=BITS + 1)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(OSError, match=r"model.safetensors is damaged or was cut short"):
+        LFQExpandedModel.from_pretrained(tmp_path)

@@ -16,6 +16,7 @@ from tokcom_hf import (
     LayerPruner,
     LayerPrunerConfig,
     PrunedVLM,
+    PrunedVLMConfig,
     PruningDiscriminator,
     PruningDiscriminatorConfig,
     TokenMerger,
@@ -395,3 +396,19 @@ def test_older_names_and_misspelt_ones_of_loading_and_saving(vlm, tmp_path):
     loaded = PrunedVLM.from_pretrained(tmp_path, torch_dtype=torch.float32, attn_implementation="eager")
     assert loaded.base.dtype == torch.float32
     assert loaded.config._attn_implementation == loaded.base.config._attn_implementation == "eager"
+
+
+def test_cut_files_and_other_shapes_are_named(vlm, tmp_path):
+    trained = with_heads(vlm)
+    projector_edited_in_place(trained)
+    for number, model in enumerate((with_heads(vlm), trained)):
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        config = PrunedVLMConfig.from_pretrained(folder)
+        config.token_merger |= {"internal_size": 8}
+        with pytest.raises(ValueError, match="token_merger"):
+            PrunedVLM.from_pretrained(folder, config=config)
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(OSError, match=r"model.safetensors is damaged or was cut short"):
+            PrunedVLM.from_pretrained(folder)

@@ -100,6 +100,18 @@ def test_other_sizes_load_where_they_are_ignored_on_purpose(tmp_path):
     larger = TokComVAEConfig(**VAE | {"vocab_size": 60})
     with pytest.raises(RuntimeError, match="size"):
         TokComVAE.from_pretrained(tmp_path, config=larger)
+    with pytest.raises(
+        RuntimeError, match=r"weight is stored with shape \(\d+, 32\), but config.json asks for \(60, 32\)"
+    ):
+        TokComVAE.from_pretrained(tmp_path, config=larger)
     model = TokComVAE.from_pretrained(tmp_path, config=larger, ignore_mismatched_sizes=True)
     assert model.embed_tokens.weight.shape == (60, 32) and model.embed_tokens.weight.isfinite().all()
     assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_a_cut_file_is_named(tmp_path):
+    small("vae").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(OSError, match=r"model.safetensors is damaged or was cut short"):
+        AutoModel.from_pretrained(tmp_path)

@@ -4,12 +4,11 @@ import os
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from .configuration_lfq_expanded import LFQExpandedConfig
 from .lfq_rows import device_of, vocabulary_of
-from .strict_loading import check_values
+from .strict_loading import check_values, opened
 from .wrapped_base import (
     check_saving_options,
     load_generation_config,
@@ -68,7 +67,18 @@ def save_lfq_expanded(model, save, folder, include_base: bool | None, state_dict
     weights = model.state_dict() if state_dict is None else state_dict
     base_weights = {name.removeprefix("base."): value for name, value in weights.items() if name.startswith("base.")}
     _refuse_adapters(model, base_weights)
-    if include_base is None:
+    own = (
+        reference is not None and os.path.isdir(reference) and os.path.realpath(reference) == os.path.realpath(folder)
+    )
+    if own and include_base is False:
+        raise ValueError(
+            f"{os.fspath(folder)} is the folder of the base model, which the new rows would replace; save them to another "
+            "folder, or leave include_base out."
+        )
+    if include_base is None and own:
+        # This save replaces the only files that the base model could be loaded from.
+        include_base = True
+    elif include_base is None:
         include_base = any(p.requires_grad for p in model.base.parameters()) or not _is_reference(model, base_weights)
     elif not include_base and reference is None:
         raise ValueError(
@@ -181,7 +191,7 @@ def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_cod
 def _rows_are_float32(name, hub: dict, kwargs: dict) -> bool:
     """Whether a checkpoint with its base stores the rows in float32, whatever the base model's dtype is."""
     for path in weight_files(name, kwargs.get("variant"), **hub):
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             if f"{ROWS}embedding" in file.keys():  # noqa: SIM118 (no iteration over the file itself)
                 return file.get_slice(f"{ROWS}embedding").get_dtype() == "F32"
     return False

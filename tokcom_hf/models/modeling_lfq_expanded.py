@@ -22,7 +22,7 @@ from .lfq_hooks import LFQHooks
 from .lfq_rows import LFQRows, device_of, initialize_rows, text_host, vocabulary_of, weights_at_hand
 from .lfq_tables import JoinedHead, OldHead, SplitTable, merge_rows
 from .lfq_tokens import check_output_dim
-from .strict_loading import StrictLoading
+from .strict_loading import StrictLoading, check_shapes
 from .tokenizer_size import tokenizer_size
 from .wrapped_base import check_generation_config, check_ids, computed_buffers_kept
 
@@ -189,6 +189,7 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
         # `load_lfq_expanded` names missing and unexpected weights.
+        check_shapes(model, load_config, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def save_pretrained(self, save_directory, include_base: bool | None = None, **kwargs):

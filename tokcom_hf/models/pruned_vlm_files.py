@@ -257,9 +257,14 @@ def _fill_heads(model, name, weights: dict) -> None:
 def _load_everything(load, name, config, options: dict, given: dict, files: list[str]):
     """Heads and base from one set of files."""
     dtypes = stored_dtypes(files)
-    model, info = load(name, config=config, output_loading_info=True, **options | given)
+    # Other shapes are named below; transformers' own error would only point at its log.
+    options = options | given | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load(name, config=config, **options)
     problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys")}
-    problems["mismatched_keys"] = sorted(str(key) for key in info.get("mismatched_keys") or ())
+    shapes = sorted(info.get("mismatched_keys") or ())
+    problems["mismatched_keys"] = [
+        f"{key} ({tuple(stored)} stored, {tuple(wanted)} wanted)" for key, stored, wanted in shapes
+    ]
     if any(problems.values()):
         found = ", ".join(f"{kind.replace('_keys', '')} {keys[:3]}" for kind, keys in problems.items() if keys)
         raise ValueError(f"{name} does not fit its config: {found}.")

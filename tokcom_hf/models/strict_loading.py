@@ -5,10 +5,11 @@ at most: the model then runs and is wrong. `StrictLoading` makes them errors tha
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 # Names in one error message; the rest is counted.
@@ -35,9 +36,32 @@ class StrictLoading(PreTrainedModel):
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
+        check_shapes(model, load_config, loading_info)
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         check_keys(model, loading_info.missing_keys, loading_info.unexpected_keys)
         return loading_info
+
+
+@contextmanager
+def opened(path) -> Iterator[safe_open]:
+    """A safetensors file to read; a damaged one raises OSError that names it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise OSError(f"{path} is damaged or was cut short ({error}); copy or download it again.") from error
+
+
+def check_shapes(model: PreTrainedModel, load_config, loading_info) -> None:
+    """Raises RuntimeError, as transformers does, for a tensor of another shape than the model's, and names it."""
+    if load_config.ignore_mismatched_sizes:
+        return
+    for name, stored, wanted in sorted(loading_info.mismatched_keys):
+        raise RuntimeError(
+            f"{type(model).__name__}: {name} is stored with shape {tuple(stored)}, but config.json asks for "
+            f"{tuple(wanted)}. Load the folder with its own config, or pass ignore_mismatched_sizes=True to draw such "
+            "weights anew."
+        )
 
 
 def stored_tensors(state_dict, checkpoint_files) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,7 +71,7 @@ def stored_tensors(state_dict, checkpoint_files) -> Iterator[tuple[str, torch.Te
         return
     for path in checkpoint_files or ():
         if str(path).endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
+            with opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (no iteration over the file itself)
                     yield name, file.get_tensor(name)
         else:

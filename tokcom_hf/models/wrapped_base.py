@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
+
+from .strict_loading import opened
 
 logger = logging.get_logger(__name__)
 _DTYPES = {
@@ -187,7 +187,8 @@ def read_weights(name: str | os.PathLike, variant: str | None = None, **hub) -> 
     """The weights of a saved model by name, on the CPU; arguments and errors as for `weight_files`."""
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(name, variant, **hub):
-        weights |= load_file(path)
+        with opened(path) as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
     return weights
 
 
@@ -195,7 +196,7 @@ def stored_dtypes(files: list[str]) -> dict[str, torch.dtype]:
     """The dtype of every weight in safetensors files, read from their headers."""
     dtypes = {}
     for path in files:
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (no dictionary)
                 dtypes[name] = _DTYPES.get(file.get_slice(name).get_dtype(), torch.uint8)
     return dtypes
