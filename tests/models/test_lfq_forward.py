@@ -202,5 +202,7 @@ def test_prompts_that_are_none_are_named(model):
         for ids in (torch.tensor([5, 6]), IDS[:0], IDS[:, :0]):
             with pytest.raises(ValueError, match="both at least 1"):
                 call(ids)
+    with pytest.raises(TypeError, match="got NoneType"):
+        LFQExpandedModel.from_base(None, output_dim=BITS)
     with pytest.raises(TypeError, match="must be a GenerationConfig, got dict"):
         model.generate(IDS, generation_config={"max_new_tokens": 1})

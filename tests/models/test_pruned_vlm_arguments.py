@@ -252,3 +252,17 @@ def test_prompts_that_are_none_are_named(model):
                 call(wrong)
     with pytest.raises(TypeError, match="must be a GenerationConfig, got dict"):
         model.generate(ids, generation_config={"max_new_tokens": 1})
+
+
+def test_parts_that_do_not_act_or_fit_are_named(model):
+    vlm = tiny_vlm("llava")
+    with pytest.raises(ValueError, match="keep=4 is the budget of a training-free strategy"):
+        PrunedVLM.from_base(vlm, keep=4)
+    with pytest.raises(TypeError, match="got NoneType"):
+        PrunedVLM.from_base(None)
+    with pytest.raises(TypeError, match="got dict; write TokenMergerConfig"):
+        PrunedVLM.from_base(vlm, token_merger=MERGER)
+    inputs = batch("llava")
+    for name in ("attention_mask", "labels"):
+        with pytest.raises(ValueError, match=f"{name} must have the shape of input_ids"):
+            model(**inputs | {name: torch.ones(2, 3, dtype=torch.long)})

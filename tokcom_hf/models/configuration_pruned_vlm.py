@@ -56,6 +56,11 @@ class PrunedVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"strategy={self.strategy!r} needs keep, the tokens left per image (>= 1), got {self.keep}."
             )
+        if self.strategy is None and self.keep is not None:
+            raise ValueError(
+                f"keep={self.keep} is the budget of a training-free strategy, and no strategy is named; learned stages have "
+                "token_merger.target_merge_tokens and layer_pruner.keep_tokens."
+            )
         if self.strategy is not None and (self.token_merger or self.layer_pruner):
             raise ValueError(
                 "Give either a training-free strategy or the learned token_merger / layer_pruner, not both."

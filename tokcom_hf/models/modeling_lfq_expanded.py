@@ -141,6 +141,10 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
             model = load_base(model, **kwargs)
         elif kwargs:
             raise TypeError(f"{', '.join(kwargs)} can only be given together with the name of a model.")
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"LFQExpandedModel wraps a model of transformers, its Hub name or folder, got {type(model).__name__}."
+            )
         known = getattr(model.config.get_text_config(), "lfq_output_dim", None)
         if isinstance(model, LFQExpandedModel) or known is not None:
             raise ValueError(

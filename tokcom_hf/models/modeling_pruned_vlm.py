@@ -9,7 +9,13 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .cache_name import CACHE, one_cache
 from .configuration_layer_pruner import LayerPrunerConfig
@@ -395,4 +401,9 @@ def _as_dict(part) -> dict | None:
     if part is None:
         return None
     config = part.config if isinstance(part, PreTrainedModel) else part
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"token_merger and layer_pruner are modules or configurations, got {type(part).__name__}; write "
+            "TokenMergerConfig(...) or LayerPrunerConfig(...)."
+        )
     return {name: getattr(config, name) for name in type(config).__annotations__ if not name.startswith("_")}

@@ -29,6 +29,11 @@ class VisionReduction:
                 f"PrunedVLM on {self.base.config.model_type!r} takes {', '.join(self.adapter.image_inputs)}, got "
                 f"{', '.join(unknown)} (videos are not supported)."
             )
+        for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+            if given is not None and given.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(given.shape)}."
+                )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         vision = input_ids == self.adapter.image_token_id
         positions = self.adapter.positions(input_ids, mask, inputs) if position_ids is None else position_ids

@@ -279,6 +279,8 @@ def adapter_for(base) -> VLMAdapter:
     Raises:
         ValueError: a family without adapter, or a model without a language-model head.
     """
+    if not hasattr(base, "config"):
+        raise TypeError(f"PrunedVLM wraps a model of transformers, its Hub name or folder, got {type(base).__name__}.")
     check_family(base.config)
     wanted = AutoModelForImageTextToText._model_mapping[type(base.config)]
     if not isinstance(base, wanted):
