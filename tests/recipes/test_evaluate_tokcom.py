@@ -241,7 +241,7 @@ run:
 @pytest.mark.slow
 def test_compression_rows_differ_in_chunk_size_alone(tmp_path, corpus, tokcom, capsys):
     options = [f"vae.{name}" for name in ("hidden_size=32", "intermediate_size=64", "latent_size=16")]
-    options += ["use_cpu=true", "per_device_train_batch_size=4", "save_steps=2"]
+    options += ["use_cpu=true", "per_device_train_batch_size=4", "vae_training.save_steps=2"]
     call("benchmarks/vae_compression.py", "--train_file", corpus, "--chunk_sizes", 2, 8, "--tokenizers", tokcom,
          "--length", 32, "--max_steps", 2, "--output_dir", tmp_path, "--options", *options)  # fmt: skip
     table = json.loads((tmp_path / "vae_compression.json").read_text())
