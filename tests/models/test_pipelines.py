@@ -286,6 +286,12 @@ def test_requests_that_cannot_be_read_say_why(pipe, inputs, options, error, mess
         pipe(inputs, **options)
 
 
+@on("tokcom-generation", "lfq-image-text", *VLM)
+def test_half_a_surrogate_pair_is_named(pipe):
+    with pytest.raises(ValueError, match=r"at character \d+, half of a surrogate pair"):
+        pipe("abc\ud83d")
+
+
 def test_prompts_pair_and_render(pipes):
     assert as_prompt("a").images == [] and as_prompt({"text": "a", "images": [1, 2]}).images == [1, 2]
     messages = [

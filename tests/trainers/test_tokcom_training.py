@@ -325,9 +325,8 @@ def test_two_ranks_match_one_process_with_the_same_global_batch(tmp_path, stage)
 def test_kill_minus_nine_and_resume_end_at_the_same_weights(tmp_path, stage):
     assert run_worker(tmp_path / "whole", stage, "--save_steps", "5").wait(240) == 0
     killed = run_worker(tmp_path / "cut", stage, "--save_steps", "5", "--slow")
-    deadline = time.time() + 120
     while last_complete_checkpoint(tmp_path / "cut") is None:
-        assert time.time() < deadline and killed.poll() is None
+        assert killed.poll() is None, "the run ended before its first checkpoint"
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()

@@ -31,7 +31,7 @@ from .token_removal import Prompt, PrunedCache
 from .token_report import LastPrompt, token_report
 from .vision_reduction import VisionReduction
 from .vlm_adapters import adapter_for
-from .wrapped_base import check_ids, without_casting_buffers
+from .wrapped_base import check_ids, computed_buffers_kept
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.
@@ -184,9 +184,9 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         self.config.base_config = self.base.config.to_dict()
         return table
 
-    def _apply(self, fn, recurse=True):
-        without_casting_buffers(self, lambda: super(PrunedVLM, self)._apply(fn, recurse))
-        return self
+    def _apply(self, *args, **kwargs):
+        with computed_buffers_kept(self):
+            return super()._apply(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:

@@ -161,3 +161,19 @@ def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.G
             raise ValueError("Give either seed or generator, not both.")
         return generator
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+
+
+def check_texts(texts: list[str]) -> None:
+    """Refuses text that has no UTF-8, which tokenizers report without naming it.
+
+    Raises:
+        ValueError: a text holds half of a surrogate pair, as broken JSON escapes leave it.
+    """
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The text {text!r} holds {text[error.start]!r} at character {error.start}, half of a surrogate pair, "
+                "which is no character; remove it or restore its other half."
+            ) from error

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, generator_of, refuse_unknown
+from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, check_texts, generator_of, refuse_unknown
 from .tokenizer_size import tokenizer_size
 
 FORWARD_ARGUMENTS = (
@@ -76,6 +76,7 @@ class TokComGenerationPipeline(BatchedPipeline):
             return {}
         if not all(isinstance(prompt, str) for prompt in inputs):
             raise TypeError("Prompts must be strings; call the pipeline without arguments to generate from nothing.")
+        check_texts(inputs)
         with TOKENIZER_LOCK:
             rows = self.tokenizer(inputs, add_special_tokens=False).input_ids
         if not all(rows):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .image_files import load_image
-from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, generator_of, refuse_unknown
+from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, check_texts, generator_of, refuse_unknown
 from .pipeline_prompts import Prompt, as_prompt, is_prompt, pair
 from .private_sampling import generation_names, private_options, sampling_options
 
@@ -160,6 +160,7 @@ class PromptPipeline(BatchedPipeline):
         Args:
             texts: of `render`, one per prompt.
         """
+        check_texts([text for text, _ in texts])
         groups: dict[tuple[bool, bool], list[int]] = {}
         for row, (prompt, (_, special)) in enumerate(zip(prompts, texts, strict=True)):
             groups.setdefault((bool(prompt.images), special), []).append(row)

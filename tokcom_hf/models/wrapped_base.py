@@ -85,25 +85,6 @@ def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return same_kind and torch.equal(found.detach().to(expected.device), expected)
 
 
-def without_casting_buffers(module: nn.Module, apply: Callable[[], None]) -> None:
-    """Runs `apply`, which moves or casts `module`, and leaves buffers that no file holds in their own precision.
-
-    Rotary frequencies are such buffers. A model whose frequencies were cast would compute something else than the same
-    weights after saving and loading, which makes them anew.
-    """
-    fixed = [
-        (owner, name, owner._buffers[name])
-        for owner in module.modules()
-        for name in owner._non_persistent_buffers_set
-        if owner._buffers[name] is not None
-    ]
-    apply()
-    for owner, name, before in fixed:
-        after = owner._buffers[name]
-        if after is not None and after.dtype != before.dtype:
-            owner._buffers[name] = before.to(after.device)
-
-
 def check_ids(input_ids) -> None:
     """Refuses what cannot be prompts, without looking at the values.
 
