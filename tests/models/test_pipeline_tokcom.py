@@ -115,7 +115,7 @@ def test_several_sequences_per_prompt_and_the_continuation_alone(pipe):
     [
         ("", {}, ValueError, "makes no token"),
         (["the fox", ""], {}, ValueError, "makes no token"),
-        (3, {}, TypeError, "not iterable"),
+        (3, {}, TypeError, "takes one input or a list of them, got int"),
         (["the fox", None], {}, TypeError, "must be strings"),
         ("the fox", {"num_stpes": 3}, TypeError, "Unknown argument 'num_stpes'"),
         ("the fox", {"num_steps": 0}, ValueError, "num_steps must be at least 1"),

@@ -210,7 +210,9 @@ class VQGAN(StrictLoading):
             output_attentions,
             "a VQGAN returns no outputs of its layers; features(pixel_values) are the encoder's.",
         )
-        quantized = self.quantizer(self.features(pixel_values), learns=self._codebook_learns())
+        # Another quantizer in this place needs to know nothing of adapters.
+        options = {} if self._codebook_learns() else {"learns": False}
+        quantized = self.quantizer(self.features(pixel_values), **options)
         reconstruction = self.decoder(quantized.embeddings.permute(0, 3, 1, 2))
         losses = self.losses(reconstruction, self._target(pixel_values, labels), quantized)
         output = VQGANOutput(reconstruction=reconstruction, codes=quantized.codes, **losses)
