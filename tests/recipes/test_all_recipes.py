@@ -82,7 +82,7 @@ def advised_flags(path: Path) -> set[str]:
         part.value for node in raised for part in ast.walk(node)
         if isinstance(part, ast.Constant) and isinstance(part.value, str)
     ]  # fmt: skip
-    return {flag for text in texts for flag in re.findall(r"--([a-z][a-z_]*[a-z](?:\.[a-z_]+)?)", text)}
+    return {flag for text in texts for flag in re.findall(r"--([a-z][a-z0-9_]*[a-z0-9](?:\.[a-z0-9_]+)?)", text)}
 
 
 def flags_of(wanted: dict[str, type]) -> set[str]:
