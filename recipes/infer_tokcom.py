@@ -28,6 +28,12 @@ from tokcom_hf.data.text_files import is_json_lines, read_text
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
+GENERATING = ("generate", "conditional")
+# Options that only some modes use; given with another mode they are refused.
+ONLY_IN = {
+    **dict.fromkeys(("temperature", "block_size", "best_of", "guidance_scale"), GENERATING),
+    **dict.fromkeys(("num_steps", "sampler", "seed"), (*GENERATING, "denoise_reconstruct")),
+}
 
 
 @dataclass
@@ -43,24 +49,24 @@ class InferenceArguments:
     latents: str | None = field(default=None, metadata={"help": "File to decode, written by mode encode."})
     num_chunks: int = field(default=256, metadata={"help": "Chunks to generate without a prompt."})
     num_generate_chunks: int = field(default=64, metadata={"help": "Chunks to add to a prompt."})
-    num_steps: int = field(default=50, metadata={"help": "Flow steps."})
+    num_steps: int | None = field(default=None, metadata={"help": "Steps of the flow; none takes the model's own."})
     noise_level: float = field(default=0.5, metadata={"help": "Start of denoise_reconstruct: 0 pure noise, 1 clean."})
     batch_size: int = field(default=1, metadata={"help": "Texts to generate; otherwise rows per forward pass."})
-    temperature: float = field(default=0.0, metadata={"help": "Of the decoder's token distribution; 0 is greedy."})
-    posterior_temperature: float = field(
-        default=1.0,
-        metadata={"help": "Of the token distributions of models that predict tokens; below 1 is safer text."},
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "Factor of all noise: 1 as trained, 0 gives one text; none takes the model's own."},
     )
-    sampler: str | None = field(
-        default=None, metadata={"help": "euler, renoise, heun or commit; none takes the model's own."}
-    )
+    sampler: str | None = field(default=None, metadata={"help": "euler, heun or renoise; none takes the model's own."})
     block_size: int | None = field(
         default=None,
-        metadata={"help": "Chunks generated in parallel: 1 chunk by chunk, 0 all; none takes the model's own."},
+        metadata={"help": "Chunks denoised together: 1 from left to right, 0 all; none takes the model's own."},
     )
-    token_lag: float = field(
-        default=0.0,
-        metadata={"help": "How far tokens of a chunk wait for those left of them (models with token times)."},
+    best_of: int | None = field(
+        default=None,
+        metadata={"help": "Draws of each block, of which the one is kept that lies nearest to its own text."},
+    )
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Above 1 the text follows what stands before it more closely."}
     )
     seed: int | None = field(default=None, metadata={"help": "Makes the output reproducible."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the best there is."})
@@ -92,13 +98,17 @@ def check_arguments(run: InferenceArguments) -> None:
     """Refuses bad values before anything is loaded or written."""
     if run.mode not in MODES:
         raise RecipeError(f"--mode must be one of {', '.join(MODES)}, got {run.mode!r}.")
-    for name in ("num_chunks", "num_generate_chunks", "num_steps", "batch_size"):
-        if getattr(run, name) < 1:
-            raise RecipeError(f"--{name} must be at least 1, got {getattr(run, name)}.")
+    for name in ("num_chunks", "num_generate_chunks", "num_steps", "batch_size", "best_of"):
+        value = getattr(run, name)
+        if value is not None and value < 1:
+            raise RecipeError(f"--{name} must be at least 1, got {value}.")
     if not 0 <= run.noise_level <= 1:
         raise RecipeError(f"--noise_level must be in [0, 1], got {run.noise_level:g}.")
-    if run.temperature < 0:
+    if run.temperature is not None and run.temperature < 0:
         raise RecipeError(f"--temperature must not be negative, got {run.temperature:g}.")
+    for name, modes in ONLY_IN.items():
+        if getattr(run, name) is not None and run.mode not in modes:
+            raise RecipeError(f"--{name} has no meaning in mode {run.mode}; it belongs to {', '.join(modes)}.")
     if run.mode == "encode" and run.output_file is None:
         raise RecipeError("--mode encode needs --output_file, for example --output_file latents.safetensors.")
     if run.mode == "decode" and run.latents is None:
@@ -147,20 +157,20 @@ def vae_config(model: Any) -> Any:
     return getattr(model, "vae", model).config
 
 
-def sampling(run: InferenceArguments) -> dict[str, Any]:
+def sampling(run: InferenceArguments, names: tuple[str, ...] = ("num_steps", "sampler")) -> dict[str, Any]:
+    """What was said of the flow, and a generator of its noise."""
     generator = torch.Generator()
     if run.seed is None:
         generator.seed()
     else:
         generator.manual_seed(run.seed)
-    return {"num_steps": run.num_steps, "sampler": run.sampler, "generator": generator}
+    given = {name: getattr(run, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None} | {"generator": generator}
 
 
 def generating(run: InferenceArguments) -> dict[str, Any]:
     """Options of `generate`, with or without a prompt."""
-    names = ("temperature", "posterior_temperature", "block_size", "token_lag")
-    own = {name: getattr(run, name) for name in names}
-    return sampling(run) | own
+    return sampling(run, ("num_steps", "sampler", "temperature", "block_size", "best_of", "guidance_scale"))
 
 
 def to_text(tokenizer: Any, ids: Any) -> str:
@@ -180,17 +190,13 @@ def continue_texts(
     options, results = generating(run), []
     for start in tqdm(range(0, len(prompts), run.batch_size), desc="continuing", unit="batch", delay=2):
         rows = tokenizer(prompts[start : start + run.batch_size], add_special_tokens=False).input_ids
-        lengths = torch.tensor([len(row) for row in rows])
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        ids = model.generate(
-            padded,
-            num_generate_chunks=run.num_generate_chunks,
-            prompt_mask=mask,
-            **options,
-        )
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        ids = model.generate(ids, attention_mask=mask, num_generate_chunks=run.num_generate_chunks, **options)
         results += [
-            {"text": to_text(tokenizer, row), "prompt_tokens": int(length)} for row, length in zip(ids, lengths)
+            {"text": to_text(tokenizer, new[width - len(row) :]), "prompt_tokens": len(row)}
+            for new, row in zip(ids, rows)
         ]
     return results
 
@@ -221,7 +227,9 @@ def batches(pieces: list[torch.Tensor], batch_size: int, description: str):
 @torch.no_grad()
 def reconstruct(model: Any, tokenizer: Any, texts: list[str], run: InferenceArguments) -> list[dict[str, Any]]:
     """Each text through the latents and back, after noise and denoising in mode denoise_reconstruct."""
-    options, vae, results = sampling(run) | {"sampler": run.sampler or "euler"}, getattr(model, "vae", model), []
+    options, vae, results = sampling(run), getattr(model, "vae", model), []
+    if run.mode == "denoise_reconstruct":
+        options = {"num_steps": model.config.num_steps} | options
     for text in texts:
         ids, pieces, count = windows(model, tokenizer, text)
         parts = []

@@ -2,12 +2,14 @@
 
     python recipes/train_ar_baseline.py --match_tokcom outputs/tokcom --budget compute --output_dir outputs/ar_compute
     python recipes/train_ar_baseline.py --match_tokcom outputs/tokcom --budget tokens --output_dir outputs/ar_tokens
-    python recipes/train_ar_baseline.py --train_file my.txt --parameters 8000000 --tokens 5000000
+    python recipes/train_ar_baseline.py --train_file train.txt --validation_file development.txt \
+        --parameters 8000000 --tokens 5000000
 
 `--budget compute` stops when its floating-point operations (matrix products and attention, counted on a real step) reach
-those of TokCom's two stages together; `--budget tokens` when it has seen as many tokens as both stages together. Name the
-same text as TokCom was trained on (--train_file, --dataset_name, --split_seed). Leaves model, tokenizer, model card and
-`budget.json`.
+those of all of TokCom's stages together; `--budget tokens` when it has seen as many tokens as these. Name the same text as
+TokCom was trained on (--train_file, --dataset_name, --split_seed); settings are chosen by the loss on development text
+(--validation_file), as many of them as TokCom's were. All losses are nats per token. Leaves model, tokenizer, model card
+and `budget.json`.
 """
 
 import json
@@ -56,9 +58,14 @@ SECTIONS = {"run": RunArguments, "data": TextSource, "training": CompressionTrai
 
 
 class CausalTrainer(CompressionTrainer):
-    """Next-token loss on rows of `input_ids` and `attention_mask`; padding does not count."""
+    """Next-token loss in nats per token on rows of `input_ids` and `attention_mask`; padding does not count."""
 
     data_columns = ("input_ids", "attention_mask")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The loss is a mean over tokens: Trainer shall divide by the accumulation steps, which it leaves to a Llama's loss.
+        self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -123,6 +130,7 @@ def main() -> None:
     trainer.train(folder.checkpoint(trainer.checkpoint_files()))
     trainer.use_averaged_weights()
     loss = trainer.evaluate()["eval_loss"]
+    print(f"held out: {loss:.4f} nats per token", flush=True)
     trainer.save_model(str(out))
     budget = {
         "parameters": model.num_parameters(),

@@ -1,4 +1,4 @@
-"""Trains TokCom: a VAE that turns 4 tokens into 1 latent, then a denoiser that generates such latents.
+"""Trains TokCom: a VAE that turns 4 tokens into 1 latent, a flow that writes such latents, and on demand its few-step copy.
 
     accelerate launch recipes/train_tokcom.py                                    # embedded English text, CPU, minutes
     accelerate launch recipes/train_tokcom.py --train_file my.txt --output_dir outputs/mine
@@ -6,13 +6,13 @@
         --dataset_name Salesforce/wikitext --dataset_config wikitext-103-raw-v1
     accelerate launch recipes/train_tokcom.py --config recipes/configs/paper/train_tokcom.yaml
     accelerate launch recipes/train_tokcom.py --resume_from_checkpoint true      # go on after an interruption
+    accelerate launch recipes/train_tokcom.py --stage distill                    # 2 steps per block, from the model of above
 
 Leaves in the output folder: the model (`AutoModel.from_pretrained`), its tokenizer, a model card, `results.json`,
-`samples.txt`, and the VAE alone in `vae/`.
+`samples.txt`, the VAE alone in `vae/`, and the distilled model in `distilled/`.
 """
 
 import json
-import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModel, set_seed
+from transformers import AutoModel, LlamaConfig, set_seed
 
 from tokcom_hf import (
     DenoisedModelConfig,
     DenoiserTrainer,
     DenoiserTrainingArguments,
+    DistillationTrainer,
+    DistillationTrainingArguments,
     TokComConfig,
     TokComModel,
     TokComVAE,
@@ -37,13 +39,14 @@ from tokcom_hf import (
 )
 from tokcom_hf.cards import EMBEDDED_TEXT, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.latent_rows import encode_rows
+from tokcom_hf.data.latent_rows import encode_rows, latent_statistics
 from tokcom_hf.data.text import load_text_rows
 from tokcom_hf.data.tokenizers import check_tokenizer
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.denoising import denoising_metrics
 from tokcom_hf.metrics.reconstruction import reconstruction_metrics
+from tokcom_hf.metrics.tokcom_report import measure_text, print_report
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
 
@@ -57,7 +60,13 @@ class RunArguments(RunFolderArguments):
     """What the run reads and where it writes."""
 
     output_dir: str = field(default="outputs/tokcom", metadata={"help": "Folder of the model and the reports."})
-    stage: str = field(default="both", metadata={"help": "'vae', 'denoiser' (needs <output_dir>/vae) or 'both'."})
+    stage: str = field(
+        default="both",
+        metadata={
+            "help": "'vae', 'denoiser' (takes the VAE in <output_dir>/vae), 'distill' (takes the model in <output_dir>), "
+            "'both' (the first two) or 'all'."
+        },
+    )
     train_file: str | None = field(default=None, metadata={"help": "Text (.txt) or JSON lines (.jsonl) to train on."})
     text_column: str = field(default="text", metadata={"help": "Field of JSON lines and Hub data sets."})
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
@@ -87,33 +96,48 @@ class RunArguments(RunFolderArguments):
         },
     )
     sample_chunks: int = field(default=32, metadata={"help": "Chunks of the samples shown at the end."})
-    sample_steps: int = field(default=32, metadata={"help": "Flow steps of those samples."})
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Flow steps of those samples; the model's own where not set."}
+    )
     prompt: str = field(default="The function returns", metadata={"help": "Prompt of the conditional sample."})
 
 
-STAGES = ("vae", "denoiser")
+# --stage -> the stages that it trains, and those that it takes from the output folder. A stage is called as its folder.
+STAGES = {
+    "vae": (("vae",), ()), "denoiser": (("denoiser",), ("vae",)), "distill": (("distilled",), ("vae", "denoiser")),
+    "both": (("vae", "denoiser"), ()), "all": (("vae", "denoiser", "distilled"), ()),
+}  # fmt: skip
 SECTIONS = {
     "run": RunArguments,
     "vae": TokComVAEConfig,
     "denoiser": DenoisedModelConfig,
+    "context": LlamaConfig,
     "flow": TokComConfig,
     "vae_training": TokComVAETrainingArguments,
     "denoiser_training": DenoiserTrainingArguments,
+    "distillation_training": DistillationTrainingArguments,
 }
+# The sections that decide the result of a stage, beside those of the stages before.
+DECIDING = {
+    "vae": ("run", "vae", "vae_training"), "denoiser": ("denoiser", "context", "flow", "denoiser_training"),
+    "distilled": ("distillation_training",),
+}  # fmt: skip
 
 
 def main() -> None:
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
     run = RunArguments(**values["run"])
-    if run.stage not in ("vae", "denoiser", "both"):
-        raise RecipeError(f"--stage must be vae, denoiser or both, got {run.stage!r}.")
+    if run.stage not in STAGES:
+        raise RecipeError(f"--stage must be one of {', '.join(STAGES)}, got {run.stage!r}.")
+    stages, given = STAGES[run.stage]
     # The whole folder is pushed once, when it is finished: by the run, not by the trainer of a stage.
-    take_upload(values["vae_training"])
-    upload = take_upload(values["denoiser_training"])
+    uploads = {
+        name: take_upload(values[name]) for name in ("vae_training", "denoiser_training", "distillation_training")
+    }
+    upload = uploads["distillation_training" if run.stage == "distill" else "denoiser_training"]
     if upload is not None and run.stage == "vae":
         raise RecipeError("--push_to_hub pushes the whole model; --stage vae trains only its first part.")
-    stages = STAGES if run.stage == "both" else (run.stage,)
-    folder = RunFolder(run, "train_tokcom", stages, STAGES, given=("vae",) if run.stage == "denoiser" else ())
+    folder = RunFolder(run, "train_tokcom", stages, ("vae", "denoiser", "distilled"), given=given)
     out = folder.path
     state = PartialState()
     use_all_cores(run.threads)
@@ -128,7 +152,7 @@ def main() -> None:
         text_column=run.text_column,
         streaming=run.streaming,
         max_documents=run.max_documents,
-        tokenizer=folder.begun_with("vae", "tokenizer.json") or run.tokenizer,
+        tokenizer=folder.begun_with("vae", "tokenizer.json") or run.tokenizer or given_tokenizer(out, given),
         vocab_size=run.tokenizer_vocab_size,
         length=run.length,
         chunk_size=chunk_size,
@@ -141,34 +165,40 @@ def main() -> None:
                f"tokens; vocabulary {len(data.tokenizer):,} + omni token")  # fmt: skip
     results: dict[str, Any] = {"rows": len(data.train), "vocabulary": len(data.tokenizer)}
 
-    if run.stage == "denoiser":
-        vae, results["vae"] = load_vae(out / "vae", data.tokenizer), {}
-    # Both stages' settings are checked before the first one starts.
-    config, arguments = vae_settings(values, run, data)
-    shape = config if run.stage != "denoiser" else vae.config
-    flow, denoiser_arguments = denoiser_settings(values, run, data, shape)
+    # The settings of all stages are checked before the first one starts.
+    vae_config, vae_arguments = vae_settings(values, run, data)
+    if "vae" in given:
+        vae, results["vae"] = load_part(out / "vae", data.tokenizer, "vae"), {}
+        vae_config = vae.config
+    if "denoiser" in given:
+        model = load_part(out, data.tokenizer, "denoiser")
+    config, denoiser_arguments = denoiser_settings(values, run, data, vae_config)
+    distillation_arguments = DistillationTrainingArguments(
+        **training_values(values, "distillation_training", "distilled", run)
+    )
     folder.start({stage: stage_settings(values, stage) for stage in stages})
 
-    if run.stage != "denoiser":
-        vae, results["vae"] = train_vae(folder, config, arguments, run, data)
-    if run.stage == "vae":
-        return
-    model, results["denoiser"] = train_denoiser(folder, flow, denoiser_arguments, run, data, vae)
-    if state.is_main_process and model.config.train_embeddings:
-        # The tables have moved since stage 1: what is reported is what is saved.
-        results["vae"] |= reconstruction_metrics(model.vae, *held_out(data, 128), SIGMAS)
-    if state.is_main_process:
-        parts = [part["seconds"] for part in (results["vae"], results["denoiser"]) if "seconds" in part]
-        # Of a resumed run the seconds of all its parts, else those on the clock, data and reports included.
-        results["seconds"] = round(max(time.time() - started, sum(parts)), 1)
-        report(out, model, data, run, results, None if upload is None else upload.repo_id)
-        if upload is not None:
-            print("pushed to", upload.push(out))
+    if "vae" in stages:
+        vae, results["vae"] = train_vae(folder, vae_config, vae_arguments, run, data)
+    if "denoiser" in stages:
+        model, results["denoiser"] = train_denoiser(folder, config, denoiser_arguments, run, data, vae)
+        finish(out, model, data, run, results, started)
+    if "distilled" in stages:
+        model, results["distilled"] = distill(folder, model, distillation_arguments, run, data)
+        finish(out / "distilled", model, data, run, results, started)
+    if upload is not None:
+        print_once(state, f"pushed to {upload.push(out / 'distilled' if run.stage == 'distill' else out)}")
+
+
+def given_tokenizer(out: Path, given: tuple[str, ...]) -> str | None:
+    """The folder of the tokenizer with which the stages that this run takes over were trained."""
+    return str(out / "vae") if given and (out / "vae" / "tokenizer.json").is_file() else None
 
 
 def stage_settings(values, stage: str) -> dict[str, Any]:
-    """What decides the result of a stage, that of the stage before it included."""
-    names = ["run", "vae", "vae_training"] + (["denoiser", "flow", "denoiser_training"] if stage == "denoiser" else [])
+    """What decides the result of a stage, that of the stages before it included."""
+    order = list(DECIDING)
+    names = [name for earlier in order[: order.index(stage) + 1] for name in DECIDING[earlier]]
     shown = ("stage", "prompt", "sample_chunks", "sample_steps")
     return settings_of({name: SECTIONS[name] for name in names}, values, ignore=shown)
 
@@ -185,8 +215,13 @@ def denoiser_settings(
 ) -> tuple[TokComConfig, DenoiserTrainingArguments]:
     """The whole model's configuration and stage 2's training arguments."""
     flow = {"max_chunks": run.length // vae.chunk_size, "eos_token_id": data.tokenizer.eos_token_id}
-    denoiser = {"latent_size": vae.latent_size, **values["denoiser"]}
-    config = TokComConfig(**flow | values["flow"] | {"vae": vae.to_dict(), "denoiser": denoiser})
+    # Hints are for the training of stage 1 alone.
+    parts = {
+        "vae": vae.to_dict() | {"hint_tokens": 0},
+        "denoiser": values["denoiser"],
+        "context": values["context"] or None,
+    }
+    config = TokComConfig(**flow | values["flow"] | parts)
     return config, DenoiserTrainingArguments(**training_values(values, "denoiser_training", "denoiser", run))
 
 
@@ -197,7 +232,7 @@ def train_vae(
     out = folder.path / "vae"
     if folder.is_finished("vae"):
         print_once(PartialState(), f"stage 1 is finished in {out}; going on with stage 2")
-        return load_vae(out, data.tokenizer), json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return load_part(out, data.tokenizer, "vae"), json.loads((out / "results.json").read_text(encoding="utf-8"))
     vae = TokComVAE(config)
     parameters = vae.num_parameters()
     print_once(PartialState(), f"stage 1: TokComVAE with {parameters:,} parameters")
@@ -211,8 +246,9 @@ def train_vae(
     metrics = reconstruction_metrics(vae, ids, mask, SIGMAS) if trainer.is_world_process_zero() else {}
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
-        results = {"parameters": parameters, "steps": trainer.state.global_step}
-        results |= {"seconds": round(trainer.training_seconds, 1), **metrics}
+        untrained = reconstruction_metrics(TokComVAE(config), ids, mask, (0.0,))
+        results = stage_results(trainer, parameters, metrics)
+        results["untrained_token_accuracy"] = untrained["token_accuracy"]
         (out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
         card = {"parameters": {"TokComVAE": parameters}, "metrics": metrics, "samples": {}} | card_data(run, metrics)
         write_model_card(out, "tokcom", tags=["text-compression"], pipeline_tag="feature-extraction", name="TokComVAE",
@@ -237,17 +273,25 @@ def train_denoiser(
     state, latents = PartialState(), folder.path / "denoiser"
     set_seed(run.seed)
     model = TokComModel(config)
-    model.vae.load_state_dict(vae.state_dict())
+    model.vae.load_state_dict(
+        {name: value for name, value in vae.state_dict().items() if not name.startswith("hint.")}
+    )
     vae = model.vae
-    parameters = model.denoiser.num_parameters()
-    print_once(state, f"stage 2: DenoisedModel with {parameters:,} parameters")
-    # One process writes the latents, the others read its file.
-    with state.main_process_first():
-        train = encode_rows(vae, data.train, latents / "train_latents.npy", description="encoding training rows")
-        validation = encode_rows(
-            vae, data.validation, latents / "validation_latents.npy", description="encoding held-out rows"
-        )
-    model.fit_latents(train.mean, train.std)
+    parameters = model.num_parameters()
+    print_once(
+        state, f"stage 2: TokComModel with {parameters:,} parameters, {vae.num_parameters():,} of them the VAE's"
+    )
+    train, validation = data.train, data.validation
+    if model.context is None:
+        # Blocks are whole rows, whose latents are encoded once. One process writes them, the others read its file.
+        with state.main_process_first():
+            train = encode_rows(vae, train, latents / "train_latents.npy", description="encoding training rows")
+            validation = encode_rows(
+                vae, validation, latents / "validation_latents.npy", description="encoding held-out rows"
+            )
+        model.fit_latents(train.mean, train.std)
+    else:
+        model.fit_latents(*latent_statistics(vae, train))
     trainer = DenoiserTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=validation, processing_class=data.tokenizer
     )
@@ -258,69 +302,106 @@ def train_denoiser(
     metrics = denoising_metrics(model, ids, mask, TIMES) if trainer.is_world_process_zero() else {}
     trainer.save_model(str(folder.path))
     folder.finish("denoiser")
-    steps = {"parameters": parameters, "steps": trainer.state.global_step}
-    return model, steps | {"seconds": round(trainer.training_seconds, 1), **metrics}
+    return model, stage_results(trainer, parameters, metrics)
 
 
-def report(
-    out: Path, model: TokComModel, data, run: RunArguments, results: dict[str, Any], repo_id: str | None
-) -> None:
-    """Samples, results.json and the model card; prints what a newcomer wants to see."""
-    device = model.device
+def distill(
+    folder: RunFolder, teacher: TokComModel, arguments: DistillationTrainingArguments, run: RunArguments, data
+):
+    """Stage 3; returns the model with the distilled denoiser and its held-out denoising accuracies."""
+    print_once(PartialState(), f"stage 3: {arguments.student_steps} steps instead of {arguments.teacher_steps}")
+    set_seed(run.seed)
+    trainer = DistillationTrainer(
+        args=arguments, teacher=teacher, train_dataset=data.train, eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+    )  # fmt: skip
+    trainer.train(folder.checkpoint(trainer.checkpoint_files(), "distilled"))
+    trainer.use_averaged_weights()
+    model = trainer.distilled()
+    ids, mask = held_out(data, 64)
+    metrics = denoising_metrics(model, ids, mask, TIMES) if trainer.is_world_process_zero() else {}
+    if trainer.is_world_process_zero():
+        model.save_pretrained(folder.path / "distilled")
+        data.tokenizer.save_pretrained(folder.path / "distilled")
+    folder.finish("distilled")
+    trainer.accelerator.wait_for_everyone()
+    return model, stage_results(trainer, model.num_parameters(), metrics)
+
+
+def stage_results(trainer, parameters: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What results.json says of a stage: size, steps, time, first and last training losses, accuracies."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = {} if not logs else {"first_loss": logs[0]["loss"], "last_loss": logs[-1]["loss"]}
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    held_out_losses = {
+        name: value for name, value in last.items() if name.startswith("eval_") and name.endswith("_loss")
+    }
+    steps = {
+        "parameters": parameters,
+        "steps": trainer.state.global_step,
+        "seconds": round(trainer.training_seconds, 1),
+    }
+    return steps | losses | held_out_losses | metrics
+
+
+def finish(out: Path, model: TokComModel, data, run: RunArguments, results: dict[str, Any], started: float) -> None:
+    """Samples, held-out table, results.json and the model card; prints what a newcomer wants to see."""
+    if not PartialState().is_main_process:
+        return
+    parts = [part["seconds"] for part in results.values() if isinstance(part, dict) and "seconds" in part]
+    # Of a resumed run the seconds of all its parts, else those on the clock, data and reports included.
+    results["seconds"] = round(max(time.time() - started, sum(parts)), 1)
     generator = torch.Generator().manual_seed(run.seed)
     settings = {"num_steps": run.sample_steps, "generator": generator}
     generated = model.generate(num_chunks=run.sample_chunks, **settings)[0]
-    prompt = data.tokenizer(run.prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
+    prompt = data.tokenizer(run.prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
     continued = model.generate(prompt, num_generate_chunks=run.sample_chunks, **settings)[0]
-    text = data.tokenizer.decode(generated, skip_special_tokens=True)
-    continuation = data.tokenizer.decode(continued, skip_special_tokens=True)
-    vae, denoiser = results["vae"], results["denoiser"]
+    results["samples"] = {
+        "generated": data.tokenizer.decode(generated, skip_special_tokens=True),
+        "conditional": data.tokenizer.decode(continued, skip_special_tokens=True),
+    }
     # Files first: whatever happens to the terminal, they are there.
-    (out / "samples.txt").write_text(f"{text}\n\n---\n\n{continuation}\n", encoding="utf-8")
-    results["samples"] = {"generated": text, "conditional": continuation}
+    (out / "samples.txt").write_text("\n\n---\n\n".join(results["samples"].values()) + "\n", encoding="utf-8")
+    results["text"] = measure_text(model, data.train, data.validation, seed=run.seed, num_steps=run.sample_steps)
     (out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
-    parameters = {"VAE": vae.get("parameters"), "denoiser": denoiser["parameters"]}
-    metrics = {k: v for part in (vae, denoiser) for k, v in part.items() if isinstance(v, float)}
+    # What this model measures, not its teacher.
+    measured = results["vae"] | results["distilled" if "distilled" in results else "denoiser"]
+    metrics = {k: v for k, v in measured.items() if "accuracy" in k or k.startswith("eval_")}
+    parameters = {"TokCom": model.num_parameters(), "of them VAE": model.vae.num_parameters()}
     card = {"parameters": parameters, "metrics": metrics, "samples": results["samples"]} | card_data(run, metrics)
     write_model_card(out, "tokcom", tags=["text-generation", "flow-matching"], pipeline_tag="text-generation",
-                     name="TokCom", repo_id=repo_id, config=model.config.to_dict(), **card)  # fmt: skip
-    figures = plot(out, vae, denoiser)
-    print("\nheld-out accuracy of the VAE against noise (sigma in latent standard deviations)")
-    for sigma in SIGMAS:
-        name = "token_accuracy" + (f"_sigma_{sigma:g}" if sigma else "")
-        if name in vae:
-            print(f"  sigma {sigma:<4g} token {vae[name]:.4%}   chunk {vae[name.replace('token', 'chunk')]:.4%}")
-    print("\nheld-out token accuracy of one denoising step against t (0 noise, 1 clean)")
-    for t in TIMES:
-        print(f"  t {t:g}   denoised {denoiser[f'denoised_accuracy_t_{t:g}']:.2%}   "
-              f"noisy latent decoded directly {denoiser[f'direct_accuracy_t_{t:g}']:.2%}")  # fmt: skip
-    if "next_token_loss" in denoiser:
-        loss = denoiser["next_token_loss"]
-        print(f"\nheld-out loss of the next token: {loss:.3f} nats, a perplexity of {math.exp(loss):.1f}")
-    print(f"\ngenerated from nothing:\n  {text!r}\n\ncontinuing {run.prompt!r}:\n  {continuation!r}")
-    print(f"\n{figures}\n\nmodel, tokenizer, card and results in {out} after {results['seconds']:.0f} s; load it with\n"
-          f"  AutoModel.from_pretrained({str(out)!r})")  # fmt: skip
+                     name="TokCom", config=model.config.to_dict(), **card)  # fmt: skip
+    print_report(results, run.prompt)
+    print(f"{plot(out, results)}\n\nmodel, tokenizer, card and results in {out} after {results['seconds']:.0f} s; load it "
+          f"with\n  AutoModel.from_pretrained({str(out)!r})")  # fmt: skip
 
 
-def plot(out: Path, vae: dict[str, Any], denoiser: dict[str, Any]) -> str:
+def plot(out: Path, results: dict[str, Any]) -> str:
     """Two figures: accuracy against latent noise, and against t; returns what to say about them."""
     if find_spec("matplotlib") is None:
         return "no figures: matplotlib is not installed (pip install 'tokcom_hf[plots]')"
     from tokcom_hf.plots_text import plot_accuracy_against_noise, plot_denoising_against_time
 
-    if "token_accuracy" in vae:
-        plot_accuracy_against_noise(vae, out / "accuracy_against_noise.png")
-    plot_denoising_against_time(denoiser, out / "denoising_against_time.png")
-    return f"figures: {out / 'accuracy_against_noise.png'}, {out / 'denoising_against_time.png'}"
+    drawn = []
+    if "token_accuracy" in results.get("vae", {}):
+        drawn.append(out / "accuracy_against_noise.png")
+        plot_accuracy_against_noise(results["vae"], drawn[-1])
+    if "denoised_accuracy_t_0.5" in results.get("denoiser", {}):
+        drawn.append(out / "denoising_against_time.png")
+        plot_denoising_against_time(results["denoiser"], drawn[-1])
+    return "figures: " + (", ".join(map(str, drawn)) or "none")
 
 
-def load_vae(folder: Path, tokenizer) -> TokComVAE:
-    """Stage 1's result, checked against the tokenizer."""
+def load_part(folder: Path, tokenizer, stage: str) -> Any:
+    """The VAE ("vae") or whole model ("denoiser") that an earlier stage left, checked against the tokenizer."""
     if not (folder / "config.json").is_file():
-        raise RecipeError(f"No trained VAE in {str(folder)!r}; run --stage vae first.")
-    vae = AutoModel.from_pretrained(folder)
-    check_tokenizer(tokenizer, vae.config)
-    return vae
+        raise RecipeError(
+            f"This stage goes on from what --stage {stage} trains, and there is no model in {str(folder)!r}; run that one "
+            "first, or name its folder with --output_dir."
+        )
+    model = AutoModel.from_pretrained(folder)
+    check_tokenizer(tokenizer, getattr(model, "vae", model).config)
+    return model
 
 
 def training_values(values, section: str, stage: str, run: RunArguments) -> dict[str, Any]:

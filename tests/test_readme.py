@@ -86,3 +86,29 @@ def test_links_and_pictures_exist(page):
         linked = (page.parent / file).resolve() if file else page
         assert linked.is_file(), target
         assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+def test_the_page_of_tokcom_explains_every_option_and_those_it_sets_exist():
+    from tokcom_hf import (
+        DenoisedModelConfig,
+        DenoiserTrainingArguments,
+        DistillationTrainingArguments,
+        TokComConfig,
+        TokComVAEConfig,
+    )
+
+    page = PAGES[ROOT / "docs" / "tokcom.md"]
+    named = set(re.findall(r"`(\w+)`", page))
+    configs = [cls.__annotations__ for cls in (TokComConfig, TokComVAEConfig, DenoisedModelConfig)]
+    options = set().union(*configs, DistillationTrainingArguments.__annotations__) - {"model_type", "sub_configs"}
+    # The parts are sections; a tied head is no choice.
+    assert options - named - {"vae", "denoiser", "tie_word_embeddings"} == set()
+    sections = {
+        "vae": TokComVAEConfig, "denoiser": DenoisedModelConfig, "flow": TokComConfig,
+        "denoiser_training": DenoiserTrainingArguments, "distillation_training": DistillationTrainingArguments,
+    }  # fmt: skip
+    for text in (page, PAGES[ROOT / "README.md"]):
+        for section, option in re.findall(
+            r"\b(vae|denoiser|flow|denoiser_training|distillation_training)\.(\w+)", text
+        ):
+            assert hasattr(sections[section](**{"output_dir": "x"} if "training" in section else {}), option), option

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from .registry import MODELS, register_all
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> submodule. Models come from the registry, so that a row there is all a new model needs.
 _LAZY = {name: f"models.configuration_{row.stem}" for row in MODELS for name in [row.config]}
@@ -18,6 +18,8 @@ _LAZY |= {
     "TokComVAETrainingArguments": "trainers.tokcom",
     "DenoiserTrainer": "trainers.tokcom",
     "DenoiserTrainingArguments": "trainers.tokcom",
+    "DistillationTrainer": "trainers.distillation",
+    "DistillationTrainingArguments": "trainers.distillation",
     "VQGANTrainer": "trainers.vqgan",
     "VQGANTrainingArguments": "trainers.vqgan",
     "VQGANImageProcessor": "models.image_processing_vqgan",

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from .metrics.text_comparison import setting_name
+
 
 def draw_evaluation(out: Path, results: dict[str, Any]) -> bool:
     """The three figures of recipes/evaluate_tokcom.py into the folder `out`; False where matplotlib is missing."""
@@ -15,8 +17,11 @@ def draw_evaluation(out: Path, results: dict[str, Any]) -> bool:
     curves: dict[str, list[dict[str, Any]]] = {}
     for name, points in results["frontier"].items():
         for point in points:
-            line = f"TokCom, temperature {point['temperature']:g}" if name == "TokCom" else name
-            label = point["num_steps"] if name == "TokCom" else f"T={point['temperature']:g}"
+            line, label = name, f"T={point['temperature']:g}"
+            if name == "TokCom":
+                # One line per way to sample, one point per number of steps.
+                label = str(point["num_steps"])
+                line = f"TokCom, {setting_name(point).partition(' steps, ')[2]}"
             curves.setdefault(line, []).append({**point, "label": label})
     shown = ("held-out text", "unigram", "Kneser-Ney 5-gram", "shuffled train chunks")
     keys = ("entropy", "kn_perplexity_held_out")
@@ -34,11 +39,14 @@ def plot_accuracy_against_noise(reconstruction: dict[str, float], path: Path) ->
     _save(figure, axes, path)
 
 
-def plot_noise_curves(rows: dict[str, dict[str, float]], path: Path) -> None:
-    """Token accuracy against latent noise, one curve per VAE."""
+def plot_noise_curves(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Token accuracy against latent noise, one curve per VAE; that of its control (`untrained`) is dashed."""
     figure, axes = _axes("latent noise σ / latent std", "held-out token accuracy", "Decoding noisy latents")
     for name, row in rows.items():
-        axes.plot(*_against_noise(row, "token_accuracy"), marker="o", markersize=3, label=name)
+        (line,) = axes.plot(*_against_noise(row, "token_accuracy"), marker="o", markersize=3, label=name)
+        if "untrained" in row:
+            control = _against_noise(row["untrained"], "token_accuracy")
+            axes.plot(*control, linestyle="--", linewidth=1, color=line.get_color(), label=f"{name}, untrained")
     axes.axhline(0.995, color="0.7", linewidth=0.8, linestyle="--")
     _save(figure, axes, path)
 
@@ -80,28 +88,24 @@ def plot_frontier(curves: dict[str, list[dict[str, Any]]], anchors: dict[str, di
 
 
 def plot_brier_lm(rows: dict[str, dict[str, Any]], path: Path) -> bool:
-    """BrierLM with its bootstrap error against the loss of the next token; False where matplotlib is missing.
+    """BrierLM of each row with its bootstrap error, one below the other; False where matplotlib is missing.
 
     Args:
-        rows: name -> dict with `brier_lm`, `brier_lm_error`, `next_token_loss`, and `baseline` (bool: another colour).
+        rows: name -> dict with `brier_lm`, `brier_lm_error`, and `kind` ("TokCom", "heads alone" or "autoregressive"), which
+            gives the colour.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         return False
-    figure, axes = _axes(
-        "held-out loss of the next token, nats", "BrierLM from probabilities", "The odds of four tokens"
-    )
-    for baseline, label, colour in ((False, "TokCom", "tab:blue"), (True, "autoregressive", "tab:orange")):
-        chosen = {name: row for name, row in rows.items() if bool(row["baseline"]) == baseline}
-        if not chosen:
-            continue
-        x, y, error = (
-            [row[key] for row in chosen.values()] for key in ("next_token_loss", "brier_lm", "brier_lm_error")
-        )
-        axes.errorbar(x, y, yerr=error, fmt="o", markersize=4, capsize=3, linewidth=1, color=colour, label=label)
-        for name, *place in zip(chosen, x, y):
-            axes.annotate(Path(name).name, place, textcoords="offset points", xytext=(5, 3), fontsize=6)
+    figure, axes = _axes("BrierLM", "", "The odds of four tokens")
+    names = list(rows)[::-1]
+    for kind in dict.fromkeys(row["kind"] for row in rows.values()):
+        chosen = [name for name in names if rows[name]["kind"] == kind]
+        x, error = ([rows[name][key] for name in chosen] for key in ("brier_lm", "brier_lm_error"))
+        places = [names.index(name) for name in chosen]
+        axes.errorbar(x, places, xerr=error, fmt="o", markersize=4, capsize=3, linewidth=1, label=kind)
+    axes.set_yticks(range(len(names)), [name[-40:] for name in names], fontsize=7)
     _save(figure, axes, path)
     return True
 

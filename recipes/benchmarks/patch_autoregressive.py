@@ -90,6 +90,10 @@ class PatchAutoregressive(nn.Module):
         # One table reads tokens in both places and writes them.
         self.head.embed_tokens = self.context.embed_tokens
 
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
+
     def get_input_embeddings(self) -> nn.Module:
         return self.context.embed_tokens
 
@@ -131,7 +135,7 @@ class PatchSampler(Sampler):
 
     model: PatchAutoregressive
     temperature: float = 1.0
-    batch_size: int = 64
+    batch_size: int = 256
 
     def rows(self, count: int, length: int, seed: int) -> np.ndarray:
         return self.continuations(np.zeros((count, 0), dtype=np.int64), 1, length, seed)[:, 0]
@@ -139,7 +143,8 @@ class PatchSampler(Sampler):
     @torch.no_grad()
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
         model, generator, parts = self.model, torch.Generator().manual_seed(seed), []
-        for ids in torch.as_tensor(prefixes, dtype=torch.long).split(max(1, self.batch_size // draws)):
+        given = torch.as_tensor(prefixes, dtype=torch.long).to(model.device)
+        for ids in given.split(max(1, self.batch_size // draws)):
             states, cache = model.read(ids)
             cache.batch_repeat_interleave(draws)
             state = states[:, -1].repeat_interleave(draws, 0)
@@ -153,16 +158,15 @@ class PatchSampler(Sampler):
                     logits = model.inside(state, chunk)[:, -1] @ model.table.T
                     chunk = torch.cat([chunk, sample_tokens(logits, self.temperature, generator)[:, None]], dim=1)
                 drawn.append(chunk)
-            parts.append(torch.cat(drawn, dim=1)[:, :length].view(len(ids), draws, length))
+            parts.append(torch.cat(drawn, dim=1)[:, :length].view(len(ids), draws, length).cpu())
         return torch.cat(parts).numpy()
 
     @torch.no_grad()
     def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
         model, draws, length, parts = self.model, *continuations.shape[1:], []
         size = max(1, self.batch_size // draws)
-        for ids, wanted in zip(
-            torch.as_tensor(prefixes).split(size), torch.as_tensor(continuations).flatten(0, 1).split(size * draws)
-        ):
+        given, flat = (torch.as_tensor(part).to(model.device) for part in (prefixes, continuations))
+        for ids, wanted in zip(given.split(size), flat.flatten(0, 1).split(size * draws)):
             states, cache = model.read(ids)
             cache.batch_repeat_interleave(draws)
             state, found = states[:, -1].repeat_interleave(draws, 0), []
@@ -173,7 +177,7 @@ class PatchSampler(Sampler):
                 if end < length:
                     states, cache = model.read(tokens, cache)
                     state = states[:, -1]
-            parts.append(torch.cat(found, dim=1).view(len(ids), draws, length))
+            parts.append(torch.cat(found, dim=1).view(len(ids), draws, length).cpu())
         return torch.cat(parts).numpy()
 
 
@@ -195,9 +199,9 @@ def train(model: PatchAutoregressive, tokens: torch.Tensor, length: int, steps: 
     average, losses = [p.detach().clone() for p in model.parameters()], []
     bar = tqdm(range(steps), desc="training", unit=" steps")
     for step in bar:
-        starts = torch.randint(len(tokens) - length, (run.batch_size, 1), generator=generator)
+        starts = torch.randint(len(tokens) - length, (run.batch_size, 1), generator=generator).to(tokens.device)
         offset = int(torch.randint(model.chunk_size, (1,), generator=generator))
-        loss = model(tokens[starts + torch.arange(length)], offset)
+        loss = model(tokens[starts + torch.arange(length, device=tokens.device)], offset)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -232,8 +236,9 @@ def main() -> None:
     vocabulary = len(data.tokenizer)
     torch.manual_seed(run.seed)
     model = PatchAutoregressive(context_config(run, tokcom, vocabulary, length), run.chunk_size, run.head_layers)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     train_ids, held_out = np.asarray(data.train.token_ids, dtype=np.int64), full_rows(data.validation)
-    tokens = torch.from_numpy(train_ids)
+    tokens = torch.from_numpy(train_ids).to(model.device)
     if len(tokens) <= length:
         raise RecipeError(f"The training text has {len(tokens)} tokens, one row alone takes {length}.")
     example = tokens[:length].expand(run.batch_size, -1)
@@ -249,7 +254,9 @@ def main() -> None:
     seconds = time.perf_counter() - started
 
     with torch.no_grad():
-        nats = float(np.mean([float(model(rows)) for rows in torch.from_numpy(held_out[:64]).split(8)]))
+        nats = float(
+            np.mean([float(model(rows)) for rows in torch.from_numpy(held_out[:64]).to(model.device).split(8)])
+        )
     judge = TextJudge(train_ids, held_out, vocabulary + 1)
     prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, run.prefix_length)
     sampler = PatchSampler(model, run.temperature)

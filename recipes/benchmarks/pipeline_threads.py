@@ -83,14 +83,17 @@ def tiny_llava():
 
 
 def build_tokcom(folder: Path) -> None:
-    """A TokCom with learned latents and its tokenizer."""
+    """A TokCom with a context and its tokenizer."""
     tokenizer = train_tokenizer(TEXTS * 4, 280)
     shape = {
         "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
         "num_hidden_layers": 1,
     }  # fmt: skip
     vae = {"vocab_size": len(tokenizer) + 1, "latent_size": 16, **shape}
-    config = TokComConfig(vae=vae, denoiser=shape, standardize_latents=True, eos_token_id=tokenizer.eos_token_id)
+    config = TokComConfig(
+        vae=vae, denoiser=shape, context=shape, block_size=1, standardize_latents=True, noise_std=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
     larger(TokComModel(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

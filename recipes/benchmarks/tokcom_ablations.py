@@ -1,13 +1,15 @@
 """What each remedy of TokCom is worth: one switch at a time, everything else as in the starting row.
 
-    python recipes/benchmarks/tokcom_ablations.py                               # embedded text, small budgets
-    python recipes/benchmarks/tokcom_ablations.py --train_file my.txt --only documented noise_0.05
-    python recipes/benchmarks/tokcom_ablations.py --config recipes/configs/base/tokcom_ablations.yaml
+    python recipes/benchmarks/tokcom_ablations.py                               # embedded text, a few hours on two cores
+    python recipes/benchmarks/tokcom_ablations.py --train_file train.txt --validation_file development.txt \
+        --only one_noise_draw no_heads
+    python recipes/benchmarks/tokcom_ablations.py --train_config recipes/configs/base/train_tokcom.yaml    # on a GPU
 
-The rows come from the configuration: `train` overrides recipes/train_tokcom.py's options, `generate` those of `generate`. A
-row without `train` reuses the starting row's model, or that of the row it names as `model`; one that leaves the VAE alone
-reuses its VAE. Prints a table and writes `ablations.json`;
-rows already measured in the output folder are kept, so an interrupted run goes on.
+The rows come from the configuration: `train` overrides recipes/train_tokcom.py's options, `config` names another training
+configuration, `generate` has settings of `generate`. A row without `train` reuses the starting row's model, or that of the
+row it names as `model`; one that leaves the VAE alone reuses its VAE. Prints a table and writes `ablations.json`; rows
+already measured in the output folder are kept, so an interrupted run goes on. These rows choose settings: measure on
+development text.
 """
 
 import json
@@ -28,12 +30,13 @@ from tokcom_hf.metrics.denoising import denoising_metrics
 from tokcom_hf.metrics.reconstruction import reconstruction_metrics
 from tokcom_hf.metrics.text import TextJudge
 from tokcom_hf.metrics.text_generation import TokComSampler
+from tokcom_hf.metrics.text_likelihood import head_losses
 from tokcom_hf.metrics.text_protocol import held_out_prefixes, measure_sampler
 
 RECIPES = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = RECIPES / "configs" / "tiny" / "tokcom_ablations.yaml"
-COLUMNS = ("token_accuracy_sigma_0.5", "denoised_accuracy_t_0.3", "next_token_loss", "brier_lm", "kn_perplexity_held_out",
-           "entropy", "auc", "overlap_8")  # fmt: skip
+COLUMNS = ("token_accuracy_sigma_0.7", "denoised_accuracy_t_0.3", "next_token_nats", "brier_lm_pooled", "brier_2",
+           "kn_perplexity", "kn_perplexity_held_out", "entropy", "overlap_8")  # fmt: skip
 
 
 @dataclass
@@ -42,16 +45,19 @@ class RunArguments:
 
     output_dir: str = field(default="outputs/tokcom_ablations", metadata={"help": "Folder of models and table."})
     train_config: str = field(
-        default="recipes/configs/latent/train_tokcom.yaml", metadata={"help": "Configuration of the starting row."}
+        default="recipes/configs/tiny/train_tokcom.yaml", metadata={"help": "Configuration of the starting row."}
     )
     start: dict[str, Any] = field(default_factory=dict, metadata={"help": "Overrides of all rows (budgets)."})
-    rows: list[dict[str, Any]] = field(default_factory=list, metadata={"help": "name, train or model, generate."})
+    rows: list[dict[str, Any]] = field(
+        default_factory=list, metadata={"help": "name; config, train; or model; generate."}
+    )
     generate: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of generate in all rows."})
     only: list[str] = field(default_factory=list, metadata={"help": "Names of the rows to run; none runs all."})
     num_samples: int = field(default=32, metadata={"help": "Generated rows per sampling seed."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Sampling seeds."})
     num_prefixes: int = field(default=200, metadata={"help": "Prefixes of BrierLM."})
     prefix_length: int = field(default=64, metadata={"help": "Tokens per prefix."})
+    draws: int = field(default=4, metadata={"help": "Continuations drawn per prefix."})
 
 
 def main() -> None:
@@ -72,7 +78,7 @@ def main() -> None:
         if row["name"] in table or (only and row["name"] not in [*only, "start"]):
             continue
         folder = train(row, run, source, out)
-        settings = {"num_steps": 16} | run.generate | row.get("generate", {})
+        settings = run.generate | row.get("generate", {})
         table[row["name"]] = {
             "train": row.get("train", {}),
             "generate": settings,
@@ -90,25 +96,28 @@ def train(row: dict[str, Any], run: RunArguments, source: TextSource, out: Path)
     overrides = row.get("train", {})
     if "model" in row:
         return out / row["model"]
-    if not overrides and row["name"] != "start":
+    if not overrides and "config" not in row and row["name"] != "start":
         return out / "start"
     folder, stage = out / row["name"], "both"
-    own_vae = any(key.startswith(("vae.", "vae_training.", "run.")) for key in overrides)
+    own_vae = "config" in row or any(key.startswith(("vae.", "vae_training.", "run.")) for key in overrides)
     if row["name"] != "start" and not own_vae:
         stage = "denoiser"
         shutil.copytree(out / "start" / "vae", folder / "vae", dirs_exist_ok=True)
-    command = [sys.executable, str(RECIPES / "train_tokcom.py"), "--config", run.train_config]
+    command = [sys.executable, str(RECIPES / "train_tokcom.py"), "--config", row.get("config", run.train_config)]
     command += ["--output_dir", str(folder), "--run.stage", stage, "--overwrite"]
     command += ["--run.seed", str(source.split_seed), "--validation_share", str(source.validation_share)]
     for name in ("train_file", "validation_file", "dataset_name", "dataset_config", "text_column", "max_documents"):
         if getattr(source, name) is not None:
             command += [f"--run.{name}", str(getattr(source, name))]
     command += ["--run.streaming", str(source.streaming).lower()]
-    if stage == "denoiser":
+    if row["name"] != "start":
+        # Losses and perplexities per token compare only under one tokenizer.
         command += ["--run.tokenizer", str(out / "start")]
     for key, value in (run.start | overrides).items():
         words = value if isinstance(value, list) else [value]
-        command += [f"--{key}", *(str(word).lower() if isinstance(word, bool) else str(word) for word in words)]
+        # As the command line writes them: true, none.
+        plain = (str(word).lower() if word is None or isinstance(word, bool) else str(word) for word in words)
+        command += [f"--{key}", *plain]
     log = out / f"{row['name']}.log"
     print(f"training {row['name']} (log in {log})", flush=True)
     with log.open("w", encoding="utf-8") as stream:
@@ -127,11 +136,13 @@ def measure(folder: Path, settings: dict[str, Any], run: RunArguments, source: T
     held_out = full_rows(data.validation)
     judge = TextJudge(np.asarray(data.train.token_ids, dtype=np.int64), held_out, len(data.tokenizer) + 1)
     ids = torch.from_numpy(held_out[:32])
-    accuracies = reconstruction_metrics(model.vae, ids, torch.ones_like(ids), (0.0, 0.3, 0.5))
+    accuracies = reconstruction_metrics(model.vae, ids, torch.ones_like(ids), (0.0, 0.5, 0.7))
     accuracies |= denoising_metrics(model, ids, torch.ones_like(ids), (0.1, 0.3, 0.5, 0.7))
     prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, min(run.prefix_length, length // 2))
     sampler = TokComSampler(model, settings)
-    generated = measure_sampler(sampler, judge, run.seeds, run.num_samples, length, prefixes, continuation_length=16)
+    generated = measure_sampler(sampler, judge, run.seeds, run.num_samples, length, prefixes, run.draws)
+    if model.config.context is not None:
+        accuracies["next_token_nats"] = head_losses(model, held_out)[0]
     return {"accuracies": accuracies, "generated": generated}
 
 

@@ -1,12 +1,13 @@
 """How far text can be squeezed: VAEs at several chunk sizes and vocabularies, accuracy against latent noise.
 
     python recipes/benchmarks/vae_compression.py                                          # 2:1, 4:1, 8:1, embedded text
-    python recipes/benchmarks/vae_compression.py --train_file my.txt --chunk_sizes 4 8 \
-        --tokenizers none gpt2 --max_steps 2000
+    python recipes/benchmarks/vae_compression.py --train_file train.txt --validation_file test.txt --chunk_sizes 4 8 \
+        --tokenizers none gpt2
 
 Each row trains the VAE stage of recipes/train_tokcom.py, alike but for chunk size and tokenizer, and measures it
-on held-out text. `none` trains a tokenizer on the corpus. Prints the table, writes `vae_compression.json` and, with
-matplotlib, one curve per row to `accuracy_against_noise.png`. Finished rows are kept, so an interrupted run goes on.
+on held-out text, beside its control: a VAE of the same shape that was not trained. `none` trains a tokenizer on the corpus.
+Prints the table, writes `vae_compression.json` and, with matplotlib, one curve per row to `accuracy_against_noise.png`.
+Finished rows are kept, so an interrupted run goes on.
 """
 
 import json
@@ -19,16 +20,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, set_seed
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.metrics.text import detailed_reconstruction
 
 RECIPES = Path(__file__).resolve().parents[1]
-SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-COLUMNS = ("token_accuracy", "chunk_accuracy", "sequence_accuracy", "rare_token_accuracy", "random_token_accuracy",
-           "token_accuracy_sigma_0.3", "token_accuracy_sigma_0.5")  # fmt: skip
+SIGMAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
+CONTROL_SIGMAS = (0.0, 0.5, 0.7, 1.0)
+# Heading of each column and the measure below it.
+COLUMNS = {
+    "sigma 0": "token_accuracy",
+    "0.5": "token_accuracy_sigma_0.5",
+    "0.7": "token_accuracy_sigma_0.7",
+    "1.0": "token_accuracy_sigma_1",
+    "chunks": "chunk_accuracy",
+    "rare": "rare_token_accuracy",
+    "random": "random_token_accuracy",
+}
 
 
 @dataclass
@@ -37,14 +47,17 @@ class RunArguments:
 
     output_dir: str = field(default="outputs/vae_compression", metadata={"help": "Folder of models and table."})
     train_config: str = field(
-        default="recipes/configs/latent/train_tokcom.yaml", metadata={"help": "Configuration of everything else."}
+        default=str(RECIPES / "configs" / "vae" / "train_tokcom.yaml"),
+        metadata={"help": "Configuration of everything else."},
     )
     chunk_sizes: list[int] = field(default_factory=lambda: [2, 4, 8], metadata={"help": "Tokens per latent."})
     tokenizers: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "Names or folders; none trains one on the corpus."}
     )
     length: int = field(default=256, metadata={"help": "Tokens per row, a multiple of every chunk size."})
-    max_steps: int = field(default=450, metadata={"help": "Training steps of each VAE."})
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Training steps of each VAE; none: the configuration's."}
+    )
     options: list[str] = field(
         default_factory=list,
         metadata={"help": "More options of train_tokcom.py as name=value, for example vae.latent_size=64."},
@@ -72,24 +85,35 @@ def main() -> None:
             train(out, name, size, tokenizer, run, source)
             table[name] = measure(out / name / "vae", size, run, source)
             table_file.write_text(json.dumps(table, indent=2), encoding="utf-8")
-    print(f"\n{'row':20}{'vocabulary':>12}{'parameters':>13}" + "".join(f"{column:>26}" for column in COLUMNS))
-    for name, row in table.items():
-        cells = "".join(f"{row[column]:>26.5f}" for column in COLUMNS)
-        print(f"{name:20}{row['vocabulary']:>12,}{row['parameters']:>13,}{cells}")
+    print_table(table)
     draw(out, table)
+
+
+def print_table(table: dict[str, dict[str, Any]]) -> None:
+    """Held-out accuracies in percent, of each row and of its control below it."""
+    print("\nheld-out token accuracy in % at latent noise of sigma standard deviations; whole chunks right;\n"
+          "tokens seen at most 10 times in training; chunks of uniformly random tokens")  # fmt: skip
+    header = f"{'row':24}{'vocabulary':>11}{'numbers':>9}{'parameters':>12}"
+    print(header + "".join(f"{name:>9}" for name in COLUMNS))
+    for name, row in table.items():
+        shape = f"{row['vocabulary']:>11,}{row['latent_size']:>9}{row['parameters']:>12,}"
+        for label, values in ((f"{name:24}{shape}", row), (f"{'  untrained':56}", row["untrained"])):
+            print(label + "".join(f"{100 * values[column]:>9.3f}" for column in COLUMNS.values()))
 
 
 def train(out: Path, name: str, size: int, tokenizer: str, run: RunArguments, source: TextSource) -> None:
     """The VAE stage of train_tokcom.py in a process of its own, so that every row starts alike."""
     command = [sys.executable, str(RECIPES / "train_tokcom.py"), "--config", run.train_config, "--run.stage", "vae"]
     command += ["--output_dir", str(out / name), "--overwrite", "--run.length", str(run.length)]
-    command += ["--vae.chunk_size", str(size), "--vae_training.max_steps", str(run.max_steps)]
+    command += ["--vae.chunk_size", str(size)]
+    if run.max_steps is not None:
+        command += ["--vae_training.max_steps", str(run.max_steps)]
     command += ["--run.seed", str(source.split_seed), "--validation_share", str(source.validation_share)]
     command += ["--vae_training.eval_strategy", '"no"', "--vae_training.load_best_model_at_end", "false"]
     command += ["--sample_every", "0"]
     if tokenizer != "none":
         command += ["--run.tokenizer", tokenizer]
-    for option in ("train_file", "dataset_name", "dataset_config", "text_column", "max_documents"):
+    for option in ("train_file", "validation_file", "dataset_name", "dataset_config", "text_column", "max_documents"):
         if getattr(source, option) is not None:
             command += [f"--run.{option}", str(getattr(source, option))]
     for option in run.options:
@@ -107,14 +131,22 @@ def train(out: Path, name: str, size: int, tokenizer: str, run: RunArguments, so
 
 
 def measure(folder: Path, size: int, run: RunArguments, source: TextSource) -> dict[str, Any]:
-    """Every reconstruction metric of a trained VAE on held-out rows."""
-    vae = AutoModel.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    """Every reconstruction metric on held-out rows, of a trained VAE and of one with its initial weights."""
+    trained = AutoModel.from_pretrained(folder)
+    set_seed(source.split_seed)
+    untrained = type(trained)(trained.config)
     data = load_source(source, run.length, str(folder))
     counts = np.bincount(np.asarray(data.train.token_ids, dtype=np.int64), minlength=len(data.tokenizer) + 1)
     ids = torch.from_numpy(full_rows(data.validation)[: run.rows])
-    metrics = detailed_reconstruction(vae, ids, torch.ones_like(ids), torch.from_numpy(counts), SIGMAS)
-    shape = {"chunk_size": size, "vocabulary": len(data.tokenizer), "parameters": vae.num_parameters()}
-    return shape | metrics
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    metrics, control = (
+        detailed_reconstruction(vae.eval().to(device), ids, torch.ones_like(ids), torch.from_numpy(counts), sigmas)
+        for vae, sigmas in ((trained, SIGMAS), (untrained, CONTROL_SIGMAS))
+    )
+    training = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    row = {"chunk_size": size, "latent_size": trained.config.latent_size, "vocabulary": len(data.tokenizer)}
+    row |= {"parameters": trained.num_parameters(), "steps": training["steps"], "seconds": training["seconds"]}
+    return row | metrics | {"untrained": control}
 
 
 def draw(out: Path, table: dict[str, dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from rows import Row, difference, loss_of, outputs, tensors
 # Graph breaks of a forward under torch.compile when this table was made; 0 for every other row. Those of vision-language
 # models are their base's for the most part.
 MOST_GRAPH_BREAKS = {
-    "DenoisedModel": 1, "TokComModel": 2, "LayerPruner": 1, "PrunedVLM": 25, "LFQExpandedModel (VLM)": 17,
+    "LayerPruner": 1, "PrunedVLM": 25, "LFQExpandedModel (VLM)": 17,
 }  # fmt: skip
 
 

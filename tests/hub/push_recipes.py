@@ -19,8 +19,9 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FEW_STEPS = "--max_steps 2 --save_steps 2 --per_device_train_batch_size 4 --use_cpu true --disable_tqdm true"
 SMALL_TOKCOM = (
     "--train_file {work}/text.txt --vae.hidden_size 32 --vae.intermediate_size 64 --vae.latent_size 16 --eval_steps 2 "
-    "--denoiser.hidden_size 32 --denoiser.intermediate_size 64 --denoiser.num_hidden_layers 1 --run.length 32 "
-    "--run.tokenizer_vocab_size 300 --metric_rows 2 --sample_chunks 4 --sample_steps 2 --sample_every 0"
+    "--denoiser.hidden_size 32 --denoiser.intermediate_size 64 --denoiser.num_hidden_layers 1 --context.hidden_size 32 "
+    "--context.intermediate_size 64 --context.num_hidden_layers 1 --run.length 32 --run.tokenizer_vocab_size 300 "
+    "--metric_rows 2 --sample_chunks 4 --sample_steps 2 --sample_every 0"
 )
 SMALL_BASELINE = (
     "--train_file {work}/text.txt --parameters 40000 --head_dim 16 --num_layers 1 --length 16 --tokenizer_vocab_size 300 "

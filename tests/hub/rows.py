@@ -116,7 +116,7 @@ def loss_of(row: Row, model) -> torch.Tensor:
     """The model's own loss, or the mean square of its outputs where it has none: something that reaches every weight."""
     inputs = row.inputs()
     if row.labels is not None:
-        return model(**inputs, **row.labels(inputs)).loss
+        return model(**inputs | row.labels(inputs)).loss
     found = tensors(model(**inputs))
     return sum(value.float().square().mean() for value in found.values() if value.requires_grad)
 
@@ -181,28 +181,68 @@ def build_denoiser():
     return filled(DenoisedModel(DenoisedModelConfig(**TRANSFORMER, latent_size=16, self_conditioning=True)))
 
 
+def build_tokcom_documented():
+    from tokcom_hf import TokComConfig, TokComModel
+
+    flow = {"standardize_latents": True, "noise_std": 1.0, "mse_weight": 1.0, "eos_token_id": 1}
+    return _with_statistics(TokComModel(TokComConfig(vae=_vae_config(), denoiser=TRANSFORMER, **flow)))
+
+
 def build_tokcom():
     from tokcom_hf import TokComConfig, TokComModel
 
-    flow = {"standardize_latents": True, "noise_std": 1.0, "eos_token_id": 1}
-    config = TokComConfig(vae=_vae_config(), denoiser=TRANSFORMER | {"self_conditioning": True}, **flow)
-    model = filled(TokComModel(config))
+    flow = {"standardize_latents": True, "noise_std": 1.0, "mse_weight": 1.0, "eos_token_id": 1}
+    context = {"context": TRANSFORMER, "block_size": 1, "block_sizes": [1, 0], "context_dropout": 0.1}
+    denoiser = TRANSFORMER | {"self_conditioning": True}
+    return _with_statistics(TokComModel(TokComConfig(vae=_vae_config(), denoiser=denoiser, **context, **flow)))
+
+
+def _with_statistics(model):
+    filled(model)
     with torch.no_grad():
         model.latent_mean.copy_(random(16, seed=5))
         model.latent_std.copy_(random(16, seed=6).abs() + 0.5)
     return model
 
 
+def _tokcom_inputs() -> dict:
+    """Two rows of one block of two chunks, the second ends within its last."""
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 6:] = 0
+    return {
+        "input_ids": random_ids(2, 8, 8, 60), "attention_mask": mask, "noise": random(2, 1, 2, 16, seed=2),
+        "timesteps": torch.tensor([[0.3], [0.8]]), "return_loss": False,
+    }  # fmt: skip
+
+
+def _with_loss(inputs: dict) -> dict:
+    return {"return_loss": True}
+
+
+def _tokcom_generated(model):
+    return model.generate(
+        random_ids(2, 7, 8, 60), num_generate_chunks=2, num_steps=2, generator=torch.Generator().manual_seed(0)
+    )
+
+
 @torch.no_grad()
 def _tokcom_more(model) -> dict:
     ids = random_ids(2, 8, 8, 60)
     latents = model.encode(ids)
-    generated = model.generate(ids, num_generate_chunks=2, num_steps=2, generator=torch.Generator().manual_seed(0))
     # Those of the tokenizer's ids: the omni token, which is never written, moves behind new ones.
     logits = model.vae.decode_logits(latents)[..., : model.config.vae.omni_token_id]
-    return {
-        "encoded": latents, "standardized": model.standardize(latents), "logits": logits, "generated": generated,
+    found = {
+        "encoded": latents, "standardized": model.standardize(latents), "logits": logits,
+        "generated": _tokcom_generated(model),
     }  # fmt: skip
+    if model.config.context is not None:
+        states = model.context(ids)
+        blocks = {"noise": random(2, 2, 1, 16, seed=3), "timesteps": torch.tensor([[0.2, 0.7], [0.5, 0.1]])}
+        found |= {
+            "states": states, "clean_latents": model(ids, block_size=1, return_dict=True, **blocks).clean_latents,
+            "head_logits": model.context.head_logits(states)[..., : model.config.vae.omni_token_id],
+        }  # fmt: skip
+    return found
 
 
 def build_vqgan():
@@ -356,14 +396,14 @@ ROWS: tuple[Row, ...] = (
         modules_to_save=("output_proj",),
     ),
     Row(
-        "TokComModel", "TokComModel", build_tokcom,
-        lambda: {
-            "latents": random(2, 6, 16), "timesteps": torch.tensor([0.3, 0.8]), "self_condition": random(2, 6, 16, seed=2),
-        },
-        more=_tokcom_more,
-        generate=lambda model: model.generate(
-            random_ids(2, 8, 8, 60), num_generate_chunks=2, num_steps=2, generator=torch.Generator().manual_seed(0)
-        ),
+        "TokComModel", "TokComModel", build_tokcom, _tokcom_inputs, _with_loss,
+        more=_tokcom_more, generate=_tokcom_generated,
+        make_part=lambda model: _language_processor(), parts=("AutoTokenizer",),
+        modules_to_save=("output_proj", "heads"), tasks=("tokcom-generation",),
+    ),
+    Row(
+        "TokComModel (documented)", "TokComModel", build_tokcom_documented, _tokcom_inputs, _with_loss,
+        more=_tokcom_more, generate=_tokcom_generated,
         make_part=lambda model: _language_processor(), parts=("AutoTokenizer",),
         modules_to_save=("output_proj",), tasks=("tokcom-generation",),
     ),

@@ -1,33 +1,33 @@
 """Probabilities of continuations are those that samplers draw from."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.text import TextJudge
-from tokcom_hf.metrics.text_generation import CausalSampler, KneserNeySampler, TokComSampler
-from tokcom_hf.metrics.text_likelihood import causal_log_probs, tokcom_log_probs
+from tokcom_hf.metrics.text_generation import CausalSampler, HeadSampler, KneserNeySampler, TokComSampler
+from tokcom_hf.metrics.text_likelihood import causal_log_probs, head_log_probs, head_losses, mean_next_token_loss
 from tokcom_hf.metrics.text_ngram import KneserNey
 from tokcom_hf.metrics.text_protocol import held_out_prefixes, measure_sampler
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
-from test_tokcom_training import SHAPE, joint_model
 
 VOCABULARY = 51
 
 
 @pytest.fixture(scope="module")
 def tokcom():
-    denoiser = SHAPE | {"attention": "block_causal", "num_context_layers": 2}
-    model = joint_model(
-        denoiser=denoiser, scale_input=True, token_time_std=1.0, sampler="commit", block_size=1, token_window_size=24,
-        token_attention_heads=2, token_mlp_size=48,
-    ).eval()  # fmt: skip
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 48,
+    }  # fmt: skip
+    config = TokComConfig(
+        vae=shape | {"vocab_size": VOCABULARY + 1, "latent_size": 8}, denoiser=dict(shape), context=dict(shape),
+        noise_std=1.0, block_sizes=[1], block_size=1, num_steps=2, max_chunks=8,
+    )  # fmt: skip
+    model = TokComModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -47,39 +47,43 @@ def causal():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_tokcom_says_how_likely_what_it_draws_is(tokcom, monkeypatch, temperature):
-    """Generation is led along given tokens; the distributions it would have drawn from are noted."""
-    prefixes, wanted = torch.randint(0, 30, (3, 8)), torch.randint(0, 30, (3, 1, 6))
-    noted = []
-
-    def read(hidden, head, heat, generator):
-        place = len(noted)
-        token = wanted[:, 0, min(place, 5)]
-        logits = tokcom.vae._token_logits(hidden, head)[:, 0] / heat
-        noted.append(logits.log_softmax(-1)[torch.arange(3), token])
-        return token[:, None]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tokcom.vae, "read_tokens", read)
-        tokcom.generate(
-            prefixes, num_generate_chunks=2, num_steps=4, posterior_temperature=temperature,
-            generator=torch.Generator().manual_seed(3),
-        )  # fmt: skip
-    expected = torch.stack(noted, dim=1)[:, :6]
-    assert expected.std() > 0.2
-    found = tokcom_log_probs(tokcom, prefixes, wanted, temperature)
-    torch.testing.assert_close(found[:, 0], expected, atol=1e-4, rtol=1e-4)
-    # Several continuations of a prefix do not see each other.
-    twice = tokcom_log_probs(tokcom, prefixes, torch.cat([wanted.flip(-1), wanted], dim=1), temperature)
-    torch.testing.assert_close(twice[:, 1:], found, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="whole chunks of 4 tokens, got 6"):
-        tokcom_log_probs(tokcom, prefixes[:, :6], wanted)
+def test_the_heads_alone_draw_what_they_say(tokcom, temperature):
+    """Token by token over two chunks: the second chunk's heads have read the first."""
+    sampler, prefix = HeadSampler(tokcom, temperature, batch_size=4096), np.array([[3, 1, 4, 1, 5]])
+    drawn = sampler.continuations(prefix, 4096, 6, seed=0)
+    assert np.array_equal(drawn, sampler.continuations(prefix, 4096, 6, seed=0))
+    told = np.exp(sampler.log_probs(prefix, np.arange(VOCABULARY)[None, :, None])[0, :, 0])
+    assert told.sum() == pytest.approx(1.0, abs=1e-4)
+    counted = np.bincount(drawn[0, :, 0], minlength=VOCABULARY) / 4096
+    assert np.abs(counted - told).sum() / 2 < 0.06
+    # One reading of prefix and continuation together.
+    some = torch.as_tensor(drawn[:, :5])
+    ids = torch.cat([torch.tensor(prefix).expand(5, -1), some[0]], dim=1)
+    with torch.no_grad():
+        scores = head_log_probs(tokcom, tokcom.context(ids)[:, [5, 9]], temperature).flatten(1, 2)[:, :6]
+    expected = scores.gather(-1, some[0][..., None])[..., 0]
+    np.testing.assert_allclose(sampler.log_probs(prefix, some.numpy())[0], expected.numpy(), atol=1e-4)
 
 
-def test_probabilities_of_all_first_tokens_add_up_to_one(tokcom, causal):
-    prefix, every = torch.randint(0, 30, (1, 8)), torch.arange(VOCABULARY)[None, :, None]
-    assert float(tokcom_log_probs(tokcom, prefix, every).exp().sum()) == pytest.approx(1.0, abs=1e-5)
-    assert float(causal_log_probs(causal, prefix, every).exp().sum()) == pytest.approx(1.0, abs=1e-5)
+def test_tokens_of_a_chunk_are_independent_under_the_heads_alone(tokcom):
+    prefix, pair = np.ones((1, 8), dtype=np.int64), np.array([[[7, 2], [9, 2]]])
+    told = HeadSampler(tokcom).log_probs(prefix, pair)[0]
+    assert told[0, 1] == pytest.approx(told[1, 1], abs=1e-5) and told[0, 0] != told[1, 0]
+
+
+def test_head_losses_are_their_mean_log_probabilities(tokcom):
+    rows = np.random.default_rng(3).integers(0, VOCABULARY, (5, 18))
+    sampler = HeadSampler(tokcom)
+    told = np.concatenate(
+        [sampler.log_probs(rows[:, :begin], rows[:, None, begin : begin + 4])[:, 0] for begin in (0, 4, 8, 12)]
+    )
+    np.testing.assert_allclose(head_losses(tokcom, rows, batch_size=2), -told.mean(axis=0), atol=1e-4)
+
+
+def test_the_next_token_loss_of_a_baseline_leaves_out_the_first_token(causal):
+    rows = np.random.default_rng(4).integers(0, VOCABULARY, (3, 8))
+    told = causal_log_probs(causal, torch.tensor(rows[:, :1]), torch.tensor(rows[:, None, 1:]))
+    assert mean_next_token_loss(causal, rows, batch_size=2) == pytest.approx(-told.mean().item(), abs=1e-5)
 
 
 def test_causal_probabilities_are_those_of_the_whole_text(causal):
@@ -95,9 +99,8 @@ def test_causal_probabilities_are_those_of_the_whole_text(causal):
 
 def test_samplers_without_known_probabilities_say_so(tokcom, causal):
     prefixes, wanted = np.ones((2, 8), dtype=np.int64), np.ones((2, 1, 4), dtype=np.int64)
-    assert TokComSampler(tokcom).log_probs(prefixes, wanted).shape == (2, 1, 4)
-    for hides in ({"block_size": 0}, {"num_steps": 2}, {"sampler": "euler"}, {"guidance_scale": 2.0}):
-        assert TokComSampler(tokcom, hides).log_probs(prefixes, wanted) is None
+    assert TokComSampler(tokcom).log_probs(prefixes, wanted) is None
+    assert TokComSampler(tokcom).scored_continuations(prefixes, wanted[:, 0], 2, 4, seed=0)[1] is None
     assert CausalSampler(causal, 0, temperature=0.0).log_probs(prefixes, wanted) is None
     assert KneserNeySampler(KneserNey(np.arange(30), VOCABULARY, 2)).log_probs(prefixes, wanted) is None
 
@@ -123,10 +126,12 @@ def test_both_estimates_of_brier_lm_agree(tokcom, causal):
     generator = np.random.default_rng(5)
     judge = TextJudge(generator.integers(0, 30, 2000), generator.integers(0, 30, (20, 16)), VOCABULARY)
     prefixes = held_out_prefixes(judge.reference.reshape(-1), 160, 8)
-    for sampler in (TokComSampler(tokcom, batch_size=512), CausalSampler(causal, 0, batch_size=512)):
+    for sampler in (HeadSampler(tokcom, batch_size=512), CausalSampler(causal, 0, batch_size=512)):
         row = measure_sampler(sampler, judge, [0], 6, 16, prefixes, draws=64)
         for name in ("brier_1", "brier_2"):
             assert row[name]["mean"] == pytest.approx(row[f"{name}_from_probabilities"]["mean"], abs=1.5)
         assert "brier_lm_error_from_probabilities" in row
-    unknown = measure_sampler(TokComSampler(tokcom, {"block_size": 0}), judge, [0], 6, 16, prefixes)
+    scores: list[np.ndarray] = []
+    unknown = measure_sampler(TokComSampler(tokcom, {"block_size": 0}), judge, [0], 6, 16, prefixes, 2, scores)
+    assert 100 * scores[0].mean(axis=0)[0] == pytest.approx(unknown["brier_1"]["mean"])
     assert "brier_lm_from_probabilities" not in unknown

@@ -85,6 +85,10 @@ def test_the_difference_of_two_models_is_measured_on_the_same_prefixes():
     found = brier_lm_difference(first, second)
     assert found["difference"] == pytest.approx(2.0, abs=0.2)
     assert 0 < found["error"] < 0.2 < brier_summary(first)["brier_lm_error"]
+    assert found["low"] < found["difference"] < found["high"] < found["low"] + 4.2 * found["error"]
+    for n in range(1, 5):
+        assert found[f"brier_{n}_difference"] == pytest.approx(2.0, abs=0.2)
+        assert 1.5 < found[f"brier_{n}_low"] < found[f"brier_{n}_difference"] < found[f"brier_{n}_high"] < 2.5
     with pytest.raises(ValueError, match="same prefixes"):
         brier_lm_difference(first[1:], second)
 

@@ -21,15 +21,18 @@ SHAPE = {
 SHORT = {"num_steps": 2, "num_chunks": 3, "num_generate_chunks": 2}
 
 
-@pytest.fixture(scope="module")
-def parts():
+@pytest.fixture(scope="module", params=["documented", "context"])
+def parts(request):
+    """A model without or with a context, and its tokenizer."""
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 4, 280)
     torch.manual_seed(0)
-    vae = {"vocab_size": len(tokenizer) + 1, "latent_size": 16, "fixed_norm": True, **SHAPE}
+    vae = {"vocab_size": len(tokenizer) + 1, "latent_size": 16, "fixed_norm": True, "chunk_projection": "all", **SHAPE}
+    kind = {"clean_prefix": True}
+    if request.param == "context":
+        kind = {"context": SHAPE, "block_size": 1, "context_dropout": 0.1}
     config = TokComConfig(
-        vae=vae, denoiser=SHAPE, standardize_latents=True, noise_std=1.0, clean_prefix=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vae=vae, denoiser=SHAPE, standardize_latents=True, noise_std=1.0, eos_token_id=tokenizer.eos_token_id, **kind
+    )
     model = TokComModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,9 +61,9 @@ def test_the_model_is_called_once_for_a_list_and_per_batch_with_batch_size(pipe,
     shapes = []
     generate = type(pipe.model).generate
 
-    def spy(self, prompt_ids=None, **options):
-        shapes.append(None if prompt_ids is None else len(prompt_ids))
-        return generate(self, prompt_ids, **options)
+    def spy(self, input_ids=None, **options):
+        shapes.append(None if input_ids is None else len(input_ids))
+        return generate(self, input_ids, **options)
 
     monkeypatch.setattr(type(pipe.model), "generate", spy)
     prompts = ["the", "quick", "brown fox"]
@@ -77,12 +80,14 @@ def test_a_list_gives_what_generate_gives_for_the_padded_batch(pipe, parts):
     prompts = ["the fox", "a lazy brown dog"]
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
     width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    # The pipeline pads on the left; what stands in the padding does not matter, nor on which side it is.
+    ids = torch.tensor([row + [3] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     generator = torch.Generator().manual_seed(5)
-    expected = model.generate(ids, prompt_mask=mask, generator=generator, num_steps=2, num_generate_chunks=2)
+    expected = model.generate(ids, attention_mask=mask, generator=generator, num_steps=2, num_generate_chunks=2)
     texts = [row[0]["generated_text"] for row in pipe(prompts, seed=5)]
-    assert texts == tokenizer.batch_decode(expected, skip_special_tokens=True)
+    written = [row + new for row, new in zip(rows, expected[:, width:].tolist())]
+    assert texts == tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
 def test_seeds_and_the_global_seed_make_output_reproducible(pipe):
@@ -110,6 +115,23 @@ def test_several_sequences_per_prompt_and_the_continuation_alone(pipe):
     assert [len(rows) for rows in pipe(["the fox", "a dog"], seed=0, generation_config=config)] == [3, 3]
 
 
+def test_options_of_generation_act(pipe):
+    context = pipe.model.context is not None
+    plain = pipe("the fox", seed=0)
+    assert pipe("the fox", seed=0, best_of=1, guidance_scale=1.0) == plain
+    changed = [{"num_steps": 3}, {"sampler": "heun"}, {"temperature": 2.0}]
+    if context:
+        changed += [{"block_size": 0}, {"guidance_scale": 3.0}]
+    for options in changed:
+        assert pipe("the fox", seed=0, **options) != plain, options
+    several = [[pipe("the fox", seed=seed, best_of=draws) for seed in range(4)] for draws in (1, 4)]
+    assert several[0] != several[1]
+    assert pipe("the fox", temperature=0.0) == pipe("the fox", do_sample=False, seed=3) != plain
+    if not context:
+        with pytest.raises(ValueError, match="in a model with a context"):
+            pipe("the fox", block_size=1)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "message"),
     [
@@ -122,6 +144,8 @@ def test_several_sequences_per_prompt_and_the_continuation_alone(pipe):
         ("the fox", {"num_generate_chunks": 0}, ValueError, "at least 1"),
         ("the fox", {"num_return_sequences": 0}, ValueError, "num_return_sequences"),
         ("the fox", {"sampler": "magic"}, ValueError, "sampler must be one of"),
+        ("the fox", {"posterior_temperature": 0.5}, TypeError, "Unknown argument 'posterior_temperature'"),
+        ("the fox", {"temperature": 0.0, "num_return_sequences": 2}, ValueError, "At temperature 0"),
     ],
 )
 def test_bad_calls_say_what_is_wrong(pipe, prompt, options, error, message):
@@ -159,6 +183,5 @@ for one in (pipe, again):
 
 def test_every_argument_of_generate_can_be_given():
     own = set(inspect.signature(TokComModel.generate).parameters)
-    own -= {"self", "prompt_ids", "prompt_mask", "batch_size", "return_dict_in_generate"}
-    own -= {"inputs", "input_ids", "attention_mask"}  # other names of the prompt and its mask
+    own -= {"self", "input_ids", "attention_mask", "batch_size", "return_dict_in_generate"}
     assert set(FORWARD_ARGUMENTS) == own

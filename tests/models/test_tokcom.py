@@ -6,29 +6,19 @@ from transformers import AutoConfig, AutoModel
 
 from tokcom_hf import DenoisedModel, DenoisedModelConfig, TokComConfig, TokComModel, TokComVAE, TokComVAEConfig
 
+from .tokcom_tools import CONTEXT, VAE, inputs, seeded, small
+
 SHAPE = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2,
 }  # fmt: skip
+KINDS = ("tokcom", "context")
 
 
-def tiny_config(attention: str = "bidirectional", **changes) -> TokComConfig:
-    vae = {"vocab_size": 51, "latent_size": 16, "fixed_norm": True, **SHAPE}
-    denoiser = {"attention": attention, "self_conditioning": changes.pop("self_conditioning", False), **SHAPE}
-    defaults = {"standardize_latents": True, "noise_std": 1.0, "clean_prefix": True, "eos_token_id": 0}
-    return TokComConfig(vae=vae, denoiser=denoiser, **defaults | changes)
-
-
-def tiny_model(attention: str = "bidirectional", **changes) -> TokComModel:
-    """Random weights large enough that every input matters (adaLN-Zero would hide the time)."""
-    torch.manual_seed(0)
-    model = TokComModel(tiny_config(attention, **changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
-        model.latent_mean.normal_()
-        model.latent_std.uniform_(0.5, 2.0)
-    return model
+def tiny_model(kind: str = "tokcom", **changes) -> TokComModel:
+    """With statistics of its latents; without a context a prompt stays clean, as it is trained."""
+    own = {"clean_prefix": True} if kind == "tokcom" else {}
+    vae = VAE | {"fixed_norm": True, "chunk_projection": "all"}
+    return small(kind, **{"vae": vae, "standardize_latents": True, "eos_token_id": 0} | own | changes)
 
 
 def test_defaults_are_the_documented_numbers():
@@ -45,6 +35,13 @@ def test_defaults_are_the_documented_numbers():
         1,
     )
     assert (denoiser.time_scale, denoiser.time_max_period, denoiser.self_conditioning) == (1.0, 10000.0, False)
+    assert (flow.context, flow.block_size, flow.num_steps, flow.step_power, flow.sampler) == (None, 0, 50, 1, "euler")
+    assert (flow.standardize_latents, flow.clean_prefix, flow.noise_draws, flow.context_dropout) == (
+        False,
+        False,
+        1,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +51,27 @@ def test_defaults_are_the_documented_numbers():
         (lambda: TokComVAEConfig(num_attention_heads=14, num_key_value_heads=3), "multiple of num_key_value_heads"),
         (lambda: TokComVAEConfig(vocab_size=10, omni_token_id=10), "row of the embedding"),
         (lambda: TokComVAEConfig(token_dropout=1.0), "token_dropout"),
-        (lambda: TokComConfig(vae={"latent_size": 8}, denoiser={"latent_size": 9}), "agree on latent_size"),
+        (lambda: TokComConfig(vae={"latent_size": 8}, denoiser={"latent_size": 9}), "latent_size must be 8"),
+        (lambda: TokComConfig(denoiser={"context_size": 9}), "context_size must be None"),
+        (lambda: TokComConfig(context=CONTEXT, denoiser={"context_size": 9}), "context_size must be 48"),
+        (
+            lambda: TokComConfig(context=CONTEXT | {"vocab_size": 9}),
+            "context.vocab_size must be the VAE's 32017, got 9",
+        ),
+        (lambda: TokComConfig(context=CONTEXT, clean_prefix=True), "clean_prefix is for models without a context"),
+        (lambda: TokComConfig(context=CONTEXT, block_sizes=[]), "at least one size"),
+        (lambda: TokComConfig(context=CONTEXT, block_sizes=[2, -1]), "none may be negative"),
+        (lambda: TokComConfig(context=CONTEXT, block_size=-1), "none may be negative"),
+        (lambda: TokComConfig(context=CONTEXT, context_dropout=1.0), r"context_dropout must be in \[0, 1\)"),
+        (lambda: TokComConfig(prefix_dropout=1.5), "prefix_dropout in"),
+        (lambda: TokComConfig(block_sizes=[1, 2]), "the whole row is one block"),
+        (lambda: TokComConfig(block_size=2), "the whole row is one block"),
+        (lambda: TokComConfig(noise_draws=2), "the whole row is one block"),
+        (lambda: TokComConfig(context_dropout=0.1), "the whole row is one block"),
+        (lambda: TokComConfig(sampler="commit"), "sampler must be one of euler, heun, renoise, got 'commit'"),
+        (lambda: TokComConfig(num_steps=0), "must be at least 1"),
+        (lambda: TokComConfig(max_chunks=0), "must be at least 1"),
+        (lambda: TokComConfig(context=CONTEXT, noise_draws=0), "must be at least 1"),
     ],
 )
 def test_bad_configurations_say_what_is_wrong(config, message):
@@ -67,22 +84,25 @@ def test_wrong_types_raise():
         TokComVAEConfig(hidden_size="wide")
 
 
-@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
-def test_round_trip_through_the_meta_device(tmp_path, attention):
-    model = tiny_model(attention)
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_through_the_meta_device(tmp_path, kind):
+    model = tiny_model(kind)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     assert isinstance(loaded, TokComModel)
-    for part, fields in (("vae", model.config.vae), ("denoiser", model.config.denoiser)):
-        stored = getattr(AutoConfig.from_pretrained(tmp_path), part).to_dict()
-        assert {k: v for k, v in stored.items() if k != "dtype"} == {
-            k: v for k, v in fields.to_dict().items() if k != "dtype"
-        }
-    assert loaded.config.denoiser.attention == attention
+    stored = AutoConfig.from_pretrained(tmp_path)
+    for part in ("vae", "denoiser") if kind == "tokcom" else ("vae", "denoiser", "context"):
+        one, other = (
+            {k: v for k, v in getattr(config, part).to_dict().items() if k != "dtype"}
+            for config in (stored, model.config)
+        )
+        assert one == other
+    assert (stored.context is None) == (kind == "tokcom")
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     assert loaded.vae.lm_head.weight is loaded.vae.embed_tokens.weight
+    torch.testing.assert_close(loaded(**inputs(kind)).loss, model(**inputs(kind)).loss, atol=1e-5, rtol=1e-5)
 
 
 def test_missing_statistics_come_back_as_identity(tmp_path):
@@ -97,16 +117,22 @@ def test_missing_statistics_come_back_as_identity(tmp_path):
     assert torch.equal(loaded.latent_std, torch.ones(16))
 
 
-def test_dtype_device_map_and_attention_implementations_agree(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtype_device_map_and_attention_implementations_agree(tmp_path, kind):
+    tiny_model(kind).save_pretrained(tmp_path)
     ids = torch.randint(1, 50, (2, 8))
     sdpa = AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa", device_map="cpu").eval()
     eager = AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert sdpa.vae.config._attn_implementation == "sdpa" and eager.vae.config._attn_implementation == "eager"
+    for part in ("vae", "denoiser") if kind == "tokcom" else ("vae", "denoiser", "context"):
+        assert getattr(sdpa.config, part)._attn_implementation == "sdpa"
+        assert getattr(eager.config, part)._attn_implementation == "eager"
     torch.testing.assert_close(sdpa.vae(ids).logits, eager.vae(ids).logits, atol=1e-5, rtol=1e-5)
     x, t = torch.randn(2, 5, 16), torch.rand(2)
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    one, two = (model(x, t, attention_mask=mask).clean_latents for model in (sdpa, eager))
+    one, two = (model.denoiser(x, t, attention_mask=mask).clean_latents for model in (sdpa, eager))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    one, two = (model(**inputs(kind), attention_mask=mask).loss for model in (sdpa, eager))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
     half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.vae.lm_head.weight.dtype == torch.bfloat16
@@ -158,124 +184,107 @@ def test_length_must_be_whole_chunks():
         tiny_model().encode(torch.ones(1, 7, dtype=torch.long))
 
 
-def test_a_new_denoiser_ignores_time_and_a_trained_one_does_not():
-    x = torch.randn(1, 4, 16)
-    for fresh in (DenoisedModel(DenoisedModelConfig(latent_size=16, **SHAPE)), TokComModel(tiny_config())):
-        early, late = (fresh.eval()(x, torch.tensor([t])).clean_latents for t in (0.1, 0.9))
-        assert torch.equal(early, late)
-    model = tiny_model().denoiser
-    assert not torch.allclose(model(x, torch.tensor([0.1])).clean_latents, model(x, torch.tensor([0.9])).clean_latents)
+def test_a_new_denoiser_ignores_time_and_context_and_a_trained_one_does_not():
+    x, context = torch.randn(1, 4, 16), torch.randn(1, 48)
+    fresh = DenoisedModel(DenoisedModelConfig(latent_size=16, context_size=48, **SHAPE)).eval()
+    early, late, told = (
+        fresh(x, torch.tensor([t]), context=c).clean_latents for t, c in ((0.1, None), (0.9, None), (0.1, context))
+    )
+    assert torch.equal(early, late) and torch.equal(early, told)
+    model = small("denoiser", context_size=48)
+    early, late, told, other = (
+        model(x, torch.tensor([t]), context=c).clean_latents
+        for t, c in ((0.1, None), (0.9, None), (0.1, context), (0.1, -context))
+    )
+    assert not any(torch.allclose(early, one) for one in (late, told, other)) and not torch.allclose(told, other)
+
+
+def test_with_a_context_equal_chunks_differ_by_their_place():
+    alone, x = torch.zeros(1, 48), torch.randn(1, 1, 16).expand(1, 3, 16)
+    # Attention over equal chunks is the same everywhere, because values carry no position.
+    documented = small("denoiser")(x, torch.tensor([0.5])).clean_latents[0]
+    torch.testing.assert_close(documented[0], documented[2], atol=1e-5, rtol=1e-5)
+    placed = small("denoiser", context_size=48)(x, torch.tensor([0.5]), context=alone).clean_latents[0]
+    assert not torch.allclose(placed[0], placed[2], atol=1e-3)
 
 
 def test_time_per_position_equals_one_time_where_they_are_equal():
-    model, x = tiny_model(), torch.randn(2, 6, 16)
+    model, x = small("denoiser"), torch.randn(2, 6, 16)
     t = torch.tensor([0.2, 0.7])
     expected = model(x, t).clean_latents
-    embedded: list[int] = []
-    model.denoiser.time_mlp.register_forward_pre_hook(lambda module, inputs: embedded.append(len(inputs[0])))
     torch.testing.assert_close(model(x, t[:, None].expand(2, 6)).clean_latents, expected)
-    index = torch.tensor([0, 0, 0, 1, 1, 1])
-    torch.testing.assert_close(model(x, t[:, None].expand(2, 2), block_index=index).clean_latents, expected)
-    assert embedded == [2, 2], "a time is embedded once, however many positions have it"
-    with pytest.raises(ValueError, match="timesteps must be"):
-        model(x, torch.rand(2, 4))
+    same = model(x, torch.tensor([0.2])).clean_latents
+    torch.testing.assert_close(same[0], expected[0])
+    assert not torch.allclose(same[1], expected[1])
 
 
-def test_generation_embeds_each_time_once_for_all_blocks(monkeypatch):
-    model = tiny_model("block_causal")
-    embedded: list[float] = []
-    hook = model.denoiser.time_mlp.register_forward_pre_hook(
-        lambda module, inputs: embedded.append(float(inputs[0][0, 1]))
-    )
-    settings = {"num_chunks": 6, "num_steps": 3, "block_size": 2}
-    # A finished block is read at t = 1, once each.
-    ids = model.generate(**settings, generator=torch.Generator().manual_seed(1))
-    assert len(embedded) == 3 + 2 and len(set(embedded)) == 4
-    hook.remove()
-    forward = model.denoiser.forward
-    monkeypatch.setattr(model.denoiser, "forward", lambda *a, modulations=None, **k: forward(*a, **k))
-    assert torch.equal(model.generate(**settings, generator=torch.Generator().manual_seed(1)), ids)
+def test_what_a_denoiser_cannot_use_is_refused():
+    x, t = torch.randn(2, 6, 16), torch.rand(2)
+    plain, told = small("denoiser"), small("denoiser", context_size=48)
+    for call, message in (
+        (lambda: plain(x, torch.rand(2, 4)), "timesteps must be"),
+        (lambda: plain(x, torch.rand(3)), "timesteps must be"),
+        (lambda: plain(x, t, context=torch.randn(2, 48)), "with context_size=None leave it out"),
+        (lambda: told(x, t, context=torch.randn(2, 47)), r"\(batch, context_size\) = \(2, 48\), got \(2, 47\)"),
+        (lambda: told(x, t, context=torch.randn(1, 48)), r"= \(2, 48\), got \(1, 48\)"),
+        (lambda: plain(x, t, self_condition=x), "self_conditioning=True; leave it out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
-def test_cached_blocks_equal_the_training_layout():
-    model = tiny_model("block_causal")
-    clean, x = torch.randn(2, 6, 16), torch.randn(2, 6, 16)
-    index, t = torch.tensor([0, 0, 1, 1, 2, 2]), torch.rand(2, 3)
-    whole = model(x, t, context=clean, block_index=index).clean_latents
-    past = model._extend_cache(None, clean[:, :2], None, 0)
-    past = model._extend_cache(past, clean[:, 2:4], None, 2)
-    last = model(x[:, 4:], t[:, 2], past_key_values=past, position_offset=4).clean_latents
-    torch.testing.assert_close(whole[:, 4:], last, atol=1e-5, rtol=1e-5)
+def test_an_earlier_prediction_is_an_input_and_zeros_where_it_is_missing():
+    model, x, t = small("denoiser", self_conditioning=True), torch.randn(2, 6, 16), torch.rand(2)
+    plain = model(x, t).clean_latents
+    assert torch.equal(plain, model(x, t, self_condition=torch.zeros_like(x)).clean_latents)
+    assert not torch.allclose(plain, model(x, t, self_condition=x).clean_latents)
 
 
-@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
-@pytest.mark.parametrize("block_size", [None, 1, 3])
-@pytest.mark.parametrize("self_conditioning", [False, True])
-def test_a_batch_of_uneven_prompts_equals_its_rows(attention, block_size, self_conditioning):
-    model = tiny_model(attention, self_conditioning=self_conditioning, eos_token_id=None)
-    rows = [torch.randint(1, 50, (length,)) for length in (7, 2, 4)]
-    ids, mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)], mask[index, : len(row)] = row, 1
-    settings = {"num_generate_chunks": 5, "num_steps": 3, "block_size": block_size}
-    noise = iter(torch.randn(50, 3, 5, 16).unbind())
-    batch_noise, used = [], []
-
-    def recorded(shape, generator):
-        value = next(noise)[: shape[0], : shape[1]] if shape[1] else torch.zeros(shape)
-        batch_noise.append(value)
-        return value
-
-    model._noise = recorded
-    batch = model.generate(ids, prompt_mask=mask, **settings)
-    for index, row in enumerate(rows):
-        used = iter(batch_noise)
-        model._noise = lambda shape, generator, used=used, index=index: next(used)[index : index + 1]
-        single = model.generate(row[None], **settings)
-        assert torch.equal(single[0], batch[index, : len(row) + 20]), index
-        assert torch.equal(batch[index, : len(row)], row)
+def test_masked_chunks_are_not_seen_by_the_others():
+    model, x, t = small("denoiser"), torch.randn(2, 6, 16), torch.rand(2)
+    mask = torch.tensor([[1] * 6, [1, 1, 0, 1, 1, 0]])
+    before = model(x, t, attention_mask=mask).clean_latents
+    other = x.clone()
+    other[1, [2, 5]] = 9.0
+    after = model(other, t, attention_mask=mask).clean_latents
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1, [0, 1, 3, 4]], after[1, [0, 1, 3, 4]])
+    assert not torch.allclose(model(x, t).clean_latents[1], before[1])
 
 
-def test_generation_is_reproducible_and_depends_on_the_seed():
-    model = tiny_model()
-    one, again, other = (
-        model.generate(num_chunks=8, num_steps=4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
-    assert torch.equal(one, again) and not torch.equal(one, other)
-
-
-def test_eos_ends_a_sequence():
-    model = tiny_model(eos_token_id=7)
-    ids = model.generate(num_chunks=40, num_steps=2, batch_size=3, temperature=5.0)
-    assert (ids == 7).any()
-    for row in ids:
-        first = (row == 7).nonzero()
-        assert len(first) == 0 or (row[first[0, 0] :] == 7).all()
-
-
-def test_full_noise_level_is_plain_reconstruction_and_zero_steps_are_refused():
-    model, ids = tiny_model(), torch.randint(1, 50, (2, 8))
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_levels(kind):
+    model, ids = tiny_model(kind), torch.randint(1, 50, (2, 16))
     assert torch.equal(model.denoise_reconstruct(ids, noise_level=1.0), model.reconstruct(ids))
     for level in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="noise_level must be in"):
+        with pytest.raises(ValueError, match="noise_level in"):
             model.denoise_reconstruct(ids, noise_level=level)
-    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
-        model.generate(num_steps=0)
-    with pytest.raises(ValueError, match="at least 1, got -3"):
-        model.generate(num_chunks=-3)
-    with pytest.raises(ValueError, match="prompt_ids must be in 0 … 50"):
-        model.generate(torch.tensor([[3, 77]]))
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        model.denoise_reconstruct(ids, num_steps=0)
+    for level in (0.5, 1.0):
+        with pytest.raises(ValueError, match="sampler must be one of"):
+            model.denoise_reconstruct(ids, noise_level=level, sampler="magic")
+    draw = lambda seed, **more: model.denoise_reconstruct(ids, 0.1, 10, generator=seeded(seed), **more)  # noqa: E731
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert draw(1).shape == ids.shape and not torch.equal(draw(1), draw(1, sampler="heun"))
 
 
-def test_guidance_scale_one_is_off_and_others_change_the_output():
-    model = tiny_model(eos_token_id=None)
-    prompt = torch.randint(1, 50, (1, 8))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("steps", "level", "passes"), [(50, 0.9, 5), (50, 0.5, 25), (3, 0.9, 1)])
+def test_the_documented_number_of_steps_from_a_noise_level(kind, steps, level, passes):
+    model, seen = tiny_model(kind), []
+    model.denoiser.register_forward_pre_hook(lambda module, args: seen.append((len(args[0]), args[1].item())))
+    model.denoise_reconstruct(torch.randint(1, 50, (2, 16)), level, steps)
+    # Blocks of two chunks of 16 tokens behind their context, or rows of four chunks.
+    assert [rows for rows, _ in seen] == [2 if kind == "tokcom" else 4] * passes
+    assert seen[0][1] == pytest.approx(level)
 
-    def run(scale):
-        generator = torch.Generator().manual_seed(0)
-        return model.generate(prompt, num_generate_chunks=6, num_steps=4, guidance_scale=scale, generator=generator)
 
-    assert torch.equal(run(1.0), run(1.0)) and not torch.equal(run(1.0), run(4.0))
+def test_blocks_are_denoised_behind_the_tokens_that_precede_them():
+    model, ids = tiny_model("context"), torch.randint(1, 50, (1, 16), generator=seeded())
+    states, given = model.context(ids), []
+    model.denoiser.register_forward_pre_hook(lambda module, args: given.append(args[2]))
+    model.denoise_reconstruct(ids, 0.5, 2)
+    torch.testing.assert_close(given[0], states[0, [0, 8]])
 
 
 def test_parameter_counts_at_the_documented_size():

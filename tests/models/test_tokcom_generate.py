@@ -8,24 +8,54 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 
-from .tokcom_tools import SHAPE, small
+from tokcom_hf.models import tokcom_generation
+from tokcom_hf.models.flow_matching import sample, sampling_times
 
-ARGUMENTS = {"num_steps": 3, "do_sample": False}
+from .tokcom_tools import SHAPE, VAE, seeded, small
+
+STILL = {"num_steps": 3, "do_sample": False}
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def writer(kind: str, **changes):
+    """A model whose text depends on every input; without an end token. Blocks of two chunks behind a context."""
+    own = {"clean_prefix": True} if kind == "tokcom" else {"context_dropout": 0.1}
+    vae = VAE | {"chunk_projection": "all", "fixed_norm": True}
+    return small(kind, **{"vae": vae, "standardize_latents": True, "eos_token_id": None} | own | changes)
 
 
-@pytest.fixture(scope="module", params=["bidirectional", "block_causal"])
+@pytest.fixture(scope="module", params=["tokcom", "context"])
 def model(request):
-    denoiser = SHAPE | {"attention": request.param}
-    return small("tokcom", denoiser=denoiser, clean_prefix=True, block_size=2, eos_token_id=None)
+    return writer(request.param)
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return writer("context")
 
 
 @pytest.fixture(scope="module")
 def prompt():
     return torch.randint(1, 50, (2, 7), generator=seeded())
+
+
+@pytest.fixture
+def noise_of_rows(monkeypatch):
+    """Makes the noise of generation a function of the row and the call: the same row gets the same in any batch."""
+
+    def start(*rows: int, copies: int = 1) -> None:
+        calls = iter(range(1000))
+
+        def draw(model, shape, temperature, generator):
+            call = next(calls)
+            drawn = [
+                torch.randn(shape[1:], generator=seeded(100 * row + 10 * copy + call))
+                for row in rows for copy in range(copies)
+            ]  # fmt: skip
+            return torch.stack(drawn) * temperature
+
+        monkeypatch.setattr(tokcom_generation, "draw_noise", draw)
+
+    return start
 
 
 # ---------------------------------------------------------------- lengths and prompts
@@ -41,38 +71,173 @@ def test_so_many_tokens_as_asked_for(model, prompt, count):
     assert alone.shape == (3, count)
 
 
-def test_three_names_of_a_prompt(model, prompt):
-    expected = model.generate(prompt, max_new_tokens=4, **ARGUMENTS)
-    for name in ("prompt_ids", "input_ids", "inputs"):
-        assert torch.equal(model.generate(**{name: prompt}, max_new_tokens=4, **ARGUMENTS), expected)
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as a batch one longer than the longest, filled with a token that the model must not see."""
+    width = max(map(len, rows)) + 1
+    ids, mask = torch.full((len(rows), width), 33), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        start = {"left": width - len(row), "right": 0, "both": (width - len(row)) // 2}[side]
+        ids[index, start : start + len(row)], mask[index, start : start + len(row)] = row, 1
+    return ids, mask
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("copies", [1, 2])
-def test_padding_is_not_seen_and_stands_where_it_stood(model, side, copies):
-    rows = [torch.arange(1, 1 + length) for length in (7, 2, 4)]
-    ids, mask = torch.full((3, 9), 33), torch.zeros(3, 9, dtype=torch.long)
+def test_a_prompt_in_a_padded_batch_is_the_prompt_alone(model, side, copies, noise_of_rows):
+    rows = [torch.randint(1, 50, (length,), generator=seeded(length)) for length in range(1, 10)]
+    ids, mask = padded(rows, side)
+    options = {"max_new_tokens": 18, "num_steps": 3, "num_return_sequences": copies}
+    given = ids.clone(), mask.clone()
+    noise_of_rows(*range(9), copies=copies)
+    batch = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(ids, given[0]) and torch.equal(mask, given[1])
+    assert torch.equal(batch[:, :10], ids.repeat_interleave(copies, 0)) and batch.shape == (9 * copies, 28)
     for index, row in enumerate(rows):
-        start = {"left": 9 - len(row), "right": 0, "both": (9 - len(row)) // 2}[side]
-        ids[index, start : start + len(row)], mask[index, start : start + len(row)] = row, 1
-    arguments = ARGUMENTS if copies == 1 else {"num_steps": 3, "num_return_sequences": copies}
-    if copies > 1:
-        model = small("tokcom", denoiser=model.config.denoiser.to_dict(), block_size=2, eos_token_id=None)
-        model._noise = lambda shape, generator: torch.zeros(shape)
-    ids, mask = ids.clone(), mask.clone()
-    batch = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, **arguments)
-    assert torch.equal(batch[:, :9], ids.repeat_interleave(copies, 0)) and batch.shape == (3 * copies, 15)
-    compact = model.generate(prompt_ids=ids, prompt_mask=mask, max_new_tokens=6, **arguments)
-    for index, row in enumerate(rows):
-        expected = model.generate(row[None], max_new_tokens=6, **arguments)[0]
-        assert torch.equal(batch[index * copies, 9:], expected[len(row) :])
-        assert torch.equal(compact[index * copies, : len(row) + 6], expected)
+        noise_of_rows(index, copies=copies)
+        alone = model.generate(row[None], **options)
+        own = batch[index * copies : (index + 1) * copies]
+        assert torch.equal(own[:, 10:], alone[:, len(row) :]), index
+    assert len({tuple(row) for row in batch[:, 10:].tolist()}) > 6 * copies
 
 
+@pytest.mark.parametrize("self_conditioning", [False, True])
+def test_with_an_earlier_prediction_too(self_conditioning, noise_of_rows):
+    rows = [torch.randint(1, 50, (length,), generator=seeded(length)) for length in (7, 2)]
+    ids, mask = padded(rows, "left")
+    for kind in ("tokcom", "context"):
+        model = writer(kind, denoiser=SHAPE | {"self_conditioning": self_conditioning})
+        noise_of_rows(0, 1)
+        batch = model.generate(ids, attention_mask=mask, max_new_tokens=12, num_steps=3)
+        for index, row in enumerate(rows):
+            noise_of_rows(index)
+            alone = model.generate(row[None], max_new_tokens=12, num_steps=3)
+            assert torch.equal(batch[index, 8:], alone[0, len(row) :])
+
+
+# ---------------------------------------------------------------- blocks
+@torch.no_grad()
+def from_scratch(model, prompt, tokens, size, steps, noise, guidance=1.0, sampler="euler"):
+    """Generation as the formulas say it: the context reads the whole text anew before every block."""
+    text, chunks = prompt, -(-tokens // 4)
+    for start in range(0, chunks, size or chunks):
+        count = min(size or chunks, chunks - start)
+        state = model.context(text)[:, -1]
+
+        def denoise(x, t, state=state):
+            time = torch.full((len(x),), t)
+            told = model.denoiser(x, time, context=state).clean_latents
+            free = model.denoiser(x, time).clean_latents
+            return free + guidance * (told - free)
+
+        clean = sample(denoise, noise(count), sampling_times(steps, model.config.step_power), sampler)
+        text = torch.cat([text, model.decode(model.unstandardize(clean))], dim=1)
+    return text[:, : prompt.shape[1] + tokens]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 0])
+@pytest.mark.parametrize("length", [0, 5, 8])
+def test_cached_blocks_equal_reading_the_text_anew(blocks, size, length):
+    prompt = torch.randint(1, 50, (2, length), generator=seeded(3))
+    options = {"max_new_tokens": 18, "num_steps": 3, "block_size": size, "generator": seeded(1)}
+    ids = blocks.generate(prompt, **options) if length else blocks.generate(batch_size=2, **options)
+    draws = seeded(1)
+    expected = from_scratch(blocks, prompt, 18, size, 3, lambda count: torch.randn(2, count, 16, generator=draws))
+    assert torch.equal(ids, expected)
+
+
+def test_the_block_size_of_the_config_is_the_default(blocks, prompt):
+    options = {"max_new_tokens": 20, "num_steps": 2}
+    text = {size: blocks.generate(prompt, block_size=size, generator=seeded(), **options) for size in (None, 0, 1, 2)}
+    assert torch.equal(text[None], text[2]) and not torch.equal(text[2], text[1]) and not torch.equal(text[2], text[0])
+
+
+def test_the_last_block_is_as_short_as_what_is_left(blocks):
+    sizes = []
+    handle = blocks.denoiser.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
+    blocks.generate(max_new_tokens=17, num_steps=1, block_size=2)
+    blocks.generate(max_new_tokens=17, num_steps=1, block_size=0)
+    blocks.generate(max_new_tokens=5, num_steps=1, block_size=16)
+    handle.remove()
+    assert sizes == [2, 2, 1, 5, 2]
+
+
+def test_the_steps_and_the_sampler_of_the_config_are_the_defaults():
+    model, seen = writer("context", num_steps=5, step_power=2.0, sampler="heun"), []
+    model.denoiser.register_forward_pre_hook(lambda module, args: seen.append(round(args[1].item(), 4)))
+    model.generate(num_chunks=2)
+    times = [round((u / 5) ** 2, 4) for u in range(5)]
+    assert seen == sorted(times + times[1:])
+    seen.clear()
+    model.generate(num_chunks=2, num_steps=2, sampler="euler")
+    assert seen == [0.0, 0.25]
+
+
+def test_a_prompt_is_read_once_for_all_its_continuations(blocks, prompt):
+    read = []
+    handle = blocks.context.model.register_forward_pre_hook(
+        lambda module, args, named: read.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    options = {"max_new_tokens": 16, "num_steps": 2, "generator": seeded()}
+    together = blocks.generate(prompt, num_return_sequences=3, **options)
+    handle.remove()
+    assert read == [(2, 8), (6, 8)]
+    repeated = blocks.generate(prompt.repeat_interleave(3, 0), **options | {"generator": seeded()})
+    assert torch.equal(together, repeated) and len({tuple(row) for row in together.tolist()}) > 2
+
+
+def test_several_continuations_are_those_of_a_repeated_prompt(model, prompt):
+    draw = lambda ids, **more: model.generate(ids, max_new_tokens=8, num_steps=2, generator=seeded(), **more)  # noqa: E731
+    assert torch.equal(draw(prompt, num_return_sequences=3), draw(prompt.repeat_interleave(3, 0)))
+    alone = model.generate(max_new_tokens=8, num_steps=2, batch_size=2, num_return_sequences=3, generator=seeded())
+    assert alone.shape == (6, 8) and len({tuple(row) for row in alone.tolist()}) > 2
+
+
+# ---------------------------------------------------------------- guidance, best of several draws
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_guidance_is_a_step_away_from_what_is_likely_without_the_context(blocks, prompt, sampler):
+    def draw(scale):
+        return blocks.generate(
+            prompt, max_new_tokens=16, num_steps=3, guidance_scale=scale, sampler=sampler, generator=seeded(1)
+        )
+
+    for scale in (1.0, 1.5, 0.0):
+        draws = seeded(1)
+        noise = lambda count, draws=draws: torch.randn(2, count, 16, generator=draws)  # noqa: E731
+        assert torch.equal(draw(scale), from_scratch(blocks, prompt, 16, 2, 3, noise, scale, sampler)), scale
+    with pytest.raises(ValueError, match="guidance_scale must be finite, got nan"):
+        draw(float("nan"))
+    assert not torch.equal(draw(1.5), draw(1.0)) and not torch.equal(draw(4.0), draw(1.5))
+
+
+@torch.no_grad()
+def test_the_nearest_of_several_draws_is_kept(model, prompt):
+    options = {"max_new_tokens": 8, "num_steps": 2, "block_size": 0, "return_dict_in_generate": True}
+    best = model.generate(prompt, best_of=5, generator=seeded(), **options)
+    every = model.generate(prompt, num_return_sequences=5, generator=seeded(), **options)
+    texts, latents = every.sequences[:, 7:].view(2, 5, 8), every.latents.view(2, 5, 2, 16)
+    again = model.standardize(model.encode(texts.flatten(0, 1))).view(2, 5, 2, 16)
+    distance = (again - model.standardize(latents)).square().mean(dim=(2, 3))
+    chosen = distance.argmin(dim=1)
+    assert set(chosen.tolist()) != {0} and distance.std() > 0
+    for row in range(2):
+        assert torch.equal(best.sequences[row, 7:], texts[row, chosen[row]])
+        assert torch.equal(best.latents[row], latents[row, chosen[row]])
+
+
+def test_later_blocks_follow_the_draw_that_was_kept(blocks, prompt):
+    options = {"max_new_tokens": 12, "num_steps": 2, "best_of": 3, "block_size": 1}
+    ids = blocks.generate(prompt, **options, generator=seeded())
+    generator = seeded()
+    text = prompt
+    for _ in range(3):
+        text = blocks.generate(text, **options | {"max_new_tokens": 4}, generator=generator)
+    assert torch.equal(ids, text)
+
+
+# ---------------------------------------------------------------- arguments
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"input_ids": torch.ones(1, 2).long(), "prompt_ids": torch.ones(1, 2).long()}, "names of the same argument"),
         ({"attention_mask": torch.ones(1, 2)}, "there is no prompt"),
         ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 3)}, "must have the prompt's shape"),
         ({"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.zeros(1, 2)}, "at least one token"),
@@ -86,13 +251,19 @@ def test_padding_is_not_seen_and_stands_where_it_stood(model, side, copies):
         ({"input_ids": torch.ones(1, 5).long(), "batch_size": 2}, "there are 1 prompts"),
         ({"temperature": -0.5}, "temperature must not be negative"),
         ({"temperature": float("nan")}, "temperature must not be negative"),
-        ({"do_sample": False, "temperature": 0.7}, "give one of the two"),
-        ({"do_sample": True, "temperature": 0.0}, "above 0"),
-        ({"do_sample": False, "num_return_sequences": 2}, "would repeat it"),
-        ({"do_sample": False, "sampler": "renoise"}, "draws noise at every step"),
+        ({"temperature": float("inf")}, "temperature must not be negative, and finite"),
+        ({"do_sample": False, "temperature": 0.7}, "Give one of the two"),
+        ({"do_sample": True, "temperature": 0.0}, "Give one of the two"),
+        ({"do_sample": False, "num_return_sequences": 2}, "At temperature 0"),
+        ({"temperature": 0.0, "num_return_sequences": 2}, "At temperature 0"),
+        ({"temperature": 0.0, "best_of": 2}, "must be 1, got 1 and 2"),
+        ({"best_of": 0}, "best_of must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"num_chunks": -3}, "at least 1, got -3"),
+        ({"block_size": -1}, "block_size must be 0"),
         ({"sampler": "Euler"}, "sampler must be one of"),
-        ({"time_grid": "linear"}, "time_grid must be one of"),
-        ({"guidance_scale": 2.0, "block_size": 0}, "needs something to be guided by"),
+        ({"sampler": "commit"}, "sampler must be one of"),
+        ({"input_ids": torch.tensor([[3, 77]])}, "input_ids must be in 0 … 50"),
         ({"num_return_sequences": 0}, "num_return_sequences must be at least 1"),
         ({"eos_token_id": 51}, "eos_token_id must be in 0 … 50"),
     ],
@@ -102,7 +273,22 @@ def test_arguments_that_contradict_or_do_not_act_raise(model, arguments, message
         model.generate(**{"num_steps": 1, "max_new_tokens": None, **arguments})
 
 
-@pytest.mark.parametrize("name", ["top_k", "num_beams", "max_new_token", "stopping_criteria", "num_stepz", "seed"])
+def test_options_of_models_with_a_context_are_refused_without_one(prompt):
+    documented = writer("tokcom")
+    for size in (1, 2):
+        with pytest.raises(ValueError, match="in a model with a context, positive; got"):
+            documented.generate(prompt, block_size=size)
+    with pytest.raises(ValueError, match="needs a model trained with context_dropout above 0"):
+        documented.generate(prompt, guidance_scale=1.5)
+    with pytest.raises(ValueError, match=r"guidance_scale=1\.5 needs a model trained with context_dropout"):
+        writer("context", context_dropout=0.0).generate(prompt, guidance_scale=1.5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["top_k", "num_beams", "max_new_token", "stopping_criteria", "num_stepz", "seed", "time_grid", "token_lag",
+     "posterior_temperature", "final_clean_pass"],
+)  # fmt: skip
 def test_unknown_keywords_are_named(model, name):
     with pytest.raises(TypeError, match=name):
         model.generate(max_new_tokens=4, **{name: 1})
@@ -111,6 +297,8 @@ def test_unknown_keywords_are_named(model, name):
 def test_wrong_kinds_are_named(model):
     with pytest.raises(TypeError, match="float32"):
         model.generate(input_ids=torch.ones(1, 4))
+    with pytest.raises(TypeError, match="bool"):
+        model.generate(input_ids=torch.ones(1, 4).bool())
     with pytest.raises(TypeError, match="list"):
         model.generate(input_ids=[[1, 2]])
     with pytest.raises(TypeError, match="put and end"):
@@ -126,56 +314,40 @@ def test_wrong_kinds_are_named(model):
         model.generate(generation_config={"max_new_tokens": 4})
 
 
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"time_grid": "cosine"}, "time_grid"),
-        ({"final_clean_pass": True}, "final_clean_pass"),
-        ({"temperature": 0.5}, "temperature"),
-    ],
-)
-def test_commit_refuses_what_it_does_not_use(arguments, name):
-    vae = {"vocab_size": 51, "latent_size": 32, "encoder": "embedding", **SHAPE}
-    flow = {
-        "clean_latents": "posterior_mean",
-        "noise_likelihood": True,
-        "token_time_std": 1.0,
-        "standardize_latents": True,
-    }
-    model = small("tokcom", vae=vae, denoiser=SHAPE, sampler="commit", **flow)
-    with pytest.raises(ValueError, match=f"'commit' does not use {name}"):
-        model.generate(max_new_tokens=4, **arguments)
-    ids = [model.generate(max_new_tokens=7, do_sample=False) for _ in range(2)]
-    assert torch.equal(*ids) and ids[0].shape == (1, 7)
-
-
-def test_samplers_and_grids_of_denoise_reconstruct_are_checked_at_every_level(model):
-    ids = torch.arange(8)[None]
-    with pytest.raises(ValueError, match="sampler must be one of"):
-        model.denoise_reconstruct(ids, noise_level=1.0, sampler="magic")
-
-
 # ---------------------------------------------------------------- what is random
-def test_without_sampling_nothing_is_random(model, prompt):
-    torch.manual_seed(1)
-    one = model.generate(prompt, max_new_tokens=8, **ARGUMENTS)
-    torch.manual_seed(2)
-    assert torch.equal(one, model.generate(prompt, max_new_tokens=8, **ARGUMENTS))
-    assert not torch.equal(one, model.generate(prompt, max_new_tokens=8, num_steps=3, generator=seeded(3)))
-    still = small(
-        "tokcom", denoiser=model.config.denoiser.to_dict(), clean_prefix=True, block_size=2, eos_token_id=None
+@pytest.mark.parametrize("sampler", ["euler", "heun", "renoise"])
+def test_other_noise_is_another_text_and_no_noise_is_one_text(model, prompt, sampler):
+    def draw(**more):
+        return model.generate(prompt, max_new_tokens=16, num_steps=3, sampler=sampler, **more)
+
+    assert torch.equal(draw(generator=seeded(1)), draw(generator=seeded(1)))
+    assert not torch.equal(draw(generator=seeded(1)), draw(generator=seeded(2)))
+    still = draw(temperature=0.0, generator=seeded(1))
+    torch.manual_seed(5)
+    others = [draw(temperature=0.0, generator=seeded(2)), draw(do_sample=False), draw(temperature=0)]
+    assert all(torch.equal(still, other) for other in others)
+    assert not torch.equal(still, draw(generator=seeded(1)))
+
+
+def test_without_a_generator_the_global_seed_counts(model):
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(model.generate(max_new_tokens=16, num_steps=2))
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+@pytest.mark.parametrize("sampler", ["euler", "renoise"])
+def test_the_temperature_is_the_factor_of_all_noise(model, sampler, monkeypatch):
+    draw = lambda **more: model.generate(  # noqa: E731
+        max_new_tokens=32, num_steps=3, sampler=sampler, generator=seeded(5), **more
     )
-    still._noise = lambda shape, generator: torch.zeros(shape)
-    assert torch.equal(one, still.generate(prompt, max_new_tokens=8, num_steps=3))
-
-
-def test_sampling_draws_tokens_at_the_temperature(model):
-    draw = lambda **more: model.generate(max_new_tokens=32, num_steps=2, generator=seeded(5), **more)  # noqa: E731
-    greedy, sampled = draw(), draw(do_sample=True)
-    assert not torch.equal(greedy, sampled)
-    assert torch.equal(sampled, draw(temperature=1.0)) and torch.equal(sampled, draw(do_sample=True, temperature=1.0))
-    assert not torch.equal(sampled, draw(do_sample=True, temperature=5.0))
-    assert torch.equal(greedy, draw(temperature=0.0))
+    plain, tripled = draw(), draw(temperature=3.0)
+    assert torch.equal(plain, draw(temperature=1.0)) and torch.equal(plain, draw(do_sample=True))
+    assert torch.equal(plain, draw(do_sample=True, temperature=1.0)) and not torch.equal(plain, tripled)
+    # As if the model had been trained with so much noise.
+    monkeypatch.setattr(model.config, "noise_std", 3.0)
+    assert torch.equal(draw(), tripled)
 
 
 def test_threads_generate_as_one_thread_does(model):
@@ -183,7 +355,7 @@ def test_threads_generate_as_one_thread_does(model):
 
     def run(request):
         ids, seed = request
-        return model.generate(ids, max_new_tokens=6, num_steps=2, temperature=1.0, generator=seeded(seed))
+        return model.generate(ids, max_new_tokens=6, num_steps=2, generator=seeded(seed))
 
     expected = [run(request) for request in requests]
     with ThreadPoolExecutor(4) as pool:
@@ -194,7 +366,7 @@ def test_threads_generate_as_one_thread_does(model):
 # ---------------------------------------------------------------- end of a sequence
 def test_end_and_padding_tokens(model):
     draw = lambda **more: model.generate(  # noqa: E731
-        max_new_tokens=60, batch_size=3, num_steps=2, temperature=5.0, generator=seeded(), block_size=0, **more
+        max_new_tokens=60, batch_size=3, num_steps=2, generator=seeded(), **more
     )
     plain = draw()
     first, second = int(plain[0, 3]), int(plain[1, 5])
@@ -228,22 +400,39 @@ def test_a_streamer_gets_prompt_and_tokens_in_order(model, prompt):
 
 
 def test_a_streamer_hears_nothing_behind_the_end(model):
-    plain = model.generate(max_new_tokens=40, num_steps=2, temperature=5.0, generator=seeded(), block_size=2)
+    plain = model.generate(max_new_tokens=40, num_steps=2, generator=seeded())
     end, streamer = int(plain[0, 13]), Recorder()
-    settings = {"max_new_tokens": 40, "num_steps": 2, "temperature": 5.0, "block_size": 2}
+    settings = {"max_new_tokens": 40, "num_steps": 2}
     ids = model.generate(**settings, generator=seeded(), eos_token_id=end, streamer=streamer)
     first = ids[0].tolist().index(end)
     assert ids.shape == (1, 40) and streamer.parts[0].shape == (1, 0)
     assert torch.cat(streamer.parts[1:]).tolist() == ids[0, : first + 1].tolist()
 
 
-def test_blocks_are_streamed_as_they_are_finished(monkeypatch, model):
+def test_blocks_are_streamed_as_they_are_finished(monkeypatch, blocks):
     order, streamer = [], Recorder()
-    flow = model._flow
-    monkeypatch.setattr(model, "_flow", lambda *a, **k: (order.append("block"), flow(*a, **k))[1])
+    decode = blocks.decode
+    monkeypatch.setattr(blocks, "decode", lambda latents: (order.append("block"), decode(latents))[1])
     streamer.put = lambda value: order.append(value.shape[-1])
-    model.generate(max_new_tokens=11, num_steps=1, block_size=1, streamer=streamer)
+    blocks.generate(max_new_tokens=11, num_steps=1, block_size=1, streamer=streamer)
     assert order == [0, "block", 1, 1, 1, 1, "block", 1, 1, 1, 1, "block", 1, 1, 1]
+
+
+def test_nothing_is_generated_behind_the_end_of_all_rows(blocks):
+    options = {"max_new_tokens": 40, "num_steps": 2, "batch_size": 2, "block_size": 1}
+    plain = blocks.generate(**options, generator=seeded())
+    ends = [int(row[9]) for row in plain]
+    passes = []
+    handle = blocks.denoiser.register_forward_hook(lambda *_: passes.append(1))
+    output = blocks.generate(
+        **options, generator=seeded(), eos_token_id=ends, pad_token_id=50, return_dict_in_generate=True
+    )
+    handle.remove()
+    first = [min(row.tolist().index(end) for end in ends if end in row.tolist()) for row in plain]
+    assert len(passes) == 2 * (max(first) // 4 + 1) <= 2 * 3
+    assert output.sequences.shape == (2, 40) and output.latents.shape == (2, 10, 16)
+    for row, free, end in zip(output.sequences.tolist(), plain.tolist(), first):
+        assert row[: end + 1] == free[: end + 1] and set(row[end + 1 :]) == {50}
 
 
 def test_the_streamers_of_transformers_write_the_text(model, capsys):
@@ -274,6 +463,7 @@ def test_a_generation_config_supplies_what_is_not_given(model, prompt):
     # An explicit do_sample=False leaves the stored temperature out.
     still = model.generate(prompt, generation_config=config, do_sample=False)
     assert torch.equal(still, model.generate(prompt, max_new_tokens=5, num_steps=2, sampler="heun", do_sample=False))
+    assert not torch.equal(still, ids)
     assert model.generate(prompt, generation_config=GenerationConfig(max_length=9), num_steps=1).shape == (2, 9)
 
 
@@ -292,11 +482,12 @@ def test_settings_that_change_nothing_are_taken(model):
 
 
 def test_the_generation_config_is_saved_and_loaded(tmp_path):
-    model = small("tokcom", eos_token_id=7)
+    model = writer("context", eos_token_id=7)
     assert model.can_generate() and model.generation_config.eos_token_id == 7
     model.generation_config.num_steps = 2
     model.generation_config.max_new_tokens = 6
     model.generation_config.pad_token_id = 3
+    model.generation_config.block_size = 1
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "generation_config.json").read_text())
     assert (stored["num_steps"], stored["max_new_tokens"], stored["eos_token_id"]) == (2, 6, 7)
@@ -313,8 +504,8 @@ def test_the_generation_config_is_saved_and_loaded(tmp_path):
 
 
 def test_the_end_token_is_that_of_whichever_config_was_changed(tmp_path):
-    model = small("tokcom", eos_token_id=7)
-    draw = lambda m: m.generate(max_new_tokens=60, num_steps=1, temperature=5.0, generator=seeded())[0].tolist()  # noqa: E731
+    model = writer("context", eos_token_id=7)
+    draw = lambda m: m.generate(max_new_tokens=60, num_steps=1, generator=seeded())[0].tolist()  # noqa: E731
     model.config.eos_token_id = None
     free = draw(model)
     model.config.eos_token_id = free[4]

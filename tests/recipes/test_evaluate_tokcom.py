@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import random
 import runpy
 import shutil
@@ -71,10 +70,15 @@ def tokcom(tmp_path_factory, corpus) -> Path:
     config = TokComConfig(
         vae=shape | {"vocab_size": len(tokenizer) + 1, "latent_size": 8},
         denoiser=shape | {"self_conditioning": True},
+        context=dict(shape),
         eos_token_id=tokenizer.eos_token_id,
         max_chunks=8,
-        clean_prefix=True,
+        noise_std=1.0,
         mse_weight=1.0,
+        context_dropout=0.1,
+        block_sizes=[1, 2, 0],
+        block_size=1,
+        num_steps=2,
     )
     TokComModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -103,10 +107,9 @@ def test_the_baseline_matches_size_and_compute(baseline, tokcom, corpus):
     rows = len(load_source(TextSource(train_file=str(corpus)), 32, str(tokcom)).train)
     assert budget["tokcom"]["vae_tokens"] == pytest.approx(0.02 * rows * 32)
     assert budget["tokcom"]["tokens"] == pytest.approx(0.06 * rows * 32)
-    parts = [budget["tokcom"][f"{part}_flops"] for part in ("vae", "encode", "denoiser")]
+    parts = [budget["tokcom"][f"{part}_flops"] for part in ("vae", "denoiser")]
     assert min(parts) > 0 and sum(parts) == pytest.approx(budget["tokcom"]["flops"])
-    # Two stages of training on these tokens cost more than one forward pass of the encoder over the same ones would.
-    assert parts[0] / budget["tokcom"]["vae_tokens"] > 2 * parts[1] / (rows * 32)
+    assert budget["tokcom"]["encode_flops"] == budget["tokcom"]["distilled_flops"] == 0
 
 
 @pytest.mark.slow
@@ -123,101 +126,178 @@ def test_an_epoch_of_text_given_several_times_has_so_many_rows(tmp_path, tokcom,
     model = TokComModel.from_pretrained(tokcom)
     folder = tmp_path / "copies"
     shutil.copytree(tokcom, folder)
-    torch.manual_seed(0)  # self-conditioning is drawn
-    once = tokcom_budget(folder, model, rows, draws=1)
+    once = tokcom_budget(folder, model, rows, draws=2)
     (folder / "results.json").write_text(json.dumps({"rows": 3 * len(rows)}))
-    torch.manual_seed(0)
-    thrice = tokcom_budget(folder, model, rows, draws=1)
-    for name in ("tokens", "vae_flops", "encode_flops", "denoiser_flops"):
+    thrice = tokcom_budget(folder, model, rows, draws=2)
+    for name in ("tokens", "vae_flops", "denoiser_flops", "flops"):
         assert thrice[name] == pytest.approx(3 * once[name])
     assert once["tokens"] == pytest.approx(0.06 * len(rows) * 32)
+
+
+def test_the_budget_counts_every_stage(tmp_path, tokcom, corpus):
+    rows = load_source(TextSource(train_file=str(corpus)), 32, str(tokcom)).train
+    folder = tmp_path / "stages"
+    shutil.copytree(tokcom, folder)
+    model = TokComModel.from_pretrained(folder)
+    both = tokcom_budget(folder, model, rows, draws=4)
+    assert both["parameters"] == sum(p.numel() for p in model.parameters())
+    # Three stages where the distilled model is asked for; its student takes one step.
+    checkpoint = folder / "distilled" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"epoch": 0.01}))
+    model.config.num_steps = 1
+    all_three = tokcom_budget(folder / "distilled", model, rows, draws=4)
+    assert all_three["distilled_tokens"] == pytest.approx(0.01 * len(rows) * 32)
+    assert all_three["distilled_flops"] > 0
+    assert all_three["flops"] == pytest.approx(both["flops"] + all_three["distilled_flops"])
+    assert tokcom_budget(folder, model, rows, draws=4)["flops"] == pytest.approx(both["flops"])
+    shutil.rmtree(folder / "denoiser" / "checkpoint-7")
+    with pytest.raises(FileNotFoundError, match="No complete checkpoint in"):
+        tokcom_budget(folder, model, rows)
+
+
+def test_without_a_context_the_corpus_is_encoded_once(tmp_path, tokcom, corpus):
+    rows = load_source(TextSource(train_file=str(corpus)), 32, str(tokcom)).train
+    folder = tmp_path / "documented"
+    shutil.copytree(tokcom, folder)
+    values = TokComConfig.from_pretrained(tokcom).to_dict()
+    values |= {"context": None, "block_sizes": [0], "block_size": 0, "context_dropout": 0.0}
+    values["denoiser"] |= {"context_size": None}
+    found = tokcom_budget(folder, TokComModel(TokComConfig.from_dict(values)), rows, draws=2)
+    # A training step costs more than one forward pass of the encoder over the same tokens.
+    assert found["vae_flops"] / found["vae_tokens"] > 2 * found["encode_flops"] / (len(rows) * 32) > 0
 
 
 @pytest.mark.slow
 def test_the_evaluation_prints_and_writes_every_row(tmp_path, tokcom, baseline, corpus, capsys):
     out = tmp_path / "evaluation"
     call("evaluate_tokcom.py", "--model", tokcom, "--train_file", corpus, "--baselines", baseline, "--output_dir", out,
-         "--num_samples", 6, "--frontier_samples", 5, "--num_prefixes", 10, "--prefix_length", 8, "--frontier_steps", 1, 16,
-         50, "--block_sizes", 2, 0, "--seeds", 0, 1, "--accuracy_rows", 4)  # fmt: skip
+         "--num_samples", 6, "--frontier_samples", 5, "--num_prefixes", 10, "--prefix_length", 8, "--frontier_steps", 1, 8,
+         32, "--frontier_temperatures", 0, 1, "--frontier_best_of", 2, "--frontier_guidance", 2, "--draws", 3,
+         "--block_sizes", 1, 0, "--seeds", 0, 1, "--accuracy_rows", 4, "--judge_model", baseline)  # fmt: skip
     result = json.loads((out / "evaluation.json").read_text())
     assert list(result["rows"]) == [
-        "held-out text", "unigram", "Kneser-Ney 5-gram", "shuffled train chunks", "TokCom, one step", "TokCom, 16 steps",
-        "TokCom, block 2", "TokCom, block all", "autoregressive ar (equal compute)",
+        "held-out text", "unigram", "Kneser-Ney 5-gram", "shuffled train chunks", "heads alone", "TokCom, noise removed",
+        "TokCom, one step", "TokCom, 2 steps", "TokCom, block 1", "TokCom, block all", "autoregressive ar (equal compute)",
     ]  # fmt: skip
     held_out, unigram = (result["rows"][name]["kn_perplexity"]["mean"] for name in ("held-out text", "unigram"))
     assert held_out < unigram
-    # The dial's end is the parallel row itself: same seeds, same model, same settings.
-    parallel, dial = (result["rows"][name]["entropy"] for name in ("TokCom, 16 steps", "TokCom, block all"))
-    assert parallel == dial
-    assert len(result["frontier"]["TokCom"]) == 6 and len(result["frontier"]["autoregressive ar (equal compute)"]) == 4
+    # One end of the dial is the model's own row: same seeds, same model, same settings.
+    own, dial, other = (
+        result["rows"][name]["entropy"] for name in ("TokCom, 2 steps", "TokCom, block 1", "TokCom, block all")
+    )
+    assert own == dial != other
+    # Controls: without noise one text, with it as many as rows; a VAE that was not trained; a judge for every row.
+    distinct = {name: row.get("distinct_rows", {}).get("mean") for name, row in result["rows"].items()}
+    assert distinct["TokCom, noise removed"] == 1 and distinct["TokCom, 2 steps"] == 6
+    assert 0 <= result["reconstruction"]["untrained_token_accuracy"] < 0.2
+    assert all(row["judge_perplexity"]["mean"] > 1 for row in result["rows"].values())
+    found = result["brier_lm_differences"]
+    assert set(found) == {"heads alone", "autoregressive ar (equal compute)"}
+    assert found["heads alone"]["brier_2_low"] <= found["heads alone"]["brier_2_difference"]
+    assert len(result["nats_per_token"]["TokCom's heads"]) == 4
+    # 3 numbers of steps at 2 temperatures, guidance at both, best_of where there is noise.
+    assert len(result["frontier"]["TokCom"]) == 9 and len(result["frontier"]["autoregressive ar (equal compute)"]) == 4
     assert set(result["comparisons"]["steps"]) == {"temperature 0", "temperature 1"}
     for name in ("accuracy_against_noise.png", "denoising.png", "frontier.png", "samples.txt"):
         assert (out / name).stat().st_size > 500
     printed = capsys.readouterr().out
-    assert "BrierLM" in printed and "16 steps / 50 steps at temperature 0" in printed
+    assert "TokCom minus heads alone: BrierLM" in printed and "8 steps / 32 steps at temperature 0" in printed
+
+
+@pytest.mark.slow
+def test_the_documented_model_is_evaluated_as_one_block(tmp_path, tokcom, corpus):
+    values = TokComConfig.from_pretrained(tokcom).to_dict()
+    values |= {"context": None, "block_sizes": [0], "block_size": 0, "context_dropout": 0.0}
+    values["denoiser"] |= {"context_size": None}
+    folder, out = tmp_path / "documented", tmp_path / "evaluation"
+    TokComModel(TokComConfig.from_dict(values)).save_pretrained(folder)
+    for file in tokcom.glob("token*"):
+        shutil.copy(file, folder)
+    arguments = ("--model", folder, "--train_file", corpus, "--output_dir", out)
+    call("evaluate_tokcom.py", *arguments, "--num_samples", 5, "--frontier_samples", 5, "--num_prefixes", 5, "--seeds", 0,
+         "--prefix_length", 8, "--draws", 2, "--frontier_steps", 1, "--frontier_temperatures", 1,
+         "--accuracy_rows", 4)  # fmt: skip
+    result = json.loads((out / "evaluation.json").read_text())
+    assert (
+        "heads alone" not in result["rows"] and result["rows"]["TokCom, noise removed"]["distinct_rows"]["mean"] == 1
+    )
+    assert result["parameters"]["TokCom's context"] == 0 and result["nats_per_token"] == {}
+    # No guidance: it was not trained for it.
+    assert [point["guidance_scale"] for point in result["frontier"]["TokCom"]] == [1.0, 1.0]
+    with pytest.raises(RecipeError, match="has no context: it denoises a row as one block"):
+        call("evaluate_tokcom.py", *arguments, "--block_sizes", 4)
 
 
 @pytest.mark.slow
 def test_speed_and_quality_stand_side_by_side(tmp_path, tokcom, baseline, corpus):
-    call("benchmarks/generation_speed.py", "--model", tokcom, "--baseline", baseline, "--train_file", corpus, "--tokens", 32,
-         "--batch_sizes", 2, "--num_steps", 2, "--block_sizes", 0, 4, "--repeats", 3, "--output_dir", tmp_path)  # fmt: skip
-    rows = json.loads((tmp_path / "generation_speed.json").read_text())["rows"]
+    threads = torch.get_num_threads()
+    try:
+        call("benchmarks/generation_speed.py", "--model", tokcom, "--baseline", baseline, "--train_file", corpus,
+             "--tokens", 32, "--batch_sizes", 2, "--num_steps", 2, "--block_sizes", 0, 4, "--repeats", 3,
+             "--num_prefixes", 6, "--prefix_length", 8, "--draws", 2, "--output_dir", tmp_path)  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "generation_speed.json").read_text())
+    rows = result["rows"]
+    assert result["threads"] == 1
     assert [row["block_size"] for row in rows] == [0, 4]
     for row in rows:
         assert row["speedup"] == pytest.approx(row["autoregressive seconds"] / row["TokCom seconds"])
         assert row["TokCom kn_perplexity_held_out"] > 1 and row["autoregressive entropy"] > 0
+        assert row["TokCom tokens/s"] == pytest.approx(64 / row["TokCom seconds"]) and "TokCom brier_lm" in row
 
 
 @pytest.mark.slow
-def test_brier_lm_of_both_kinds_on_the_same_prefixes(tmp_path, tokcom, baseline, corpus, capsys):
-    """A TokCom that writes token after token; `evaluate_tokcom.py` finds the same numbers from the same draws."""
+def test_brier_lm_of_all_kinds_on_the_same_prefixes(tmp_path, tokcom, baseline, corpus, capsys):
     torch.manual_seed(1)
-    values = TokComConfig.from_pretrained(tokcom).to_dict()
-    values["vae"] |= {"encoder": "embedding"}
-    values["denoiser"] |= {"self_conditioning": False, "attention": "block_causal"}
-    values |= {
-        "clean_latents": "posterior_mean", "noise_likelihood": True, "scale_input": True, "token_time_std": 1.0,
-        "sampler": "commit", "block_size": 1, "mse_weight": 0.0, "standardize_latents": True,
-    }  # fmt: skip
-    config = TokComConfig.from_dict(values)
-    folder = tmp_path / "one_by_one"
-    TokComModel(config).save_pretrained(folder)
-    for file in tokcom.glob("token*"):
-        shutil.copy(file, folder)
+    other = tmp_path / "other"
+    TokComModel(TokComConfig.from_pretrained(tokcom)).save_pretrained(other)
     out = tmp_path / "brier"
     arguments = ("--train_file", corpus, "--prefix_length", 8)
-    call("benchmarks/brier_lm.py", "--models", folder, folder, "--baselines", baseline, "--output_dir", out,
-         "--prefixes", 40, "--draws", 2, "--temperatures", 1, 1.5, *arguments)  # fmt: skip
+    call("benchmarks/brier_lm.py", "--models", tokcom, other, "--baselines", baseline, "--output_dir", out,
+         "--prefixes", 40, "--draws", 3, *arguments)  # fmt: skip
     result = json.loads((out / "brier_lm.json").read_text())
-    assert set(result["rows"]) == {str(folder), f"{folder} at 1.5", str(baseline)}
-    # An untrained model's loss is that of a guess, more so where it is flattened.
-    hot, usual = (result["rows"][name]["next_token_loss"] for name in (f"{folder} at 1.5", str(folder)))
-    assert abs(hot - math.log(300)) < abs(usual - math.log(300)) and hot != usual
+    heads = f"{tokcom}, heads alone"
+    assert list(result["rows"]) == [str(tokcom), heads, str(other), f"{other}, heads alone", str(baseline)]
     for row in result["rows"].values():
-        assert row["prefixes"] == 40 and 4 < row["next_token_loss"] < 7 and row["brier_1"] < 100
-    ours, theirs = result["rows"][str(folder)], result["rows"][str(baseline)]
-    found = result["differences"][f"{folder} minus {baseline}"]
-    assert found["difference"] == pytest.approx(ours["brier_lm"] - theirs["brier_lm"])
+        assert row["prefixes"] == 40 and 4 < row["next_token_nats"] < 7 and row["brier_1"] < 100
+    differences = result["differences"]
+    assert set(differences) == {
+        f"{tokcom} minus {heads}", f"{other} minus {other}, heads alone", f"{tokcom} minus {baseline}",
+        f"{other} minus {baseline}", "TokCom minus heads alone, seeds averaged",
+        "TokCom minus autoregressive, seeds averaged",
+    }  # fmt: skip
+    ours, theirs = result["rows"][str(tokcom)], result["rows"][heads]
+    found = differences[f"{tokcom} minus {heads}"]
+    assert found["brier_1_difference"] == pytest.approx(ours["brier_1"] - theirs["brier_1"])
+    assert found["brier_1_low"] <= found["brier_1_difference"] <= found["brier_1_high"]
+    mean = differences["TokCom minus autoregressive, seeds averaged"]["brier_1_difference"]
+    each = [differences[f"{folder} minus {baseline}"]["brier_1_difference"] for folder in (tokcom, other)]
+    assert mean == pytest.approx(sum(each) / 2)
     assert (out / "brier_lm.png").stat().st_size > 5000
     assert "BrierLM" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="cannot write token after token"):
-        call("benchmarks/brier_lm.py", "--models", tokcom, "--output_dir", out, *arguments)
     with pytest.raises(RecipeError, match="not a TokCom model"):
         call("benchmarks/brier_lm.py", "--models", baseline, "--output_dir", out, *arguments)
+    with pytest.raises(RecipeError, match="must be at least 2, got 40 and 1"):
+        call("benchmarks/brier_lm.py", "--models", tokcom, "--prefixes", 40, "--draws", 1, *arguments)
 
 
+@pytest.mark.slow
 def test_ablations_train_what_changed_and_reuse_the_rest(tmp_path, corpus, capsys):
     config = tmp_path / "rows.yaml"
     config.write_text(f"""
 run:
-  train_config: {RECIPES / "configs/latent/train_tokcom.yaml"}
-  start: {{vae.hidden_size: 32, vae.intermediate_size: 64, vae.latent_size: 16, denoiser.hidden_size: 32,
-    denoiser.intermediate_size: 64, denoiser.num_hidden_layers: 1, run.length: 32, run.tokenizer_vocab_size: 300,
-    max_steps: 2, save_steps: 2, eval_steps: 2, per_device_train_batch_size: 2, metric_rows: 2, sample_chunks: 2,
-    sample_steps: 1, sample_every: 0, use_cpu: true}}
+  train_config: {RECIPES / "configs/tiny/train_tokcom.yaml"}
+  start: {{vae.hidden_size: 32, vae.intermediate_size: 64, vae.latent_size: 16, vae.num_hidden_layers: 1,
+    denoiser.hidden_size: 32, denoiser.intermediate_size: 64, denoiser.num_hidden_layers: 1, context.hidden_size: 32,
+    context.intermediate_size: 64, context.num_hidden_layers: 1, run.length: 32, run.tokenizer_vocab_size: 300,
+    run.threads: 1, max_steps: 2, save_steps: 2, eval_steps: 2, per_device_train_batch_size: 2, metric_rows: 2,
+    sample_chunks: 2, sample_steps: 1, sample_every: 0, use_cpu: true}}
   num_samples: 5
   seeds: [0, 1]
   num_prefixes: 6
+  draws: 2
   generate: {{num_steps: 2}}
   rows:
     - {{name: noise, train: {{flow.noise_std: 2.0}}}}
@@ -229,7 +309,8 @@ run:
     assert list(table) == ["start", "noise", "renoise"]
     assert not (tmp_path / "out" / "renoise").exists()
     # Same VAE, other flow.
-    key = "token_accuracy_sigma_0.5"
+    key = "token_accuracy_sigma_0.7"
+    assert table["start"]["accuracies"]["next_token_nats"] > 0
     assert table["noise"]["accuracies"][key] == table["start"]["accuracies"][key]
     assert json.loads((tmp_path / "out" / "noise" / "config.json").read_text())["noise_std"] == 2.0
     assert table["renoise"]["accuracies"] == table["start"]["accuracies"]
@@ -238,42 +319,40 @@ run:
     assert "training" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_compression_rows_differ_in_chunk_size_alone(tmp_path, corpus, tokcom, capsys):
-    options = [f"vae.{name}" for name in ("hidden_size=32", "intermediate_size=64", "latent_size=16")]
-    options += ["use_cpu=true", "per_device_train_batch_size=4", "vae_training.save_steps=2"]
-    call("benchmarks/vae_compression.py", "--train_file", corpus, "--chunk_sizes", 2, 8, "--tokenizers", tokcom,
-         "--length", 32, "--max_steps", 2, "--output_dir", tmp_path, "--options", *options)  # fmt: skip
-    table = json.loads((tmp_path / "vae_compression.json").read_text())
-    assert [row["chunk_size"] for row in table.values()] == [2, 8]
-    assert len({row["vocabulary"] for row in table.values()}) == 1
-    for row in table.values():
-        assert {"token_accuracy_sigma_0.5", "rare_token_accuracy", "random_token_accuracy"} <= set(row)
-    assert (tmp_path / "accuracy_against_noise.png").stat().st_size > 1000
-    with pytest.raises(RecipeError, match="got 32 and 5"):
-        call("benchmarks/vae_compression.py", "--chunk_sizes", 5, "--length", 32, "--output_dir", tmp_path)
+def test_an_ablation_row_of_another_configuration_is_trained_whole_with_the_starting_rows_tokenizer(tmp_path):
+    recipe = runpy.run_path(str(RECIPES / "benchmarks" / "tokcom_ablations.py"), run_name="recipe")
+    commands = []
+    run = lambda command, **options: commands.append(command) or SimpleNamespace(returncode=0)  # noqa: E731
+    recipe["train"].__globals__["subprocess"] = SimpleNamespace(run=run, STDOUT=None)
+    row = {"name": "other", "config": "other.yaml", "train": {"run.dataset_name": None, "flow.block_sizes": [1, 4]}}
+    folder = recipe["train"](row, recipe["RunArguments"](start={"save": True}), TextSource(), tmp_path)
+    flags = " ".join(commands[0])
+    assert folder == tmp_path / "other" and "--config other.yaml" in flags and "--run.stage both" in flags
+    assert f"--run.tokenizer {tmp_path / 'start'}" in flags
+    assert "--save true" in flags and "--run.dataset_name none" in flags and "--flow.block_sizes 1 4" in flags
 
 
-@pytest.mark.parametrize("size", ["tiny", "base"])
-def test_every_ablation_row_names_options_that_exist(size):
+def test_every_ablation_row_names_options_that_exist():
     """Overrides must parse for train_tokcom, build its configs, and be arguments of `generate`."""
     training = runpy.run_path(str(RECIPES / "train_tokcom.py"), run_name="recipe")
-    ablations = read_yaml((RECIPES / "configs" / size / "tokcom_ablations.yaml").read_text())["run"]
-    assert (RECIPES.parent / ablations["train_config"]).is_file()
+    ablations = read_yaml((RECIPES / "configs" / "tiny" / "tokcom_ablations.yaml").read_text())["run"]
+    start = "recipes/configs/tiny/train_tokcom.yaml"
     names = [row["name"] for row in ablations["rows"]]
     assert len(names) == len(set(names)) >= 20
     known = set(inspect.signature(TokComModel.generate).parameters)
     for row in [{"name": "start"}, *ablations["rows"]]:
-        assert set(row) <= {"name", "train", "model", "generate"}
+        assert set(row) <= {"name", "config", "train", "model", "generate"}
         if "model" in row:
             # An earlier row's, with nothing to train.
             assert row["model"] in names[: names.index(row["name"])] and "train" not in row
-        assert set(ablations["generate"] | row.get("generate", {})) <= known, row["name"]
+        assert set(ablations.get("generate", {}) | row.get("generate", {})) <= known, row["name"]
         overrides = ablations["start"] | row.get("train", {})
         flags = [text for key, value in overrides.items() for text in (f"--{key}", str(value).lower())]
-        values = parse_recipe("", training["SECTIONS"], RECIPES.parent / ablations["train_config"], flags)
+        values = parse_recipe("", training["SECTIONS"], RECIPES.parent / row.get("config", start), flags)
         vae = TokComConfig().vae.__class__(**values["vae"])
-        TokComConfig(**values["flow"] | {"vae": vae.to_dict(), "denoiser": values["denoiser"]})
+        parts = {"vae": vae.to_dict(), "denoiser": values["denoiser"], "context": values["context"] or None}
+        config = TokComConfig(**values["flow"] | parts)
+        assert (config.context is None) == (row["name"] == "documented")
 
 
 def test_a_validation_file_of_its_own(tmp_path, tokcom, corpus):
@@ -292,6 +371,8 @@ def test_a_validation_file_of_its_own(tmp_path, tokcom, corpus):
 def test_bad_input_is_one_sentence(tmp_path, tokcom, corpus):
     with pytest.raises(RecipeError, match="multiple of the chunk size 4, got 6"):
         call("evaluate_tokcom.py", "--model", tokcom, "--train_file", corpus, "--prefix_length", 6)
+    with pytest.raises(RecipeError, match=r"two draws, got \[0, 1, 2\] and 1"):
+        call("evaluate_tokcom.py", "--model", tokcom, "--train_file", corpus, "--draws", 1)
     with pytest.raises(RecipeError, match="compute or tokens, got 'time'"):
         call("train_ar_baseline.py", "--match_tokcom", tokcom, "--budget", "time")
     with pytest.raises(RecipeError, match="Give --match_tokcom FOLDER"):
@@ -301,27 +382,3 @@ def test_bad_input_is_one_sentence(tmp_path, tokcom, corpus):
     (tokcom / "empty").mkdir(exist_ok=True)
     with pytest.raises(RecipeError, match="No trained model in"):
         call("evaluate_tokcom.py", "--model", tokcom / "empty", "--train_file", corpus)
-
-
-def test_temperature_is_the_posteriors_where_tokens_are_predicted():
-    with_temperature = runpy.run_path(str(RECIPES / "evaluate_tokcom.py"))["with_temperature"]
-
-    def setting(clean_latents: str, heat: float | None) -> dict[str, float]:
-        return with_temperature(SimpleNamespace(config=SimpleNamespace(clean_latents=clean_latents)), heat)
-
-    assert setting("posterior_mean", None) == {"posterior_temperature": 1.0}
-    assert setting("posterior_mean", 0.9) == {"posterior_temperature": 0.9}
-    assert setting("latent", None) == {"temperature": 0.0}
-    assert setting("latent", 0.9) == {"temperature": 0.9}
-
-
-def test_the_frontier_of_commit_measures_no_step_count_twice():
-    recipe = runpy.run_path(str(RECIPES / "evaluate_tokcom.py"), run_name="recipe")
-    grids = []
-    recipe["frontiers"].__globals__["frontier"] = lambda make, grid, **arguments: grids.append(grid) or []
-    run = recipe["RunArguments"](frontier_steps=[1, 2, 4, 8, 50], frontier_temperatures=[1.0], seeds=[0])
-    vae = SimpleNamespace(chunk_size=4)
-    for sampler, steps in (("commit", [1, 2, 4]), ("euler", [1, 2, 4, 8, 50])):
-        model = SimpleNamespace(config=SimpleNamespace(sampler=sampler, clean_latents="posterior_mean", vae=vae))
-        recipe["frontiers"](run, model, None, None, 16)
-        assert [point["num_steps"] for point in grids.pop()] == steps

@@ -30,19 +30,21 @@ class CopyingVAE:
         return torch.nn.functional.pad(chunks.float(), (0, self.config.latent_size - self.config.chunk_size))
 
     @staticmethod
-    def decode(self, latents, temperature=0.0, generator=None):
+    def decode(self, latents):
         assert latents.shape[1] <= 256
         return latents[..., : self.config.chunk_size].round().long().flatten(1)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["documented", "context"])
+def folder(request, tmp_path_factory) -> Path:
+    """A model without or with a context, its tokenizer, and the VAE alone beside it."""
     tokenizer = train_tokenizer([TEXT] * 3, 280)
     torch.manual_seed(0)
-    vae = {"vocab_size": len(tokenizer) + 1, "latent_size": 16, "fixed_norm": True, **SHAPE}
+    vae = {"vocab_size": len(tokenizer) + 1, "latent_size": 16, "fixed_norm": True, "chunk_projection": "all", **SHAPE}
+    kind = {"clean_prefix": True} if request.param == "documented" else {"context": SHAPE, "block_size": 1}
     model = TokComModel(
         TokComConfig(
-            vae=vae, denoiser=SHAPE, standardize_latents=True, noise_std=1.0, clean_prefix=True, max_chunks=4,
+            vae=vae, denoiser=SHAPE, standardize_latents=True, noise_std=1.0, max_chunks=4, **kind,
             eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
@@ -50,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
-    path = tmp_path_factory.mktemp("model") / "tokcom"
+    path = tmp_path_factory.mktemp(request.param) / "tokcom"
     for target, part in ((path, model), (path.with_name("vae"), model.vae)):
         part.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -167,6 +169,7 @@ def test_a_vae_alone_encodes_and_the_whole_model_decodes_the_same(recipe, folder
         (("--sampler", "magic"), "sampler must be one of"),
         (("--tokenizer", "."), "Tokenizer '.' cannot be loaded"),
         (("--num_step", 3), "Did you mean"),
+        (("--best_of", 0), "--best_of must be at least 1"),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_written(recipe, tmp_path, monkeypatch, arguments, message):
@@ -202,17 +205,74 @@ def test_the_command_line_prints_one_sentence_for_a_mistake(folder):
     assert "error: " in result.stderr.splitlines()[-1] and "is truncated or no safetensors file" in result.stderr
 
 
+OPTIONS = {
+    "num_steps": 7, "sampler": "heun", "temperature": 0.3, "block_size": 2, "best_of": 3, "guidance_scale": 1.5,
+}  # fmt: skip
+
+
 def test_options_of_generation_reach_the_model(recipe, monkeypatch):
     seen = {}
 
-    def generate(self, prompt_ids=None, **options):
+    def generate(self, input_ids=None, **options):
         seen.update(options)
         return torch.zeros(1, 4, dtype=torch.long)
 
     monkeypatch.setattr(TokComModel, "generate", generate)
     for mode in (("generate",), ("conditional", "--prompt", "a")):
         seen.clear()
-        recipe("--mode", *mode, "--block_size", 2, "--token_lag", 0.5, "--temperature", 0.3, "--num_steps", 7,
-               "--posterior_temperature", 0.8)  # fmt: skip
-        assert seen["posterior_temperature"] == 0.8 and seen["sampler"] is None
-        assert (seen["block_size"], seen["token_lag"], seen["temperature"], seen["num_steps"]) == (2, 0.5, 0.3, 7)
+        recipe("--mode", *mode)
+        assert not OPTIONS.keys() & seen.keys(), "what is not said is the model's own"
+        recipe("--mode", *mode, *[word for name, value in OPTIONS.items() for word in (f"--{name}", value)])
+        assert {name: seen[name] for name in OPTIONS} == OPTIONS
+
+
+def test_options_of_generation_act(folder, recipe):
+    model = TokComModel.from_pretrained(folder)
+    context = model.context is not None
+    plain = recipe("--mode", "generate", "--num_chunks", 3, "--num_steps", 2, "--seed", 1)
+    options = [("--temperature", 0.5), ("--sampler", "heun"), ("--num_steps", 3)]
+    for option in options + ([("--block_size", 0)] if context else []):
+        assert plain != recipe("--mode", "generate", "--num_chunks", 3, "--num_steps", 2, "--seed", 1, *option)
+    still = [recipe("--mode", "generate", "--num_chunks", 3, "--temperature", 0, "--seed", seed) for seed in (1, 2)]
+    assert still[0] == still[1]
+    for option, message in (
+        (("--block_size", 1), "in a model with a context"),
+        (("--guidance_scale", 2), "context_dropout"),
+    ):
+        if not context:
+            with pytest.raises(ValueError, match=message):
+                recipe("--mode", "generate", *option)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("reconstruct", "num_steps"), ("reconstruct", "seed"), ("denoise_reconstruct", "temperature"),
+     ("encode", "sampler"), ("decode", "block_size"), ("denoise_reconstruct", "best_of"), ("encode", "guidance_scale")],
+)  # fmt: skip
+def test_an_option_that_a_mode_does_not_use_is_refused(recipe, mode, name):
+    value = "euler" if name == "sampler" else 1
+    with pytest.raises(ValueError, match=f"--{name} has no meaning in mode {mode}; it belongs to"):
+        recipe("--mode", mode, "--text", "a", f"--{name}", value)
+
+
+@pytest.mark.parametrize("flag", ["--posterior_temperature", "--token_lag"])
+def test_removed_options_are_refused(recipe, flag):
+    with pytest.raises(ValueError, match=flag):
+        recipe("--mode", "generate", flag, 1)
+
+
+def test_the_steps_of_the_model_are_the_default(recipe, folder, tmp_path):
+    model = TokComModel.from_pretrained(folder)
+    model.config.num_steps = 3
+    model.save_pretrained(tmp_path / "few")
+    passes = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: passes.append(1) if type(module).__name__ == "DenoisedModel" else None
+    )
+    try:
+        for mode in (("generate", "--num_chunks", 1), ("denoise_reconstruct", "--text", "dogs", "--noise_level", 0)):
+            passes.clear()
+            recipe("--mode", *mode, "--tokenizer", folder, model=tmp_path / "few")
+            assert len(passes) == 3, mode
+    finally:
+        handle.remove()

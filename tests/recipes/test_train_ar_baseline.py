@@ -75,6 +75,28 @@ def test_it_learns_within_an_explicit_budget_and_resumes_to_the_same_weights(tmp
         train(*common, "--output_dir", whole)
 
 
+@pytest.mark.slow
+def test_the_logged_loss_is_nats_per_token_whatever_the_accumulation(tmp_path):
+    recipe = runpy.run_path(str(RECIPE), run_name="recipe")
+    rows = [{"input_ids": torch.randint(50, (12,)), "attention_mask": torch.ones(12, dtype=torch.long)}] * 4
+    logged, weights = [], []
+    for batch, accumulated in ((4, 1), (1, 4)):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(matching_llama_config(30_000, 50, num_layers=1, head_dim=16))
+        arguments = recipe["CompressionTrainingArguments"](
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=batch, max_steps=1,
+            gradient_accumulation_steps=accumulated, logging_steps=1, save_strategy="no", optim="sgd", learning_rate=0.1,
+            disable_tqdm=True,
+        )  # fmt: skip
+        trainer = recipe["CausalTrainer"](model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        logged.append(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
+        weights.append(model.model.norm.weight.detach().clone())
+    # An untrained model guesses: ln 50 = 3.9 nats.
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3) and 3.5 < logged[0] < 4.5
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
+
+
 def test_padding_is_not_part_of_the_loss(tmp_path):
     recipe = runpy.run_path(str(RECIPE), run_name="recipe")
     model = LlamaForCausalLM(matching_llama_config(30_000, 50, num_layers=1, head_dim=16)).eval()

@@ -1,5 +1,6 @@
 """recipes/train_tokcom.py end to end at toy size, its resume, its errors, and what it leaves behind."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -7,26 +8,70 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from tokcom_hf.cli import run_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "train_tokcom.py"
 TINY = [
     "--vae.hidden_size", "32", "--vae.intermediate_size", "64", "--vae.latent_size", "16", "--denoiser.hidden_size", "32",
-    "--denoiser.intermediate_size", "64", "--denoiser.num_hidden_layers", "1", "--run.length", "32",
+    "--denoiser.intermediate_size", "64", "--denoiser.num_hidden_layers", "1", "--context.hidden_size", "32",
+    "--context.intermediate_size", "64", "--context.num_hidden_layers", "1", "--run.length", "32",
     "--run.tokenizer_vocab_size", "300", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2",
-    "--per_device_train_batch_size", "2", "--metric_rows", "2", "--sample_chunks", "4", "--sample_steps", "2",
-    "--sample_every", "0", "--use_cpu", "true",
+    "--logging_steps", "2", "--per_device_train_batch_size", "2", "--metric_rows", "2", "--sample_chunks", "4",
+    "--sample_steps", "2", "--sample_every", "0", "--use_cpu", "true", "--threads", "1",
+]  # fmt: skip
+DOCUMENTED = [
+    "--config", str(ROOT / "recipes" / "configs" / "paper" / "train_tokcom.yaml"), "--vae.num_hidden_layers", "1",
+    "--vae.hidden_size", "32", "--vae.num_attention_heads", "4", "--vae.intermediate_size", "64", "--denoiser.hidden_size",
+    "32", "--denoiser.num_attention_heads", "4", "--denoiser.num_hidden_layers", "1", "--denoiser.intermediate_size", "64",
+    "--run.length", "32", "--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps",
+    "--save_steps", "2", "--logging_steps", "2", "--per_device_train_batch_size", "2", "--metric_rows", "2",
+    "--sample_chunks", "4", "--sample_steps", "2", "--sample_every", "0", "--use_cpu", "true", "--threads", "1",
 ]  # fmt: skip
 
 
-def run(*arguments: str, code: str | None = None, launch: bool = False) -> subprocess.CompletedProcess:
+def launch(*arguments: str, code: str | None = None, accelerate: bool = False) -> subprocess.CompletedProcess:
+    """The recipe, or other code, in a process of its own."""
     command = [sys.executable]
-    if launch:
+    if accelerate:
         command += ["-m", "accelerate.commands.launch"]
     command += ["-c", code] if code else [str(RECIPE), *arguments]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("train_tokcom_recipe_in_process", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def run(recipe, monkeypatch, capfd):
+    """Runs the recipe's `main` in this process as `python train_tokcom.py ARGUMENTS` would."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            run_recipe(recipe.main)
+        except SystemExit as end:
+            code = end.code
+        told = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, told.out, told.err)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +85,10 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, corpus) -> tuple[Path, subprocess.CompletedProcess]:
+    """All three stages."""
     out = tmp_path_factory.mktemp("run") / "model"
-    result = run(*TINY, "--train_file", str(corpus), "--output_dir", str(out), "--prompt", "Document", launch=True)
+    arguments = ["--train_file", str(corpus), "--output_dir", str(out), "--prompt", "Document", "--stage", "all"]
+    result = launch(*TINY, *arguments, accelerate=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return out, result
 
@@ -49,8 +96,10 @@ def trained(tmp_path_factory, corpus) -> tuple[Path, subprocess.CompletedProcess
 @pytest.mark.slow
 def test_the_recipe_prints_and_leaves_what_it_promises(trained):
     out, result = trained
-    for words in ("held-out token accuracy", "chunk accuracy", "one denoising step against t", "generated from nothing",
-                  "continuing 'Document'", "DenoisedModel with"):  # fmt: skip
+    for words in ("held-out token accuracy", "chunk accuracy", "TokComModel with", "stage 1 (VAE): training loss",
+                  "stage 2 (flow): training loss", "stage 3 (few steps): training loss", "nats per token", "heads alone",
+                  "TokCom without noise", "shuffled chunks", "held-out text", "untrained", "generated from nothing",
+                  "continuing 'Document'"):  # fmt: skip
         assert words in result.stdout, words
     results = json.loads((out / "results.json").read_text())
     assert 0 <= results["vae"]["token_accuracy_sigma_0.5"] <= 1
@@ -58,6 +107,28 @@ def test_the_recipe_prints_and_leaves_what_it_promises(trained):
     card = (out / "README.md").read_text()
     assert f"{results['denoiser']['parameters']:,}" in card and "denoised_accuracy_t_0.5" in card
     assert (out / "tokenizer.json").is_file() and (out / "vae" / "model.safetensors").is_file()
+    # Held-out measurements alone: no seconds, no losses on training text.
+    assert "| eval_next_token_loss |" in card and "first_loss" not in card and "seconds" not in card
+    distilled = json.loads((out / "distilled" / "results.json").read_text())["distilled"]
+    value = distilled["denoised_accuracy_t_0.5"]
+    assert f"| denoised_accuracy_t_0.5 | {value:.4f} |" in (out / "distilled" / "README.md").read_text()
+    for name in ("model.safetensors", "tokenizer.json", "README.md", "results.json", "samples.txt"):
+        assert (out / "distilled" / name).is_file(), name
+
+
+@pytest.mark.slow
+def test_sizes_count_every_parameter(trained):
+    out, _ = trained
+    results = json.loads((out / "results.json").read_text())
+    distilled = json.loads((out / "distilled" / "results.json").read_text())
+    model = AutoModel.from_pretrained(out)
+    # Written down by hand: each tensor of the file once, without what is no parameter.
+    tensors = {name: value for name, value in model.state_dict().items() if name not in ("latent_mean", "latent_std")}
+    size = sum({value.data_ptr(): value.numel() for value in tensors.values()}.values())
+    assert results["denoiser"]["parameters"] == distilled["distilled"]["parameters"] == size
+    assert results["vae"]["parameters"] == AutoModel.from_pretrained(out / "vae").num_parameters() < size
+    parts = (model.vae, model.denoiser, model.context)
+    assert size == sum(value.numel() for part in parts for value in part.parameters())
 
 
 @pytest.mark.slow
@@ -66,40 +137,111 @@ def test_the_folder_loads_in_a_fresh_process_with_and_without_the_package(traine
     body = """
 import torch
 from transformers import AutoModel, AutoTokenizer
-model = AutoModel.from_pretrained({out!r}{remote})
-tokenizer = AutoTokenizer.from_pretrained({out!r}{remote})
-ids = model.generate(num_chunks=4, num_steps=2, generator=torch.Generator().manual_seed(0))
-assert model.config.vae.omni_token_id == len(tokenizer)
-print(type(model).__module__.split(".")[0], ids.tolist())
+for folder in ({out!r}, {out!r} + "/distilled"):
+    model = AutoModel.from_pretrained(folder{remote})
+    tokenizer = AutoTokenizer.from_pretrained(folder{remote})
+    assert model.config.vae.omni_token_id == len(tokenizer)
+    steps = []
+    model.denoiser.register_forward_hook(lambda *arguments: steps.append(1))
+    ids = model.generate(num_chunks=4, generator=torch.Generator().manual_seed(0))
+    print(type(model).__module__.split(".")[0], len(steps), ids.tolist())
 """
-    inside = run(code="import tokcom_hf\n" + body.format(out=str(out), remote=""))
+    inside = launch(code="import tokcom_hf\n" + body.format(out=str(out), remote=""))
     assert inside.returncode == 0, inside.stderr[-2000:]
     # A finder that knows no tokcom_hf stands for a machine without the package.
     block = "import sys\nsys.modules['tokcom_hf'] = None\n"
-    outside = run(code=block + body.format(out=str(out), remote=", trust_remote_code=True"))
+    outside = launch(code=block + body.format(out=str(out), remote=", trust_remote_code=True"))
     assert outside.returncode == 0, outside.stderr[-2000:]
     # Loading remote code may announce itself on stdout first.
-    (package, ids), (remote, remote_ids) = (
-        result.stdout.splitlines()[-1].split(maxsplit=1) for result in (inside, outside)
-    )
-    assert package == "tokcom_hf" and remote == "transformers_modules"
-    assert ids == remote_ids
+    here, there = ([line.split(maxsplit=2) for line in told.stdout.splitlines()[-2:]] for told in (inside, outside))
+    assert [line[0] for line in here] == ["tokcom_hf"] * 2 and [line[0] for line in there] == [
+        "transformers_modules"
+    ] * 2
+    assert [line[1:] for line in here] == [line[1:] for line in there]
+    # Four chunks, one after another; the distilled model takes two steps for each.
+    whole, distilled = (int(line[1]) for line in here)
+    assert distilled == 2 * 4 < whole
 
 
 @pytest.mark.slow
-def test_resume_skips_what_is_finished_and_a_full_folder_needs_a_flag(trained, corpus):
+def test_resume_skips_what_is_finished_and_a_full_folder_needs_a_flag(trained, corpus, run):
     out, _ = trained
     arguments = [*TINY, "--train_file", str(corpus), "--output_dir", str(out)]
     refused = run(*arguments)
     assert refused.returncode == 2 and "is not empty" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
-    again = run(*arguments, "--resume_from_checkpoint", "true")
+    before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+    again = run(*arguments, "--stage", "all", "--resume_from_checkpoint", "true")
     assert again.returncode == 0, again.stderr[-2000:]
     assert "stage 1 is finished" in again.stdout
+    assert {path: path.read_bytes() for path in out.rglob("*.safetensors")} == before
 
 
 @pytest.mark.slow
-def test_an_overwritten_run_that_was_killed_does_not_go_on_with_the_one_before(trained, corpus, tmp_path):
+def test_stages_one_by_one_are_the_stages_together(trained, corpus, run, tmp_path):
+    arguments = [*TINY, "--train_file", str(corpus), "--output_dir", str(tmp_path / "out"), "--prompt", "Document"]
+    for stage in ("vae", "denoiser", "distill"):
+        told = run(*arguments, "--stage", stage)
+        assert told.returncode == 0, told.stderr[-2000:]
+    for file in ("vae/model.safetensors", "model.safetensors", "distilled/model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (trained[0] / file).read_bytes(), file
+
+
+def test_a_stage_without_its_predecessor_names_it(corpus, run, tmp_path, trained):
+    arguments = [*TINY, "--train_file", str(corpus), "--output_dir", str(tmp_path / "out")]
+    for stage, missing in (("denoiser", "vae"), ("distill", "vae")):
+        told = run(*arguments, "--stage", stage)
+        assert told.returncode == 2 and f"goes on from what --stage {missing} trains" in told.stderr
+        assert not (tmp_path / "out").exists()
+    shutil.copytree(trained[0] / "vae", tmp_path / "out" / "vae")
+    told = run(*arguments, "--stage", "distill")
+    assert told.returncode == 2 and "goes on from what --stage denoiser trains" in told.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["vae"]
+
+
+@pytest.mark.slow
+def test_the_documented_system_trains_both_stages_on_latents_encoded_once(trained, corpus, run, recipe, tmp_path):
+    own_text = ["--train_file", str(corpus), "--dataset_name", "none", "--dataset_config", "none"]
+    out = tmp_path / "out"
+    told = run(*DOCUMENTED, *own_text, "--tokenizer", str(trained[0]), "--output_dir", str(out))
+    assert told.returncode == 0, told.stderr[-2000:]
+    model = AutoModel.from_pretrained(out)
+    assert model.context is None and model.config.noise_std == 0.05 and model.config.cross_entropy_weight == 1.0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    written = out / "denoiser" / "train_latents.npy"
+    assert np.load(written).shape == (rows, 32 // 4, 32)
+    encode, seen = recipe.TokComVAE.encode, []
+    again = [*DOCUMENTED, *own_text, "--tokenizer", str(trained[0]), "--output_dir", str(out), "--max_steps", "6"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe.TokComVAE, "encode", lambda self, ids: seen.append(len(ids)) or encode(self, ids))
+        told = run(*again, "--resume_from_checkpoint", str(out / "denoiser" / "checkpoint-4"))
+    assert told.returncode == 0, told.stderr[-2000:]
+    results = json.loads((out / "results.json").read_text())
+    # Six steps of two rows ask for none of the training rows again: what was encoded are held-out rows for accuracies.
+    assert results["denoiser"]["steps"] == 6 and sum(seen) < rows
+
+
+@pytest.mark.slow
+def test_bf16_goes_through_all_stages(corpus, run, tmp_path):
+    arguments = [
+        "--train_file",
+        str(corpus),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--stage",
+        "all",
+        "--bf16",
+        "true",
+    ]
+    told = run(*TINY, *arguments)
+    assert told.returncode == 0, told.stderr[-2000:]
+    for file in ("vae/model.safetensors", "model.safetensors", "distilled/model.safetensors"):
+        tensors = load_file(tmp_path / "out" / file).values()
+        assert {value.dtype for value in tensors} == {torch.float32}, file
+
+
+@pytest.mark.slow
+def test_an_overwritten_run_that_was_killed_does_not_go_on_with_the_one_before(trained, corpus, tmp_path, run):
     out = tmp_path / "model"
     shutil.copytree(trained[0], out)
     for project in (out / "another", out / "vae" / "another"):
@@ -110,7 +252,7 @@ def test_an_overwritten_run_that_was_killed_does_not_go_on_with_the_one_before(t
     # A mistake in the second stage is found before anything of the first run is gone.
     wrong = run(*TINY, *other, "--overwrite", "--denoiser_training.lr_scheduler_type", "no_such_schedule")
     assert wrong.returncode == 2 and (out / "vae" / "results.json").is_file(), wrong.stderr[-2000:]
-    killed = run(
+    killed = launch(
         code=f"""
 import os, sys
 sys.path.insert(0, {str(RECIPE.parent)!r})
@@ -132,12 +274,16 @@ train_tokcom.main()
 
 
 @pytest.mark.slow
-def test_a_tokenizer_of_another_size_is_refused(trained, corpus):
+def test_a_tokenizer_of_another_size_is_refused(trained, corpus, run, tmp_path):
     out, _ = trained
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(tmp_path / "other")
     before = sorted(path.name for path in out.rglob("*"))
-    arguments = ["--train_file", str(corpus), "--output_dir", str(out), "--stage", "denoiser"]
-    result = run(*TINY, *arguments, "--run.tokenizer_vocab_size", "290")
-    assert result.returncode == 2 and "has 290 tokens but the model was trained with 300" in result.stderr
+    arguments = ["--train_file", str(corpus), "--output_dir", str(out), "--tokenizer", str(tmp_path / "other")]
+    for stage in ("denoiser", "distill"):
+        result = run(*TINY, *arguments, "--stage", stage)
+        assert result.returncode == 2 and "has 301 tokens but the model was trained with 300" in result.stderr
     assert sorted(path.name for path in out.rglob("*")) == before
 
 
@@ -153,7 +299,7 @@ def test_a_tokenizer_of_another_size_is_refused(trained, corpus):
         (["--config", "no.yaml"], "does not exist"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, corpus, arguments, message):
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, corpus, run, arguments, message):
     out = tmp_path / "out"
     given = arguments if "--train_file" in arguments else ["--train_file", str(corpus), *arguments]
     result = run(*TINY, *given, "--output_dir", str(out))
@@ -162,7 +308,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, corpus, argument
     assert not out.exists()
 
 
-def test_empty_and_too_short_text(tmp_path):
+def test_empty_and_too_short_text(tmp_path, run):
     for name, text, message in (("empty", "  \n", "corpus is empty"), ("short", "a", "shorter than a chunk")):
         file = tmp_path / f"{name}.txt"
         file.write_text(text)

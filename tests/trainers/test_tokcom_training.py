@@ -1,147 +1,194 @@
-"""TokCom training: resume, two ranks, averaged weights, NaN, best model, latents on disk."""
+"""Training of the TokCom stages: losses and their units, what is frozen, bf16, gradient checkpointing, latents on disk."""
 
 import json
-import os
-import signal
-import subprocess
+import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
-from tokcom_hf import (
-    DenoiserTrainer,
-    DenoiserTrainingArguments,
-    TokComConfig,
-    TokComModel,
-    TokComVAETrainer,
-    TokComVAETrainingArguments,
-)
 from tokcom_hf.data.latent_rows import encode_rows
-from tokcom_hf.models.modeling_tokcom_denoiser import DenoisedModelOutput
-from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
-from tokcom_hf.trainers.denoiser_loss import NoisedBatch, denoiser_loss
+from tokcom_hf.models.modeling_tokcom import TokComOutput
+from tokcom_hf.models.tokcom_objective import Blocks, add_flow_losses
 
-SHAPE = {
-    "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 1,
-}  # fmt: skip
-WORKER = Path(__file__).parent / "tokcom_worker.py"
-
-
-class Rows(torch.utils.data.Dataset):
-    """Seeded random rows; the last one is half padding."""
-
-    def __init__(self, count: int = 24, length: int = 16):
-        self.ids = torch.randint(0, 50, (count, length), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        mask = torch.ones_like(self.ids[index])
-        return {"input_ids": self.ids[index], "attention_mask": mask}
+sys.path.insert(0, str(Path(__file__).parent))
+from tokcom_runs import (
+    STAGES,
+    Rows,
+    block_model,
+    denoiser_trainer,
+    distillation_trainer,
+    losses,
+    row_model,
+    row_trainer,
+    vae_trainer,
+)
 
 
-def model(noise: bool = False) -> TokComModel:
-    torch.manual_seed(0)
-    extra = {"latent_noise": 0.5, "token_dropout": 0.1} if noise else {}
-    return TokComModel(
-        TokComConfig(
-            vae={"vocab_size": 51, "latent_size": 16, "chunk_projection": "all", "fixed_norm": True, **extra, **SHAPE},
-            denoiser={"self_conditioning": True, **SHAPE},
-            standardize_latents=True, noise_std=1.0, mse_weight=1.0, clean_prefix=True, eos_token_id=0,
-        )
-    )  # fmt: skip
+def lines(trainer, name: str) -> list[float]:
+    return [line[name] for line in trainer.state.log_history if name in line]
 
 
-def joint_model(**flow) -> TokComModel:
-    """Tables, head and denoiser trained together; nothing else in the VAE."""
-    torch.manual_seed(0)
-    vae = {"vocab_size": 51, "latent_size": 32, "encoder": "embedding", "nearest_decoder": True, **SHAPE}
-    values = {
-        "standardize_latents": True,
-        "noise_std": 1.0,
-        "clean_prefix": True,
-        "eos_token_id": 0,
-        "train_embeddings": True,
-        "noise_likelihood": True,
-    }
-    return TokComModel(
-        TokComConfig(**{"vae": vae, "denoiser": SHAPE, "clean_latents": "posterior_mean"} | values | flow)
-    )
+def frozen(module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def settings(folder, **changes) -> dict:
-    defaults = {
-        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
-        "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True, "sample_every": 0,
-        "remove_unused_columns": False, "use_cpu": True, "seed": 1,
-    }  # fmt: skip
-    return defaults | changes
-
-
-def vae_trainer(folder, vae=None, **changes) -> TokComVAETrainer:
-    vae = vae or model().vae
-    return TokComVAETrainer(
-        model=vae,
-        args=TokComVAETrainingArguments(**settings(folder, **changes)),
-        train_dataset=Rows(),
-        eval_dataset=Rows(6),
-    )
-
-
-def denoiser_trainer(folder, tokcom=None, **changes) -> DenoiserTrainer:
-    tokcom = tokcom or model()
-    latents = encode_rows(tokcom.vae, Rows(), folder / "latents.npy")
-    tokcom.fit_latents(latents.mean, latents.std)
-    return DenoiserTrainer(
-        model=tokcom, args=DenoiserTrainingArguments(**settings(folder, **changes)), train_dataset=latents,
-        eval_dataset=latents,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def trained_vae(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Weights of a VAE that writes rows that count up: through it, tokens can be told from latents."""
+    vae = block_model().vae
+    folder = tmp_path_factory.mktemp("vae")
+    vae_trainer(folder, vae, Rows(counting=True), max_steps=100, learning_rate=1e-2, logging_steps=100).train()
+    return vae.state_dict()
 
 
 def test_vae_learns_and_logs_the_documented_names(tmp_path):
-    trainer = vae_trainer(tmp_path, max_steps=120, learning_rate=1e-2, eval_strategy="steps", eval_steps=120)
+    vae = block_model().vae
+    trainer = vae_trainer(tmp_path, vae, max_steps=120, learning_rate=1e-2, eval_strategy="steps", eval_steps=120)
     trainer.train()
-    logs = [line for line in trainer.state.log_history if "loss" in line]
-    assert logs[-1]["vae/batch_loss"] < 0.5 * logs[0]["vae/batch_loss"]
+    logged = lines(trainer, "vae/batch_loss")
+    # Nats per token: a new model knows nothing of the 51 rows.
+    assert logged[0] == pytest.approx(math.log(51), rel=0.02)
+    assert logged[-1] < 0.5 * logged[0]
     final = [line for line in trainer.state.log_history if "eval_loss" in line][-1]
     for name in ("eval_token_accuracy", "eval_chunk_accuracy", "eval_token_accuracy_sigma_0.5"):
         assert 0 <= final[name] <= 1
 
 
-@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
-def test_denoiser_trains_only_the_denoiser_and_logs_its_losses(tmp_path, attention):
-    tokcom = model()
-    tokcom.config.denoiser.attention = attention
-    before = {name: value.clone() for name, value in tokcom.vae.state_dict().items()}
-    start = tokcom.denoiser.output_proj.weight.clone()
-    trainer = denoiser_trainer(tmp_path, tokcom, max_steps=30, learning_rate=1e-2)
+@pytest.mark.parametrize("stage", ["denoiser", "rows"])
+def test_the_second_stage_leaves_the_vae_alone_and_its_losses_fall(tmp_path, stage, trained_vae):
+    tokcom = {"denoiser": block_model, "rows": row_model}[stage](time_distribution="logit_normal")
+    tokcom.vae.load_state_dict(trained_vae)
+    vae, others = frozen(tokcom.vae), {name: value for name, value in frozen(tokcom).items() if name[:4] != "vae."}
+    trainer = STAGES[stage](tmp_path, tokcom, Rows(counting=True), max_steps=50, learning_rate=1e-2)
     trainer.train()
-    assert all(torch.equal(value, before[name]) for name, value in tokcom.vae.state_dict().items())
-    assert not torch.equal(tokcom.denoiser.output_proj.weight, start)
-    logs = [line for line in trainer.state.log_history if "diffusion/batch_mse_loss" in line]
-    assert {"diffusion/batch_ce_loss", "diffusion/batch_velocity_loss"} <= logs[0].keys()
-    mean = [sum(line["loss"] for line in part) for part in (logs[:8], logs[-8:])]
-    assert mean[1] < mean[0]
+    assert all(torch.equal(value, vae[name]) for name, value in tokcom.vae.state_dict().items())
+    still = [
+        name for name, value in tokcom.state_dict().items() if name in others and torch.equal(value, others[name])
+    ]
+    assert still == []
+    names = ["loss", "diffusion/batch_ce_loss", "diffusion/batch_mse_loss", "diffusion/batch_flow_loss"]
+    if stage == "denoiser":
+        names += ["diffusion/batch_next_token_loss", "diffusion/batch_later_token_loss"]
+    for name in names:
+        logged = lines(trainer, name)
+        assert len(logged) == 50 and sum(logged[-15:]) < 0.9 * sum(logged[:15]), name
+    if stage == "rows":
+        assert not lines(trainer, "diffusion/batch_next_token_loss")
 
 
-def test_a_batch_that_counts_nowhere_costs_nothing(tmp_path):
-    trainer = denoiser_trainer(tmp_path)
-    tokcom = trainer.model
-    clean, ids = torch.randn(2, 4, 16), torch.randint(0, 50, (2, 16))
+@pytest.mark.parametrize("changes", [{}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}])
+def test_token_losses_are_nats_per_token_whatever_the_batch(tmp_path, changes):
+    rows = Rows(length=48)
+    trainer = denoiser_trainer(tmp_path, block_model(noise_draws=3), rows, max_steps=2, learning_rate=0.0, **changes)
+    trainer.train()
+    held_out = trainer.evaluate()
+    for name in ("next_token", "later_token", "ce"):
+        (first, *_) = lines(trainer, f"diffusion/batch_{name}_loss")
+        # A new model gives each of the 51 ids the same chance.
+        assert first == pytest.approx(math.log(51), rel=0.02), name
+        assert held_out[f"eval_{name}_loss"] == pytest.approx(math.log(51), rel=0.02), name
+    # Latents of variance 1 that are predicted as 0.
+    assert lines(trainer, "diffusion/batch_mse_loss")[0] == pytest.approx(1.0, abs=0.25)
+
+
+def test_logged_parts_add_up_to_the_loss(tmp_path):
+    weights = {"mse_weight": 0.25, "cross_entropy_weight": 0.5, "head_weight": 2.0}
+    trainer = denoiser_trainer(tmp_path, block_model(**weights), max_steps=2)
+    trainer.train()
+    for line in trainer.state.log_history[:2]:
+        part = {name.split("batch_")[1]: value for name, value in line.items() if "batch_" in name}
+        heads = part["next_token_loss"] + 0.5 * part["later_token_loss"]
+        total = 0.25 * part["flow_loss"] + 0.5 * part["ce_loss"] + 2.0 * heads
+        assert line["loss"] == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch", [4, 24])
+def test_held_out_parts_add_up_to_the_held_out_loss(tmp_path, batch):
+    # 6 rows: the last batch of 4 holds two.
+    trainer = denoiser_trainer(
+        tmp_path, block_model(cross_entropy_weight=0.5), Rows(6), per_device_eval_batch_size=batch
+    )
+    found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    heads = found["next_token_loss"] + 0.5 * found["later_token_loss"]
+    assert found["loss"] == pytest.approx(found["flow_loss"] + 0.5 * found["ce_loss"] + heads, rel=1e-5)
+
+
+def test_the_documented_row_is_encoded_once(tmp_path, monkeypatch):
+    trainer = row_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.model.vae), "encode", lambda self, ids: pytest.fail("encoded again"))
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_the_third_stage_moves_the_student_alone_and_its_losses_fall(tmp_path, trained_vae):
+    trainer = distillation_trainer(tmp_path, rows=Rows(counting=True), max_steps=40, learning_rate=5e-3)
+    trainer.teacher.vae.load_state_dict(trained_vae)
+    teacher, student = frozen(trainer.teacher), frozen(trainer.model)
+    trainer.train()
+    assert all(torch.equal(value, teacher[name]) for name, value in trainer.teacher.state_dict().items())
+    assert not [name for name, value in trainer.model.state_dict().items() if torch.equal(value, student[name])]
+    changed = {
+        name for name, value in trainer.distilled().state_dict().items() if not torch.equal(value, teacher[name])
+    }
+    assert changed == {f"denoiser.{name}" for name in student}
+    for name in ("loss", "distillation/batch_mse_loss", "distillation/batch_ce_loss"):
+        logged = lines(trainer, name)
+        assert sum(logged[-10:]) < 0.9 * sum(logged[:10]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_trains_with_finite_falling_losses_and_saves_float32(tmp_path, stage, trained_vae):
+    trainer = STAGES[stage](tmp_path, rows=Rows(counting=True), bf16=True, max_steps=30, learning_rate=1e-2)
+    if stage != "vae":
+        getattr(trainer, "teacher", trainer.model).vae.load_state_dict(trained_vae)
+    seen = set()
+    layer = next(
+        module
+        for module in trainer.model.modules()
+        if isinstance(module, torch.nn.Linear) and module.weight.requires_grad
+    )
+    layer.register_forward_hook(lambda module, given, result: seen.add(result.dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16}
+    logged = losses(trainer)
+    assert all(map(math.isfinite, logged)) and sum(logged[-8:]) < 0.9 * sum(logged[:8])
+    trainer.save_model()
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved and {value.dtype for value in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_checkpointing_computes_layers_again_and_the_same_losses(tmp_path, stage):
+    found = []
+    for again in (False, True):
+        trainer = STAGES[stage](tmp_path / str(again), max_steps=2, gradient_checkpointing=again)
+        calls = []
+        for name, module in trainer.model.named_modules():
+            if name.endswith("mlp.up_proj"):
+                module.register_forward_pre_hook(lambda *given, calls=calls: calls.append(torch.is_grad_enabled()))
+        trainer.train()
+        # Those without gradients, as self-conditioning's first prediction, have nothing to compute again.
+        found.append((losses(trainer), sum(calls)))
+    (plain, once), (checkpointed, twice) = found
+    assert checkpointed == pytest.approx(plain, rel=1e-6) and twice == 2 * once
+
+
+def test_a_batch_that_counts_nowhere_costs_nothing():
+    tokcom = row_model()
+    clean, labels = torch.randn(2, 1, 4, 16), torch.randint(0, 50, (2, 1, 4, 4))
     predicted = clean.clone().requires_grad_(True)
-    nowhere = torch.zeros(2, 4, dtype=torch.bool)
-    batch = NoisedBatch(clean, torch.full((2, 4), 0.5), nowhere, ids)
-    loss, parts = denoiser_loss(tokcom, DenoisedModelOutput(clean_latents=predicted), batch)
-    loss.backward()
-    assert loss.item() == 0 and predicted.grad.abs().sum() == 0
-    assert all(torch.isfinite(value) for value in parts.values())
+    for given in ({"t": 1.0}, {"labels": torch.full_like(labels, -100)}):
+        output = TokComOutput(clean_latents=predicted)
+        blocks = Blocks(clean, given.get("labels", labels), torch.zeros(1, dtype=torch.long), True)
+        add_flow_losses(tokcom, output, blocks, torch.full((2, 1, 4), given.get("t", 0.5)))
+        predicted.grad = None
+        output.loss.backward()
+        assert output.loss.item() == 0 and predicted.grad.abs().sum() == 0
+        assert torch.isfinite(output.cross_entropy_loss) and torch.isfinite(output.mse_loss)
 
 
 def test_sample_tables_are_written_and_need_held_out_rows(tmp_path):
@@ -157,7 +204,7 @@ def test_sample_tables_are_written_and_need_held_out_rows(tmp_path):
 
 
 def test_latents_on_disk_equal_the_encoder_and_are_reused(tmp_path):
-    vae = model().vae.eval()
+    vae = block_model().vae.eval()
     rows = encode_rows(vae, Rows(), tmp_path / "latents.npy", batch_size=5)
     expected = vae.encode(Rows().ids)
     torch.testing.assert_close(torch.stack([rows[i]["latents"] for i in range(len(rows))]), expected)
@@ -172,7 +219,7 @@ def test_latents_on_disk_equal_the_encoder_and_are_reused(tmp_path):
 
 
 def test_latents_appear_complete_or_not_at_all(tmp_path, monkeypatch):
-    file, vae = tmp_path / "latents.npy", model().vae
+    file, vae = tmp_path / "latents.npy", block_model().vae
     encode, seen = type(vae).encode, []
 
     def fails_late(self, ids):
@@ -196,149 +243,3 @@ def test_latents_appear_complete_or_not_at_all(tmp_path, monkeypatch):
             encode_rows(vae, Rows(6), file, batch_size=2)
     assert seen == [len(Rows())] * 3 and torch.equal(encode_rows(vae, Rows(), file)[0]["latents"], before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latents.json", "latents.npy"]
-
-
-def test_averaged_weights_follow_the_formula_and_are_used_for_evaluation(tmp_path):
-    trainer = vae_trainer(tmp_path, ema_decay=0.5, ema_warmup=False, max_steps=1)
-    start = {name: value.clone() for name, value in trainer.model.named_parameters()}
-    trainer.train()
-    name = "encoder.layers.0.mlp.up_proj.weight"
-    last = dict(trainer.model.named_parameters())[name].clone()
-    averaged = dict(trainer.average.module.named_parameters())[name]
-    # The first update copies, as torch's AveragedModel documents.
-    torch.testing.assert_close(averaged, last)
-    trainer = vae_trainer(tmp_path / "two", ema_decay=0.5, ema_warmup=False, max_steps=2, learning_rate=0.1)
-    seen = []
-    trainer.add_callback(_Recorder(seen, name))
-    trainer.train()
-    averaged = dict(trainer.average.module.named_parameters())[name]
-    torch.testing.assert_close(averaged, 0.5 * seen[0] + 0.5 * seen[1])
-    with trainer.averaged_weights():
-        inside = dict(trainer.model.named_parameters())[name].clone()
-    torch.testing.assert_close(inside, 0.5 * seen[0] + 0.5 * seen[1])
-    assert torch.equal(dict(trainer.model.named_parameters())[name], seen[1])
-    assert not torch.equal(start[name], last)
-
-
-class _Recorder(TrainerCallback):
-    def __init__(self, seen, name):
-        self.seen, self.name = seen, name
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seen.append(dict(model.named_parameters())[self.name].detach().clone())
-
-
-def test_nan_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
-    trainer = vae_trainer(tmp_path, save_strategy="steps", save_steps=2)
-
-    class Poison(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 3:
-                model.embed_tokens.weight.data.fill_(float("nan"))
-
-    trainer.add_callback(Poison())
-    with pytest.raises(FloatingPointError, match=r"at step 4.*checkpoint-2"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("stage", ["vae", "denoiser"])
-def test_stop_and_resume_ends_at_the_same_weights(tmp_path, stage):
-    build = vae_trainer if stage == "vae" else denoiser_trainer
-    noisy = {"save_strategy": "steps", "save_steps": 3, "ema_decay": 0.9}
-    first = build(tmp_path / "whole", *([model(True).vae] if stage == "vae" else []), **noisy)
-    first.train()
-    second = build(tmp_path / "whole", *([model(True).vae] if stage == "vae" else []), **noisy)
-    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert second.state.global_step == 6
-    for (name, a), b in zip(first.model.state_dict().items(), second.model.state_dict().values()):
-        assert torch.equal(a, b), name
-    for a, b in zip(first.average.parameters(), second.average.parameters()):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("stage", ["vae", "denoiser"])
-def test_resuming_a_finished_run_changes_nothing(tmp_path, stage):
-    build = vae_trainer if stage == "vae" else denoiser_trainer
-    first = build(tmp_path, save_strategy="steps", save_steps=6, ema_decay=0.9)
-    first.train()
-    second = build(tmp_path, save_strategy="steps", save_steps=6, ema_decay=0.9)
-    second.train(resume_from_checkpoint=True)
-    assert second.state.global_step == 6
-    for (name, a), b in zip(first.model.state_dict().items(), second.model.state_dict().values()):
-        assert torch.equal(a, b), name
-
-
-def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
-    vae_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
-    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{ tru")
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert last_complete_checkpoint(tmp_path / "nothing") is None
-
-
-def test_the_best_model_is_kept_and_training_stops_early(tmp_path):
-    trainer = vae_trainer(
-        tmp_path, max_steps=40, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-        early_stopping_patience=1, learning_rate=3.0, save_total_limit=2,
-    )  # fmt: skip
-    trainer.train()
-    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    assert trainer.state.global_step < 40
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
-
-
-def test_a_full_output_folder_needs_a_flag(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(FileExistsError, match="not empty; add --resume"):
-        check_output_dir(tmp_path)
-    with pytest.raises(NotADirectoryError):
-        check_output_dir(tmp_path / "file")
-    (tmp_path / "checkpoint-3").mkdir()
-    check_output_dir(tmp_path, overwrite=True)
-    assert not (tmp_path / "checkpoint-3").exists() and (tmp_path / "file").exists()
-
-
-def run_worker(folder: Path, stage: str, *arguments: str, processes: int = 1) -> subprocess.Popen:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command += ["--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([*command, str(WORKER), str(folder), stage, *arguments], env=environment)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vae", "denoiser", "embeddings"])
-def test_two_ranks_match_one_process_with_the_same_global_batch(tmp_path, stage):
-    one = run_worker(tmp_path / "one", stage, "--batch", "8")
-    two = run_worker(tmp_path / "two", stage, "--batch", "4", "--world", "2", processes=2)
-    assert one.wait(240) == 0 and two.wait(240) == 0
-    assert json.loads((tmp_path / "two" / "world.json").read_text())["world_size"] == 2
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=0, msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vae", "denoiser", "embeddings"])
-def test_kill_minus_nine_and_resume_end_at_the_same_weights(tmp_path, stage):
-    assert run_worker(tmp_path / "whole", stage, "--save_steps", "5").wait(240) == 0
-    killed = run_worker(tmp_path / "cut", stage, "--save_steps", "5", "--slow")
-    while last_complete_checkpoint(tmp_path / "cut") is None:
-        assert killed.poll() is None, "the run ended before its first checkpoint"
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    assert run_worker(tmp_path / "cut", stage, "--save_steps", "5", "--resume").wait(240) == 0
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def test_memory_is_pinned_only_for_an_accelerator(tmp_path, recwarn):
-    trainer = vae_trainer(tmp_path, max_steps=1, use_cpu=False)
-    assert trainer.args.dataloader_pin_memory == torch.accelerator.is_available()
-    trainer.train()
-    assert not [str(warning.message) for warning in recwarn if "pin_memory" in str(warning.message)]

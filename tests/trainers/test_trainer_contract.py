@@ -1,4 +1,4 @@
-"""All five trainers keep what `Trainer` promises: its defaults work, metrics see predictions, the best model is chosen."""
+"""All trainers keep what `Trainer` promises: its defaults work, metrics see predictions, the best model is chosen."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,8 @@ from tokcom_hf import (
     VQGAN,
     DenoiserTrainer,
     DenoiserTrainingArguments,
+    DistillationTrainer,
+    DistillationTrainingArguments,
     JointLFQTrainingArguments,
     TokComConfig,
     TokComModel,
@@ -52,12 +54,16 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "attention_mask": mask, "document": f"number {index}"}
 
 
-def tokcom() -> TokComModel:
+def tokcom(**changes) -> TokComModel:
+    """Blocks of one chunk behind a context; with context=None the whole row at once."""
     torch.manual_seed(0)
     vae = {"vocab_size": 51, "latent_size": 16, "chunk_projection": "all", "fixed_norm": True, **SHAPE}
     flow = {"standardize_latents": True, "noise_std": 1.0, "mse_weight": 1.0, "cross_entropy_weight": 0.3}
     denoiser = {"self_conditioning": True, **SHAPE}
-    return TokComModel(TokComConfig(vae=vae, denoiser=denoiser, clean_prefix=True, eos_token_id=0, **flow))
+    blocks = {"context": SHAPE, "block_sizes": [1, 2, 0], "block_size": 1, "noise_draws": 2}
+    rows = {"context": None, "clean_prefix": True}
+    place = rows if "context" in changes else blocks
+    return TokComModel(TokComConfig(vae=vae, denoiser=denoiser, eos_token_id=0, **flow | place | changes))
 
 
 def vae_trainer(folder, compute_metrics=None, **changes):
@@ -67,12 +73,23 @@ def vae_trainer(folder, compute_metrics=None, **changes):
     )
 
 
-def denoiser_trainer(folder, compute_metrics=None, **changes):
-    model = tokcom()
+def denoiser_trainer(folder, compute_metrics=None, model=None, **changes):
+    model = model or tokcom()
+    args = DenoiserTrainingArguments(str(folder), **COMMON | BATCH | {"sample_every": 0} | changes)
+    return DenoiserTrainer(model, args, train_dataset=Rows(), eval_dataset=Rows(6), compute_metrics=compute_metrics)
+
+
+def row_trainer(folder, compute_metrics=None, **changes):
+    model = tokcom(context=None)
     latents, held_out = (encode_rows(model.vae, Rows(n), folder / f"{n}.npy") for n in (12, 6))
     model.fit_latents(latents.mean, latents.std)
     args = DenoiserTrainingArguments(str(folder), **COMMON | BATCH | {"sample_every": 0} | changes)
     return DenoiserTrainer(model, args, train_dataset=latents, eval_dataset=held_out, compute_metrics=compute_metrics)
+
+
+def distillation_trainer(folder, **changes):
+    args = DistillationTrainingArguments(str(folder), **COMMON | BATCH | {"sample_every": 0} | changes)
+    return DistillationTrainer(args=args, teacher=tokcom(), train_dataset=Rows(), eval_dataset=Rows(6))
 
 
 def vqgan_trainer(folder, compute_metrics=None, **changes):
@@ -96,6 +113,7 @@ def vqgan_trainer(folder, compute_metrics=None, **changes):
 TRAINERS = {
     "vae": vae_trainer,
     "denoiser": denoiser_trainer,
+    "rows": row_trainer,
     "vqgan": vqgan_trainer,
     "pruning": lambda folder, compute_metrics=None, **changes: with_metrics(
         pruning_trainer, folder, compute_metrics, changes
@@ -154,8 +172,22 @@ def test_predictions_of_the_vae_are_its_reconstructions(tmp_path):
     assert torch.equal(torch.as_tensor(told.label_ids)[~padded], ids[~padded])
 
 
-def test_the_best_model_by_the_default_metric_and_early_stopping(tmp_path, make):
-    _, build = make
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_predictions_stand_at_their_labels_whatever_the_block_size(tmp_path, size):
+    # Rows of four chunks: blocks of three leave one chunk, blocks of eight are longer than the row.
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["shapes"] = prediction.predictions.shape, prediction.label_ids.shape
+        return {}
+
+    denoiser_trainer(tmp_path, compute_metrics, tokcom(block_size=size)).evaluate()
+    assert seen["shapes"] == ((6, 16, 51), (6, 16))
+
+
+@pytest.mark.parametrize("name", [*TRAINERS, "distill"])
+def test_the_best_model_by_the_default_metric_and_early_stopping(tmp_path, name):
+    build = TRAINERS.get(name, distillation_trainer)
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = build(tmp_path, load_best_model_at_end=True, early_stopping_patience=3, **evaluated)
     trainer.train()
@@ -191,11 +223,12 @@ def test_other_arguments_are_refused_and_none_are_the_defaults(tmp_path, monkeyp
         TokComVAETrainer(tokcom().vae, args)
 
 
-@pytest.mark.parametrize("name", ["vae", "denoiser", "vqgan"])
+@pytest.mark.parametrize("name", ["vae", "denoiser", "rows", "distill", "vqgan"])
 def test_bf16_trains_and_evaluates(tmp_path, name):
-    trainer = TRAINERS[name](tmp_path, bf16=True, eval_strategy="steps", eval_steps=1, logging_steps=1)
+    build = TRAINERS.get(name, distillation_trainer)
+    trainer = build(tmp_path, bf16=True, eval_strategy="steps", eval_steps=1, logging_steps=1)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
     assert all(value.dtype == before[key].dtype for key, value in trainer.model.state_dict().items())
     assert any(not torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
-    assert trainer.predict(trainer.eval_dataset).predictions is not None
+    assert name == "distill" or trainer.predict(trainer.eval_dataset).predictions is not None

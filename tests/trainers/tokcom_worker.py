@@ -1,7 +1,13 @@
-"""Trains one stage for 20 steps in a process of its own; started by test_tokcom_training."""
+"""Trains every TokCom stage in processes of their own; started by test_tokcom_processes: `tokcom_worker.py FOLDER`.
 
-import argparse
+FOLDER/whole: one process, undisturbed. FOLDER/two: two ranks with the same global batch. FOLDER/cut: killed in each stage,
+and gone on with. All are forks of this process, which has loaded the packages once and computed nothing.
+"""
+
 import json
+import os
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -10,9 +16,10 @@ import torch
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_tokcom_training import SHAPE, denoiser_trainer, joint_model, vae_trainer
+from tokcom_runs import STAGES, block_model, losses
 
 from tokcom_hf.cli import leave_together
+from tokcom_hf.trainers.base import last_complete_checkpoint
 
 
 class Slow(TrainerCallback):
@@ -22,39 +29,70 @@ class Slow(TrainerCallback):
         time.sleep(0.1)
 
 
-parser = argparse.ArgumentParser()
-parser.add_argument("folder", type=Path)
-parser.add_argument("stage")
-parser.add_argument("--batch", type=int, default=4)
-parser.add_argument("--world", type=int, default=1)
-parser.add_argument("--save_steps", type=int, default=0)
-parser.add_argument("--slow", action="store_true")
-parser.add_argument("--resume", action="store_true")
-options = parser.parse_args()
-torch.set_num_threads(1)
-changes = {"max_steps": 20, "per_device_train_batch_size": options.batch, "ema_decay": 0.9}
-if options.save_steps:
-    changes |= {"save_strategy": "steps", "save_steps": options.save_steps}
-# "embeddings": the denoiser's stage with token tables that train with it, and a reader of finished chunks.
-networks = {"vae": (vae_trainer, None), "denoiser": (denoiser_trainer, None)}
-if options.stage == "embeddings":
-    reading = joint_model(
-        token_time_std=1.0, scale_input=True, token_cut_rate=0.5, token_loss_max_time=0.5, token_window_size=24,
-        noise_copies=2, token_attention_heads=2, token_mlp_size=48,
-        denoiser=SHAPE | {"attention": "block_causal", "num_context_layers": 1},
-    )  # fmt: skip
-    networks["embeddings"] = (denoiser_trainer, reading)
-build, network = networks[options.stage]
-# Both ranks encode into one file at once, which must not disturb either; the recipe lets the first do it for all.
-options.folder.mkdir(parents=True, exist_ok=True)
-trainer = build(options.folder, network, **changes)
-assert trainer.accelerator.num_processes == options.world, trainer.accelerator.num_processes
-if options.slow:
-    trainer.add_callback(Slow())
-trainer.train(resume_from_checkpoint=True if options.resume else None)
-trainer.use_averaged_weights()
-trainer.save_model()
-if trainer.is_world_process_zero():
-    (options.folder / "world.json").write_text(json.dumps({"world_size": trainer.accelerator.num_processes}))
-del trainer, network, build, networks
-leave_together()
+def train(work: Path, world: int = 1, slow: str = "") -> None:
+    """All stages, one after another, each from its newest checkpoint on."""
+    changes = {
+        "max_steps": 12, "per_device_train_batch_size": 8 // world, "ema_decay": 0.9, "save_strategy": "steps",
+        "save_steps": 4,
+    }  # fmt: skip
+    for stage, build in STAGES.items():
+        folder = work / stage
+        # Both ranks encode into one file at once, which must not disturb either; the recipe lets the first do it for all.
+        folder.mkdir(parents=True, exist_ok=True)
+        # The noise of the VAE's stage is each rank's own; without it two ranks must be one process.
+        model = block_model().vae if stage == "vae" else None
+        trainer = build(folder, model, **changes)
+        assert trainer.accelerator.num_processes == world, trainer.accelerator.num_processes
+        if stage == slow:
+            trainer.add_callback(Slow())
+        trainer.train(resume_from_checkpoint=True if last_complete_checkpoint(folder) else None)
+        trainer.use_averaged_weights()
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            told = {"world_size": trainer.accelerator.num_processes, "losses": losses(trainer)}
+            (folder / "told.json").write_text(json.dumps(told))
+        trainer.accelerator.wait_for_everyone()
+    del trainer, model
+    leave_together()
+
+
+def fork(work: Path, rank: int = 0, world: int = 1, port: int = 0, slow: str = "") -> int:
+    """Starts `train` in a process of its own; returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    if world > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    try:
+        train(work, world, slow)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)
+
+
+def wait(*processes: int) -> None:
+    for process in processes:
+        _, status = os.waitpid(process, 0)
+        assert status == 0, f"process {process} ended with {status}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work = Path(sys.argv[1])
+    wait(fork(work / "whole"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    wait(*[fork(work / "two", rank, 2, port) for rank in range(2)])
+    for stage in STAGES:
+        # Finishes what was killed before, and is killed itself in its slow stage.
+        process = fork(work / "cut", slow=stage)
+        while last_complete_checkpoint(work / "cut" / stage) is None:
+            assert os.waitpid(process, os.WNOHANG) == (0, 0), "the run ended before its first checkpoint"
+            time.sleep(0.02)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        assert not (work / "cut" / stage / "model.safetensors").exists()
+    wait(fork(work / "cut"))

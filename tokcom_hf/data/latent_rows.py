@@ -76,6 +76,24 @@ def encode_rows(
     return LatentRows(rows, file, mean, std)
 
 
+@torch.no_grad()
+def latent_statistics(
+    vae: Any, rows: Any, count: int = 512, batch_size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each latent dimension, (latent,) float32, over at most `count` evenly spaced rows."""
+    vae.eval()
+    device, encoded = next(vae.parameters()).device, []
+    chosen = [rows[int(index)] for index in np.linspace(0, len(rows) - 1, min(count, len(rows))).round()]
+    for start in range(0, len(chosen), batch_size):
+        batch = chosen[start : start + batch_size]
+        ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in batch])
+        mask = torch.stack([torch.as_tensor(row["attention_mask"]) for row in batch])
+        real = mask.view(len(mask), -1, vae.config.chunk_size).any(dim=-1)
+        encoded.append(vae.encode(ids.to(device)).double().cpu()[real])
+    latents = torch.cat(encoded)
+    return latents.mean(dim=0).float(), latents.std(dim=0, unbiased=False).clamp(min=1e-4).float()
+
+
 def _write(vae: Any, rows: Any, file: Path, batch_size: int, description: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes `rows` into `file`; returns mean and standard deviation of each dimension, float32."""
     chunk_size, device = vae.config.chunk_size, next(vae.parameters()).device

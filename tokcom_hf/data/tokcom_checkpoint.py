@@ -7,6 +7,7 @@ denoised_model_state_dict`. Apart from rotary tables and copies of shared tensor
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -128,8 +129,7 @@ def drop_rotary(state: StateDict, shape: dict[str, Any]) -> StateDict:
             continue
         checked.add(kind)
         table = table.float().reshape(-1, table.shape[-1])
-        positions = torch.arange(len(table)).unsqueeze(0)
-        cos, sin = rotary_embeddings(positions, head_dim, float(shape["rope_theta"]), torch.float32)
+        cos, sin = rotary_embeddings(len(table), SimpleNamespace(**shape), table)
         frequencies = float(shape["rope_theta"]) ** (-torch.arange(0, head_dim, 2).float() / head_dim)
         expected = {"cos_cached": cos[0], "sin_cached": sin[0], "inv_freq": frequencies.unsqueeze(0)}.get(kind)
         # Half tables are as good: both halves of ours are equal.

@@ -1,10 +1,46 @@
-"""How well a denoiser knows what a noisy or unfinished text says: accuracy against t, and the loss of the next token."""
+"""How well a denoiser knows what a noisy text says: token accuracy against t, given the text that precedes."""
 
 from typing import Any
 
 import torch
 
 from .reconstruction import token_and_chunk_accuracy
+
+
+class BlockDenoiser:
+    """Predictions for all chunks of known rows of text at once.
+
+    With a context each block of `config.block_size` chunks (of one chunk where that does not divide the row) is told the
+    tokens that really precede it; without one the whole row is a single block.
+
+    Args:
+        model: `TokComModel`.
+        input_ids, attention_mask: (rows, length), `length` a multiple of the chunk size; 0 = padding, None: there is none.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):
+        chunk = model.config.vae.chunk_size
+        rows, chunks = len(input_ids), input_ids.shape[1] // chunk
+        size = model.config.block_size or chunks
+        self.model, self.size = model, size if chunks % size == 0 else 1
+        self.context = self.mask = None
+        if model.context is not None:
+            self.context = model.context(input_ids)[:, : chunks * chunk : self.size * chunk].flatten(0, 1)
+        if attention_mask is not None and not bool(attention_mask.all()) and self.size > 1:
+            real = attention_mask.view(rows, -1, self.size, chunk).any(dim=-1).flatten(0, 1)
+            # A block of padding alone sees itself.
+            self.mask = (real | ~real.any(dim=-1, keepdim=True)).long()
+
+    @torch.no_grad()
+    def __call__(self, x_t: torch.Tensor, t: float, self_condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Noisy latents at time t in [0, 1], (rows, chunks, latent) → predicted clean latents of the same shape."""
+        as_blocks = (-1, self.size, x_t.shape[-1])
+        earlier = None if self_condition is None else self_condition.reshape(as_blocks)
+        return self.model.denoiser(
+            x_t.reshape(as_blocks), torch.full((1,), t, device=x_t.device), context=self.context,
+            self_condition=earlier, attention_mask=self.mask, return_dict=True,
+        ).clean_latents.reshape(x_t.shape)  # fmt: skip
 
 
 @torch.no_grad()
@@ -17,27 +53,22 @@ def denoising_metrics(
 ) -> dict[str, float]:
     """Token accuracy of one denoiser prediction from x_t, beside decoding x_t itself, for each t (0 noise, 1 clean).
 
-    Returns `denoised_accuracy_t_0.1`, `direct_accuracy_t_0.1`, and so on; and `next_token_loss` of models that can draw
-    token after token.
+    Returns `denoised_accuracy_t_0.1`, `direct_accuracy_t_0.1`, and so on.
     """
     model.eval()
     device = next(model.parameters()).device
     ids, mask = input_ids.to(device), attention_mask.to(device)
+    denoise = BlockDenoiser(model, ids, mask)
     clean = model.standardize(model.encode(ids))
-    chunk_mask = mask.view(len(mask), -1, model.config.vae.chunk_size).any(dim=-1).long()
     generator = torch.Generator().manual_seed(seed)
     noise = (torch.randn(clean.shape, generator=generator) * model.config.noise_std).to(clean)
     metrics = {}
     for t in times:
         x_t = (1 - t) * noise + t * clean
-        steps = torch.full((len(ids),), t, device=device)
-        predicted = model(x_t, steps, attention_mask=chunk_mask).clean_latents
-        for name, latents in (("denoised", predicted), ("direct", x_t)):
+        for name, latents in (("denoised", denoise(x_t, t)), ("direct", x_t)):
             decoded = model.decode(model.unstandardize(latents))
             accuracy = token_and_chunk_accuracy(decoded, ids, mask, model.config.vae.chunk_size)["token_accuracy"]
             metrics[f"{name}_accuracy_t_{t:g}"] = accuracy
-    if can_commit(model):
-        metrics["next_token_loss"] = next_token_loss(model, ids, mask)
     return metrics
 
 
@@ -58,47 +89,3 @@ def denoise_reconstruct_accuracy(
         accuracies = token_and_chunk_accuracy(ids, input_ids, attention_mask, model.config.vae.chunk_size)
         result[f"reconstructed_accuracy_t_{level:g}"] = accuracies["token_accuracy"]
     return result
-
-
-def can_commit(model: Any) -> bool:
-    """Whether a `TokComModel` knows how likely each token is given those before it."""
-    return model.config.token_time_std > 0 and model.config.denoiser.attention == "block_causal"
-
-
-@torch.no_grad()
-def next_token_loss(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, temperature: float = 1.0
-) -> float:
-    """Mean cross-entropy in nats of each token given all before it in its row, the rows' first tokens left out.
-
-    The sampler "commit" with block_size=1 draws from these very distributions, so this is minus the exact log-likelihood per
-    token, to be compared with the loss of a causal language model on the same rows.
-
-    Args:
-        model: `TokComModel` with block-causal attention, trained with `token_time_std` > 0.
-        input_ids, attention_mask: (rows, length), `length` a multiple of the chunk size; 0 = padding.
-        temperature: `posterior_temperature` of the distributions.
-    """
-    chunk = model.config.vae.chunk_size
-    clean = model.standardize(model.encode(input_ids))
-    labels: Any = input_ids.masked_fill(attention_mask == 0, -100)
-    labels[:, 0] = -100
-    labels, places = labels.view(*clean.shape[:2], chunk), torch.arange(chunk, device=clean.device)
-    real = attention_mask.view(*clean.shape[:2], chunk).any(dim=-1)
-    total, count = 0.0, 0
-    for place in range(chunk):
-        times = (places < place).to(clean).expand(*clean.shape[:2], chunk)
-        asked = (places == place).expand_as(times) & (labels >= 0)
-        if not bool(asked.any()):
-            continue
-        # Nothing is seen of tokens at t = 0 but noise of mean zero; the mean itself keeps the measure free of chance.
-        hidden = model(
-            clean * model.per_entry(times), torch.full((1,), place / chunk, device=clean.device), token_times=times,
-            context=clean, block_index=torch.arange(clean.shape[1], device=clean.device), attention_mask=real.long(),
-            only_tokens=True, token_mask=asked,
-        ).token_hidden  # fmt: skip
-        number = len(hidden)
-        unseen = torch.ones(number, dtype=torch.bool, device=hidden.device)
-        total += float(model.token_cross_entropy(hidden / temperature, labels[asked], unseen)) * number
-        count += number
-    return total / max(1, count)

@@ -100,10 +100,12 @@ def brier_summary(scores: np.ndarray, bootstrap: int = 1000, seed: int = 0) -> d
 def brier_lm_difference(
     first: np.ndarray, second: np.ndarray, bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, float]:
-    """BrierLM of `first` minus that of `second`, scores (prefixes, orders) of two models on the same prefixes.
+    """BrierLM and each Brier-n of `first` minus those of `second`, scores (prefixes, orders) on the same prefixes.
 
     Returns:
-        difference, and its bootstrap standard error over prefixes: prefixes that are easy for both do not blur it.
+        difference, error, low, high: of BrierLM; its bootstrap standard error and 95 % interval over prefixes, which are
+        drawn for both models together, so that prefixes that are easy for both do not blur it.
+        brier_n_difference, brier_n_low, brier_n_high: the same of 100 · Brier-n for each order n.
 
     Raises:
         ValueError: scores of different shapes.
@@ -112,10 +114,22 @@ def brier_lm_difference(
         raise ValueError(
             f"Both models must be scored on the same prefixes, got scores {np.shape(first)} and {np.shape(second)}."
         )
-    pairs = zip(_resampled_means(first, bootstrap, seed), _resampled_means(second, bootstrap, seed))
-    resampled = [_geometric_mean(one) - _geometric_mean(other) for one, other in pairs]
-    difference = _geometric_mean(first.mean(axis=0)) - _geometric_mean(second.mean(axis=0))
-    return {"difference": difference, "error": float(np.std(resampled))}
+    one, other = (_resampled_means(scores, bootstrap, seed) for scores in (first, second))
+    resampled = [_geometric_mean(a) - _geometric_mean(b) for a, b in zip(one, other)]
+    result = {
+        "difference": _geometric_mean(first.mean(axis=0)) - _geometric_mean(second.mean(axis=0)),
+        "error": float(np.std(resampled)),
+        **_interval("", resampled),
+    }
+    means = 100.0 * (first.mean(axis=0) - second.mean(axis=0))
+    for n, (mean, drawn) in enumerate(zip(means, 100.0 * (one - other).T), 1):
+        result |= {f"brier_{n}_difference": float(mean), **_interval(f"brier_{n}_", drawn)}
+    return result
+
+
+def _interval(prefix: str, resampled: np.ndarray | list[float]) -> dict[str, float]:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
 
 
 def _resampled_means(scores: np.ndarray, bootstrap: int, seed: int, blocks: int = 200) -> np.ndarray:

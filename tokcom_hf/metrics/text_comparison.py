@@ -11,6 +11,8 @@ from .text_protocol import Point
 
 # Who judges, and the metric of its judgement.
 SCORERS = (("train", "kn_perplexity"), ("held-out", "kn_perplexity_held_out"))
+# Numbers of steps whose perplexities are compared.
+FEW, MANY = 8, 32
 
 
 def ratio_at_equal_entropy(
@@ -45,22 +47,45 @@ def ratios_on_frontier(
     ]
 
 
+def setting_name(point: Point) -> str:
+    """The settings of a point of TokCom's frontier: "8 steps, temperature 0.9, best of 2"."""
+    name = f"{point['num_steps']} steps, temperature {point['temperature']:g}"
+    name += f", best of {point['best_of']}" if point.get("best_of", 1) > 1 else ""
+    guidance = point.get("guidance_scale", 1.0)
+    return name + (f", guidance {guidance:g}" if guidance != 1.0 else "")
+
+
 def brier_lm_differences(scores: dict[str, list[np.ndarray]]) -> dict[str, dict[str, float]]:
-    """TokCom's BrierLM minus that of each autoregressive baseline, on the same prefixes.
+    """TokCom's BrierLM and Brier-n minus those of its heads alone and of each autoregressive baseline, on the same prefixes.
 
     Args:
-        scores: name → Brier scores (prefixes, orders) from probabilities of each sampling seed, which are averaged; none for
-            a sampler that does not know them. Names as in `compare`.
+        scores: name → Brier scores (prefixes, orders) of each sampling seed, which are averaged. Names as in `compare`, and
+            "heads alone".
 
     Returns:
-        baseline → difference and its bootstrap error.
+        name of the other → `text_brier.brier_lm_difference`.
     """
     means = {name: np.mean(runs, axis=0) for name, runs in scores.items() if runs}
-    tokcom = next((means[name] for name in means if name.startswith("TokCom, ")), None)
+    tokcom = _own_row(means)
     if tokcom is None:
         return {}
-    baselines = [name for name in means if name.startswith("autoregressive")]
-    return {name: brier_lm_difference(tokcom, means[name]) for name in baselines}
+    others = [name for name in means if name == "heads alone" or name.startswith("autoregressive")]
+    return {name: brier_lm_difference(means[tokcom], means[name]) for name in others}
+
+
+def difference_line(name: str, found: dict[str, float]) -> str:
+    """A result of `brier_lm_differences`, to be read."""
+    orders = "  ".join(
+        f"Brier-{n} {found[f'brier_{n}_difference']:+.2f} [{found[f'brier_{n}_low']:+.2f}, {found[f'brier_{n}_high']:+.2f}]"
+        for n in range(1, 5)
+    )
+    return f"TokCom minus {name}: BrierLM {found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]  {orders}"
+
+
+def _own_row(rows: dict) -> str | None:
+    """Name of TokCom's own row, "TokCom, 8 steps", among those of its variants."""
+    names = (name for name in rows if name.startswith("TokCom, ") and name.endswith(" steps"))
+    return next(names, None)
 
 
 def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
@@ -84,7 +109,7 @@ def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
             best = found["equal_entropy"][label][scorer] = ratio_at_equal_entropy(curves["TokCom"], target, key=key)
             text = "no TokCom point within 0.1 nats of its entropy"
             if best is not None:
-                text = f"TokCom's perplexity is {best['ratio']:.3g} x ({best['num_steps']} steps, {best['temperature']:g})"
+                text = f"TokCom's perplexity is {best['ratio']:.3g} x ({setting_name(best)})"
             lines.append(f"  {label}, {scorer} scorer: {text}")
     for name, (scorer, key) in product(baselines, SCORERS):
         ratios = ratios_on_frontier(curves["TokCom"], curves[name], key)
@@ -95,19 +120,22 @@ def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
                 f"  {name}, its curve interpolated, {scorer} scorer: TokCom's best point is {lowest:.3g} x "
                 f"(entropy {where:.2f})"
             )
-    for heat in sorted({point["temperature"] for point in curves["TokCom"]}):
-        at = {p["num_steps"]: p["kn_perplexity_held_out"] for p in curves["TokCom"] if p["temperature"] == heat}
-        if 16 in at and 50 in at:
-            found["steps"][f"temperature {heat:g}"] = at[16] / at[50]
-            lines.append(f"  16 steps / 50 steps at temperature {heat:g}: perplexity ratio {at[16] / at[50]:.3f}")
-    few, many = ([p for p in curves["TokCom"] if p["num_steps"] == steps] for steps in (16, 50))
+    plain = [p for p in curves["TokCom"] if p.get("best_of", 1) == 1 and p.get("guidance_scale", 1.0) == 1.0]
+    for temperature in sorted({point["temperature"] for point in plain}):
+        at = {p["num_steps"]: p["kn_perplexity_held_out"] for p in plain if p["temperature"] == temperature}
+        if FEW in at and MANY in at:
+            found["steps"][f"temperature {temperature:g}"] = at[FEW] / at[MANY]
+            lines.append(
+                f"  {FEW} steps / {MANY} steps at temperature {temperature:g}: perplexity ratio {at[FEW] / at[MANY]:.3f}"
+            )
+    few, many = ([p for p in plain if p["num_steps"] == steps] for steps in (FEW, MANY))
     for scorer, key in SCORERS:
         for entropy, ratio in ratios_on_frontier(few, many, key):
             found["steps_at_equal_entropy"][f"{entropy:.2f}, {scorer}"] = ratio
             lines.append(
-                f"  16 steps / 50 steps at entropy {entropy:.2f}, {scorer} scorer: perplexity ratio {ratio:.3f}"
+                f"  {FEW} steps / {MANY} steps at entropy {entropy:.2f}, {scorer} scorer: perplexity ratio {ratio:.3f}"
             )
-    tokcom = next(name for name in rows if name.startswith("TokCom, ") and "one step" not in name)
+    tokcom = _own_row(rows)
     excess = rows[tokcom]["overlap_8"]["mean"] - rows["held-out text"]["overlap_8"]["mean"]
     found["overlap_8_above_held_out"] = excess
     lines.append(f"  8-gram overlap with train, above held-out text: {100 * excess:+.2f} points")

@@ -1,4 +1,4 @@
-"""One interface over everything that writes token ids: TokCom, causal language models, n-gram models, shuffled text.
+"""One interface over everything that writes token ids: TokCom, its heads alone, causal language models, n-gram models.
 
 A sampler draws whole rows (`rows`) and several independent continuations of given prefixes (`continuations`). Nothing stops
 at EOS: models are trained on packed rows, where the next document follows, and equal token counts make rows comparable.
@@ -11,12 +11,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from ..models.cache_name import CACHE
-from ..models.token_sampling import sample_tokens
-from .denoising import can_commit
-from .text_likelihood import causal_log_probs, tokcom_log_probs
+from .text_likelihood import causal_log_probs, head_log_probs
 from .text_ngram import KneserNey
+from .token_sampling import sample_tokens
+
+# Chunks of a large block that are drawn to score its first tokens.
+MOST_CONTINUED = 16
 
 
 class Sampler(Protocol):
@@ -53,28 +56,33 @@ class Sampler(Protocol):
 
 @dataclass
 class TokComSampler(Sampler):
-    """`TokComModel.generate` with fixed settings (num_steps, sampler, temperature, block_size ...)."""
+    """`TokComModel.generate` with fixed settings (num_steps, block_size, sampler, temperature ...); None keeps the model's.
+
+    The flow does not tell how likely its draws are.
+    """
 
     model: Any
     settings: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 64
+    batch_size: int = 256
 
     def rows(self, count: int, length: int, seed: int) -> np.ndarray:
         chunks = -(-length // self.model.config.vae.chunk_size)
         generator = torch.Generator().manual_seed(seed)
         with _without_end(self.model):
             parts = [
-                self.model.generate(num_chunks=chunks, batch_size=size, generator=generator, **self.settings)
+                self.model.generate(num_chunks=chunks, batch_size=size, generator=generator, **self._given())
                 for size in _batches(count, self.batch_size)
             ]
         return torch.cat(parts).cpu().numpy()[:, :length]
 
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        # Without noise there is one continuation, which `generate` does not draw twice.
+        copies = 1 if self.settings.get("temperature") == 0 else draws
         settings: dict[str, Any] = {
             "num_generate_chunks": -(-length // self.model.config.vae.chunk_size),
             "generator": torch.Generator().manual_seed(seed),
-            "num_return_sequences": draws,
-            **self.settings,
+            "num_return_sequences": copies,
+            **self._given(),
         }
         width, given = prefixes.shape[1], torch.as_tensor(prefixes, dtype=torch.long)
         with _without_end(self.model):
@@ -82,23 +90,76 @@ class TokComSampler(Sampler):
                 self.model.generate(ids.to(self.model.device), **settings)[:, width : width + length]
                 for ids in given.split(max(1, self.batch_size // draws))
             ]
-        return torch.cat(parts).cpu().numpy().reshape(len(prefixes), draws, length)
+        drawn = torch.cat(parts).cpu().numpy().reshape(len(prefixes), copies, length)
+        return drawn.repeat(draws // copies, axis=1)
 
+    def block_tokens(self) -> int:
+        """Tokens of a block, of at most 16 chunks: what to draw behind a prefix, so that its first chunk is drawn as in long
+        text, beside the others of its block."""
+        size = self.settings.get("block_size")
+        size = self.model.config.block_size if size is None else size
+        return min(size or MOST_CONTINUED, MOST_CONTINUED) * self.model.config.vae.chunk_size
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in self.settings.items() if value is not None}
+
+
+def tokens_behind_prefix(sampler: Sampler, scored: int) -> int:
+    """How many tokens to draw behind a prefix of which the first `scored` are looked at."""
+    return max(scored, sampler.block_tokens()) if isinstance(sampler, TokComSampler) else scored
+
+
+@dataclass
+class HeadSampler(Sampler):
+    """The auxiliary heads of a `TokComModel` with a context, drawn independently of each other: its text without the flow.
+
+    What the flow adds to this row is the flow's worth.
+    """
+
+    model: Any
+    temperature: float = 1.0
+    batch_size: int = 256
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        return self.continuations(np.zeros((count, 0), dtype=np.int64), 1, length, seed)[:, 0]
+
+    @torch.no_grad()
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        generator, size = torch.Generator().manual_seed(seed), self.model.config.vae.chunk_size
+        parts = []
+        for ids in torch.as_tensor(prefixes, dtype=torch.long).split(max(1, self.batch_size // draws)):
+            state, cache = self._read(ids.to(self.model.device), draws)
+            drawn: list[torch.Tensor] = []
+            while len(drawn) * size < length:
+                if drawn:
+                    state = self.model.context(drawn[-1], cache=cache)[:, -1]
+                drawn.append(sample_tokens(self.model.context.head_logits(state), self.temperature, generator))
+            parts.append(torch.cat(drawn, dim=1)[:, :length].cpu().view(len(ids), draws, length))
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
     def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
-        config = self.model.config
-        # A path from noise hides p, as does noise that an undrawn token's input still holds.
-        one_by_one = (
-            can_commit(self.model)
-            and config.scale_input
-            and (self.settings.get("sampler") or config.sampler) == "commit"
-            and (config.block_size if self.settings.get("block_size") is None else self.settings["block_size"]) == 1
-            and self.settings.get("num_steps", config.vae.chunk_size) >= config.vae.chunk_size
-            and self.settings.get("guidance_scale", 1.0) == 1.0
-        )
-        if not one_by_one:
-            return None
-        heat = self.settings.get("posterior_temperature", 1.0)
-        return tokcom_log_probs(self.model, torch.as_tensor(prefixes), torch.as_tensor(continuations), heat).numpy()
+        (draws, length), size = continuations.shape[1:], self.model.config.vae.chunk_size
+        rows, device, parts = max(1, self.batch_size // draws), self.model.device, []
+        given = torch.as_tensor(prefixes, dtype=torch.long).to(device).split(rows)
+        wanted = torch.as_tensor(continuations, dtype=torch.long).to(device).split(rows)
+        for ids, tokens in zip(given, wanted):
+            state, cache = self._read(ids, draws)
+            found: list[torch.Tensor] = []
+            for chunk in tokens.flatten(0, 1).split(size, dim=1):
+                told = head_log_probs(self.model, state, self.temperature)[:, : chunk.shape[1]]
+                found.append(told.gather(-1, chunk[..., None])[..., 0])
+                if len(found) * size < length:
+                    state = self.model.context(chunk, cache=cache)[:, -1]
+            parts.append(torch.cat(found, dim=1).view(len(ids), draws, length).cpu())
+        return torch.cat(parts).numpy()
+
+    def _read(self, ids: torch.Tensor, draws: int) -> tuple[torch.Tensor, Any]:
+        """Ids (rows, n) → the state behind them, `draws` times each (rows · draws, hidden), and the cache as often."""
+        cache = DynamicCache(config=self.model.config.context)
+        states = self.model.context(ids, cache=cache)
+        cache.batch_repeat_interleave(draws)
+        return states[:, -1].repeat_interleave(draws, 0), cache
 
 
 @dataclass
@@ -108,7 +169,7 @@ class CausalSampler(Sampler):
     model: Any
     start_id: int
     temperature: float = 1.0
-    batch_size: int = 64
+    batch_size: int = 256
 
     def rows(self, count: int, length: int, seed: int) -> np.ndarray:
         start = np.full((count, 1), self.start_id)

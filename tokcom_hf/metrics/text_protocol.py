@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from .text import TextJudge
-from .text_brier import brier_lm, brier_scores_from_log_probs, brier_summary
-from .text_generation import Sampler
+from .text_brier import brier_scores, brier_scores_from_log_probs, brier_summary
+from .text_generation import Sampler, tokens_behind_prefix
 
 Point = dict[str, Any]
 
@@ -42,37 +42,49 @@ def measure_sampler(
     length: int,
     prefixes: tuple[np.ndarray, np.ndarray] | None = None,
     draws: int = 2,
-    continuation_length: int = 4,
     scores: list[np.ndarray] | None = None,
+    measure_more: Callable[[np.ndarray], dict[str, float]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Unconditional metrics of `count` rows per seed, and BrierLM on `prefixes`.
 
-    scores: where given, the Brier scores (prefixes, orders) from probabilities of each seed are appended to it.
+    Args:
+        scores: where given, the Brier scores (prefixes, orders) of each seed are appended to it: from probabilities where
+            the sampler knows them, otherwise from its draws.
+        measure_more: further metrics of the rows (count, length), a judge's perplexity for example.
 
     Returns:
-        metric -> {"mean", "std"} over the seeds (std 0 for one seed), with `tokens_per_second` among the metrics; BrierLM
-        and its parts a second time as `brier_lm_from_probabilities` ... where the sampler knows those.
+        metric -> {"mean", "std"} over the seeds (std 0 for one seed), with `tokens_per_second` and `distinct_rows` (how
+        many of the rows differ) among the metrics; BrierLM and its parts a second time as `brier_lm_from_probabilities` ...
+        where the sampler knows those; and `brier_lm_pooled`, from the draws of all seeds together, whose "std" is the
+        bootstrap error over prefixes: of few draws a single seed's BrierLM is often 0.
     """
     runs = []
+    scores = [] if scores is None else scores
     for seed in seeds:
         started = time.perf_counter()
         rows = sampler.rows(count, length, seed)
         seconds = time.perf_counter() - started
         run = judge.measure(rows) | {"tokens_per_second": rows.size / seconds}
+        run["distinct_rows"] = float(len(np.unique(rows, axis=0)))
+        run |= {} if measure_more is None else measure_more(rows)
         if prefixes is not None:
             given, targets = prefixes
             # Other noise than the rows'.
-            length_behind = max(continuation_length, targets.shape[1])
-            continued, log_probs = sampler.scored_continuations(given, targets, draws, length_behind, seed + 10_000)
-            run |= brier_lm(continued, targets)
+            wanted = tokens_behind_prefix(sampler, targets.shape[1])
+            continued, log_probs = sampler.scored_continuations(given, targets, draws, wanted, seed + 10_000)
+            per_prefix = brier_scores(continued, targets)
+            run |= brier_summary(per_prefix)
             if log_probs is not None:
                 per_prefix = brier_scores_from_log_probs(log_probs[:, 1:], log_probs[:, 0])
                 known = brier_summary(per_prefix)
-                if scores is not None:
-                    scores.append(per_prefix)
                 run |= {f"{name}_from_probabilities": value for name, value in known.items() if name != "prefixes"}
+            scores.append(per_prefix)
         runs.append(run)
-    return summarize(runs)
+    result = summarize(runs)
+    if scores:
+        pooled = brier_summary(np.mean(scores[-len(runs) :], axis=0))
+        result["brier_lm_pooled"] = {"mean": pooled["brier_lm"], "std": pooled["brier_lm_error"]}
+    return result
 
 
 def summarize(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -5,7 +5,7 @@ import torch
 
 def sample_tokens(
     logits: torch.Tensor, temperature: float = 1.0, generator: torch.Generator | None = None
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Logits (..., vocab) → ids (...) drawn from softmax(logits / temperature); the largest at temperature 0.
 
     By inverting the distribution function with one number per token: `torch.multinomial` draws one per token **and** row of

@@ -1,11 +1,10 @@
 """Configuration of `DenoisedModel`."""
 
-from typing import Literal
-
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .layers import check_transformer_shape
+from .tokcom_removed import refuse_removed
 
 
 @strict
@@ -17,13 +16,8 @@ class DenoisedModelConfig(PreTrainedConfig):
         as in Llama.
     time_scale: t ∈ [0, 1] is multiplied by this before the sinusoid; 1 is documented, 1000 resolves t better.
     time_max_period: longest period of the time sinusoid.
-    output_size: width of the output; None means `latent_size`. `TokComConfig` sets it for "posterior_mean".
-    self_conditioning: feed the previous prediction of the clean latents back as a second input.
-    attention: "bidirectional" (documented), or "block_causal": a block sees the clean blocks before it, so that finished
-        blocks can be cached and `generate(block_size=...)` becomes a dial from parallel to left-to-right.
-    num_context_layers: layers of a causal encoder that reads clean chunks, once each; the num_hidden_layers of the denoiser
-        then see clean chunks through its states only, and few of them are enough. 0: both kinds of chunks pass through
-        the denoiser's layers (2503.09573). Needs "block_causal".
+    context_size: width of the vector that tells each block what stands before it; None (documented): there is none.
+    self_conditioning: feed the previous prediction of the clean latents back as a second input (arXiv 2208.04202).
     initializer_range: standard deviation of the initial weights.
     """
 
@@ -39,17 +33,11 @@ class DenoisedModelConfig(PreTrainedConfig):
     rope_theta: float | int = 1e6
     time_scale: float | int = 1.0
     time_max_period: float | int = 10000.0
-    output_size: int | None = None
+    context_size: int | None = None
     self_conditioning: bool = False
-    attention: Literal["bidirectional", "block_causal"] = "bidirectional"
-    num_context_layers: int = 0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        refuse_removed(self.model_type, kwargs)
         check_transformer_shape(self)
-        if self.num_context_layers < 0 or (self.num_context_layers and self.attention != "block_causal"):
-            raise ValueError(
-                f"num_context_layers must be 0, or positive with attention='block_causal'; got {self.num_context_layers} "
-                f"with {self.attention!r}."
-            )
         super().__post_init__(**kwargs)

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .layers import check_transformer_shape
+from .tokcom_removed import refuse_removed
 
 
 @strict
@@ -27,22 +28,22 @@ class TokComVAEConfig(PreTrainedConfig):
         its other positions being omni tokens. "all": one linear map reads all positions, one writes all of them; learns
         about ten times faster, because no attention head has to find out which position is which.
 
-    encoder: "transformer" (documented), or "embedding": a latent is its tokens' embeddings side by side, each of width
-        latent_size / chunk_size and of root-mean-square 1. Linear in the embeddings, so that the mean of a latent is that
-        of its tokens: what `TokComConfig.clean_latents="posterior_mean"` needs.
-    nearest_decoder: no decoder network; each token of a chunk is the one whose embedding is nearest, which is the
-        maximum-likelihood decoder under Gaussian noise, as all embeddings have one norm. Needs encoder="embedding".
-
-    Latent space (off by default, as documented; `tiny` and `base` turn them on):
+    Latent space (off by default, as documented):
         variational: predict mean and log-variance and sample in training (adds the KL term).
         kl_weight: weight of Σ_d max(KL_d, kl_free_nats).
         kl_free_nats: nats per dimension that cost nothing.
         fixed_norm: scale every latent to root-mean-square 1.
         latent_noise: in training add noise of standard deviation U(0, latent_noise) × the latents' own.
-        latent_dropout: in training zero this share of latent entries.
         token_dropout: in training replace this share of encoder inputs by the omni token.
-        initializer_range: standard deviation of the initial weights. A table of tokens is normalised when it is read, so
-            that for encoder="embedding" this says how far an optimizer step turns it: 50 times less at 1 than at 0.02.
+        hint_tokens: in training a chunk's noisy latent is also decoded with a hint added to it, a small network's reading of
+            so many tokens before it. Latents then lie so that what precedes a chunk moves them along straight lines,
+            which a flow can follow; 0: no hint. A multiple of chunk_size.
+        hint_weight: weight of that cross-entropy.
+        zero_init_residual: attention and MLP of every block start at zero. What is known of one token's embedding then
+            holds for all: the first steps learn a linear map for the whole vocabulary, tokens never seen included.
+        initializer_range: standard deviation of the initial weights.
+        embedding_initializer_range: that of the embedding, which is the head, too; None takes initializer_range. A latent
+            holds a part of each token's embedding: 0.3 lets that part alone tell tens of thousands of tokens apart.
     """
 
     model_type = "tokcom_vae"
@@ -60,19 +61,21 @@ class TokComVAEConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     rope_theta: float | int = 1e6
     chunk_projection: Literal["last", "all"] = "last"
-    encoder: Literal["transformer", "embedding"] = "transformer"
-    nearest_decoder: bool = False
     variational: bool = False
     kl_weight: float | int = 1e-3
     kl_free_nats: float | int = 0.5
     fixed_norm: bool = False
     latent_noise: float | int = 0.0
-    latent_dropout: float | int = 0.0
     token_dropout: float | int = 0.0
+    hint_tokens: int = 0
+    hint_weight: float | int = 0.3
+    zero_init_residual: bool = False
     initializer_range: float = 0.02
+    embedding_initializer_range: float | int | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        refuse_removed(self.model_type, kwargs)
         if self.latent_size is None:
             self.latent_size = self.hidden_size
         if self.num_decoder_layers is None:
@@ -85,15 +88,11 @@ class TokComVAEConfig(PreTrainedConfig):
             )
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {self.chunk_size}.")
-        if self.encoder == "embedding" and (self.latent_size % self.chunk_size or self.variational):
+        if self.hint_tokens < 0 or self.hint_tokens % self.chunk_size:
             raise ValueError(
-                f"encoder='embedding' puts {self.chunk_size} token embeddings side by side: latent_size must be a "
-                f"multiple of {self.chunk_size} (got {self.latent_size}) and variational false."
+                f"hint_tokens must be a multiple of chunk_size={self.chunk_size}, got {self.hint_tokens}."
             )
-        if self.nearest_decoder and self.encoder != "embedding":
-            raise ValueError("nearest_decoder reads latents of encoder='embedding'; set that too.")
-        for name in ("latent_dropout", "token_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if not 0.0 <= self.token_dropout < 1.0:
+            raise ValueError(f"token_dropout must be in [0, 1), got {self.token_dropout}.")
         check_transformer_shape(self)
         super().__post_init__(**kwargs)

@@ -4,27 +4,28 @@ An argument counts before `generation_config`, that before the model's config, a
 """
 
 from dataclasses import dataclass
+from math import isfinite
 from numbers import Integral
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from .flow_matching import SAMPLERS, TIME_GRIDS
+from .flow_matching import SAMPLERS
 
 DEFAULTS = {
-    "num_chunks": 256, "num_generate_chunks": 64, "num_steps": 50, "batch_size": 1, "time_grid": "uniform",
-    "guidance_scale": 1.0, "final_clean_pass": False, "posterior_temperature": 1.0, "token_lag": 0.0,
+    "num_chunks": 256, "num_generate_chunks": 64, "batch_size": 1, "guidance_scale": 1.0, "best_of": 1,
     "num_return_sequences": 1, "return_dict_in_generate": False,
 }  # fmt: skip
+# What the model's config says.
+CONFIGURED = ("num_steps", "sampler", "block_size")
 # What a generation_config may hold beside them: the names of transformers and those that the model's config supplies.
 READ = (
-    *DEFAULTS, "sampler", "block_size", "temperature", "do_sample", "max_new_tokens", "max_length", "eos_token_id",
-    "pad_token_id",
+    *DEFAULTS, *CONFIGURED, "temperature", "do_sample", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 COUNTS = (
     "max_new_tokens", "max_length", "num_chunks", "num_generate_chunks", "num_steps", "batch_size", "num_return_sequences",
-    "block_size", "pad_token_id",
+    "block_size", "best_of", "pad_token_id",
 )  # fmt: skip
 # No settings of a sampler; trainers copy the begin token from their tokenizer.
 PASSED_OVER = ("transformers_version", "bos_token_id")
@@ -40,7 +41,7 @@ class GenerationSettings:
     """Everything that one call of `generate` samples by.
 
     new_tokens: per sequence; the last chunk is cut to it.
-    random: False: the flow starts at zero noise and no token is drawn.
+    temperature: factor of all noise that the flow draws.
     eos_token_ids: end a sequence; what follows the first is `fill_id`.
     """
 
@@ -48,14 +49,10 @@ class GenerationSettings:
     num_steps: int
     batch_size: int
     sampler: str
-    time_grid: str
     block_size: int
     guidance_scale: float
-    final_clean_pass: bool
+    best_of: int
     temperature: float
-    posterior_temperature: float
-    token_lag: float
-    random: bool
     num_return_sequences: int
     return_dict_in_generate: bool
     eos_token_ids: tuple[int, ...]
@@ -63,14 +60,13 @@ class GenerationSettings:
 
     @classmethod
     def of(
-        cls, model, prompt: torch.Tensor | None, width: int, generation_config: GenerationConfig | None, given: dict
+        cls, model, prompt: torch.Tensor | None, generation_config: GenerationConfig | None, given: dict
     ) -> "GenerationSettings":
         """Puts the arguments of a call together.
 
         Args:
             model: the `TokComModel`.
             prompt: ids (batch, length), or None.
-            width: tokens of the longest prompt as the output holds it; `max_length` counts them.
             generation_config: of this call; None takes the model's.
             given: arguments of `generate` by name, None where they were not given.
 
@@ -87,68 +83,53 @@ class GenerationSettings:
         for name in COUNTS:
             if name in asked and not isinstance(asked[name], Integral):
                 raise TypeError(f"{name} must be a whole number, got {asked[name]!r}.")
-        random, temperature = _temperature(asked)
         values = {name: asked.get(name, default) for name, default in DEFAULTS.items()}
-        for name in ("sampler", "block_size"):
+        for name in CONFIGURED:
             values[name] = asked.get(name, getattr(model.config, name))
-        new_tokens = _new_tokens(model, prompt, width, given, configured)
+        new_tokens = _new_tokens(model, prompt, given, configured)
         del values["num_chunks"], values["num_generate_chunks"]
         eos = _end_tokens(model, given, configured, generation_config is None)
         fill = asked.get("pad_token_id", eos[0] if eos else model.config.vae.omni_token_id)
         if not 0 <= fill < model.config.vae.vocab_size:
             raise ValueError(f"pad_token_id must be in 0 … {model.config.vae.vocab_size - 1}, got {fill}.")
         settings = cls(
-            new_tokens=new_tokens, random=random, temperature=temperature, eos_token_ids=eos, fill_id=fill, **values
+            new_tokens=new_tokens, temperature=_temperature(asked), eos_token_ids=eos, fill_id=fill, **values
         )
         settings._check(model, prompt, given)
         return settings
 
     def _check(self, model, prompt: torch.Tensor | None, given: dict) -> None:
-        for name in ("num_steps", "batch_size", "num_return_sequences"):
+        for name in ("num_steps", "batch_size", "num_return_sequences", "best_of"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{_WORDS.get(name, name)} must be at least 1, got {getattr(self, name)}.")
-        if self.block_size < 0:
-            raise ValueError(f"block_size must not be negative (0 = all chunks in parallel), got {self.block_size}.")
-        if self.sampler not in (*SAMPLERS, "commit"):
-            raise ValueError(
-                f"sampler must be one of {', '.join(SAMPLERS)}, or commit in generate; got {self.sampler!r}."
-            )
-        if self.time_grid not in TIME_GRIDS:
-            raise ValueError(f"time_grid must be one of {', '.join(TIME_GRIDS)}, got {self.time_grid!r}.")
+        check_sampler(self.sampler)
         if prompt is not None and given.get("batch_size", len(prompt)) not in (1, len(prompt)):
             raise ValueError(
                 f"batch_size={self.batch_size} is for generation without a prompt; there are {len(prompt)} prompts."
             )
-        if not self.random and self.num_return_sequences > 1:
+        if self.block_size < 0 or (self.block_size and model.context is None):
             raise ValueError(
-                f"do_sample=False gives one sequence per prompt, so that num_return_sequences={self.num_return_sequences} "
-                "would repeat it; leave do_sample out or set it to True."
+                f"block_size must be 0 (all chunks at once) or, in a model with a context, positive; got {self.block_size}."
             )
-        if not self.random and self.sampler == "renoise":
-            raise ValueError("sampler='renoise' draws noise at every step; do_sample=False takes 'euler' or 'heun'.")
-        chunks = -(-self.new_tokens // model.config.vae.chunk_size)
-        one_block = self.block_size == 0 or self.block_size >= chunks
-        if self.guidance_scale != 1.0 and prompt is None and one_block:
+        if self.guidance_scale != 1.0 and not model.config.context_dropout:
             raise ValueError(
-                f"guidance_scale={self.guidance_scale} needs something to be guided by: a prompt, or a block_size below "
-                f"the {chunks} chunks."
+                f"guidance_scale={self.guidance_scale} needs a model trained with context_dropout above 0, which knows what "
+                "text is likely without its context."
             )
-        if self.sampler == "commit":
-            self._check_commit()
+        if not isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}.")
+        if self.temperature == 0 and max(self.num_return_sequences, self.best_of) > 1:
+            raise ValueError(
+                "At temperature 0 (do_sample=False) every draw is the same: num_return_sequences and best_of must be 1, got "
+                f"{self.num_return_sequences} and {self.best_of}."
+            )
 
-    def _check_commit(self) -> None:
-        """Tokens are drawn one after the other from their own distributions, without times, decoder or noise."""
-        unused = {
-            "time_grid": self.time_grid != "uniform",
-            "final_clean_pass": self.final_clean_pass,
-            "temperature": self.temperature not in (0.0, 1.0),
-        }
-        for name, used in unused.items():
-            if used:
-                hint = "; posterior_temperature is that of its draws" if name == "temperature" else ""
-                raise ValueError(
-                    f"sampler='commit' does not use {name}, got {getattr(self, name)!r}: leave it out{hint}."
-                )
+
+def check_sampler(sampler: str) -> str:
+    """Returns the name of a sampler, or raises ValueError."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+    return sampler
 
 
 _WORDS = {"batch_size": "The batch_size"}
@@ -174,25 +155,22 @@ def _configured(model, generation_config: GenerationConfig | None) -> dict[str, 
     return found
 
 
-def _temperature(asked: dict[str, Any]) -> tuple[bool, float]:
-    """Whether anything is random, and the temperature of the decoder's tokens."""
+def _temperature(asked: dict[str, Any]) -> float:
+    """The factor of the flow's noise."""
     sampled, temperature = asked.get("do_sample"), asked.get("temperature")
-    if temperature is not None and not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}.")
-    if sampled is False and temperature:
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must not be negative, and finite, got {temperature}.")
+    if temperature is not None and sampled is not None and sampled != (temperature > 0):
         raise ValueError(
-            f"do_sample=False takes the likeliest tokens, temperature={temperature} draws them; give one of the two."
+            f"do_sample={sampled} and temperature={temperature} contradict each other: without sampling there is no noise, "
+            "which is temperature 0. Give one of the two."
         )
-    if sampled and temperature == 0:
-        raise ValueError("do_sample=True draws tokens at a temperature above 0, got temperature=0.")
-    if temperature is None:
-        temperature = 1.0 if sampled else 0.0
-    return sampled is not False, float(temperature)
+    return float(temperature) if temperature is not None else float(sampled is not False)
 
 
-def _new_tokens(model, prompt: torch.Tensor | None, width: int, given: dict, configured: dict) -> int:
+def _new_tokens(model, prompt: torch.Tensor | None, given: dict, configured: dict) -> int:
     """Tokens to generate per sequence, from the one argument that says so."""
-    chunk = model.config.vae.chunk_size
+    chunk, width = model.config.vae.chunk_size, 0 if prompt is None else prompt.shape[1]
     own, other = ("num_chunks", "num_generate_chunks") if prompt is None else ("num_generate_chunks", "num_chunks")
     if other in given and own not in given:
         kind = "without" if prompt is None else "with"

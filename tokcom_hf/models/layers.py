@@ -1,6 +1,6 @@
 """Transformer layers shared by the text models: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Shapes follow the field's habit: `(batch, length, hidden)`. The attention is bidirectional; a mask says otherwise.
+Shapes follow the field's habit: `(batch, length, hidden)`. The attention is bidirectional.
 """
 
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
-KeyValue = tuple[torch.Tensor, torch.Tensor]
 
-
-def rotary_embeddings(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype):
-    """cos and sin of RoPE (arXiv 2104.09864) for `positions` (batch or 1, length) -> two (…, length, head_dim).
+def rotary_embeddings(length: int, config, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of RoPE (arXiv 2104.09864) for positions 0 … length − 1, (1, length, head_dim) each.
 
     Computed where it is used, in float32: a cached buffer would come back empty from the meta device.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float().unsqueeze(-1) * theta**-exponent
+    head_dim = config.hidden_size // config.num_attention_heads
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
+    positions = torch.arange(length, dtype=torch.float32, device=like.device)
+    angles = positions[None, :, None] * config.rope_theta**-exponent
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 def eager_attention(
@@ -59,7 +59,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with biased q/k/v projections, optionally reading keys and values of a prefix."""
+    """Grouped-query self-attention in both directions with biased q/k/v projections."""
 
     is_causal = False
 
@@ -78,31 +78,19 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: KeyValue,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        prefix: KeyValue | None = None,
-    ) -> tuple[torch.Tensor, KeyValue, torch.Tensor | None]:
-        """Returns (output, (key, value) of the positions given here, rotated, attention weights of "eager")."""
-        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-        own = self.key_value(hidden_states, position_embeddings)
-        query = rotated(query, position_embeddings)
-        key, value = own
-        if prefix is not None:
-            key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
-        output, weights = attend(self, query, key, value, attention_mask)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), own, weights
-
-    def key_value(self, hidden_states: torch.Tensor, position_embeddings: KeyValue) -> KeyValue:
-        """Rotated keys, and values, of (batch, length, hidden): each (batch, key_value_heads, length, head_dim)."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the output (batch, length, hidden) and, with "eager" attention, the weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        return rotated(key, position_embeddings), self.v_proj(hidden_states).view(shape).transpose(1, 2)
-
-
-def rotated(heads: torch.Tensor, position_embeddings: KeyValue) -> torch.Tensor:
-    """RoPE on (batch, heads, length, head_dim)."""
-    cos, sin = (part.unsqueeze(1) for part in position_embeddings)
-    return heads * cos + rotate_half(heads) * sin
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+        query, key = (heads * cos + rotate_half(heads) * sin for heads in (query, key))
+        output, weights = attend(self, query, key, value, attention_mask)
+        return self.o_proj(output.reshape(hidden_states.shape)), weights
 
 
 class SwiGLU(nn.Module):
@@ -129,17 +117,11 @@ class Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: KeyValue,
-        attention_mask: torch.Tensor | None = None,
-        prefix: KeyValue | None = None,
-    ) -> tuple[torch.Tensor, KeyValue, torch.Tensor | None]:
-        attended, key_value, weights = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, prefix
-        )
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), position_embeddings)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), key_value, weights
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
 
 def check_transformer_shape(config) -> None:

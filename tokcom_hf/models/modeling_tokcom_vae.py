@@ -19,7 +19,9 @@ from .configuration_tokcom_vae import TokComVAEConfig
 from .layer_outputs import LayerRecord, as_asked
 from .layers import Block, rotary_embeddings
 from .strict_loading import StrictLoading
-from .token_sampling import sample_tokens
+
+# Times of the hinted loss are σ(N(−0.7, 1)): most are where a hint decides.
+HINT_TIME_MEAN = -0.7
 
 
 @dataclass
@@ -52,15 +54,16 @@ class ChunkTransformer(nn.Module):
         self.config = config
         self.layers = nn.ModuleList([Block(config) for _ in range(num_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        for block in self.layers:
+            # Read by `_init_weights`, which transformers calls for modules that have weights of their own.
+            block.self_attn.o_proj.zero_init = block.mlp.down_proj.zero_init = config.zero_init_residual
 
     def forward(self, hidden_states: torch.Tensor, record: LayerRecord | None = None) -> torch.Tensor:
         """(batch, chunk, hidden) → the same behind all layers; `record` is filled with what the layers saw."""
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        rotary = rotary_embeddings(positions, head_dim, self.config.rope_theta, hidden_states.dtype)
+        rotary = rotary_embeddings(hidden_states.shape[1], self.config, hidden_states)
         for layer in self.layers:
             before = hidden_states
-            hidden_states, _, weights = layer(hidden_states, rotary)
+            hidden_states, weights = layer(hidden_states, rotary)
             if record is not None:
                 record.add(before, weights)
         hidden_states = self.norm(hidden_states)
@@ -84,32 +87,33 @@ class TokComVAE(StrictLoading):
     def __init__(self, config: TokComVAEConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        linear = config.encoder == "embedding"
-        # With `encoder="embedding"` the table is all there is of an encoder.
-        self.encoder = None if linear else ChunkTransformer(config, config.num_hidden_layers)
-        self.token_latents = (
-            nn.Embedding(config.vocab_size, config.latent_size // config.chunk_size) if linear else None
-        )
-        nearest = config.nearest_decoder
-        self.decoder = None if nearest else ChunkTransformer(config, config.num_decoder_layers)
+        self.encoder = ChunkTransformer(config, config.num_hidden_layers)
+        self.decoder = ChunkTransformer(config, config.num_decoder_layers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # The denoiser's own head then, behind another linear map: two small ones would hardly learn at first.
-        self.lm_head.fan_in_init = self.embed_tokens.fan_in_init = nearest
         every = config.chunk_projection == "all"
         width = config.hidden_size * config.chunk_size if every else config.hidden_size
         projected = every or config.latent_size != config.hidden_size or config.variational
-        self.latent_proj = nn.Linear(width, config.latent_size) if projected and not linear else nn.Identity()
+        self.latent_proj = nn.Linear(width, config.latent_size) if projected else nn.Identity()
         self.log_variance_proj = nn.Linear(width, config.latent_size) if config.variational else None
-        self.decoder_proj = nn.Linear(config.latent_size, width) if projected and not nearest else nn.Identity()
+        self.decoder_proj = nn.Linear(config.latent_size, width) if projected else nn.Identity()
+        self.hint = None
+        if config.hint_tokens:
+            size = config.hidden_size
+            self.hint = nn.Sequential(
+                nn.RMSNorm(config.hint_tokens * size, eps=config.rms_norm_eps),
+                nn.Linear(config.hint_tokens * size, 2 * size), nn.SiLU(), nn.Linear(2 * size, config.latent_size),
+            )  # fmt: skip
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if getattr(module, "fan_in_init", False):
-            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-            return
         super()._init_weights(module)
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
+        if getattr(module, "zero_init", False):
+            init.zeros_(module.weight)
+        std = self.config.embedding_initializer_range
+        if std is not None and (isinstance(module, nn.Embedding) or module is self.lm_head):
+            init.normal_(module.weight, std=std)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -126,8 +130,8 @@ class TokComVAE(StrictLoading):
         that gets its old row starts as a copy of it. The tied head is resized with the embedding, and the config follows.
 
         Raises:
-            ValueError: fewer than two rows, an omni token elsewhere whose row would be dropped, offloaded weights, or
-                `encoder="embedding"`. Nothing is changed then.
+            ValueError: fewer than two rows, an omni token elsewhere whose row would be dropped, or offloaded weights.
+                Nothing is changed then.
         """
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.get_input_embeddings()
@@ -141,9 +145,8 @@ class TokComVAE(StrictLoading):
                 f"{rows} rows are too few: there must be one for a token and one for the omni token "
                 f"(omni_token_id={config.omni_token_id} of {old})."
             )
-        if self.encoder is None or self.embed_tokens.weight.is_meta:
-            kind = "encoder='embedding'" if self.encoder is None else "offloaded weights"
-            raise ValueError(f"The embedding of a TokComVAE with {kind} cannot be resized.")
+        if self.embed_tokens.weight.is_meta:
+            raise ValueError("The embedding of a TokComVAE with offloaded weights cannot be resized.")
         omni = self.embed_tokens.weight[config.omni_token_id].detach().clone()
         embedding = super().resize_token_embeddings(rows, None, mean_resizing)
         if moves and rows != old:
@@ -195,14 +198,14 @@ class TokComVAE(StrictLoading):
         hidden_states = self.decode_hidden(self._perturb(latents), record)
         loss = reconstruction = logits = None
         if labels is not None:
-            reconstruction = self._cross_entropy(
-                hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1)
-            )
+            reconstruction = self.cross_entropy(hidden_states, labels)
             loss = reconstruction
             if kl_loss is not None:
                 loss = loss + self.config.kl_weight * kl_loss
+            if self.training and self.hint is not None:
+                loss = loss + self.config.hint_weight * self._hinted_cross_entropy(input_ids, latents, labels)
         if return_logits or (return_logits is None and labels is None):
-            logits = _apply_head(self._head(), hidden_states)
+            logits = self.lm_head(hidden_states)
         output = TokComVAEOutput(
             loss=loss,
             logits=logits,
@@ -226,8 +229,6 @@ class TokComVAE(StrictLoading):
         self, chunks: torch.LongTensor, record: LayerRecord | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids (batch, chunk) → mean (batch, latent) and, if variational, log-variance (batch, latent) in float32."""
-        if self.encoder is None:
-            return self._of_unit_scale(self.token_latents(chunks)).flatten(1), None
         hidden_states = self.encoder(self.embed_tokens(chunks), record)
         last = hidden_states.flatten(1) if self.config.chunk_projection == "all" else hidden_states[:, -1]
         mean = self.latent_proj(last)
@@ -237,17 +238,6 @@ class TokComVAE(StrictLoading):
             return mean, None
         return mean, self.log_variance_proj(last).float().clamp(-10.0, 4.0)
 
-    def token_table(self) -> torch.Tensor:
-        """Latents of single tokens (vocab, latent / chunk), root-mean-square 1; only with `encoder="embedding"`."""
-        return self._of_unit_scale(self.token_latents.weight)
-
-    def _of_unit_scale(self, rows: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(rows.float(), rows.shape[-1:], eps=self.config.rms_norm_eps).to(rows.dtype)
-
-    def expected_latents(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Token probabilities (..., chunk, vocab) → mean latents (..., latent): exact, as the encoder is linear."""
-        return (probabilities @ self.token_table()).flatten(-2)
-
     def _perturb(self, latents: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return latents
@@ -255,12 +245,30 @@ class TokComVAE(StrictLoading):
             scale = latents.detach().float().std(dim=0, unbiased=False) if len(latents) > 1 else latents.new_ones(())
             level = torch.rand(len(latents), 1, device=latents.device) * self.config.latent_noise
             latents = latents + (torch.randn_like(latents, dtype=torch.float32) * level * scale).to(latents.dtype)
-        return nn.functional.dropout(latents, self.config.latent_dropout)
+        return latents
+
+    def _hinted_cross_entropy(
+        self, input_ids: torch.LongTensor, latents: torch.Tensor, labels: torch.LongTensor
+    ) -> torch.Tensor:
+        """Nats per token of chunks read from x_t = t · z + (1 − t) · noise, each with a hint of the tokens before it.
+
+        For latents of unit scale the best linear estimate of z is t · x_t / (t² + (1 − t)²). What a Gaussian prior knows of
+        z adds a term that does not depend on x_t: the hint.
+        """
+        chunk, tokens = self.config.chunk_size, self.config.hint_tokens
+        if input_ids.shape[1] <= tokens:
+            raise ValueError(
+                f"hint_tokens={tokens} needs longer rows of text to train on, got {input_ids.shape[1]} tokens."
+            )
+        before = input_ids.unfold(1, tokens, chunk)[:, :-1].reshape(-1, tokens)
+        z = latents.view(len(input_ids), -1, latents.shape[-1])[:, tokens // chunk :].flatten(0, 1)
+        t = torch.sigmoid(HINT_TIME_MEAN + torch.randn(len(z), 1, device=z.device)).to(z.dtype)
+        x_t = t * z + (1 - t) * torch.randn_like(z)
+        shifted = t * x_t / (t**2 + (1 - t) ** 2) + self.hint(self.embed_tokens(before).flatten(1))
+        return self.cross_entropy(self.decode_hidden(shifted), labels[:, tokens:])
 
     def decode_hidden(self, latents: torch.Tensor, record: LayerRecord | None = None) -> torch.Tensor:
-        """latents (batch, latent) → hidden states before `decoder_head` (batch, chunk, its width)."""
-        if self.decoder is None:
-            return latents.unflatten(-1, (self.config.chunk_size, -1))
+        """latents (batch, latent) → hidden states before the head (batch, chunk, hidden)."""
         if self.config.chunk_projection == "all":
             shape = (len(latents), self.config.chunk_size, self.config.hidden_size)
             return self.decoder(self.decoder_proj(latents).view(shape), record)
@@ -269,23 +277,15 @@ class TokComVAE(StrictLoading):
         query = omni.expand(len(latents), self.config.chunk_size - 1, -1)
         return self.decoder(torch.cat([self.decoder_proj(latents).unsqueeze(1), query], dim=1), record)
 
-    def decoder_head(self) -> torch.Tensor:
-        """Rows that hidden states of the decoder are compared with, (vocab, width): the tied head, or the token table."""
-        return self.lm_head.weight if self.decoder is not None else self.token_table()
-
-    def _head(self) -> torch.Tensor | nn.Module:
-        """The tied head as a module, which offloading and adapters need, or the token table."""
-        return self.lm_head if self.decoder is not None else self.token_table()
-
-    def _cross_entropy(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        """Mean cross-entropy in nats of hidden states (rows, width) with labels (rows,), a scalar float32."""
-        head = self._head()
-        if isinstance(head, nn.Module) and (type(head) is not nn.Linear or hasattr(head, "_hf_hook")):
+    def cross_entropy(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Mean cross-entropy in nats per token of hidden states (..., hidden) with as many labels; -100 does not count."""
+        hidden_states, labels = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1)
+        if type(self.lm_head) is not nn.Linear or hasattr(self.lm_head, "_hf_hook"):
             # An offloaded head has no weight outside of its forward, and that of an adapter is not all of it.
             counted = labels != -100
-            logits = head(hidden_states[counted]).float()
+            logits = self.lm_head(hidden_states[counted]).float()
             return nn.functional.cross_entropy(logits, labels[counted], reduction="sum") / counted.sum().clamp(min=1)
-        return chunked_cross_entropy(hidden_states, self.decoder_head(), labels)
+        return chunked_cross_entropy(hidden_states, self.lm_head.weight, labels)
 
     def encode(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """ids (batch, length) → latents (batch, length / chunk, latent): the posterior mean, nothing random."""
@@ -295,36 +295,12 @@ class TokComVAE(StrictLoading):
     def decode_logits(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (batch, chunks, latent) → logits (batch, chunks · chunk_size, vocab), the omni token excluded."""
         hidden_states = self.decode_hidden(latents.flatten(0, 1).to(self.lm_head.weight.dtype))
-        return self._token_logits(hidden_states.reshape(len(latents), -1, hidden_states.shape[-1]), self._head())
-
-    def _token_logits(self, hidden_states: torch.Tensor, head: torch.Tensor | nn.Module) -> torch.Tensor:
-        logits = _apply_head(head, hidden_states)
+        logits = self.lm_head(hidden_states.reshape(len(latents), -1, hidden_states.shape[-1]))
         omni = torch.tensor([self.config.omni_token_id], device=logits.device)
         return logits.index_fill(-1, omni, torch.finfo(logits.dtype).min)
 
-    def decode(
-        self, latents: torch.Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
-    ) -> torch.LongTensor:
-        """latents (batch, chunks, latent) → ids (batch, chunks · chunk_size); greedy at temperature 0."""
-        hidden_states = self.decode_hidden(latents.flatten(0, 1).to(self.lm_head.weight.dtype))
-        hidden_states = hidden_states.reshape(len(latents), -1, hidden_states.shape[-1])
-        return self.read_tokens(hidden_states, self._head(), temperature, generator)
-
-    def read_tokens(
-        self,
-        hidden_states: torch.Tensor,
-        head: torch.Tensor | nn.Module,
-        temperature: float,
-        generator: torch.Generator | None,
-    ) -> torch.LongTensor:
-        """Hidden states (batch, tokens, width) and a head (vocab, width) → ids (batch, tokens), never the omni token."""
-        pieces = []
+    def decode(self, latents: torch.Tensor) -> torch.LongTensor:
+        """latents (batch, chunks, latent) → the likeliest ids (batch, chunks · chunk_size), never the omni token."""
         # 1024 tokens at a time bound the logits to a few hundred megabytes at a 50k vocabulary.
-        for part in hidden_states.split(max(1, 1024 // max(1, len(hidden_states))), dim=1):
-            pieces.append(sample_tokens(self._token_logits(part, head), temperature, generator))
-        return torch.cat(pieces, dim=1)
-
-
-def _apply_head(head: torch.Tensor | nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Hidden states (..., width) → logits (..., vocab), of a head given as a module or as its rows."""
-    return head(hidden_states) if isinstance(head, nn.Module) else nn.functional.linear(hidden_states, head)
+        at_once = max(1, 1024 // (self.config.chunk_size * max(1, len(latents))))
+        return torch.cat([self.decode_logits(part).argmax(dim=-1) for part in latents.split(at_once, dim=1)], dim=1)

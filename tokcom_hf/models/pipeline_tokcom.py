@@ -8,9 +8,9 @@ from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, check_texts, generat
 from .tokenizer_size import tokenizer_size
 
 FORWARD_ARGUMENTS = (
-    "num_chunks", "num_generate_chunks", "num_steps", "temperature", "sampler", "time_grid", "block_size",
-    "guidance_scale", "final_clean_pass", "posterior_temperature", "token_lag", "generator", "num_return_sequences",
-    "max_new_tokens", "max_length", "do_sample", "eos_token_id", "pad_token_id", "streamer", "generation_config",
+    "num_chunks", "num_generate_chunks", "num_steps", "temperature", "sampler", "block_size", "guidance_scale", "best_of",
+    "generator", "num_return_sequences", "max_new_tokens", "max_length", "do_sample", "eos_token_id", "pad_token_id",
+    "streamer", "generation_config",
 )  # fmt: skip
 
 
@@ -24,8 +24,7 @@ class TokComGenerationPipeline(BatchedPipeline):
     Keyword arguments, at construction or call: `seed` (reproducible output), `num_return_sequences`, `return_full_text`
     (False leaves the prompt out), `batch_size` (prompts per batch; all at once by default), and those of
     `TokComModel.generate`: `num_chunks` (without a prompt), `num_generate_chunks` (after one), `num_steps`, `temperature`,
-    `sampler`, `time_grid`, `block_size`, `guidance_scale`, `final_clean_pass`, `posterior_temperature`, `token_lag`,
-    `generator`.
+    `sampler`, `block_size`, `guidance_scale`, `best_of`, `generator`.
     """
 
     family = "tokcom"
@@ -71,7 +70,7 @@ class TokComGenerationPipeline(BatchedPipeline):
         return super().__call__(inputs, **kwargs)
 
     def preprocess(self, inputs: list[str] | list[None], **kwargs) -> dict[str, Any]:
-        """Prompts → `prompt_ids` and `prompt_mask` (batch, longest), padded on the right; `[None]` → nothing."""
+        """Prompts → `input_ids` and `attention_mask` (batch, longest), padded on the left; `[None]` → nothing."""
         if inputs == [None]:
             return {}
         if not all(isinstance(prompt, str) for prompt in inputs):
@@ -83,10 +82,11 @@ class TokComGenerationPipeline(BatchedPipeline):
             raise ValueError(
                 f"Prompt {inputs[[bool(row) for row in rows].index(False)]!r} makes no token; give some text."
             )
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return {"prompt_ids": ids, "prompt_mask": mask}
+        longest = max(len(row) for row in rows)
+        return {
+            "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        }
 
     def _forward(
         self, model_inputs: dict[str, Any], num_return_sequences: int | None = None, **options
@@ -96,17 +96,19 @@ class TokComGenerationPipeline(BatchedPipeline):
         # Arguments set once for the pipeline may serve calls with and without a prompt.
         options.pop("num_generate_chunks" if not model_inputs else "num_chunks", None)
         ids = self.model.generate(**model_inputs, num_return_sequences=num_return_sequences, **options)
-        lengths = [0] if not model_inputs else model_inputs["prompt_mask"].sum(dim=1).tolist()
-        copied = [length for length in lengths for _ in range(num_return_sequences)]
-        return {"ids": ids, "lengths": copied, "copies": num_return_sequences}
+        padding, width = [0] * len(ids), 0
+        if model_inputs:
+            mask = model_inputs["attention_mask"].repeat_interleave(num_return_sequences, 0)
+            padding, width = (mask == 0).sum(dim=1).tolist(), mask.shape[1]
+        return {"ids": ids, "padding": padding, "width": width, "copies": num_return_sequences}
 
     def postprocess(self, model_outputs: dict[str, Any], return_full_text: bool = True) -> list[list[dict[str, str]]]:
         """ids → one list of `num_return_sequences` dictionaries per prompt."""
-        texts = []
-        for ids, length in zip(model_outputs["ids"].tolist(), model_outputs["lengths"]):
-            prompt = "" if return_full_text else self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+        texts, width = [], model_outputs["width"]
+        for ids, padding in zip(model_outputs["ids"].tolist(), model_outputs["padding"]):
+            prompt = "" if return_full_text else self.tokenizer.decode(ids[padding:width], skip_special_tokens=True)
             # Decoding the continuation alone would lose the space before its first word in some tokenizers.
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = self.tokenizer.decode(ids[padding:], skip_special_tokens=True)
             texts.append({"generated_text": text.removeprefix(prompt)})
         copies = model_outputs["copies"]
         return [texts[start : start + copies] for start in range(0, len(texts), copies)]

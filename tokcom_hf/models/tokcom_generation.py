@@ -1,7 +1,8 @@
-"""Generation with a `TokComModel`: prompts, and blocks from left to right (what happens inside one: block_sampling.py).
+"""Generation with a `TokComModel`: block after block, each along the flow from noise to latents to tokens.
 
-A prompt whose length is no multiple of the chunk size is filled with EOS **in front**, where a document boundary is natural;
-nothing ever stands between prompt and continuation.
+With a context a block knows the tokens before it, whatever their number. Without one the whole row is a single block beside
+the prompt's latents; a prompt that is no multiple of the chunk size is then filled with EOS **in front**, where a document
+boundary is natural. Nothing ever stands between prompt and continuation.
 """
 
 from dataclasses import dataclass
@@ -9,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
-from .block_sampling import BlockSampling
-from .context_encoder import FinishedChunks
-from .flow_matching import SAMPLERS, interpolate, time_grid
+from .flow_matching import Denoise, sample, sampling_times
 from .generation_settings import GenerationSettings
 from .token_stream import TokenStream
 
@@ -27,309 +26,216 @@ class TokComGenerateOutput(ModelOutput):
     latents: torch.FloatTensor | None = None
 
 
-class TokComGeneration(BlockSampling):
-    """What `TokComModel` does with a trained flow; mixed into it."""
+@dataclass
+class Prompt:
+    """Prompts as the model reads them, padded on the left.
 
-    @torch.no_grad()
-    def denoise_reconstruct(
-        self,
-        input_ids: torch.LongTensor,
-        noise_level: float = 0.5,
-        num_steps: int = 50,
-        sampler: str = "euler",
-        generator: torch.Generator | None = None,
-    ) -> torch.LongTensor:
-        """Mixes latents with noise at t = `noise_level` and lets the denoiser clean them.
+    ids: (batch, length); length 0: no prompt. mask: (batch, length), 1 = token; None: no padding.
+    """
 
-        noise_level: 0 = pure noise, 1 = plain reconstruction; takes max(1, int(num_steps · (1 − noise_level))) steps.
+    ids: torch.LongTensor
+    mask: torch.LongTensor | None = None
+
+    @classmethod
+    def of(cls, model: Any, input_ids: torch.LongTensor | None, attention_mask: torch.LongTensor | None) -> "Prompt":
+        """Checks prompts (batch, length) with padding on either side, and moves the padding to the left.
 
         Raises:
-            ValueError: noise_level outside [0, 1] or num_steps < 1.
+            TypeError: ids that are no integers.
+            ValueError: a mask without a prompt or of another shape, an empty prompt, or ids outside the vocabulary.
         """
-        if not 0.0 <= noise_level <= 1.0:
-            raise ValueError(f"noise_level must be in [0, 1], got {noise_level}.")
-        _check_steps(num_steps)
-        if sampler == "commit":
-            raise ValueError("sampler 'commit' draws tokens from pure noise; denoise_reconstruct takes another one.")
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
-        clean = self.standardize(self.encode(input_ids))
-        if noise_level == 1.0:
-            return self.decode(self.unstandardize(clean))
-        level = torch.full((len(clean),), noise_level, device=clean.device, dtype=clean.dtype)
-        x = interpolate(self._noise(clean.shape, generator), clean, level)
-        times = time_grid(max(1, int(num_steps * (1 - noise_level))), start=noise_level)
-        return self._flow(x, times, sampler, generator=generator, **self._posterior_options())[1]
-
-    # ------------------------------------------------------------------ generation
-    @torch.no_grad()
-    def generate(
-        self,
-        prompt_ids: torch.LongTensor | None = None,
-        num_chunks: int | None = None,
-        num_generate_chunks: int | None = None,
-        num_steps: int | None = None,
-        batch_size: int | None = None,
-        sampler: str | None = None,
-        temperature: float | None = None,
-        generator: torch.Generator | None = None,
-        prompt_mask: torch.LongTensor | None = None,
-        time_grid: str | None = None,
-        block_size: int | None = None,
-        guidance_scale: float | None = None,
-        final_clean_pass: bool | None = None,
-        posterior_temperature: float | None = None,
-        token_lag: float | None = None,
-        num_return_sequences: int | None = None,
-        return_dict_in_generate: bool | None = None,
-        *,
-        inputs: torch.LongTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        do_sample: bool | None = None,
-        eos_token_id: int | list[int] | None = None,
-        pad_token_id: int | None = None,
-        streamer: Any | None = None,
-        generation_config: GenerationConfig | None = None,
-    ) -> "torch.LongTensor | TokComGenerateOutput":
-        """Generates token ids. An argument that is None is taken from `generation_config`, or has the default named here.
-
-        Args:
-            prompt_ids, input_ids, inputs: three names of the same, give one: (batch, length) ids of any length; None: no
-                prompt.
-            prompt_mask, attention_mask: give one: (batch, length), 1 = token, 0 = padding on either side, which the model
-                does not see. They differ in what is returned. With `attention_mask` it is as in transformers: the prompt
-                as given, padding included, so that `output[:, input_ids.shape[1]:]` is what was generated. With
-                `prompt_mask` padding is left out, and what was generated follows a row's last token.
-            num_chunks: chunks to generate without a prompt, 256.
-            num_generate_chunks: chunks to add to a prompt, 64.
-            max_new_tokens: tokens to generate per sequence instead, exactly so many: the last chunk is cut.
-            max_length: the same with the tokens of the prompt counted in, padding too; give one of the four.
-            num_steps: flow steps per block, 50 (the denoiser runs once per step, twice with "heun" or guidance).
-            batch_size: sequences to generate without a prompt, 1.
-            do_sample: None: noise x0 is drawn and the decoder's likeliest tokens are taken, unless `temperature` says
-                otherwise. True: noise is drawn, and tokens at `temperature` (1). False: nothing is random: x0 = 0, the
-                mean of the noise, and the likeliest tokens.
-            temperature: of the decoder's token distribution; 0, the default without `do_sample`, is greedy.
-            sampler: "euler", "renoise" (stochastic), "heun" (second order), or "commit": the tokens of a chunk are drawn one
-                after the other, each from its distribution given those before it, without a path from noise; at most one
-                pass per token, with fewer `num_steps` several tokens at once. Only with `token_time_std`. None takes the
-                config's.
-            generator: CPU generator of all that is random; makes the output reproducible on any device.
-            time_grid: "uniform" (default), "quadratic" or "cosine".
-            block_size: chunks denoised in parallel: 0 = all of them, 1 = chunk by chunk, from left to right; None takes the
-                config's.
-            guidance_scale: x1 = without prompt + scale · (with prompt − without); 1 (default) = off.
-            final_clean_pass: run the denoiser once more at t = 1.
-            posterior_temperature: of the token distributions whose mean is x1, or that "commit" draws from, 1; below 1 the
-                flow commits earlier. Only with `clean_latents="posterior_mean"`.
-            token_lag: how far the tokens of a chunk wait for each other: 0 (default) not at all, 1 until the first is
-                finished. Only with `token_time_std`.
-            num_return_sequences: independent continuations of each prompt, side by side in the batch, 1; a prompt is read
-                once for all of them. Without prompts, sequences per one of `batch_size`.
-            return_dict_in_generate: return a `TokComGenerateOutput` with the latents beside the ids.
-            eos_token_id: an id or several that end a sequence; None takes the config's.
-            pad_token_id: what follows the end of a sequence; None: the (first) end token again.
-            streamer: of transformers: gets the prompt, then the tokens of each finished block one by one.
-            generation_config: None takes `model.generation_config`, which is saved with the model. It may hold any of these
-                arguments but tensors, generator and streamer.
-
-        Returns:
-            ids (batch · num_return_sequences, longest prompt + generated), prompt first; after a row's first generated end
-            token, and after the end of a shorter row, everything is `pad_token_id`.
-
-        Raises:
-            TypeError: an unknown keyword, or ids that are no integers.
-            ValueError: arguments that contradict each other or would not act, values out of range, an empty prompt, or ids
-                outside the vocabulary.
-        """
-        prompt = _one_of(prompt_ids=prompt_ids, input_ids=input_ids, inputs=inputs)
-        given_mask = _one_of(prompt_mask=prompt_mask, attention_mask=attention_mask)
-        if prompt is None and given_mask is not None:
-            raise ValueError("A mask says which tokens of a prompt are padding; there is no prompt.")
-        device, chunk = self._execution_device(), self.config.vae.chunk_size
-        width, mask, lengths = 0, None, torch.zeros(0, dtype=torch.long)
-        if prompt is not None:
-            prompt = prompt.to(device) if torch.is_tensor(prompt) else prompt
-            filled, mask, lengths = self._fill_prompt(prompt, given_mask)
-            width = int(lengths.max()) if prompt_mask is not None else prompt.shape[1]
-        settings = GenerationSettings.of(
-            self, prompt, width, generation_config,
-            {
-                "num_chunks": num_chunks, "num_generate_chunks": num_generate_chunks, "max_new_tokens": max_new_tokens,
-                "max_length": max_length, "num_steps": num_steps, "batch_size": batch_size, "do_sample": do_sample,
-                "temperature": temperature, "sampler": sampler, "time_grid": time_grid, "block_size": block_size,
-                "guidance_scale": guidance_scale, "final_clean_pass": final_clean_pass,
-                "posterior_temperature": posterior_temperature, "token_lag": token_lag,
-                "num_return_sequences": num_return_sequences, "return_dict_in_generate": return_dict_in_generate,
-                "eos_token_id": eos_token_id, "pad_token_id": pad_token_id,
-            },
-        )  # fmt: skip
-        self._check_lag(settings.token_lag, settings.sampler)
-        options = self._posterior_options(settings.posterior_temperature)
-        if settings.sampler == "commit" and not settings.random:
-            options["posterior_temperature"] = 0.0
-        copies, stream = settings.num_return_sequences, TokenStream(streamer, settings)
-        if prompt is None:
-            clean = self._noise((settings.batch_size, 0, self.config.vae.latent_size), generator)
-            start = torch.empty(settings.batch_size * copies, 0, dtype=torch.long, device=device)
-        else:
-            clean, start = self.standardize(self.encode(filled)), prompt.repeat_interleave(copies, 0)
-        stream.start(start)
-        wanted = -(-settings.new_tokens // chunk)
-        latents, ids = self._blocks(clean, mask, wanted, settings, generator, stream, **options)
-        stream.end()
-        latents, ids = self.unstandardize(latents), _ended(ids[:, : settings.new_tokens], settings)
-        output = torch.cat([start, ids], dim=1)
-        if prompt_mask is not None:
-            output = ids.new_full((len(ids), width + settings.new_tokens), settings.fill_id)
-            for row, length in enumerate(lengths.tolist()):
-                own = slice(row * copies, (row + 1) * copies)
-                output[own, :length] = prompt[row][_row_mask(prompt_mask, prompt, row)]
-                output[own, length : length + ids.shape[1]] = ids[own]
-        return TokComGenerateOutput(output, latents) if settings.return_dict_in_generate else output
-
-    def _check_lag(self, lag: float, sampler: str) -> None:
-        if sampler == "commit" and self.config.token_time_std == 0:
-            raise ValueError("sampler 'commit' needs a model trained with token_time_std > 0 (this one: 0).")
-        if lag < 0 or (lag > 0 and (self.config.token_time_std == 0 or sampler in ("heun", "commit"))):
+        if input_ids is None:
+            if attention_mask is not None:
+                raise ValueError("attention_mask says which tokens of a prompt are padding; there is no prompt.")
+            return cls(torch.empty(1, 0, dtype=torch.long, device=execution_device(model)))
+        if not torch.is_tensor(input_ids) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            kind = input_ids.dtype if torch.is_tensor(input_ids) else type(input_ids).__name__
+            raise TypeError(f"input_ids must be a tensor of token ids (torch.long), got {kind}.")
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids must be (batch, length), both at least 1, got {tuple(input_ids.shape)}.")
+        size = model.config.vae.vocab_size
+        if input_ids.min() < 0 or input_ids.max() >= size:
             raise ValueError(
-                f"token_lag must be 0, or positive for a model trained with token_time_std > 0 (this one: "
-                f"{self.config.token_time_std}) and another sampler than heun and commit; got {lag} with {sampler!r}."
+                f"input_ids must be in 0 … {size - 1}, got {int(input_ids.min())} … {int(input_ids.max())}; was the prompt "
+                "written by this model's tokenizer?"
             )
-
-    def _posterior_options(self, temperature: float = 1.0) -> dict[str, Any]:
-        """Arguments of every forward of one generation; the head of the token distributions is put together once."""
-        if temperature <= 0:
-            raise ValueError(f"posterior_temperature must be positive, got {temperature}.")
-        if temperature != 1.0 and self.config.clean_latents != "posterior_mean":
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
             raise ValueError(
-                "posterior_temperature belongs to models with clean_latents='posterior_mean'; this one predicts latents. "
-                "Use temperature for the decoder's distribution."
+                f"attention_mask must have the prompt's shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
             )
-        head = self.token_head() if self.config.clean_latents == "posterior_mean" else None
-        return {"posterior_temperature": temperature, "token_head": head}
-
-    def _blocks(
-        self,
-        prompt: torch.Tensor,
-        mask: torch.Tensor | None,
-        wanted: int,
-        settings: GenerationSettings,
-        generator: torch.Generator | None,
-        stream: TokenStream,
-        **options,
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
-        """Denoises block after block, several times for each prompt; each sees its prompt and the finished blocks.
-
-        Returns:
-            Latents of the flow (batch · copies, wanted, latent), and their ids (batch · copies, wanted · chunk_size).
-        """
-        copies, block_size = settings.num_return_sequences, settings.block_size or wanted
-        times = time_grid(settings.num_steps, settings.time_grid)
-        cached = self.config.denoiser.attention == "block_causal"
-        past, latents, ids = None, [], []
-        options["known"] = {}
-        if cached and prompt.shape[1]:
-            past = self._extend_cache(None, prompt, mask, 0)
-            past = past if copies == 1 else past.repeated(copies)
-        finished = prompt.repeat_interleave(copies, 0)
-        mask = None if mask is None else mask.repeat_interleave(copies, 0)
-        for start in range(0, wanted, block_size):
-            size = min(block_size, wanted - start)
-            shape = (len(finished), size, finished.shape[2])
-            x = self._noise(shape, generator) if settings.random else finished.new_zeros(shape)
-            x, new_ids = self._flow(
-                x,
-                times,
-                settings.sampler,
-                finished if finished.shape[1] else None,
-                past,
-                mask,
-                settings.guidance_scale,
-                settings.final_clean_pass,
-                generator,
-                settings.token_lag,
-                settings.temperature,
-                **options,
-            )
-            latents.append(x)
-            ids.append(new_ids)
-            stream.put(new_ids)
-            if start + size == wanted:
-                break
-            if _all_ended(ids, settings):
-                # What would follow every row's end is not looked at; fill ids and zeros keep the shape.
-                rest = wanted - start - size
-                latents.append(x.new_zeros(len(x), rest, x.shape[2]))
-                ids.append(ids[0].new_full((len(x), rest * self.config.vae.chunk_size), settings.fill_id))
-                break
-            # What follows sees the latents of the block's text, exact as in training, not what the flow left of them.
-            x = self.standardize(self.encode(ids[-1]))
-            if cached:
-                past = self._extend_cache(past, x, mask, finished.shape[1])
-            finished = torch.cat([finished, x], dim=1)
-        return torch.cat(latents, dim=1), torch.cat(ids, dim=1)
-
-    def _extend_cache(self, past: FinishedChunks | None, block: torch.Tensor, mask, start: int) -> FinishedChunks:
-        """A finished block (clean, t = 1) appended to those before it."""
-        padding = (
-            None if mask is None else nn.functional.pad(mask, (0, start + block.shape[1] - mask.shape[1]), value=1)
-        )
-        return self.finish(block, past, start, padding)
-
-    # ------------------------------------------------------------------ helpers
-    def _noise(self, shape, generator: torch.Generator | None) -> torch.Tensor:
-        """x0 ~ N(0, noise_std²), drawn on the CPU so that a seed means the same on every device."""
-        noise = torch.randn(shape, generator=generator) * self.config.noise_std
-        return noise.to(self._execution_device(), self.dtype)
-
-    def _execution_device(self) -> torch.device:
-        """Where the model computes: under offloading its weights are elsewhere, and accelerate's hooks know."""
-        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
-        places = (getattr(hook, "execution_device", None) for hook in hooks if hook is not None)
-        place = next((place for place in places if place is not None), None)
-        return self.device if place is None else torch.device(place)
-
-    def _fill_id(self) -> int:
-        eos = self.config.eos_token_id
-        return self.config.vae.omni_token_id if eos is None else eos
-
-    def _fill_prompt(self, prompt_ids: torch.LongTensor, prompt_mask: torch.LongTensor | None):
-        """Padded prompts → (ids filled in front to whole chunks, chunk mask or None, lengths (batch,))."""
-        if not torch.is_tensor(prompt_ids) or prompt_ids.is_floating_point():
-            kind = prompt_ids.dtype if torch.is_tensor(prompt_ids) else type(prompt_ids).__name__
-            raise TypeError(f"prompt_ids must be a tensor of token ids (torch.long), got {kind}.")
-        if prompt_ids.dim() != 2 or 0 in prompt_ids.shape:
-            raise ValueError(f"prompt_ids must be (batch, length), both at least 1, got {tuple(prompt_ids.shape)}.")
-        if prompt_ids.min() < 0 or prompt_ids.max() >= self.config.vae.vocab_size:
+        rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask.to(input_ids.device))]
+        if min(len(row) for row in rows) == 0:
             raise ValueError(
-                f"prompt_ids must be in 0 … {self.config.vae.vocab_size - 1}, got {int(prompt_ids.min())} … "
-                f"{int(prompt_ids.max())}; was the prompt written by this model's tokenizer?"
+                "Every prompt needs at least one token; generate without input_ids to start from nothing."
             )
-        if prompt_mask is not None and prompt_mask.shape != prompt_ids.shape:
-            raise ValueError(
-                f"The mask must have the prompt's shape {tuple(prompt_ids.shape)}, got {tuple(prompt_mask.shape)}."
-            )
-        chunk = self.config.vae.chunk_size
-        rows = [prompt_ids[row][_row_mask(prompt_mask, prompt_ids, row)] for row in range(len(prompt_ids))]
-        lengths = torch.tensor([len(row) for row in rows])
-        if int(lengths.min()) == 0:
-            raise ValueError(
-                "Every prompt needs at least one token; generate without prompt_ids to start from nothing."
-            )
-        width = -(-int(lengths.max()) // chunk) * chunk
-        filled = prompt_ids.new_full((len(rows), width), self._fill_id())
-        mask = torch.zeros(len(rows), width // chunk, dtype=torch.long, device=prompt_ids.device)
+        chunk = 1 if model.context is not None else model.config.vae.chunk_size
+        width = -(-max(len(row) for row in rows) // chunk) * chunk
+        eos = model.config.eos_token_id
+        ids = input_ids.new_full((len(rows), width), model.config.vae.omni_token_id if eos is None else eos)
+        mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
-            filled[index, width - len(row) :] = row
-            mask[index, (width - len(row)) // chunk :] = 1
-        return filled, None if bool(mask.all()) else mask, lengths
+            ids[index, width - len(row) :] = row
+            # What fills the first chunk of a prompt without a context belongs to it.
+            mask[index, (width - len(row)) // chunk * chunk :] = 1
+        device = execution_device(model)
+        return cls(ids.to(device), None if bool(mask.all()) else mask.to(device))
 
 
-def _ended(ids: torch.LongTensor, settings: GenerationSettings) -> torch.LongTensor:
+class TextSoFar:
+    """What the denoiser is told of the text before a block: a state of the context, or the prompt's clean latents.
+
+    Each prompt is read once for its `copies` continuations, which stand side by side.
+    """
+
+    def __init__(self, model: Any, prompt: Prompt, copies: int = 1):
+        self.model = model
+        self.mask = None if prompt.mask is None else prompt.mask.repeat_interleave(copies, 0)
+        self.state: torch.Tensor | None = None
+        self.prefix: torch.Tensor | None = None
+        if model.context is not None:
+            self.cache = DynamicCache(config=model.config.context)
+            self.state = model.context(prompt.ids, prompt.mask, self.cache)[:, -1].repeat_interleave(copies, 0)
+            self.cache.batch_repeat_interleave(copies)
+        elif prompt.ids.shape[1]:
+            self.prefix = model.standardize(model.encode(prompt.ids)).repeat_interleave(copies, 0)
+
+    def read(self, ids: torch.LongTensor) -> None:
+        """Appends the tokens of a finished block, (rows, tokens)."""
+        if self.mask is not None:
+            self.mask = nn.functional.pad(self.mask, (0, ids.shape[1]), value=1)
+        self.state = self.model.context(ids, self.mask, self.cache)[:, -1]
+
+    def denoise(self, settings: GenerationSettings) -> Denoise:
+        """(x_t, t) → predicted clean latents of one block; `best_of` draws of each row stand side by side."""
+        denoiser, copies, guidance = self.model.denoiser, settings.best_of, settings.guidance_scale
+        earlier: list[torch.Tensor | None] = [None]
+
+        def with_context(x: torch.Tensor, t: float) -> torch.Tensor:
+            time = torch.full((1,), t, device=x.device)
+            known: dict[str, Any] = {"self_condition": earlier[0], "return_dict": True}
+            clean = denoiser(x, time, context=self.state.repeat_interleave(copies, 0), **known).clean_latents
+            if guidance == 1.0:
+                return clean
+            free = denoiser(x, time, **known).clean_latents
+            return free + guidance * (clean - free)
+
+        def with_prefix(x: torch.Tensor, t: float) -> torch.Tensor:
+            start = 0 if self.prefix is None else self.prefix.shape[1]
+            time, condition, mask = torch.full((1,), t, device=x.device), earlier[0], None
+            if self.prefix is not None:
+                # The prompt's latents are put back before every step, as documented.
+                prefix = self.prefix.repeat_interleave(copies, 0)
+                if self.model.config.clean_prefix:
+                    time = time.repeat(len(x), start + x.shape[1])
+                    time[:, :start] = 1.0
+                if denoiser.config.self_conditioning:
+                    condition = torch.cat([prefix, torch.zeros_like(x) if condition is None else condition], dim=1)
+                if self.mask is not None:
+                    chunks = self.mask.view(len(self.mask), start, -1).any(dim=-1).repeat_interleave(copies, 0)
+                    mask = nn.functional.pad(chunks, (0, x.shape[1]), value=True)
+                x = torch.cat([prefix, x], dim=1)
+            known = {"self_condition": condition, "attention_mask": mask, "return_dict": True}
+            return denoiser(x, time, **known).clean_latents[:, start:]
+
+        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+            clean = (with_prefix if self.state is None else with_context)(x, t)
+            if denoiser.config.self_conditioning:
+                earlier[0] = clean
+            return clean
+
+        return denoise
+
+
+def generate_blocks(
+    model: Any, prompt: Prompt, settings: GenerationSettings, generator: torch.Generator | None, stream: TokenStream
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """Generates behind prompts, `num_return_sequences` times behind each.
+
+    Returns:
+        VAE latents (rows, chunks, latent) and their ids (rows, chunks · chunk_size), whole chunks.
+    """
+    config = model.config
+    wanted = -(-settings.new_tokens // config.vae.chunk_size)
+    times = sampling_times(settings.num_steps, config.step_power)
+    all_latents, all_ids = [], []
+    # 1. Read the prompt.
+    copies = settings.num_return_sequences * (1 if prompt.ids.shape[1] else settings.batch_size)
+    text = TextSoFar(model, prompt, copies)
+    rows = len(prompt.ids) * copies
+    for start in range(0, wanted, settings.block_size or wanted):
+        # 2. Draw the block's noise.
+        size = min(settings.block_size or wanted, wanted - start)
+        shape = (rows * settings.best_of, size, config.vae.latent_size)
+        x0 = draw_noise(model, shape, settings.temperature, generator)
+        # 3. Follow the flow from the noise to clean latents.
+        noise_std = config.noise_std * settings.temperature
+        x1 = sample(text.denoise(settings), x0, times, settings.sampler, noise_std, generator)
+        # 4. Read the tokens off them.
+        latents = model.unstandardize(x1)
+        ids = model.decode(latents)
+        # 5. Keep the draw that lies nearest to its own text.
+        if settings.best_of > 1:
+            distance = (model.standardize(model.encode(ids)) - x1).square().mean(dim=(1, 2))
+            best = distance.view(rows, -1).argmin(dim=1) + torch.arange(rows, device=ids.device) * settings.best_of
+            latents, ids = latents[best], ids[best]
+        all_latents.append(latents)
+        all_ids.append(ids)
+        stream.put(ids)
+        # 6. Stop at the end, or read the block and go on.
+        left = wanted - start - size
+        if left and all_ended(all_ids, settings):
+            # What would follow every row's end is not looked at; fill ids and zeros keep the shape.
+            all_latents.append(latents.new_zeros(rows, left, latents.shape[2]))
+            all_ids.append(ids.new_full((rows, left * config.vae.chunk_size), settings.fill_id))
+            break
+        if left:
+            text.read(ids)
+    return torch.cat(all_latents, dim=1), torch.cat(all_ids, dim=1)
+
+
+def denoise_blocks(
+    model: Any, x: torch.Tensor, input_ids: torch.LongTensor, times: list[float], sampler: str, generator: Any = None
+) -> torch.Tensor:
+    """Follows the flow for noisy latents (rows, chunks, latent) of known tokens (rows, length), all blocks at once.
+
+    With a context each block of `config.block_size` chunks (of one chunk where that does not divide the row) is told the
+    tokens that really precede it.
+    """
+    chunks, chunk = x.shape[1], model.config.vae.chunk_size
+    size = model.config.block_size or chunks
+    size = size if chunks % size == 0 else 1
+    context, earlier = None, None
+    if model.context is not None:
+        context = model.context(input_ids)[:, : chunks * chunk : size * chunk].flatten(0, 1)
+
+    def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
+        nonlocal earlier
+        time = torch.full((1,), t, device=x_t.device)
+        clean = model.denoiser(x_t, time, context, self_condition=earlier, return_dict=True).clean_latents
+        earlier = clean if model.config.denoiser.self_conditioning else None
+        return clean
+
+    blocks = x.reshape(-1, size, x.shape[2])
+    return sample(denoise, blocks, times, sampler, model.config.noise_std, generator).reshape(x.shape)
+
+
+def draw_noise(model: Any, shape, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
+    """x0 ~ N(0, (noise_std · temperature)²), drawn on the CPU so that a seed means the same on every device."""
+    noise = torch.randn(shape, generator=generator) * (model.config.noise_std * temperature)
+    return noise.to(execution_device(model), model.dtype)
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where the model computes: under offloading its weights are elsewhere, and accelerate's hooks know."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks if hook is not None)
+    place = next((place for place in places if place is not None), None)
+    return model.device if place is None else torch.device(place)
+
+
+def ended(ids: torch.LongTensor, settings: GenerationSettings) -> torch.LongTensor:
     """Ids (rows, tokens) with `fill_id` behind the first end token of each row."""
     if not settings.eos_token_ids:
         return ids
@@ -338,26 +244,8 @@ def _ended(ids: torch.LongTensor, settings: GenerationSettings) -> torch.LongTen
     return ids.masked_fill(behind, settings.fill_id)
 
 
-def _all_ended(ids: list[torch.LongTensor], settings: GenerationSettings) -> bool:
+def all_ended(ids: list[torch.LongTensor], settings: GenerationSettings) -> bool:
+    """Whether every row holds an end token."""
     so_far = torch.cat(ids, dim=1)
     end = torch.tensor(settings.eos_token_ids, device=so_far.device, dtype=so_far.dtype)
     return bool(torch.isin(so_far, end).any(dim=1).all())
-
-
-def _one_of(**named: torch.Tensor | None) -> torch.Tensor | None:
-    """The one of several names of the same argument that was given, or None."""
-    given = {name: value for name, value in named.items() if value is not None}
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are names of the same argument; give one of them.")
-    return next(iter(given.values()), None)
-
-
-def _row_mask(prompt_mask: torch.LongTensor | None, prompt_ids: torch.LongTensor, row: int) -> torch.Tensor:
-    if prompt_mask is None:
-        return torch.ones_like(prompt_ids[row], dtype=torch.bool)
-    return prompt_mask[row].to(prompt_ids.device).bool()
-
-
-def _check_steps(num_steps: int) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")

@@ -70,6 +70,9 @@ class CompressionTrainingArguments(TrainingArguments):
         if self.early_stopping_patience and self.metric_for_best_model is None:
             # Trainer sets its default, the loss, for `load_best_model_at_end` alone.
             self.metric_for_best_model = "loss"
+        if self.bf16 and not torch.accelerator.is_available():
+            # Without an accelerator transformers asks for this by name; bfloat16 works on the CPU, too.
+            self.use_cpu = True
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
             # Every parameter of the package's models takes part in every step; the search costs a pass over the graph.

