@@ -137,6 +137,7 @@ def main() -> None:
     upload = uploads["distillation_training" if run.stage == "distill" else "denoiser_training"]
     if upload is not None and run.stage == "vae":
         raise RecipeError("--push_to_hub pushes the whole model; --stage vae trains only its first part.")
+    repo_id = None if upload is None else upload.repo_id
     folder = RunFolder(run, "train_tokcom", stages, ("vae", "denoiser", "distilled"), given=given)
     out = folder.path
     state = PartialState()
@@ -168,7 +169,7 @@ def main() -> None:
     # The settings of all stages are checked before the first one starts.
     vae_config, vae_arguments = vae_settings(values, run, data)
     if "vae" in given:
-        vae, results["vae"] = load_part(out / "vae", data.tokenizer, "vae"), {}
+        vae, results["vae"] = load_part(out / "vae", data.tokenizer, "vae"), earlier_results(out / "vae")
         vae_config = vae.config
     if "denoiser" in given:
         model = load_part(out, data.tokenizer, "denoiser")
@@ -176,16 +177,18 @@ def main() -> None:
     distillation_arguments = DistillationTrainingArguments(
         **training_values(values, "distillation_training", "distilled", run)
     )
+    for stage in given:
+        check_given(folder, run.stage, stage, stage_settings(values, stage))
     folder.start({stage: stage_settings(values, stage) for stage in stages})
 
     if "vae" in stages:
         vae, results["vae"] = train_vae(folder, vae_config, vae_arguments, run, data)
     if "denoiser" in stages:
         model, results["denoiser"] = train_denoiser(folder, config, denoiser_arguments, run, data, vae)
-        finish(out, model, data, run, results, started)
+        finish(out, model, data, run, results, started, repo_id)
     if "distilled" in stages:
         model, results["distilled"] = distill(folder, model, distillation_arguments, run, data)
-        finish(out / "distilled", model, data, run, results, started)
+        finish(out / "distilled", model, data, run, results, started, repo_id if run.stage == "distill" else None)
     if upload is not None:
         print_once(state, f"pushed to {upload.push(out / 'distilled' if run.stage == 'distill' else out)}")
 
@@ -201,6 +204,24 @@ def stage_settings(values, stage: str) -> dict[str, Any]:
     names = [name for earlier in order[: order.index(stage) + 1] for name in DECIDING[earlier]]
     shown = ("stage", "prompt", "sample_chunks", "sample_steps")
     return settings_of({name: SECTIONS[name] for name in names}, values, ignore=shown)
+
+
+def check_given(folder: RunFolder, asked: str, stage: str, settings: dict[str, Any]) -> None:
+    """Raises RecipeError where options describe another model than the one that this run takes over from `stage`."""
+    recorded = {} if folder.marker is None else folder.marker["stages"].get(stage, {}).get("settings", {})
+    sections = tuple(name for name in DECIDING[stage] if name != "run" and not name.endswith("_training"))
+    for name, before in recorded.items():
+        if name.partition(".")[0] in sections and settings.get(name, before) != before:
+            raise RecipeError(
+                f"--stage {asked} takes over the model of stage {stage!r}, which was trained with {name} {before!r}, not "
+                f"{settings[name]!r}. Leave the option out, or train stage {stage!r} anew."
+            )
+
+
+def earlier_results(folder: Path) -> dict[str, Any]:
+    """What an earlier run measured of the VAE that this one takes over; nothing where it came from elsewhere."""
+    file = folder / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def vae_settings(values, run: RunArguments, data) -> tuple[TokComVAEConfig, TokComVAETrainingArguments]:
@@ -344,7 +365,15 @@ def stage_results(trainer, parameters: int, metrics: dict[str, Any]) -> dict[str
     return steps | losses | held_out_losses | metrics
 
 
-def finish(out: Path, model: TokComModel, data, run: RunArguments, results: dict[str, Any], started: float) -> None:
+def finish(
+    out: Path,
+    model: TokComModel,
+    data,
+    run: RunArguments,
+    results: dict[str, Any],
+    started: float,
+    repo_id: str | None,
+) -> None:
     """Samples, held-out table, results.json and the model card; prints what a newcomer wants to see."""
     if not PartialState().is_main_process:
         return
@@ -370,7 +399,7 @@ def finish(out: Path, model: TokComModel, data, run: RunArguments, results: dict
     parameters = {"TokCom": model.num_parameters(), "of them VAE": model.vae.num_parameters()}
     card = {"parameters": parameters, "metrics": metrics, "samples": results["samples"]} | card_data(run, metrics)
     write_model_card(out, "tokcom", tags=["text-generation", "flow-matching"], pipeline_tag="text-generation",
-                     name="TokCom", config=model.config.to_dict(), **card)  # fmt: skip
+                     name="TokCom", repo_id=repo_id, config=model.config.to_dict(), **card)  # fmt: skip
     print_report(results, run.prompt)
     print(f"{plot(out, results)}\n\nmodel, tokenizer, card and results in {out} after {results['seconds']:.0f} s; load it "
           f"with\n  AutoModel.from_pretrained({str(out)!r})")  # fmt: skip

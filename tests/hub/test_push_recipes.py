@@ -51,6 +51,7 @@ def test_the_pushed_folder_is_the_local_one_card_included(pushed, name):
     assert all(filecmp.cmp(local / path, remote / path, shallow=False) for path in theirs)
     card = ModelCard.load(remote / "README.md")
     assert "tokcom_hf" in card.data.tags and "More information needed" not in card.content
+    assert f"ada/{name}" in card.content, "what the card tells a reader to load is the repository"
     assert len(hub.repository(f"ada/{name}").history("main")) == 2, "one commit after the first"
 
 

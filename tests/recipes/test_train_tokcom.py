@@ -199,6 +199,23 @@ def test_a_stage_without_its_predecessor_names_it(corpus, run, tmp_path, trained
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vae"]
 
 
+def test_a_stage_refuses_options_of_the_model_that_it_takes_over(corpus, run, tmp_path, trained):
+    out = tmp_path / "out"
+    shutil.copytree(trained[0], out)
+    arguments = [*TINY, "--train_file", str(corpus), "--output_dir", str(out), "--overwrite", "true"]
+    before = sorted(str(path) for path in out.rglob("*"))
+    for stage, option, taken in (
+        ("denoiser", ("--vae.latent_noise", "0.1"), "vae"),
+        ("distill", ("--flow.noise_std", "2.0"), "denoiser"),
+        ("distill", ("--context.num_hidden_layers", "2"), "denoiser"),
+    ):
+        told = run(*arguments, *option, "--stage", stage)
+        name = option[0].removeprefix("--")
+        assert told.returncode == 2, told.stderr[-500:]
+        assert f"takes over the model of stage '{taken}', which was trained with {name}" in told.stderr
+        assert sorted(str(path) for path in out.rglob("*")) == before
+
+
 @pytest.mark.slow
 def test_the_documented_system_trains_both_stages_on_latents_encoded_once(trained, corpus, run, recipe, tmp_path):
     own_text = ["--train_file", str(corpus), "--dataset_name", "none", "--dataset_config", "none"]
