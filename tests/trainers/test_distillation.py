@@ -69,6 +69,17 @@ def test_the_saved_folder_takes_two_steps_by_default(trainer, tmp_path, monkeypa
     assert trainer.teacher.config.num_steps == 8
 
 
+def test_a_number_of_steps_in_the_teachers_generation_config_does_not_outlive_it(trainer):
+    trainer.teacher.generation_config.num_steps = 8
+    try:
+        model, counted = trainer.distilled(), []
+        model.denoiser.register_forward_hook(lambda *_: counted.append(1))
+        model.generate(num_chunks=1)
+        assert len(counted) == 2
+    finally:
+        trainer.teacher.generation_config.num_steps = None
+
+
 def test_padding_is_not_followed(tmp_path):
     """A row of which only the beginning is text trains the student as if the rest were not there."""
 

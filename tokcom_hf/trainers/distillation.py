@@ -66,6 +66,8 @@ class DistillationTrainer(FlowTrainer):
         model = copy.deepcopy(self.teacher)
         model.denoiser.load_state_dict(self.unwrapped_model.state_dict())
         model.config.num_steps = self.args.student_steps
+        # A number there would count before the config's.
+        model.generation_config.num_steps = None
         return model.eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
