@@ -63,7 +63,7 @@ class ContextEncoder(nn.Module):
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
         """states (..., hidden) → logits (..., chunk_size, vocab) of the tokens that follow, without the start token."""
         hidden = self.heads(states).unflatten(-1, (self.chunk_size, -1))
-        logits = nn.functional.linear(hidden, self._table())
+        logits = nn.functional.linear(hidden, self._table(hidden.device))
         start = torch.tensor([self.start_token_id], device=logits.device)
         return logits.index_fill(-1, start, torch.finfo(logits.dtype).min)
 
@@ -79,14 +79,14 @@ class ContextEncoder(nn.Module):
             hidden = nn.functional.linear(states, weight).unflatten(-1, (last - first, -1))
         else:
             hidden = self.heads(states).unflatten(-1, (self.chunk_size, -1))[:, first:last]
-        return chunked_cross_entropy(hidden.flatten(0, 1), self._table(), labels.flatten())
+        return chunked_cross_entropy(hidden.flatten(0, 1), self._table(hidden.device), labels.flatten())
 
-    def _table(self) -> torch.Tensor:
+    def _table(self, device: torch.device) -> torch.Tensor:
         """The rows of the embedding, (vocab, hidden), which are the heads' as well."""
         embedding = self.model.embed_tokens
         if _plain(embedding, nn.Embedding):
             return embedding.weight
-        return embedding(torch.arange(self.model.config.vocab_size))
+        return embedding(torch.arange(self.model.config.vocab_size, device=device))
 
     def _apply(self, *args, **kwargs):
         with computed_buffers_kept(self.model):

@@ -43,5 +43,5 @@ def refuse(acting: dict[str, Any]) -> None:
         named = ", ".join(f"{name}={value!r}" for name, value in acting.items())
         raise ValueError(
             f"This TokCom configuration has {named}, which was removed; the last version of tokcom_hf that reads it is "
-            f"{LAST_VERSION}. Install that one (pip install tokcom_hf=={LAST_VERSION}), or train the model anew."
+            f"{LAST_VERSION}. Load the folder with that version, or train the model anew."
         )
