@@ -179,7 +179,12 @@ def test_latents_of_a_file_equal_encoding(documented, blocked, batch):
         for latents in (None, model.encode(batch["input_ids"])):
             torch.manual_seed(0)
             outputs.append(model(**batch, latents=latents, **options))
-        assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
+        if options.get("block_size") == 3:
+            # Blocks of three leave chunks of the row out, and fewer rows are multiplied in another order on several threads.
+            for name in outputs[0]:
+                torch.testing.assert_close(outputs[0][name], outputs[1][name], rtol=1e-6, atol=1e-6)
+        else:
+            assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
     assert outputs[0].clean_latents.shape == (3, 2, 3, 16)
 
 
