@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tokcom_hf.cli import RecipeError, parse_recipe, read_yaml, run_recipe, suggestion
+from tokcom_hf.documented_names import Alias
 
 
 @dataclass
@@ -149,3 +150,54 @@ def test_printing_never_fails(monkeypatch):
     run_recipe(lambda: print("μ ± σ"))
     terminal.flush()
     assert terminal.buffer.getvalue() == b"? ? ?\n"
+
+
+ALIASES = {
+    "breite": "model.width",
+    "device": Alias("run.fast", lambda value: {"cuda": True, "cpu": False}[value]),
+    "both": Alias(("run.width", "run.seed"), lambda value: (value, value + 1)),
+    "settings.optimizers.merger.lr": "model.rate",
+    "settings.names": "model.names",
+    "other.names": "model.names",
+    "a.lr": "run.seed",
+}
+
+
+def documented(*argv, config=None):
+    return parse_recipe("Doc.", SECTIONS, config, list(argv), ALIASES)
+
+
+def test_a_documented_name_sets_its_option():
+    assert documented("--breite", "4", "--device", "cuda") == {"model": {"width": 4}, "run": {"fast": True}}
+    assert documented("--both", "4")["run"] == {"width": 4, "seed": 5}
+    # The last part of a path is a flag where all paths that end so mean one option.
+    assert documented("--names", "a", "b")["model"] == {"names": ["a", "b"]}
+    assert documented("--settings.optimizers.merger.lr", "2e-5")["model"] == {"rate": 2e-5}
+    with pytest.raises(RecipeError, match="no such option"):
+        documented("--lr", "1")
+    with pytest.raises(RecipeError, match="--breite: expected int, got 'x'"):
+        documented("--breite", "x")
+    with pytest.raises(RecipeError, match=r"no such option\. Did you mean breite"):
+        documented("--briete", "4")
+
+
+def test_documented_sections_of_a_yaml_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text('run:\n  seed: 2\nsettings:\n  names: [x]\n  optimizers:\n    merger:\n      lr: "2e-05"\n')
+    assert documented(config=file) == {"model": {"names": ["x"], "rate": 2e-5}, "run": {"seed": 2}}
+    file.write_text("settings:\n  names: [x]\n  optimisers:\n    merger:\n      lr: 1\n")
+    with pytest.raises(
+        RecipeError, match=r"\.optimisers\.merger\.lr: .*Did you mean settings\.optimizers\.merger\.lr"
+    ):
+        documented(config=file)
+    file.write_text("unknown:\n  names: [x]\n")
+    with pytest.raises(RecipeError, match="unknown section 'unknown'"):
+        documented(config=file)
+
+
+def test_help_shows_documented_names_beside_their_option(capsys):
+    with pytest.raises(SystemExit):
+        documented("--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  --rate") and "settings.optimizers.merger.lr" in line for line in lines)
+    assert sum("documented: --breite" in line for line in lines) == 1

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
-    page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    page: page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)]
 COMMANDS = [
@@ -47,8 +48,8 @@ def test_recipe_commands_name_existing_options(command, monkeypatch):
     seen = {}
     original = tokcom_hf.cli.parse_recipe
 
-    def parse_only(doc, sections, default_config=None, argv=None):
-        seen["values"] = original(doc, sections, default_config, argv)
+    def parse_only(doc, sections, default_config=None, argv=None, aliases=None):
+        seen["values"] = original(doc, sections, default_config, argv, aliases)
         raise SystemExit(0)
 
     monkeypatch.setattr(tokcom_hf.cli, "parse_recipe", parse_only)
@@ -112,3 +113,22 @@ def test_the_page_of_tokcom_explains_every_option_and_those_it_sets_exist():
             r"\b(vae|denoiser|flow|denoiser_training|distillation_training)\.(\w+)", text
         ):
             assert hasattr(sections[section](**{"output_dir": "x"} if "training" in section else {}), option), option
+
+
+def without_comments(block: str) -> str:
+    return re.sub(r"\s+#.*", "", block)
+
+
+def test_both_languages_say_the_same():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+    assert len(english.splitlines()) <= 200 and len(chinese.splitlines()) <= 200
+    blocks = [re.findall(r"```(bash|python)\n(.*?)```", text, flags=re.DOTALL) for text in (english, chinese)]
+    assert [(kind, without_comments(block)) for kind, block in blocks[0]] == [
+        (kind, without_comments(block)) for kind, block in blocks[1]
+    ]
+    # Every figure of one is in the other, and so is every link.
+    prose = [re.sub(r"```.*?```", "", text, flags=re.DOTALL) for text in (english, chinese)]
+    numbers = [sorted(re.findall(r"\d[\d,.]*\d|\d", re.sub(r"README\S*", "", text))) for text in prose]
+    assert numbers[0] == numbers[1]
+    links = [set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.zh-CN.md"} for text in prose]
+    assert links[0] == links[1]

@@ -2,7 +2,8 @@
 
 A recipe names its sections (for example `run`, `vae`, `vae_training`), each a dataclass. In the YAML file every section
 is a mapping. On the command line `--vae.hidden_size 256` sets one field of one section, and `--seed 3` sets that field
-in every section that has it. Values are read as YAML, with `5e-4` understood as a number.
+in every section that has it. Values are read as YAML, with `5e-4` understood as a number. A recipe may also accept
+documented names of its options (`documented_names.py`).
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import yaml
 
 from .data.text_files import read_text
+from .documented_names import Alias, Aliases, meanings, options_of
 
 
 class RecipeError(ValueError):
@@ -58,6 +60,7 @@ def parse_recipe(
     sections: dict[str, type],
     default_config: str | Path | None = None,
     argv: Sequence[str] | None = None,
+    aliases: Aliases | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Reads `--config file.yaml` and command-line overrides into one dictionary per section.
 
@@ -66,6 +69,7 @@ def parse_recipe(
         sections: section name -> dataclass (a model config, a `TrainingArguments`, or the recipe's own).
         default_config: YAML file used when `--config` is not given.
         argv: arguments without the program name; `sys.argv[1:]` by default.
+        aliases: documented names of the sections' fields; a name with dots is a path in a YAML file.
 
     Returns:
         section name -> {field: value}, holding only what the file or the command line set.
@@ -75,7 +79,7 @@ def parse_recipe(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
-        print(_help(doc, sections))
+        print(_help(doc, sections, aliases or {}))
         raise SystemExit(0)
     config_path, overrides = _split(argv, default_config)
     values: dict[str, dict[str, Any]] = {name: {} for name in sections}
@@ -85,14 +89,27 @@ def parse_recipe(
         loaded = read_yaml(read_text(config_path)) or {}
         for section, mapping in loaded.items():
             if section not in sections:
-                raise RecipeError(
-                    f"{config_path}: unknown section {section!r}; this recipe has {', '.join(sections)}."
-                )
-            for field, value in (mapping or {}).items():
-                _set(values, sections, f"{section}.{field}", value, f"{config_path}: ")
+                documented = list(_leaves({section: mapping}, aliases or {}))
+                if not any(path in (aliases or {}) for path, _ in documented):
+                    raise RecipeError(
+                        f"{config_path}: unknown section {section!r}; this recipe has {', '.join(sections)}."
+                    )
+            else:
+                documented = [(f"{section}.{field}", value) for field, value in (mapping or {}).items()]
+            for path, value in documented:
+                _set(values, sections, path, value, f"{config_path}: ", aliases)
     for flag, value in overrides:
-        _set(values, sections, flag, value, "--")
+        _set(values, sections, flag, value, "--", aliases)
     return values
+
+
+def _leaves(tree: Any, aliases: Aliases, path: str = ""):
+    """Yields (path with dots, value) for the values of nested sections; a mapping that is itself documented is a value."""
+    if isinstance(tree, dict) and path not in aliases:
+        for name, value in tree.items():
+            yield from _leaves(value, aliases, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, tree
 
 
 def _split(argv: list[str], config: str | Path | None) -> tuple[str | Path | None, list[tuple[str, Any]]]:
@@ -122,20 +139,54 @@ def _split(argv: list[str], config: str | Path | None) -> tuple[str | Path | Non
     return config, overrides
 
 
-def _set(values, sections, flag: str, value, origin: str) -> None:
+def _set(values, sections, flag: str, value, origin: str, aliases: Aliases | None = None) -> None:
     section, dot, field = flag.partition(".")
     field = (field if dot else section).replace("-", "_")
-    if dot and section not in sections:
-        raise RecipeError(f"{origin}{flag}: unknown section {section!r}; this recipe has {', '.join(sections)}.")
     targets = [section] if dot else [name for name, cls in sections.items() if field in _fields(cls)]
-    targets = [name for name in targets if field in _fields(sections[name])]
-    if not targets:
-        known = [f"{name}.{key}" for name, cls in sections.items() for key in _fields(cls)]
-        near = suggestion(field, sorted({key.partition(".")[2] for key in known}))
-        hint = f" Did you mean {near}?" if near else " See --help."
-        raise RecipeError(f"{origin}{flag}: no such option.{hint}")
-    for name in targets:
-        values[name][field] = _convert(value, _fields(sections[name])[field], f"{origin}{flag}", origin == "--")
+    targets = [name for name in targets if name in sections and field in _fields(sections[name])]
+    if targets:
+        for name in targets:
+            values[name][field] = _convert(value, _fields(sections[name])[field], f"{origin}{flag}", origin == "--")
+        return
+    alias = _documented(flag.replace("-", "_"), aliases or {})
+    if alias is not None:
+        _set_documented(values, sections, alias, value, origin, flag)
+        return
+    if dot and section not in sections:
+        paths = difflib.get_close_matches(flag, list(aliases or {}), n=1)
+        hint = f" Did you mean {paths[0]}?" if paths else ""
+        raise RecipeError(f"{origin}{flag}: unknown section {section!r}; this recipe has {', '.join(sections)}.{hint}")
+    known = [key for cls in sections.values() for key in _fields(cls)]
+    near = suggestion(field, sorted({*known, *(name.rpartition(".")[2] for name in aliases or {})}))
+    hint = f" Did you mean {near}?" if near else " See --help."
+    raise RecipeError(f"{origin}{flag}: no such option.{hint}")
+
+
+def _documented(flag: str, aliases: Aliases) -> str | Alias | None:
+    """The table's entry of a documented name: the whole path, or its last part where only one entry ends so."""
+    if flag in aliases:
+        return aliases[flag]
+    ending = [alias for name, alias in aliases.items() if name.endswith(f".{flag}")]
+    # The documents write some keys at two depths; both stand for the same option.
+    return ending[0] if ending and all(alias == ending[0] for alias in ending) else None
+
+
+def _set_documented(values, sections, alias: str | Alias, value, origin: str, flag: str) -> None:
+    options, convert = options_of(alias), getattr(alias, "convert", None)
+    if convert is None:
+        results = [value] * len(options)
+    else:
+        if origin == "--":
+            value = [read_yaml(word) for word in value] if isinstance(value, list) else read_yaml(value)
+        try:
+            result = convert(value)
+        except ValueError as error:
+            raise RecipeError(f"{origin}{flag}: {error}") from None
+        results = [result] if len(options) == 1 else list(result)
+    for option, result in zip(options, results, strict=True):
+        name, _, field = option.partition(".")
+        typed = origin == "--" and convert is None
+        values[name][field] = _convert(result, _fields(sections[name])[field], f"{origin}{flag}", typed)
 
 
 # What others call an option, and what it may be called here; the first name that a recipe has is proposed.
@@ -175,7 +226,7 @@ EMPTY_WORDS = frozenset(("loss", "num", "n", "the", "use"))
 
 def suggestion(name: str, known: list[str]) -> str | None:
     """The option of `known` that `name` most likely means, by spelling or by meaning; None rather than a wrong one."""
-    meant = [other for other in MEANINGS.get(name, ()) if other in known]
+    meant = [other for other in (*MEANINGS.get(name, ()), *meanings(name)) if other in known]
     if meant:
         return meant[0]
     for other in difflib.get_close_matches(name, known, n=5, cutoff=0.75):
@@ -218,6 +269,9 @@ def _convert(value, annotation, where: str, from_command_line: bool):
             return None if words[0] in ("none", "null") and type(None) in kinds else words[0]
         parsed = [read_yaml(word) for word in words]
         value = parsed if len(parsed) > 1 else parsed[0]
+    if isinstance(value, str) and kinds <= {int, float, type(None)}:
+        # The documents put numbers in quotation marks: lr: "2e-05".
+        value = read_yaml(value)
     plain = {int, float, bool, str, type(None)}
     if not kinds <= plain or type(value) in kinds:
         return value
@@ -233,7 +287,11 @@ def _is_union(annotation) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
-def _help(doc: str, sections: dict[str, type]) -> str:
+def _help(doc: str, sections: dict[str, type], aliases: Aliases) -> str:
+    names: dict[str, list[str]] = {}
+    for name, alias in aliases.items():
+        for option in options_of(alias):
+            names.setdefault(option, []).append(name if "." in name else f"--{name}")
     lines = [
         doc.strip(),
         "",
@@ -246,7 +304,8 @@ def _help(doc: str, sections: dict[str, type]) -> str:
                 continue
             text = " ".join(str(field.metadata.get("help", "")).split())
             default = "" if field.default is dataclasses.MISSING else f" (default {field.default!r})"
-            lines.append(f"  --{field.name}{default}" + (f"  {text}" if text else ""))
+            also = f" (documented: {', '.join(names[key])})" if (key := f"{name}.{field.name}") in names else ""
+            lines.append(f"  --{field.name}{default}{also}" + (f"  {text}" if text else ""))
     return "\n".join(lines)
 
 

@@ -60,6 +60,7 @@ COSMETIC = frozenset(
         "eval_images",
         "stop_on_nonfinite_loss",
         "early_stopping_patience",
+        "wandb_project",
     ]
 )
 # Fields that name a file, a folder or something on the Hub: files count by their contents.

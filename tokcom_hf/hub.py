@@ -19,6 +19,8 @@ RUN_FILES = [
     "training_args.bin",
     "runs/*",
     "*/runs/*",
+    "logs/*",
+    "*/logs/*",
     RUN_MARKER,
     f".{RUN_MARKER}",
     "*/" + RUN_MARKER,

@@ -30,7 +30,8 @@ RESULT_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "README.md",
     "results.json", "budget.json", "samples.txt", "samples.jsonl", "train_latents.*", "validation_latents.*",
     "accuracy_against_noise.png", "denoising_against_time.png", "reconstructions.png", "codebook.png", "history.png",
-    "joint_training.png", "generated.png", "completed.png", "step-*-reconstructions.png", "step-*-codebook.png",
+    "joint_training.png", "generated.png", "completed.png", "best.json", "logs/training.log",
+    "logs/tensorboard/events.out.tfevents.*", "step-*-reconstructions.png", "step-*-codebook.png",
 )  # fmt: skip
 
 
@@ -235,6 +236,9 @@ class RunFolder:
                 for file in folder.glob(pattern):
                     if file.is_file() or file.is_symlink():
                         file.unlink()
+            for emptied in (folder / "logs" / "tensorboard", folder / "logs"):
+                with contextlib.suppress(OSError):  # others' files are in it, or there is none
+                    emptied.rmdir()
             if folder != self.path:
                 with contextlib.suppress(OSError):  # others' files are in it
                     folder.rmdir()

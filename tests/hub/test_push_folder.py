@@ -17,6 +17,7 @@ FILES = [
     "config.json", "model.safetensors", "README.md", "vae/model.safetensors", "modeling_tokcom.py",
     "vae/checkpoint-3/optimizer.pt", "denoiser/checkpoint-9/model.safetensors", "denoiser/train_latents.npy",
     "training_args.bin", "checkpoint-3/model.safetensors", "run.json", "denoiser/run.json", "runs/events",
+    "logs/training.log", "vae/logs/tensorboard/events",
 ]  # fmt: skip
 
 

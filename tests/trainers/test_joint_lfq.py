@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from tokcom_hf import JointLFQTrainingArguments, LFQExpandedModel
-from tokcom_hf.trainers import joint_lfq_model
+from tokcom_hf.models import chunked_cross_entropy
 from tokcom_hf.trainers.joint_lfq_model import JointLFQModel
+from tokcom_hf.trainers.joint_lfq_normalizer import summed_log_normalizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from joint_lfq_run import BITS, make_model, make_trainer, weights
@@ -117,23 +118,52 @@ def test_answers_hold_no_image_ids_without_being_told_so(tmp_path, tune_llm):
     assert (told >= model.language_model.lfq_token_range[0]).float().mean() < 0.05
 
 
-def test_the_mass_of_new_ids_is_computed_in_parts(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path)
-    rows, hidden = trainer.model.language_model.lfq_rows, torch.randn(9, 32, requires_grad=True)
-    whole = rows(hidden, as_head=True).logsumexp(-1)
-    expected = torch.autograd.grad(whole.square().sum(), [hidden, rows.tables()[0]])
-    widest = []
-    lookup = joint_lfq_model._part_logsumexp
-    monkeypatch.setattr(joint_lfq_model, "LOGITS_AT_ONCE", 2 * len(rows.embedding))
-    monkeypatch.setattr(
-        joint_lfq_model, "_part_logsumexp", lambda rows, part: widest.append(len(part)) or lookup(rows, part)
-    )
-    parts = joint_lfq_model.lfq_logsumexp(rows, hidden)
-    torch.testing.assert_close(parts, whole)
-    got = torch.autograd.grad(parts.square().sum(), [hidden, rows.tables()[0]])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_mass_of_new_ids_is_computed_in_parts(monkeypatch, bias):
+    """Value and gradients of the normaliser equal those of plain autograd, with two rows of logits in memory at a time."""
+    torch.manual_seed(0)
+    hidden, old = (0.3 * torch.randn(9, 32)).requires_grad_(), torch.randn(9, requires_grad=True)
+    tables = [torch.randn(64, 32, requires_grad=True)] + ([torch.randn(64, requires_grad=True)] if bias else [])
+    logits = torch.nn.functional.linear(hidden, *tables)
+    whole = torch.logaddexp(old, logits.logsumexp(-1))
+    expected = torch.autograd.grad(3 * whole.sum(), [hidden, old, *tables], retain_graph=True)
+    monkeypatch.setattr(chunked_cross_entropy, "LOGITS_AT_ONCE", 2 * 64)
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: made.append(size) or empty(*size, **options))
+    total, rows, mass = summed_log_normalizer(hidden, old, tables[0], tables[1] if bias else None)
+    assert made == [(2, 64)], "one piece of logits serves all parts"
+    torch.testing.assert_close(rows, whole)
+    torch.testing.assert_close(total, whole.sum())
+    torch.testing.assert_close(mass, (logits.logsumexp(-1) - whole).exp())
+    assert not rows.requires_grad and not mass.requires_grad
+    got = torch.autograd.grad(3 * total, [hidden, old, *tables])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert max(widest) == 2 and len(widest) == 10  # five parts, each computed again in the backward
+    with torch.no_grad():
+        assert not summed_log_normalizer(hidden, old, tables[0], None)[0].requires_grad
+    # Under autocast products are bfloat16, sums float32.
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = summed_log_normalizer(hidden, old, tables[0], tables[1] if bias else None)[0]
+    assert cast.dtype == torch.float32 and cast.item() == pytest.approx(total.item(), rel=0.01)
+    for a, b in zip(torch.autograd.grad(3 * cast, [hidden, old, *tables]), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+
+
+def test_gradients_of_the_kl_are_those_of_its_formula(tmp_path):
+    model = make_trainer(tmp_path).model.eval()
+    torch.manual_seed(0)
+    states, teacher = torch.randn(7, 32, requires_grad=True), torch.randn(7, model.tables()[0].shape[0])
+    rows = model.language_model.lfq_rows
+    logits = torch.cat([model.language_model.original_logits(states), rows(states, as_head=True)], -1).log_softmax(-1)
+    wanted = (teacher.softmax(-1) * (teacher.log_softmax(-1) - logits[:, : teacher.shape[1]])).sum(-1).mean()
+    kl, _, _ = model.compare(teacher, states)
+    torch.testing.assert_close(kl, wanted)
+    for a, b in zip(
+        *(torch.autograd.grad(loss, [states, *rows.parameters()], allow_unused=True) for loss in (kl, wanted))
+    ):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 def test_what_trains_over_a_bfloat16_base_is_float32(tmp_path):

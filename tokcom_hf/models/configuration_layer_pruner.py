@@ -12,8 +12,9 @@ class LayerPrunerConfig(PreTrainedConfig):
         hidden_size: the language model's width.
         layers: prune before these layers (0 is the first one).
         keep_tokens: tokens left per image after each of them, for example `[96, 48]`; None uses `keep_ratio`.
-        keep_ratio: share of the tokens that arrive at a layer which goes on, the same at every layer: a hierarchical
-            schedule (0.5 at three layers leaves 1/2, 1/4, 1/8).
+        keep_ratio: share of the tokens that arrive at a layer which goes on: one number for all layers (0.5 at three layers
+            leaves 1/2, 1/4, 1/8), or a hierarchical schedule with one number per layer (`[0.7, 0.5, 0.3]` leaves 0.7, 0.35,
+            0.105: early layers drop few tokens, later ones most of what they get).
 
     Kind:
         pruner_type: `cross_attention` (vision tokens attend to the question) or `simple` (tokens by themselves).
@@ -33,7 +34,7 @@ class LayerPrunerConfig(PreTrainedConfig):
     pruner_type: str = "cross_attention"
     selection: str = "topk"
     keep_tokens: list[int] | None = None
-    keep_ratio: float | int = 0.5
+    keep_ratio: float | int | list[float | int] = 0.5
     min_tokens: int = 1
     internal_size: int = 512
     num_attention_heads: int = 4
@@ -50,9 +51,19 @@ class LayerPrunerConfig(PreTrainedConfig):
             raise ValueError(f"pruner_type must be cross_attention or simple, got {self.pruner_type!r}.")
         if self.selection not in ("topk", "threshold"):
             raise ValueError(f"selection must be topk or threshold, got {self.selection!r}.")
-        if not 0.0 < self.keep_ratio <= 1.0:
+        ratios = self.keep_ratios
+        if len(ratios) != len(self.layers):
+            raise ValueError(
+                f"keep_ratio needs one number, or one per layer {self.layers}: {len(self.layers)}, got {self.keep_ratio}."
+            )
+        if not all(0.0 < ratio <= 1.0 for ratio in ratios):
             raise ValueError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}.")
         tokens = self.keep_tokens
+        if tokens is not None and isinstance(self.keep_ratio, list):
+            raise ValueError(
+                f"keep_tokens={tokens} and keep_ratio={self.keep_ratio} are two schedules; give one of them "
+                "(keep_tokens: null drops the configuration's numbers)."
+            )
         if tokens is not None and (len(tokens) != len(self.layers) or sorted(tokens, reverse=True) != list(tokens)):
             raise ValueError(f"keep_tokens needs one falling number per layer {self.layers}, got {tokens}.")
         if tokens is not None and tokens[-1] < 1:
@@ -63,3 +74,10 @@ class LayerPrunerConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}."
             )
         super().__post_init__(**kwargs)
+
+    @property
+    def keep_ratios(self) -> list[float]:
+        """The share that goes on, for every layer of `layers`."""
+        return (
+            list(self.keep_ratio) if isinstance(self.keep_ratio, list) else [self.keep_ratio] * len(self.layers or ())
+        )

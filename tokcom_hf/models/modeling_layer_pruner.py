@@ -136,10 +136,11 @@ class LayerPruner(StrictLoading):
 
     def _budget(self, layer_index: int, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens to keep of `tokens` (per row); a budget above what is there keeps everything."""
+        place = self.config.layers.index(layer_index)
         if self.config.keep_tokens is None:
-            wanted = (self.config.keep_ratio * tokens).round().long()
+            wanted = (self.config.keep_ratios[place] * tokens).round().long()
         else:
-            wanted = torch.full_like(tokens, self.config.keep_tokens[self.config.layers.index(layer_index)])
+            wanted = torch.full_like(tokens, self.config.keep_tokens[place])
         return torch.minimum(wanted.clamp(min=self.config.min_tokens), tokens)
 
 

@@ -31,6 +31,7 @@ from .clock import Clock
 from .finite import nonfinite_names
 from .muon import MuonWithAdamW, split_for_muon
 from .resumed_settings import own_settings
+from .trackers import BestModel, TrainingLog, configure_trackers, tracker_names
 
 __all__ = [
     "CompressionTrainer",
@@ -60,6 +61,10 @@ class CompressionTrainingArguments(TrainingArguments):
     )
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after so many evaluations without improvement; 0 never stops early."}
+    )
+    wandb_project: str | None = field(
+        default=None,
+        metadata={"help": "Project of `--report_to wandb`; by default the environment's WANDB_PROJECT."},
     )
     muon_learning_rate: float = field(
         default=0.0,
@@ -124,12 +129,14 @@ class CompressionTrainer(Trainer):
 
     Attributes:
         arguments_class: what `args` must be; built with its defaults where `args` is None.
+        stage: what `best.json` calls this training.
         data_columns: columns that the loss reads and the model's forward does not name, kept under Trainer's default
             `remove_unused_columns=True`; None where the collator reads whole rows, which turns that argument off.
     """
 
     args: CompressionTrainingArguments
     arguments_class: type[CompressionTrainingArguments] = CompressionTrainingArguments
+    stage: str = "training"
     data_columns: tuple[str, ...] | None = ()
 
     def __init__(self, model=None, args=None, *positional, **kwargs):
@@ -138,11 +145,15 @@ class CompressionTrainer(Trainer):
             args.remove_unused_columns = False
         self._grad_norm = 0.0
         super().__init__(model, args, *positional, **kwargs)
+        configure_trackers(self)
+        self.training_log = TrainingLog(self.args.output_dir)
+        self.best_model = BestModel(self.args.output_dir, self.stage)
         self.average: AveragedModel | None = None
         self._resume_folder: str | None = None
         self._scalars: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._clock = Clock()
-        self.add_callback(self._clock)
+        for callback in (self._clock, self.training_log, self.best_model):
+            self.add_callback(callback)
         self.add_callback(_AverageCallback(self))
         if self.args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
@@ -276,7 +287,13 @@ class CompressionTrainer(Trainer):
         if "loss" in logs:
             logs |= {name: torch.stack(values).mean().item() for name, values in self._scalars.items() if values}
             self._scalars.clear()
-        super().log(logs, start_time)
+        named = tracker_names(logs)
+        best = self.best_model.value(self.args, logs)
+        if best is not None:
+            named[f"eval_best_{self.best_model.metric(self.args)}"] = best
+        super().log(named, start_time)
+        # Trainer adds the epoch to what `evaluate` returns.
+        logs.update({name: value for name, value in named.items() if name == "epoch"})
 
     # ------------------------------------------------------------------ averaged weights
     def _start_auxiliary(self) -> None:

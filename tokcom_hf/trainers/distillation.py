@@ -50,6 +50,7 @@ class DistillationTrainer(FlowTrainer):
     """
 
     arguments_class = DistillationTrainingArguments
+    stage = "distillation"
 
     def __init__(self, model=None, args=None, *positional, teacher: Any = None, **kwargs):
         if teacher is None:

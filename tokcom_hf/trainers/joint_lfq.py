@@ -81,6 +81,7 @@ class JointLFQTrainer(CompressionTrainer):
 
     args: JointLFQTrainingArguments
     arguments_class = JointLFQTrainingArguments
+    stage = "joint_lfq"
     data_columns = None
 
     def __init__(

@@ -4,15 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..metrics.lfq import code_indices
-from ..models.chunked_cross_entropy import LOGITS_AT_ONCE
 from ..models.lfq_rows import vocabulary_of
 from ..models.modeling_lfq import LFQQuantizer, LFQQuantizerOutput
 from ..models.modeling_lfq_expanded import LFQExpandedModel
 from ..models.vector_search import all_reduce, world_size
+from .joint_lfq_normalizer import summed_log_normalizer
 
 
 @dataclass
@@ -41,25 +40,6 @@ class JointLFQOutput(ModelOutput):
 def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> torch.Tensor:
     """Final hidden states `(batch, length, hidden)` of a transformers model, without its head."""
     return base.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
-
-
-def lfq_logsumexp(rows: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """log Σ exp `(n,)` of the logits that the new rows give hidden states `(n, hidden)`.
-
-    A part of the logits is in memory at a time, and computed again in the backward.
-    """
-    size = max(1, LOGITS_AT_ONCE // len(rows.embedding))
-    sums = [
-        checkpoint(_part_logsumexp, rows, part, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else _part_logsumexp(rows, part)
-        for part in hidden_states.split(size)
-    ]
-    return torch.cat(sums)
-
-
-def _part_logsumexp(rows: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    return rows(hidden_states, as_head=True).float().logsumexp(-1)
 
 
 @torch.no_grad()
@@ -199,23 +179,25 @@ class JointLFQModel(nn.Module):
             KL(teacher ‖ student) over all ids, the student's logits of old ids, and the probability of LFQ ids per token.
         """
         logits = self.language_model.original_logits(states)
-        new = lfq_logsumexp(self.language_model.lfq_rows, states)
-        whole = torch.logaddexp(logits.float().logsumexp(-1), new)
-        return self.kl(teacher_logits, logits.float() - whole[:, None]), logits, (new - whole).exp().detach()
+        old = logits.float().logsumexp(-1)
+        total, whole, mass = summed_log_normalizer(states, old, *self.language_model.lfq_rows.tables())
+        return self.kl(teacher_logits, logits.float() - whole[:, None], total), logits, mass
 
-    def kl(self, teacher_logits: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    def kl(self, teacher_logits: torch.Tensor, student: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """KL(teacher ‖ student) in nats per answer token of the global batch.
 
         Args:
             teacher_logits: `(answer tokens, old vocabulary)`; the teacher gives new ids no probability.
-            student: log-probabilities of old ids, normalised over old and new ones.
+            student: log-probabilities of old ids, normalised over old and new ones; the normaliser has no gradient here.
+            total: sum of the rows' log-normalisers, which carries their gradient.
         """
         teacher = teacher_logits.float().log_softmax(-1)
         count = torch.tensor(float(max(1, len(teacher))), device=teacher.device)
         if self.training:
             # Ranks hold different numbers of answer tokens; DDP averages over ranks.
             count = all_reduce(count) / world_size()
-        return (teacher.exp() * (teacher - student)).sum() / count
+        # The teacher's probabilities sum to 1, so that each row's normaliser counts once.
+        return ((teacher.exp() * (teacher - student)).sum() + (total - total.detach())) / count
 
     def forward(
         self,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from .trackers import log_table
+
 
 class SampleTableCallback(TrainerCallback):
     """Every `args.sample_every` epochs asks the trainer for `sample_table(decode_text)` and shows it."""
@@ -48,7 +50,7 @@ class SampleTableCallback(TrainerCallback):
         with (Path(args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **table}) + "\n")
         self._print(table, state)
-        self._track(table, state.global_step)
+        log_table(trainer, "samples", table)
 
     def _print(self, table: dict[str, list[str]], state) -> None:
         lines = [f"samples at step {state.global_step} (epoch {state.epoch:.2f})"]
@@ -60,16 +62,3 @@ class SampleTableCallback(TrainerCallback):
         # A terminal that knows few characters must not end the training.
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print("\n" + "\n".join(lines).encode(encoding, "replace").decode(encoding), flush=True)
-
-    def _track(self, table: dict[str, list[str]], step: int) -> None:
-        for callback in self.trainer.callback_handler.callbacks:
-            writer = getattr(callback, "tb_writer", None)
-            if writer is not None:
-                header = "| " + " | ".join(table) + " |\n|" + "---|" * len(table)
-                rows = [
-                    "| " + " | ".join(" ".join(cell.split()) for cell in row) + " |" for row in zip(*table.values())
-                ]
-                writer.add_text("samples", "\n".join([header, *rows]), step)
-            wandb = getattr(callback, "_wandb", None)
-            if wandb is not None and getattr(wandb, "run", None) is not None:
-                wandb.log({"samples": wandb.Table(columns=list(table), data=[list(r) for r in zip(*table.values())])})

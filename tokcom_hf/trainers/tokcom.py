@@ -102,6 +102,7 @@ class TokComVAETrainer(TokComTrainer):
     """Trains a `TokComVAE` on rows of `input_ids` and `attention_mask`; padding is not part of the loss."""
 
     arguments_class = TokComVAETrainingArguments
+    stage = "vae"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
@@ -197,6 +198,7 @@ class DenoiserTrainer(FlowTrainer):
     """
 
     arguments_class = DenoiserTrainingArguments
+    stage = "diffusion"
 
     def __init__(self, model=None, *args, **kwargs):
         if model is not None:

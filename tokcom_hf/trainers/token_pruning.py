@@ -90,6 +90,7 @@ class TokenPruningTrainer(CompressionTrainer):
 
     args: TokenPruningTrainingArguments
     arguments_class = TokenPruningTrainingArguments
+    stage = "token_pruning"
     data_columns = None
 
     def __init__(

@@ -86,6 +86,7 @@ class VQGANTrainer(CompressionTrainer):
 
     args: VQGANTrainingArguments
     arguments_class = VQGANTrainingArguments
+    stage = "vqgan"
     data_columns = None
 
     def __init__(

@@ -1,0 +1,178 @@
+"""What a run leaves for its reader: names in the trackers, tables of samples, `logs/training.log`, `best.json`.
+
+transformers' own callbacks (TensorBoard, wandb, Trackio, Comet, ...) do the tracking; here is only what they leave open.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import patch_environment
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+LOG_FILE = "logs/training.log"
+TENSORBOARD_FOLDER = "logs/tensorboard"
+BEST_FILE = "best.json"
+
+
+class TrackerName(str):
+    """A name that reaches the trackers as it is, for example `vae/batch_loss`.
+
+    transformers' integrations write `"train/" + name` for every name that is no evaluation's. Python asks the right-hand
+    operand first where it is of a subclass, and this one answers with itself alone.
+    """
+
+    __slots__ = ()
+
+    def __radd__(self, prefix: str) -> str:
+        return str(self)
+
+
+def tracker_names(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """`logs` with every name that holds a slash as a `TrackerName`."""
+    return {TrackerName(name) if "/" in name else name: value for name, value in logs.items()}
+
+
+class ProjectWandbCallback(WandbCallback):
+    """`WandbCallback` that takes the project from `args.wandb_project`; the original reads only the environment."""
+
+    def setup(self, args, state, model, **kwargs):
+        project = getattr(args, "wandb_project", None)
+        with patch_environment(WANDB_PROJECT=project) if project else nullcontext():
+            super().setup(args, state, model, **kwargs)
+
+
+def configure_trackers(trainer: Any) -> None:
+    """Gives the trainer's wandb callback its project, and its TensorBoard callback a folder inside the run's."""
+    callbacks = trainer.callback_handler.callbacks
+    for position, callback in enumerate(callbacks):
+        # A caller's own subclass stays as it is.
+        if type(callback) is WandbCallback:
+            callbacks[position] = ProjectWandbCallback()
+        elif type(callback) is TensorBoardCallback and callback.logging_dir is None:
+            callback.logging_dir = str(Path(trainer.args.output_dir) / TENSORBOARD_FOLDER)
+
+
+def log_table(trainer: Any, name: str, table: Mapping[str, Sequence[Any]]) -> None:
+    """Sends a table to the trackers in use: `wandb.Table` under `name`, Markdown in TensorBoard's texts.
+
+    Args:
+        trainer: whose callbacks and step are used; ranks but the first send nothing.
+        name: as in the tracker, for example `vae/reconstructions`.
+        table: column -> cells, all of one length.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    step, rows = trainer.state.global_step, [list(row) for row in zip(*table.values(), strict=True)]
+    for callback in trainer.callback_handler.callbacks:
+        writer = getattr(callback, "tb_writer", None)
+        if writer is not None:
+            lines = ["| " + " | ".join(table) + " |", "|" + "---|" * len(table)]
+            lines += ["| " + " | ".join(" ".join(str(cell).split()) for cell in row) + " |" for row in rows]
+            writer.add_text(name, "\n".join(lines), step)
+        wandb = getattr(callback, "_wandb", None)
+        if wandb is not None and getattr(wandb, "run", None) is not None:
+            wandb.log({name: wandb.Table(columns=list(table), data=rows), "train/global_step": step})
+
+
+class TrainingLog(TrainerCallback):
+    """Writes what a run logs into `<output_dir>/logs/training.log`, a line each; a resumed run goes on in the same file."""
+
+    def __init__(self, output_dir: str | Path):
+        self.path = Path(output_dir) / LOG_FILE
+        self._writes = False
+
+    def write(self, text: str) -> None:
+        """Appends a line with its time; does nothing outside training and on ranks but the first."""
+        if self._writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [INFO] {text}\n")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._writes = state.is_world_process_zero
+        self.write(f"training from step {state.global_step} to {state.max_steps}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        values = ", ".join(
+            f"{name}: {value:.6g}" if isinstance(value, (int, float)) else f"{name}: {value}"
+            for name, value in (logs or {}).items()
+        )
+        self.write(f"[Step {state.global_step}] {values}")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.write(f"saved checkpoint-{state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.write(f"training ended at step {state.global_step}")
+        self._writes = False
+
+
+class BestModel(TrainerCallback):
+    """Keeps `<output_dir>/best.json`: stage, epoch and step of the best evaluation so far, its metric and value.
+
+    The metric is `metric_for_best_model`, or the loss where none is named. `checkpoint` is the folder of that step, None
+    where none was saved or `save_total_limit` has removed it.
+    """
+
+    def __init__(self, output_dir: str | Path, stage: str):
+        self.folder, self.stage = Path(output_dir), stage
+        self.record: dict[str, Any] | None = None
+        self._training = False
+
+    def metric(self, args) -> str:
+        """Name without `eval_`."""
+        return str(args.metric_for_best_model or "loss").removeprefix("eval_")
+
+    def value(self, args, metrics: Mapping[str, Any]) -> float | None:
+        """The best value so far, `metrics` included; None where they lack the metric or nothing is being trained."""
+        value = metrics.get(f"eval_{self.metric(args)}")
+        if not self._training or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return None
+        return float(value) if self._is_better(args, value) else self.record["value"]
+
+    def _is_better(self, args, value: float) -> bool:
+        if self.record is None or self.record["metric"] != self.metric(args):
+            return True
+        greater = args.greater_is_better
+        greater = not self.metric(args).endswith("loss") if greater is None else greater
+        return value > self.record["value"] if greater else value < self.record["value"]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._training, self.record = True, None
+        if state.global_step and (self.folder / BEST_FILE).is_file():
+            record = json.loads((self.folder / BEST_FILE).read_text(encoding="utf-8"))
+            # An evaluation behind the checkpoint that is gone on from has not happened in this run.
+            self.record = record if record["step"] <= state.global_step else None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._training = False
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics = metrics or {}
+        value = self.value(args, metrics)
+        if value is None or not self._is_better(args, metrics[f"eval_{self.metric(args)}"]):
+            return
+        self.record = {
+            "stage": self.stage, "epoch": state.epoch, "step": state.global_step, "metric": self.metric(args),
+            "value": value, "checkpoint": None,
+        }  # fmt: skip
+        self._write(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.record is not None:
+            name = f"checkpoint-{self.record['step']}"
+            saved = name if (self.folder / name).is_dir() else None
+            if saved != self.record["checkpoint"]:
+                self.record["checkpoint"] = saved
+                self._write(state)
+
+    def _write(self, state) -> None:
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / BEST_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
