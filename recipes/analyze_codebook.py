@@ -4,6 +4,8 @@
     python recipes/analyze_codebook.py --model_path outputs/train_vqgan --data_dir photos --image_size 128
     python recipes/analyze_codebook.py --model_path outputs/train_vqgan --interactive
 
+`--model_path models/NAME.pt` reads the folder models/NAME of `train_vqgan.py --model_dir models --model_name NAME`.
+
 Prints utilisation, entropy and the most and least used codes; writes `summary.json`, with `--plot` the histogram and
 usage curve `usage.png`, the per-code picture table `codes.png` and reconstructions, with `--save_details` the table
 `codes.csv`: count, share, rank, norm and nearest other code of every code. `--temperature T` also reports what sampling
@@ -23,7 +25,7 @@ from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.images import FIRST_HELD_OUT, FolderImages, ProceduralImages
 from tokcom_hf.metrics.codebook import usage_of_counts, utilization_ceiling
 from tokcom_hf.metrics.image import psnr, ssim
-from tokcom_hf.models.image_processing_vqgan import as_grid
+from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor, as_grid
 from tokcom_hf.models.quantizers import EMAQuantizer
 from tokcom_hf.plots_vqgan import NO_MATPLOTLIB, plot_usage
 from tokcom_hf.trainers.vqgan_pictures import reconstruction_grid
@@ -44,6 +46,9 @@ class AnalysisArguments:
     plot: bool = field(default=False, metadata={"help": "Draw PNG figures."})
     save_details: bool = field(default=False, metadata={"help": "Write codes.csv."})
     temperature: float = field(default=0.0, metadata={"help": "Also report sampling at this temperature (ema only)."})
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda or another torch device; the accelerator where there is one."}
+    )
     interactive: bool = field(default=False, metadata={"help": "Browse the per-code table in the terminal."})
 
 
@@ -55,26 +60,27 @@ def collect(model, images, args: AnalysisArguments) -> dict:
     quality: list[torch.Tensor] = []
     pictures = None
     for start in tqdm(range(0, len(images), args.batch_size), desc="images", mininterval=1.0):
-        rows = [images[index]["pixel_values"] for index in range(start, min(len(images), start + args.batch_size))]
-        pixels = torch.stack(rows)
-        output = model(pixels)
+        rows = [images[index] for index in range(start, min(len(images), start + args.batch_size))]
+        inputs = {name: torch.stack([row[name] for row in rows]).to(model.device) for name in rows[0]}
+        pixels, target = inputs["pixel_values"], inputs.get("labels", inputs["pixel_values"])
+        output = model(**inputs)
         image = output.reconstruction.clamp(-1, 1)
-        counts += torch.bincount(output.codes.flatten(), minlength=size)
-        quality.append(torch.stack([psnr(image, pixels), ssim(image, pixels)], dim=1))
-        pictures = pictures or (pixels[:16], image[:16])
+        counts += torch.bincount(output.codes.flatten(), minlength=size).cpu()
+        quality.append(torch.stack([psnr(image, target), ssim(image, target)], dim=1).cpu())
+        pictures = pictures or (target[:16].cpu(), image[:16].cpu())
         if args.temperature > 0:
             quantizer = model.quantizer
             features = model.features(pixels).float()
             vectors = quantizer.prepare(quantizer.project_in(features).reshape(-1, quantizer.width))
             quantizer.temperature = args.temperature
-            sampled += torch.bincount(quantizer.sample_codes(vectors), minlength=size)
+            sampled += torch.bincount(quantizer.sample_codes(vectors), minlength=size).cpu()
     return {"counts": counts, "sampled": sampled, "quality": torch.cat(quality).mean(0), "pictures": pictures}
 
 
 def code_table(model, counts: torch.Tensor) -> list[dict]:
     """One row per code, in order of the codes."""
     size = len(counts)
-    vectors = model.quantizer.vectors_of(torch.arange(size)).float()
+    vectors = model.quantizer.vectors_of(torch.arange(size, device=model.device)).float().cpu()
     ranks = counts.argsort(descending=True, stable=True).argsort()
     rows = []
     for part in torch.arange(size).split(512):
@@ -136,8 +142,40 @@ def browse(rows: list[dict], page: int = 20) -> None:
 def code_pictures(model, rows: list[dict], processor, limit: int = 64):
     """What the most used codes look like: each decoded as a 4 × 4 map of itself, most used first."""
     best = [row["code"] for row in sorted(rows, key=lambda row: -row["count"])[:limit]]
-    codes = torch.tensor(best)[:, None, None].expand(-1, 4, 4)
+    codes = torch.tensor(best, device=model.device)[:, None, None].expand(-1, 4, 4)
     return as_grid(processor.postprocess(model.decode_codes(codes)), 16)
+
+
+def model_folder(path: str) -> str:
+    """`path`, or the folder of that name without `.pt`, under which training runs leave their model.
+
+    Raises:
+        ValueError: a `.pt` file, which this package neither writes nor reads as a VQGAN.
+    """
+    if not path.endswith(".pt"):
+        return path
+    folder = Path(path.removesuffix(".pt"))
+    if folder.is_dir():
+        return str(folder)
+    if Path(path).is_file():
+        raise ValueError(f"{path} is a file of weights; --model_path needs a folder that train_vqgan.py wrote.")
+    raise FileNotFoundError(
+        f"Neither {path} nor the folder {folder} exists; --model_path needs a folder that train_vqgan.py wrote."
+    )
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device called `name`, or the accelerator where there is one.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"Device {name!r} cannot be used here; give --device cpu.") from error
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -145,7 +183,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = AnalysisArguments(**parse_recipe(__doc__, {"analysis": AnalysisArguments}, None, argv)["analysis"])
     if args.batch_size < 1 or args.num_images < 1 or args.temperature < 0:
         raise ValueError("batch_size and num_images must be at least 1 and temperature not negative.")
-    model = AutoModel.from_pretrained(args.model_path).eval()
+    args.model_path = model_folder(args.model_path)
+    device = torch_device(args.device)
+    model = AutoModel.from_pretrained(args.model_path).eval().to(device)
     processor = AutoImageProcessor.from_pretrained(args.model_path)
     if args.temperature > 0 and not isinstance(model.quantizer, EMAQuantizer):
         raise ValueError(f"temperature needs an ema quantizer; this model has {model.config.quantizer!r}.")
@@ -160,6 +200,10 @@ def main(argv: list[str] | None = None) -> dict:
         images.length = min(len(images), args.num_images)
     else:
         images = ProceduralImages(args.num_images, processor, first=FIRST_HELD_OUT)
+    if model.config.out_channels != model.config.in_channels:
+        images.target_processor = VQGANImageProcessor(
+            processor.image_size, model.config.out_channels, processor.resize_mode, processor.size_divisor
+        )
     found = collect(model, images, args)
     counts, size = found["counts"], model.config.codebook_size
     summary = {

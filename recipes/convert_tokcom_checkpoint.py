@@ -15,7 +15,7 @@ from pathlib import Path
 from tokcom_hf import TokComModel
 from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.tokcom_checkpoint import convert_checkpoint, read_checkpoint
+from tokcom_hf.data.tokcom_checkpoint import checkpoint_settings, convert_checkpoint, read_checkpoint
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
 from tokcom_hf.run_folders import check_new_folder
 
@@ -49,6 +49,10 @@ def main() -> None:
     print(
         f"stage {checkpoint.get('stage')!r}, epoch {checkpoint.get('epoch')}, validation loss {checkpoint.get('val_loss')}"
     )
+    if tokenizer is None:
+        print(
+            f"  trained with the tokenizer {checkpoint_settings(checkpoint)['tokenizer_path']!r}; --tokenizer saves it here"
+        )
     for name, part in (("VAE", vae), ("denoiser", model.denoiser if whole else None)):
         if part is not None:
             print(f"  {name}: {part.num_parameters():,} parameters")

@@ -18,11 +18,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tokcom_hf import PrunedVLM
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.vqa import VQACollator
-from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
+from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
 from tokcom_hf.metrics.prefill import time_modes
 from tokcom_hf.plots_pruning import plot_kept_patches
-from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
+from tokcom_hf.trainers.pruning_evaluation import evaluate_mode, named_metrics
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "eval_token_pruning.yaml"
 
@@ -37,6 +36,7 @@ class RunArguments:
     strategy: str | None = field(default=None, metadata={"help": "Training-free strategy on an unpruned VLM."})
     keep: int | None = field(default=None, metadata={"help": "Vision tokens per image that the strategy keeps."})
     max_new_tokens: int = field(default=4, metadata={"help": "Longest answer."})
+    caption_max_new_tokens: int = field(default=64, metadata={"help": "Longest caption (--task caption or both)."})
     batch_size: int = field(default=50, metadata={"help": "Questions per batch."})
     pictures: int = field(default=4, metadata={"help": "Images drawn with the patches that each layer keeps."})
     repeats: int = field(default=5, metadata={"help": "Repetitions of the time measurement."})
@@ -53,30 +53,27 @@ def main() -> None:
     base_model = model.config.base_model_name_or_path or run.model
     base_model = run.model if base_model == "base" else base_model
     _, rows = load_vqa_rows(source, base_model, training=False)
-    collator = VQACollator(processor, source.prompt, answers=False)
+    collator = vqa_collator(source, processor, answers=False, kept=model.config.tokens_kept)
 
-    modes = ["origin", "merge_only", "soft", "hard"] if model.layer_pruner is not None else ["origin", "hard"]
-    table = {m: evaluate_mode(model, collator, rows, m, run.max_new_tokens, run.batch_size) for m in modes}
+    learned = model.token_merger is not None or model.layer_pruner is not None
+    modes = ["origin", "merge_only", "soft", "hard"] if learned else ["origin", "hard"]
+    lengths = {"max_new_tokens": run.max_new_tokens, "caption_max_new_tokens": run.caption_max_new_tokens}
+    table = {m: evaluate_mode(model, collator, rows, m, batch_size=run.batch_size, **lengths) for m in modes}
     batch = collator([rows[i] for i in range(min(run.batch_size, len(rows)))])
     times = time_modes(model, batch, ["origin", "hard"], run.repeats)
     out = Path(run.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    results = {
-        "accuracy_baseline": table["origin"]["accuracy"]["all"],
-        "accuracy_hard": table["hard"]["accuracy"]["all"],
-        "avg_original_tokens": table["origin"]["vision_tokens"],
-        "avg_merged_tokens": table["hard"]["vision_tokens_per_layer"][0],
-        "keep_ratio_merge": table["hard"]["vision_tokens_per_layer"][0] / table["origin"]["vision_tokens"],
+    results = named_metrics(table) | {
         "modes": {m: {k: v for k, v in r.items() if k not in ("scores", "answers")} for m, r in table.items()},
         "times": times,
     }
-    if "soft" in table:
-        results["accuracy_soft"] = table["soft"]["accuracy"]["all"]
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     shown = [rows[i] for i in range(min(run.pictures, len(rows)))]
     model.pruning_mode = "hard"
     told = plot_kept_patches(model, collator, shown, out / "kept_patches.png")
     print_table(table, times)
+    for name, value in named_metrics(table).items():
+        print(f"{name}: {value:.4g}")
     print(told)
 
 
@@ -95,14 +92,17 @@ def load_model(run: RunArguments) -> PrunedVLM:
 
 def print_table(table: dict, times: dict) -> None:
     kinds = list(table["origin"]["accuracy"])
-    print(f"{'mode':12s}" + "".join(f"{kind:>10s}" for kind in kinds) + f"{'FLOPs':>8s}{'seq.':>7s}{'KV':>7s}  tokens")
+    print(
+        f"{'mode':12s}"
+        + "".join(f"{kind:>10s}" for kind in kinds)
+        + f"{'BLEU':>7s}{'FLOPs':>8s}{'seq.':>7s}{'KV':>7s}  tokens"
+    )
     for mode, r in table.items():
         accuracies = "".join(f"{100 * r['accuracy'][kind]:9.1f}%" for kind in kinds)
         kv = r["kv_bytes"] / r["kv_bytes_origin"]
         tokens = " ".join(f"{n:.0f}" for n in r["vision_tokens_per_layer"])
-        print(
-            f"{mode:12s}{accuracies}{100 * r['flops_ratio']:7.1f}%{100 * r['sequence_kept']:6.1f}%{100 * kv:6.1f}%  {tokens}"
-        )
+        cost = f"{100 * r['flops_ratio']:7.1f}%{100 * r['sequence_kept']:6.1f}%{100 * kv:6.1f}%"
+        print(f"{mode:12s}{accuracies}{r['bleu']:7.1f}{cost}  {tokens}")
     for mode, seconds in times.items():
         print(
             f"{mode:12s} prefill {1000 * seconds['prefill']:.1f} ms, one decoded token {1000 * seconds['decode']:.2f} ms"

@@ -6,9 +6,12 @@
     python recipes/infer_tokcom.py --model outputs/tokcom --mode denoise_reconstruct --text "Any text." --noise_level 0.5
     python recipes/infer_tokcom.py --model outputs/tokcom --mode encode --text "Any text." --output_file a.safetensors
     python recipes/infer_tokcom.py --model outputs/tokcom --mode decode --latents a.safetensors
+    python recipes/infer_tokcom.py --checkpoint checkpoints/best_diffusion.pt --mode generate --num_steps 50
 
-Text comes from --text (or --prompt) or from --input_file: a .jsonl, .ndjson or .json file gives one text per line,
-any other file is one text. Results go to the terminal, and to --output_file where that is given (.jsonl: one per line).
+A model is a folder, a Hub name, or a documented checkpoint (.pt), which is converted in memory. Text comes from --text (or
+--prompt) or from --input_file: a .jsonl, .ndjson or .json file gives one text per line, any other file is one text. Results
+go to the terminal, and to --output_file where that is given (.jsonl: one per line). Latents are written as safetensors, or
+as a torch file where --output_file ends with .pt.
 """
 
 import json
@@ -25,7 +28,9 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latents import load_latents, save_latents
 from tokcom_hf.data.text import read_json_lines
 from tokcom_hf.data.text_files import is_json_lines, read_text
+from tokcom_hf.data.tokcom_checkpoint import is_checkpoint_file, load_checkpoint_file
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
+from tokcom_hf.documented_names import INFER_TOKCOM
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
 GENERATING = ("generate", "conditional")
@@ -40,7 +45,7 @@ ONLY_IN = {
 class InferenceArguments:
     """What to do, with which model."""
 
-    model: str = field(default="outputs/tokcom", metadata={"help": "Folder or Hub name of a trained model."})
+    model: str = field(default="outputs/tokcom", metadata={"help": "Trained model: folder, Hub name or .pt file."})
     mode: str = field(default="generate", metadata={"help": "One of " + ", ".join(MODES) + "."})
     text: str | None = field(default=None, metadata={"help": "Text to reconstruct, denoise or encode."})
     prompt: str | None = field(default=None, metadata={"help": "Beginning to continue (mode conditional)."})
@@ -70,16 +75,16 @@ class InferenceArguments:
     )
     seed: int | None = field(default=None, metadata={"help": "Makes the output reproducible."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the best there is."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where the model's folder has none."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where the model names none."})
     output_file: str | None = field(default=None, metadata={"help": "File for the result; latents in mode encode."})
 
 
-def main() -> None:
-    run = InferenceArguments(**parse_recipe(__doc__, {"run": InferenceArguments})["run"])
+def main(argv: list[str] | None = None) -> None:
+    sections = {"run": InferenceArguments}
+    run = InferenceArguments(**parse_recipe(__doc__, sections, argv=argv, aliases=INFER_TOKCOM)["run"])
     check_arguments(run)
     texts = [] if run.mode in ("generate", "decode") else read_texts(run)
-    model = load_model(run)
-    tokenizer = load_tokenizer(run.tokenizer or run.model)
+    model, tokenizer = load(run)
     check_tokenizer(tokenizer, vae_config(model))
     if run.mode == "generate":
         results = generate(model, tokenizer, run)
@@ -131,13 +136,17 @@ def read_texts(run: InferenceArguments) -> list[str]:
     return texts
 
 
-def load_model(run: InferenceArguments) -> Any:
-    """The model on its device; a `TokComVAE` alone is enough to reconstruct, encode and decode."""
-    try:
-        model = AutoModel.from_pretrained(run.model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"Model {run.model!r} cannot be loaded: {reason}") from None
+def load(run: InferenceArguments) -> tuple[Any, Any]:
+    """The model on its device, and its tokenizer; a `TokComVAE` alone is enough to reconstruct, encode and decode."""
+    if is_checkpoint_file(run.model):
+        model, tokenizer = load_checkpoint_file(run.model, run.tokenizer)
+    else:
+        try:
+            model = AutoModel.from_pretrained(run.model)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise OSError(f"Model {run.model!r} cannot be loaded: {reason}") from None
+        tokenizer = None
     allowed: tuple[type, ...] = (TokComModel,)
     if run.mode in ("reconstruct", "encode", "decode"):
         allowed = (TokComModel, TokComVAE)
@@ -148,9 +157,10 @@ def load_model(run: InferenceArguments) -> Any:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return model.to(device).eval()
+        model = model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {run.device} cannot be used: {str(error).splitlines()[0]}") from None
+    return model, tokenizer or load_tokenizer(run.tokenizer or run.model)
 
 
 def vae_config(model: Any) -> Any:

@@ -17,8 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from tokcom_hf import TokenPruningTrainer, TokenPruningTrainingArguments
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.vqa import VQACollator
-from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
+from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
 
 
 @dataclass
@@ -54,13 +53,14 @@ def main() -> None:
         set_seed(run.seed)
         return build_model(AutoModelForImageTextToText.from_pretrained(run.base_model, dtype=run.dtype), run, values)
 
+    kept = None if source.max_vision_tokens is None else fresh_model().config.tokens_kept
     trainer = TokenPruningTrainer(
         model_init=fresh_model,
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=VQACollator(processor, source.prompt),
-        generation_collator=VQACollator(processor, source.prompt, answers=False),
+        data_collator=vqa_collator(source, processor, kept=kept),
+        generation_collator=vqa_collator(source, processor, answers=False, kept=kept),
     )
     best = trainer.hyperparameter_search(
         hp_space=search_space,

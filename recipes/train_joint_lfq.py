@@ -26,12 +26,13 @@ from typing import Any
 from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, set_seed
 
-from tokcom_hf import JointLFQTrainer, JointLFQTrainingArguments, LFQConfig, LFQExpandedModel, LFQQuantizer
+from tokcom_hf import JointLFQModel, JointLFQTrainer, JointLFQTrainingArguments, LFQConfig, equip_internvl
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.captions import JointLFQCollator, SceneArguments, read_image_text_jsonl, scene_caption_rows
 from tokcom_hf.data.small_internvl import TileProcessor
 from tokcom_hf.data.vqa import VQACollator
+from tokcom_hf.documented_names import TRAIN_JOINT_LFQ
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.plots_lfq import plot_joint_training
@@ -39,7 +40,6 @@ from tokcom_hf.plots_vqgan import NO_MATPLOTLIB
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.joint_lfq_evaluation import evaluate_joint
-from tokcom_hf.trainers.joint_lfq_model import JointLFQModel
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_joint_lfq.yaml"
 SMALL_INTERNVL = "outputs/small_internvl"
@@ -65,9 +65,14 @@ class RunArguments(RunFolderArguments):
     )
     prompt: str = field(default="<image> {question}", metadata={"help": "Prompt of a question."})
     caption_prompt: str = field(default="{caption}", metadata={"help": "Prompt of an image to be drawn."})
+    expand_vocabulary: bool = field(
+        default=True, metadata={"help": "Add the LFQ ids; false: images are read as codes and never drawn."}
+    )
     embedding_init_method: str = field(
         default="mean", metadata={"help": "Start of the new rows: mean, random, zeros."}
     )
+    embedding_init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the new rows."})
+    freeze_original: bool = field(default=True, metadata={"help": "Old vocabulary rows do not train."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32 or bfloat16."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
@@ -78,8 +83,11 @@ SECTIONS = {"run": RunArguments, "quantizer": LFQConfig, "training": JointLFQTra
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains, evaluates, saves; returns the results (empty on all ranks but the first)."""
-    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_JOINT_LFQ)
     run = RunArguments(**values["run"])
+    if not run.expand_vocabulary:
+        # Without LFQ ids nothing is drawn, so that there is no such loss.
+        values["training"]["generation_weight"] = 0.0
     if bool(run.image_text_file) != bool(run.eval_file):
         raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
     upload = take_upload(values["training"])
@@ -95,8 +103,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     base = AutoModelForImageTextToText.from_pretrained(run.base, dtype=run.dtype)
     model = build_model(base, processor, run, values["quantizer"])
     train, held_out = load_rows(run)
-    sizes = {"quantizer": model.quantizer, "new rows": model.language_model.lfq_rows, "base": base}
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in sizes.items()}
+    sizes = {"quantizer": model.quantizer.parameters(), "new rows": model.new_rows(), "base": base.parameters()}
+    parameters = {name: sum(p.numel() for p in part) for name, part in sizes.items()}
     state.print(f"{len(train):,} training and {len(held_out):,} held-out images; parameters: "
                 + ", ".join(f"{name} {count:,}" for name, count in parameters.items()), flush=True)  # fmt: skip
 
@@ -114,7 +122,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     before = evaluate_joint(trainer, held_out)
     began = time.time()
     start_error = trainer.start_quantizer()
-    state.print(f"quantizer fitted to features: {start_error:.1%} of their whitened variance is lost", flush=True)
+    if math.isfinite(start_error):
+        state.print(f"quantizer fitted to features: {start_error:.1%} of their whitened variance is lost", flush=True)
     starting = time.time() - began
     trainer.train(folder.checkpoint(trainer.checkpoint_files()))
     trainer.use_averaged_weights()
@@ -161,11 +170,14 @@ def build_model(base, processor: TileProcessor, run: RunArguments, quantizer: di
     """A quantizer that fits the base model, and the base model with as many new ids as the quantizer has codes."""
     width = base.get_input_embeddings().weight.shape[1]
     fixed = {"input_size": width, "llm_hidden_size": width, "num_tokens": processor.image_seq_length}
-    config = LFQConfig(**quantizer | fixed)
-    language_model = LFQExpandedModel.from_base(
-        base, config.output_dim, run.embedding_init_method, tokenizer=processor.tokenizer
-    )
-    return JointLFQModel(language_model, LFQQuantizer(config))
+    expansion = {
+        "enabled": run.expand_vocabulary,
+        "embedding_init_method": run.embedding_init_method,
+        "embedding_init_std": run.embedding_init_std,
+        "freeze_original": run.freeze_original,
+    }
+    config = {"model": {"vocab_expansion": expansion}, "quantizer": quantizer | fixed}
+    return equip_internvl(base, config, processor.tokenizer)
 
 
 def load_rows(run: RunArguments):
@@ -189,7 +201,9 @@ def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, An
     model.quantizer.save_pretrained(out / "quantizer")
     # What is pushed must not refer to a folder of this machine.
     whole = repo_id is not None and Path(run.base).is_dir()
-    model.language_model.save_pretrained(out / "model", include_base=True if whole else None)
+    model.language_model.save_pretrained(
+        out / "model", **({"include_base": True if whole else None} if model.draws else {})
+    )
     processor.save_pretrained(out / "model")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     drawn = plot_joint_training(trainer.state.log_history, after, out / "joint_training.png")
@@ -219,14 +233,16 @@ def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, An
         )
     row = lambda name: f"{before[name]:.4f} before, {after[name]:.4f} after training"  # noqa: E731
     print(f"\nheld-out, {results['held_out_images']} images, {after['tokens']:,} tokens")
-    print(f"  generation loss {after['generation_loss']:.3f} nats per token; all codes alike would give ln "
-          f"{model.quantizer.config.codebook_size:,} = {after['generation_chance']:.3f}, before training "
-          f"{before['generation_loss']:.3f}")  # fmt: skip
-    print(f"    without captions {after['generation_loss_no_caption']:.3f}; entropy of the codes' own frequencies "
-          f"{after['entropy']:.3f}")  # fmt: skip
+    if model.draws:
+        print(f"  generation loss {after['generation_loss']:.3f} nats per token; all codes alike would give ln "
+              f"{model.quantizer.config.codebook_size:,} = {after['generation_chance']:.3f}, before training "
+              f"{before['generation_loss']:.3f}")  # fmt: skip
+        print(f"    without captions {after['generation_loss_no_caption']:.3f}; entropy of the codes' own frequencies "
+              f"{after['entropy']:.3f}")  # fmt: skip
     print(f"  understanding KL, quantized features: {row('quantized_kl')}")
     print(f"  understanding KL, continuous features: {row('continuous_kl')}")
-    print(f"  probability of an image token where an answer's first token follows: {row('lfq_mass_first')}")
+    if model.draws:
+        print(f"  probability of an image token where an answer's first token follows: {row('lfq_mass_first')}")
     if "agreement" in after:
         print(f"  answers from quantized features equal the teacher's: {after['agreement']:.1%} of {after['questions']} "
               f"({before['agreement']:.1%} before); from continuous ones {after['continuous_agreement']:.1%}")  # fmt: skip

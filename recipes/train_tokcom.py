@@ -9,10 +9,12 @@
     accelerate launch recipes/train_tokcom.py --stage distill                    # 2 steps per block, from the model of above
 
 Leaves in the output folder: the model (`AutoModel.from_pretrained`), its tokenizer, a model card, `results.json`,
-`samples.txt`, the VAE alone in `vae/`, and the distilled model in `distilled/`.
+`samples.txt`, the VAE alone in `vae/`, and the distilled model in `distilled/`. `best.json` in the folder of a stage says at
+which epoch its loss was best.
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -40,8 +42,10 @@ from tokcom_hf import (
 from tokcom_hf.cards import EMBEDDED_TEXT, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latent_rows import encode_rows, latent_statistics
-from tokcom_hf.data.text import load_text_rows
+from tokcom_hf.data.text import hub_dataset, load_text_rows
+from tokcom_hf.data.tokcom_checkpoint_writer import check_documented, save_checkpoint
 from tokcom_hf.data.tokenizers import check_tokenizer
+from tokcom_hf.documented_names import TRAIN_TOKCOM
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.denoising import denoising_metrics
@@ -67,9 +71,21 @@ class RunArguments(RunFolderArguments):
             "'both' (the first two) or 'all'."
         },
     )
-    train_file: str | None = field(default=None, metadata={"help": "Text (.txt) or JSON lines (.jsonl) to train on."})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text (.txt) or JSON lines (.jsonl) to train on, in place of a data set that the file names.",
+            "replaces": ("dataset_name", "dataset_config"),
+        },
+    )
     text_column: str = field(default="text", metadata={"help": "Field of JSON lines and Hub data sets."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data set on the Hub; a configuration of WikiText, as wikitext-2-raw-v1, stands for itself.",
+            "replaces": ("train_file", "dataset_config"),
+        },
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     streaming: bool = field(default=False, metadata={"help": "Read the Hub data set as a stream."})
     max_documents: int | None = field(default=None, metadata={"help": "Stop reading after so many documents."})
@@ -100,6 +116,16 @@ class RunArguments(RunFolderArguments):
         default=None, metadata={"help": "Flow steps of those samples; the model's own where not set."}
     )
     prompt: str = field(default="The function returns", metadata={"help": "Prompt of the conditional sample."})
+    pt_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "Also write best_vae.pt and best_diffusion.pt, the documented files, into output_dir; the documented "
+            "architecture alone fits into them."
+        },
+    )
+
+    def __post_init__(self):
+        self.dataset_name, self.dataset_config = hub_dataset(self.dataset_name, self.dataset_config)
 
 
 # --stage -> the stages that it trains, and those that it takes from the output folder. A stage is called as its folder.
@@ -124,8 +150,8 @@ DECIDING = {
 }  # fmt: skip
 
 
-def main() -> None:
-    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
+def main(argv: list[str] | None = None) -> None:
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_TOKCOM)
     run = RunArguments(**values["run"])
     if run.stage not in STAGES:
         raise RecipeError(f"--stage must be one of {', '.join(STAGES)}, got {run.stage!r}.")
@@ -177,6 +203,8 @@ def main() -> None:
     distillation_arguments = DistillationTrainingArguments(
         **training_values(values, "distillation_training", "distilled", run)
     )
+    if run.pt_checkpoints:
+        check_documented(config)
     for stage in given:
         check_given(folder, run.stage, stage, stage_settings(values, stage))
     folder.start({stage: stage_settings(values, stage) for stage in stages})
@@ -202,7 +230,7 @@ def stage_settings(values, stage: str) -> dict[str, Any]:
     """What decides the result of a stage, that of the stages before it included."""
     order = list(DECIDING)
     names = [name for earlier in order[: order.index(stage) + 1] for name in DECIDING[earlier]]
-    shown = ("stage", "prompt", "sample_chunks", "sample_steps")
+    shown = ("stage", "prompt", "sample_chunks", "sample_steps", "pt_checkpoints")
     return settings_of({name: SECTIONS[name] for name in names}, values, ignore=shown)
 
 
@@ -266,6 +294,7 @@ def train_vae(
     ids, mask = held_out(data, 128)
     metrics = reconstruction_metrics(vae, ids, mask, SIGMAS) if trainer.is_world_process_zero() else {}
     trainer.save_model(str(out))
+    keep_best(trainer, trainer.unwrapped_model, folder.path / "best_vae.pt", run)
     if trainer.is_world_process_zero():
         untrained = reconstruction_metrics(TokComVAE(config), ids, mask, (0.0,))
         results = stage_results(trainer, parameters, metrics)
@@ -322,6 +351,7 @@ def train_denoiser(
     ids, mask = held_out(data, 64)
     metrics = denoising_metrics(model, ids, mask, TIMES) if trainer.is_world_process_zero() else {}
     trainer.save_model(str(folder.path))
+    keep_best(trainer, model, folder.path / "best_diffusion.pt", run)
     folder.finish("denoiser")
     return model, stage_results(trainer, parameters, metrics)
 
@@ -347,6 +377,23 @@ def distill(
     folder.finish("distilled")
     trainer.accelerator.wait_for_everyone()
     return model, stage_results(trainer, model.num_parameters(), metrics)
+
+
+def keep_best(trainer, model, file: Path, run: RunArguments) -> None:
+    """Puts `best.json` of a stage beside its model, and the documented checkpoint where it is wanted."""
+    if not trainer.is_world_process_zero():
+        return
+    best = trainer.best_model.record if trainer.args.load_best_model_at_end else None
+    if best is not None and not isinstance(model, TokComVAE):
+        (file.parent / "best.json").write_text(json.dumps(best, indent=2) + "\n", encoding="utf-8")
+    if run.pt_checkpoints:
+        step = trainer.state.global_step if best is None else best["step"]
+        losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+        epoch = trainer.state.epoch if best is None else best["epoch"]
+        save_checkpoint(
+            file, model, epoch=math.ceil(epoch - 1e-6), val_loss=losses.get(step), max_length=run.length,
+            tokenizer_path=run.tokenizer or str(file.parent / "vae"),
+        )  # fmt: skip
 
 
 def stage_results(trainer, parameters: int, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from tokcom_hf import (
 )
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
-from tokcom_hf.data.vqa import VQACollator
-from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options
+from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options, vqa_collator
+from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
@@ -72,7 +72,7 @@ SECTIONS = {
 
 
 def main() -> None:
-    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, aliases=TRAIN_TOKEN_PRUNING)
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
     upload = take_upload(values["training"])
     folder = RunFolder(run, "train_token_pruning")
@@ -100,8 +100,8 @@ def main() -> None:
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=VQACollator(processor, source.prompt),
-        generation_collator=VQACollator(processor, source.prompt, answers=False),
+        data_collator=vqa_collator(source, processor, kept=model.config.tokens_kept),
+        generation_collator=vqa_collator(source, processor, answers=False, kept=model.config.tokens_kept),
         discriminator=discriminator,
     )
     folder.start({"": settings_of(SECTIONS, values)})
@@ -156,7 +156,7 @@ def build_model(base, run: RunArguments, values) -> PrunedVLM:
 
 def report(out: Path, model, processor, source, held_out, run, args, seconds: float, repo_id: str | None) -> None:
     """All modes on the held-out rows: printed, saved and put into the model card."""
-    collator = VQACollator(processor, source.prompt, answers=False)
+    collator = vqa_collator(source, processor, answers=False, kept=model.config.tokens_kept)
     modes = ("origin", "merge_only", "soft", "hard")
     table = {m: evaluate_mode(model, collator, held_out, m, args.eval_max_new_tokens) for m in modes}
     slim = {m: {k: v for k, v in r.items() if k not in ("scores", "answers")} for m, r in table.items()}

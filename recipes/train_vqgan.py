@@ -1,7 +1,8 @@
 """Trains a VQGAN: images to discrete codes and back, without codebook collapse.
 
     accelerate launch recipes/train_vqgan.py                                   # procedural images, small enough for a CPU
-    accelerate launch recipes/train_vqgan.py --image_dir photos --model.image_size 128
+    accelerate launch recipes/train_vqgan.py --image_dir photos --image_size 128
+    accelerate launch recipes/train_vqgan.py --train_dir photos --val_dir held_out --epochs 100 --device cuda --use_amp
     accelerate launch recipes/train_vqgan.py --config recipes/configs/base/train_vqgan.yaml --dataset_name NAME
     accelerate launch recipes/train_vqgan.py --resume_from_checkpoint true     # go on after an interruption
 
@@ -18,6 +19,7 @@ from transformers import set_seed
 from tokcom_hf.cards import IMAGES, CardDataset, card_dataset, write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.images import image_datasets
+from tokcom_hf.documented_names import TRAIN_VQGAN
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.models.configuration_vqgan import VQGANConfig
@@ -39,7 +41,16 @@ class RunArguments(RunFolderArguments):
     """What to train on and where to write."""
 
     output_dir: str = field(default="outputs/train_vqgan", metadata={"help": "Folder of the model and the reports."})
+    model_dir: str | None = field(
+        default=None, metadata={"help": "With model_name instead of output_dir: its folder."}
+    )
+    model_name: str | None = field(
+        default=None, metadata={"help": "With model_dir: name of the model's folder in it."}
+    )
     image_dir: str | None = field(default=None, metadata={"help": "Folder of images; unreadable files are skipped."})
+    val_dir: str | None = field(
+        default=None, metadata={"help": "Folder of held-out images; without it every tenth image of image_dir."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "Hub data set with an image column."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     image_column: str = field(default="image", metadata={"help": "Column of the Hub data set."})
@@ -50,6 +61,16 @@ class RunArguments(RunFolderArguments):
     threads: int = field(
         default=0, metadata={"help": "Processor threads of a run on one CPU process; 0 takes all cores."}
     )
+
+    def __post_init__(self):
+        if self.model_dir is None and self.model_name is None:
+            return
+        if self.output_dir != type(self).output_dir:
+            raise ValueError(
+                f"output_dir {self.output_dir!r} and model_dir/model_name name two folders for the model; give one of them."
+            )
+        folder, name = Path(self.output_dir).parent, Path(self.output_dir).name
+        self.output_dir = str(Path(self.model_dir or folder) / (self.model_name or name).removesuffix(".pt"))
 
 
 SECTIONS = {
@@ -62,7 +83,7 @@ SECTIONS = {
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the recipe and returns its results."""
-    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_VQGAN)
     run = RunArguments(**values["run"])
     upload = take_upload(values["training"])
     folder = RunFolder(run, "train_vqgan", folders=("discriminator", "pictures"))
@@ -78,10 +99,24 @@ def main(argv: list[str] | None = None) -> dict:
     discriminator = None
     if args.adversarial_weight:
         settings = {"in_channels": config.out_channels, **values["discriminator"]}
+        if settings["in_channels"] != config.out_channels:
+            raise ValueError(
+                f"The discriminator sees what the model makes: discriminator.in_channels must be its {config.out_channels} "
+                f"out_channels, got {settings['in_channels']}; leave it out."
+            )
         discriminator = VQGANDiscriminator(VQGANDiscriminatorConfig(**settings))
     processor = VQGANImageProcessor(config.image_size, config.in_channels, size_divisor=config.downsample_factor)
+    target = VQGANImageProcessor(config.image_size, config.out_channels, size_divisor=config.downsample_factor)
     train_set, eval_set = image_datasets(
-        processor, run.image_dir, run.dataset_name, run.num_train, run.num_eval, run.image_column, run.dataset_config
+        processor,
+        run.image_dir,
+        run.dataset_name,
+        run.num_train,
+        run.num_eval,
+        run.image_column,
+        run.dataset_config,
+        run.val_dir,
+        target if config.out_channels != config.in_channels else None,
     )
     trainer = VQGANTrainer(
         model,

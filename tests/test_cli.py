@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tokcom_hf.cli import RecipeError, parse_recipe, read_yaml, run_recipe, suggestion
+from tokcom_hf.cli import RecipeError, parse_recipe, read_yaml, run_recipe
 from tokcom_hf.documented_names import Alias
+from tokcom_hf.suggestions import suggestion
 
 
 @dataclass
@@ -193,6 +194,37 @@ def test_documented_sections_of_a_yaml_file(tmp_path):
     file.write_text("unknown:\n  names: [x]\n")
     with pytest.raises(RecipeError, match="unknown section 'unknown'"):
         documented(config=file)
+
+
+def test_options_may_stand_without_a_section_where_documented_names_do(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("breite: 4\nseed: 3\n")
+    assert documented(config=file) == {"model": {"width": 4}, "run": {"seed": 3}}
+    with pytest.raises(RecipeError, match="unknown section 'breite'"):
+        parse(config=file)
+
+
+@dataclass
+class Source:
+    file: str | None = field(default=None, metadata={"replaces": ("name", "part")})
+    name: str | None = None
+    part: str | None = None
+
+
+def test_what_the_command_line_names_replaces_what_only_the_file_names(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("source:\n  name: a\n  part: b\n")
+
+    def given(*argv):
+        return parse_recipe("Doc.", {"source": Source}, config, list(argv))["source"]
+
+    assert given() == {"name": "a", "part": "b"}
+    assert given("--file", "c") == {"file": "c"}
+    assert given("--file", "none") == {"file": None, "name": "a", "part": "b"}
+    # What is typed stays, so that the recipe can refuse both.
+    assert given("--file", "c", "--name", "d") == {"file": "c", "name": "d"}
+    config.write_text("source:\n  file: c\n  name: a\n")
+    assert given() == {"file": "c", "name": "a"}
 
 
 def test_help_shows_documented_names_beside_their_option(capsys):

@@ -28,8 +28,12 @@ _LAZY |= {
     "encode_lfq_codes_to_tokens": "models.lfq_tokens",
     "decode_tokens_to_lfq_codes": "models.lfq_tokens",
     "LFQProcessor": "models.processing_lfq",
+    "equip_internvl": "trainers.joint_lfq_equipment",
+    "JointLFQModel": "trainers.joint_lfq_model",
     "JointLFQTrainer": "trainers.joint_lfq",
     "JointLFQTrainingArguments": "trainers.joint_lfq",
+    "load_checkpoint": "tokcom_inference",
+    "ModelArgs": "tokcom_inference",
     "TokenPruningTrainer": "trainers.token_pruning",
     "TokenPruningTrainingArguments": "trainers.token_pruning",
 }

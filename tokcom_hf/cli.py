@@ -4,6 +4,9 @@ A recipe names its sections (for example `run`, `vae`, `vae_training`), each a d
 is a mapping. On the command line `--vae.hidden_size 256` sets one field of one section, and `--seed 3` sets that field
 in every section that has it. Values are read as YAML, with `5e-4` understood as a number. A recipe may also accept
 documented names of its options (`documented_names.py`).
+
+A field whose metadata has `replaces`, a tuple of fields of its section, takes their place: on the command line it unsets
+those that only the file has set.
 """
 
 import dataclasses
@@ -22,7 +25,8 @@ import torch.distributed as dist
 import yaml
 
 from .data.text_files import read_text
-from .documented_names import Alias, Aliases, meanings, options_of
+from .documented_names import Alias, Aliases, options_of
+from .suggestions import suggestion
 
 
 class RecipeError(ValueError):
@@ -90,7 +94,9 @@ def parse_recipe(
         for section, mapping in loaded.items():
             if section not in sections:
                 documented = list(_leaves({section: mapping}, aliases or {}))
-                if not any(path in (aliases or {}) for path, _ in documented):
+                # The documents write options without a section, too.
+                known = {*(aliases or {}), *(field for cls in sections.values() for field in _fields(cls) if aliases)}
+                if not any(path in known for path, _ in documented):
                     raise RecipeError(
                         f"{config_path}: unknown section {section!r}; this recipe has {', '.join(sections)}."
                     )
@@ -98,8 +104,15 @@ def parse_recipe(
                 documented = [(f"{section}.{field}", value) for field, value in (mapping or {}).items()]
             for path, value in documented:
                 _set(values, sections, path, value, f"{config_path}: ", aliases)
+    typed: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for flag, value in overrides:
-        _set(values, sections, flag, value, "--", aliases)
+        _set(typed, sections, flag, value, "--", aliases)
+    for name, given in typed.items():
+        for field in dataclasses.fields(sections[name]):
+            if given.get(field.name) is not None:
+                for replaced in field.metadata.get("replaces", ()):
+                    values[name].pop(replaced, None)
+        values[name] |= given
     return values
 
 
@@ -144,7 +157,10 @@ def _set(values, sections, flag: str, value, origin: str, aliases: Aliases | Non
     field = (field if dot else section).replace("-", "_")
     targets = [section] if dot else [name for name, cls in sections.items() if field in _fields(cls)]
     targets = [name for name in targets if name in sections and field in _fields(sections[name])]
-    if targets:
+    own = None if dot else _documented(field, aliases or {})
+    # Of an option that several sections have, or that others belong to, the document's name means these.
+    meant = own is not None and any(option.rpartition(".")[2] == field for option in options_of(own))
+    if targets and not meant:
         for name in targets:
             values[name][field] = _convert(value, _fields(sections[name])[field], f"{origin}{flag}", origin == "--")
         return
@@ -187,62 +203,6 @@ def _set_documented(values, sections, alias: str | Alias, value, origin: str, fl
         name, _, field = option.partition(".")
         typed = origin == "--" and convert is None
         values[name][field] = _convert(result, _fields(sections[name])[field], f"{origin}{flag}", typed)
-
-
-# What others call an option, and what it may be called here; the first name that a recipe has is proposed.
-MEANINGS = {
-    "input_text": ("text", "train_file"),
-    "input": ("input_file", "train_file"),
-    "text_file": ("input_file", "train_file"),
-    "data_file": ("train_file", "image_text_file"),
-    "lr": ("learning_rate",),
-    "batch_size": ("per_device_train_batch_size",),
-    "epochs": ("num_train_epochs",),
-    "num_epochs": ("num_train_epochs",),
-    "steps": ("max_steps",),
-    "num_steps": ("max_steps",),
-    "train_dir": ("image_dir", "train_file"),
-    "data_dir": ("image_dir", "train_file"),
-    "val_dir": ("eval_file", "validation_file"),
-    "val_file": ("eval_file", "validation_file"),
-    "save_dir": ("output_dir",),
-    "sample_dir": ("output_dir",),
-    "checkpoint": ("resume_from_checkpoint", "model", "model_path"),
-    "model_dir": ("model", "model_path", "base_model", "output_dir"),
-    "model_name": ("base_model", "model", "model_path", "base"),
-    "use_amp": ("bf16",),
-    "amp": ("bf16",),
-    "no_cuda": ("use_cpu",),
-    "cpu": ("use_cpu",),
-    "dataset": ("dataset_name", "train_file"),
-}
-# Words inside an option's name.
-WORDS = {
-    "adv": "adversarial", "gan": "adversarial", "disc": "discriminator", "recon": "reconstruction", "lr": "learning_rate",
-    "bs": "batch_size", "val": "eval", "dim": "size", "perc": "perceptual", "temp": "temperature",
-}  # fmt: skip
-EMPTY_WORDS = frozenset(("loss", "num", "n", "the", "use"))
-
-
-def suggestion(name: str, known: list[str]) -> str | None:
-    """The option of `known` that `name` most likely means, by spelling or by meaning; None rather than a wrong one."""
-    meant = [other for other in (*MEANINGS.get(name, ()), *meanings(name)) if other in known]
-    if meant:
-        return meant[0]
-    for other in difflib.get_close_matches(name, known, n=5, cutoff=0.75):
-        pairs = list(zip(name.split("_"), other.split("_")))
-        alike = [difflib.SequenceMatcher(None, mine, theirs).ratio() for mine, theirs in pairs]
-        # Two options may share most of their letters and none of their sense: every word must be alike.
-        if name.replace("_", "") == other.replace("_", "") or (
-            name.count("_") == other.count("_") and min(alike) >= 0.6
-        ):
-            return other
-    words = {part for word in name.split("_") for part in WORDS.get(word, word).split("_")} - EMPTY_WORDS
-    holding = [other for other in known if words and words <= set(other.split("_"))]
-    # A single word that several options hold says too little.
-    if holding and (len(words) > 1 or len(holding) == 1):
-        return min(holding, key=len)
-    return None
 
 
 def _fields(cls: type) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 to another recipe leads to the option that means the same there.
 
 A name with dots is a path in a documented YAML file, for example `method_settings.merge_ratio`. Its last part is a flag too,
-where no option and no other path of the recipe is called so.
+where no option and no other path of the recipe is called so. A name that is an option's own may stand in a table only if it
+means that option: in one of the sections that have it, or together with others.
 """
 
 from collections.abc import Callable
@@ -27,17 +28,111 @@ class Alias:
 
 Aliases = dict[str, str | Alias]
 
-TRAIN_TOKCOM: Aliases = {}
 
-INFER_TOKCOM: Aliases = {}
+def _is_cpu(device: Any) -> bool:
+    """The value of `use_cpu` for a documented device; Trainer itself takes the first accelerator that it may see."""
+    import torch
 
-TRAIN_VQGAN: Aliases = {}
+    if device == "cpu":
+        return True
+    kind, _, index = str(device).partition(":")
+    if index not in ("", "0"):
+        raise ValueError(
+            f"a run uses the first device that it sees; give --device {kind} and choose it by the environment."
+        )
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type != kind:
+        here = "cpu" if found is None else f"{found.type} or cpu"
+        raise ValueError(f"this machine has no device {str(device)!r} that torch can use; give --device {here}.")
+    return False
+
+
+def _negated(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {value!r}.")
+    return not value
+
+
+_TOKCOM_STAGES = ("vae_training", "denoiser_training", "distillation_training")
+
+
+def _epochs(value: Any) -> tuple[float, int]:
+    """`num_train_epochs` and a `max_steps` that does not cut them short."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise ValueError(f"expected a number of epochs above 0, got {value!r}.")
+    return float(value), -1
+
+
+# Names of TrainConfig that are options here: dataset_name, chunk_size, noise_std, sample_every, num_samples, wandb_project.
+TRAIN_TOKCOM: Aliases = {
+    "tokenizer_path": "run.tokenizer",
+    "max_length": "run.length",
+    "batch_size": Alias(
+        tuple(f"{stage}.per_device_{part}_batch_size" for stage in _TOKCOM_STAGES for part in ("train", "eval"))
+    ),
+    "num_workers": Alias(tuple(f"{stage}.dataloader_num_workers" for stage in _TOKCOM_STAGES)),
+    "vae_epochs": Alias(("vae_training.num_train_epochs", "vae_training.max_steps"), _epochs),
+    "vae_lr": "vae_training.learning_rate",
+    "diffusion_epochs": Alias(("denoiser_training.num_train_epochs", "denoiser_training.max_steps"), _epochs),
+    "diffusion_lr": "denoiser_training.learning_rate",
+    "num_sample_steps": "denoiser_training.sample_steps",
+}
+
+INFER_TOKCOM: Aliases = {"checkpoint": "run.model", "input_text": "run.text"}
+
+TRAIN_VQGAN: Aliases = {
+    "train_dir": "run.image_dir",
+    # A model may see other channels than it makes; the discriminator's are those it makes.
+    "in_channels": "model.in_channels",
+    # Documented runs are counted in epochs, and evaluated and saved after each.
+    "epochs": Alias(
+        ("training.num_train_epochs", "training.max_steps", "training.eval_strategy", "training.save_strategy"),
+        lambda epochs: (epochs, -1, "epoch", "epoch"),
+    ),
+    "device": Alias("training.use_cpu", _is_cpu),
+    "use_amp": "training.bf16",
+    "CODEBOOK_CONFIG.n_embed": "model.codebook_size",
+    "CODEBOOK_CONFIG.embed_dim": "model.codebook_dim",
+    # Of the codes; the average of the weights is --training.ema_decay.
+    "CODEBOOK_CONFIG.ema_decay": "model.ema_decay",
+    "CODEBOOK_CONFIG.commitment_loss_beta": "model.commitment_weight",
+    "TRAINER_CONFIG.entropy_weight": "model.entropy_weight",
+    "TRAINER_CONFIG.l1_weight": "model.l1_weight",
+    "TRAINER_CONFIG.perceptual_weight": "training.perceptual_weight",
+    "TRAINER_CONFIG.adversarial_weight": "training.adversarial_weight",
+    "TRAINER_CONFIG.reset_low_usage_interval": Alias(
+        ("model.reset_interval", "training.reset_epochs"), lambda epochs: (0, epochs)
+    ),
+    "TRAINER_CONFIG.reset_low_usage_percentage": "model.reset_fraction",
+    "TRAINING_STRATEGY.batch_size": Alias(
+        ("training.per_device_train_batch_size", "training.per_device_eval_batch_size")
+    ),
+    "TRAINING_STRATEGY.temperature": Alias(
+        ("model.temperature", "training.temperature_schedule"), lambda temperature: (temperature, "constant")
+    ),
+    "TRAINING_STRATEGY.codebook_init": "model.codebook_init",
+    "TRAINING_STRATEGY.commitment_warmup_epochs": "training.commitment_warmup_epochs",
+    "TRAINING_STRATEGY.reset_dead_codes_threshold": Alias(
+        ("model.dead_code_threshold", "model.dead_code_unit"), lambda vectors: (vectors, "count")
+    ),
+    "TRAINING_STRATEGY.disable_codebook_expansion": Alias("training.codebook_expansion", _negated),
+    "codebook_diversity_loss": "model.diversity_weight",
+}
 
 ANALYZE_CODEBOOK: Aliases = {}
 
-TRAIN_TOKEN_PRUNING: Aliases = {}
+TRAIN_TOKEN_PRUNING: Aliases = {
+    "method_settings.max_vision_tokens": "data.max_vision_tokens",
+    "method_settings.image_max_size": "data.image_max_size",
+}
 
-TRAIN_JOINT_LFQ: Aliases = {}
+TRAIN_JOINT_LFQ: Aliases = {
+    "model.internvl_path": "run.base",
+    "model.vocab_expansion.enabled": "run.expand_vocabulary",
+    "model.vocab_expansion.embedding_init_method": "run.embedding_init_method",
+    "model.vocab_expansion.embedding_init_std": "run.embedding_init_std",
+    "model.vocab_expansion.freeze_original": "run.freeze_original",
+}
 
 TABLES = (TRAIN_TOKCOM, INFER_TOKCOM, TRAIN_VQGAN, ANALYZE_CODEBOOK, TRAIN_TOKEN_PRUNING, TRAIN_JOINT_LFQ)
 

@@ -17,6 +17,8 @@ RUN_FILES = [
     "*.npy",
     "*/training_args.bin",
     "training_args.bin",
+    "best_vae.pt",
+    "best_diffusion.pt",
     "runs/*",
     "*/runs/*",
     "logs/*",

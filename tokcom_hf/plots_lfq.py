@@ -24,7 +24,10 @@ def plot_joint_training(history: list[dict], report: dict[str, Any], path: str |
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.4))
     _curve(left, history, "joint/generation_loss", "training")
     _curve(left, history, "eval_generation_loss", "held-out", marker="o")
-    left.axhline(report["generation_chance"], color="black", linestyle="--", linewidth=0.8, label="ln of all codes")
+    if "generation_chance" in report:
+        left.axhline(
+            report["generation_chance"], color="black", linestyle="--", linewidth=0.8, label="ln of all codes"
+        )
     left.set(title="generation loss of image tokens", xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
     for name, label in (("quantized_kl", "quantized features"), ("continuous_kl", "continuous features")):
         _curve(middle, history, f"joint/{name}", label)
@@ -37,7 +40,8 @@ def plot_joint_training(history: list[dict], report: dict[str, Any], path: str |
         right.axhline(bound, color="black", linestyle="--", linewidth=0.8)
     right.set(title="held-out bits", xlabel="bit", ylim=(0, 1))
     for axis in (left, middle, right):
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -30,7 +30,8 @@ RESULT_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "README.md",
     "results.json", "budget.json", "samples.txt", "samples.jsonl", "train_latents.*", "validation_latents.*",
     "accuracy_against_noise.png", "denoising_against_time.png", "reconstructions.png", "codebook.png", "history.png",
-    "joint_training.png", "generated.png", "completed.png", "best.json", "logs/training.log",
+    "joint_training.png", "generated.png", "completed.png", "best.json", "best_vae.pt",
+    "best_diffusion.pt", "logs/training.log",
     "logs/tensorboard/events.out.tfevents.*", "step-*-reconstructions.png", "step-*-codebook.png",
 )  # fmt: skip
 

@@ -31,8 +31,8 @@ from tokcom_hf import (
     TokenPruningTrainingArguments,
 )
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.vqa import VQACollator, VQADataset
-from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
+from tokcom_hf.data.vqa import VQADataset
+from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
 from tokcom_hf.metrics.vqa import paired_bootstrap
 from tokcom_hf.models.token_selection import LAYER_STRATEGIES, STRATEGIES
 from tokcom_hf.threads import use_all_cores
@@ -92,7 +92,7 @@ class Comparison:
         train, self.rows = load_vqa_rows(self.source, run.base_model)
         assert train is not None
         self.train_rows = train
-        self.collator = VQACollator(self.processor, self.source.prompt, answers=False)
+        self.collator = vqa_collator(self.source, self.processor, answers=False)
         self.full_sequence = 0.0  # tokens of the unpruned prompt, known once it was measured
 
     def base(self):
@@ -133,7 +133,7 @@ class Comparison:
             model=model,
             args=args,
             train_dataset=self.train_rows if rows is None else rows,
-            data_collator=VQACollator(processor or self.processor, self.source.prompt),
+            data_collator=vqa_collator(self.source, processor or self.processor),
             discriminator=discriminator,
         )
         trainer.train()
@@ -143,7 +143,7 @@ class Comparison:
 
     def evaluate(self, model: PrunedVLM, rows=None, mode: str = "hard", processor=None) -> dict:
         length = self.values["training"].get("eval_max_new_tokens", 4)
-        collator = VQACollator(processor, self.source.prompt, answers=False) if processor else self.collator
+        collator = vqa_collator(self.source, processor, answers=False) if processor else self.collator
         return evaluate_mode(model, collator, self.rows if rows is None else rows, mode, length)
 
     def question_only(self) -> dict:

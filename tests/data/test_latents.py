@@ -28,13 +28,16 @@ def written(vae, tmp_path):
     return save_latents(tmp_path / "deep" / "a.safetensors", latents, [10, 4], vae), latents
 
 
-def test_several_texts_come_back_as_they_were(written, vae):
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_several_texts_come_back_as_they_were(written, vae, suffix):
     path, latents = written
+    if suffix == ".pt":
+        path = save_latents(path.rename(path.with_suffix(".pt")), latents, [10, 4], vae)
     loaded, counts = load_latents(path, vae)
     assert counts == [10, 4]
     for one, other in zip(loaded, latents, strict=True):
         torch.testing.assert_close(one, other, atol=0, rtol=0)
-    assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+    assert [file.name for file in path.parent.iterdir()] == [f"a{suffix}"]
 
 
 def test_the_whole_model_and_its_vae_and_its_bfloat16_copy_are_the_same_writer(written, vae, tmp_path):
@@ -76,6 +79,30 @@ def test_truncated_foreign_and_missing_files_are_refused(written, vae, tmp_path)
         load_latents(foreign, vae)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_latents(tmp_path / "none", vae)
+
+
+def test_a_torch_file_of_latents_holds_tensors_and_is_checked_like_the_other_kind(vae, tmp_path):
+    path = save_latents(tmp_path / "latents.pt", [torch.ones(3, 8)], [10], vae)
+    content = torch.load(path, weights_only=True)
+    assert torch.equal(content["latents"][0], torch.ones(3, 8)) and content["token_count"] == "[10]"
+    with pytest.raises(ValueError, match="the weights of its VAE differ"):
+        load_latents(path, tiny_vae(seed=1))
+    for wrong in ({"weight": torch.zeros(2)}, [1]):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match="holds no TokCom latents"):
+            load_latents(path, vae)
+    for content in (b"", b"no torch file"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="truncated or no torch file of tensors"):
+            load_latents(path, vae)
+    # Code is never run: only tensors, numbers and text are read.
+    torch.save({"format": Unknown()}, path)
+    with pytest.raises(ValueError, match="truncated or no torch file of tensors"):
+        load_latents(path, vae)
+
+
+class Unknown:
+    """Anything that needs code to unpickle."""
 
 
 def test_counts_that_do_not_fill_the_chunks_are_refused_and_nothing_is_written(vae, tmp_path):

@@ -43,7 +43,7 @@ def test_monitor_separates_batch_window_and_average():
         monitor.update(torch.tensor(counts))
     report = monitor.report()
     assert report["batch_utilization"] == 0.25 and report["window_utilization"] == 0.5
-    assert report["average_active"] == 3 and report["batch_utilization_ceiling"] == pytest.approx(1 - 0.75**4)
+    assert report["cumulative_active"] == 3 and report["batch_utilization_ceiling"] == pytest.approx(1 - 0.75**4)
     copy = CodebookMonitor(4, window=2, decay=0.5)
     copy.load_state_dict(monitor.state_dict())
     assert copy.report() == report

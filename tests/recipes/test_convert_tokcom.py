@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel
 
 import tokcom_hf
-from tokcom_hf.data.tokcom_checkpoint import convert_checkpoint, read_checkpoint
+from tokcom_hf.data.tokcom_checkpoint import checkpoint_settings, convert_checkpoint, read_checkpoint
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "convert_tokcom_checkpoint.py"
 ARGUMENTS = {
@@ -270,6 +270,55 @@ def test_a_stage_one_file_becomes_a_vae_and_vocab_size_may_leave_out_the_omni_to
     assert type(model).__name__ == "TokComVAE" and model.config.vocab_size == 61
     chunks = torch.arange(8).view(2, 4)
     torch.testing.assert_close(model(chunks).logits, reference[0](chunks), atol=1e-5, rtol=1e-5)
+
+
+PRINTED = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "omni_token_id",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def test_model_args_with_exactly_the_printed_keys_are_enough(reference, caplog):
+    arguments = {key: ARGUMENTS[key] for key in PRINTED}
+    model = convert_checkpoint(contents(reference, model_args=arguments))
+    assert (model.config.vae.rms_norm_eps, model.config.denoiser.rope_theta) == (1e-6, 1e6) and not caplog.records
+    chunks = torch.arange(8).view(2, 4)
+    torch.testing.assert_close(model.vae(chunks).logits, reference[0](chunks), atol=1e-5, rtol=1e-5)
+    # The document leaves room for more keys; what they say is not silently lost.
+    convert_checkpoint(contents(reference, model_args=arguments | {"chunk_size": 4, "dropout": 0.1, "bias": True}))
+    assert [record.getMessage() for record in caplog.records] == [
+        "model_args that no part of the model reads: bias, dropout."
+    ]
+    for key in PRINTED:
+        fewer = {name: value for name, value in arguments.items() if name != key}
+        with pytest.raises(ValueError, match=f"model_args lack {key}"):
+            convert_checkpoint(contents(reference, model_args=fewer))
+
+
+def test_a_config_without_keys_has_the_documented_values(reference):
+    settings = checkpoint_settings(contents(reference, config=None))
+    assert settings == {
+        "tokenizer_path": "meta-llama/CodeLlama-7b-hf", "max_length": 1024, "chunk_size": 4, "noise_std": 0.05,
+    }  # fmt: skip
+    model = convert_checkpoint(contents(reference, config={}))
+    assert (model.config.noise_std, model.config.max_chunks, model.config.num_steps) == (0.05, 256, 50)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_of_a_wrapped_model_lose_their_prefix(reference, prefix):
+    states = {
+        name: {prefix + key: value for key, value in part.state_dict().items()}
+        for name, part in zip(("vae_model_state_dict", "denoised_model_state_dict"), reference)
+    }
+    model = convert_checkpoint(contents(reference, **states))
+    chunks, x, t = torch.arange(8).view(2, 4), torch.ones(1, 3, 48), torch.tensor([0.4])
+    torch.testing.assert_close(model.vae(chunks).logits, reference[0](chunks), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.denoiser(x, t).clean_latents, reference[1](x, t), atol=1e-5, rtol=1e-5)
+    states["vae_model_state_dict"]["embed_tokens.weight"] = torch.zeros(61, 48)
+    with pytest.raises(ValueError, match=r"'embed_tokens\.weight' under two prefixes"):
+        convert_checkpoint(contents(reference, **states))
 
 
 def changed(reference, part: int, **weights) -> dict:

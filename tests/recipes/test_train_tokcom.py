@@ -33,6 +33,7 @@ DOCUMENTED = [
     "--run.length", "32", "--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps",
     "--save_steps", "2", "--logging_steps", "2", "--per_device_train_batch_size", "2", "--metric_rows", "2",
     "--sample_chunks", "4", "--sample_steps", "2", "--sample_every", "0", "--use_cpu", "true", "--threads", "1",
+    "--num_workers", "0", "--report_to", "none",
 ]  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def test_a_stage_refuses_options_of_the_model_that_it_takes_over(corpus, run, tm
 
 @pytest.mark.slow
 def test_the_documented_system_trains_both_stages_on_latents_encoded_once(trained, corpus, run, recipe, tmp_path):
-    own_text = ["--train_file", str(corpus), "--dataset_name", "none", "--dataset_config", "none"]
+    own_text = ["--train_file", str(corpus)]
     out = tmp_path / "out"
     told = run(*DOCUMENTED, *own_text, "--tokenizer", str(trained[0]), "--output_dir", str(out))
     assert told.returncode == 0, told.stderr[-2000:]

@@ -143,10 +143,13 @@ def test_sample_tables_show_the_student_at_its_own_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(
         TokComModel, "generate", lambda self, **given: seen.append(given["num_steps"]) or generate(self, **given)
     )
-    table = run.sample_table(lambda ids: ["text"] * len(ids))
-    assert seen == [2] and set(table) == {"text", "denoised from t=0.5", "generated"}
+    tables = run.sample_tables(lambda ids: ["text"] * len(ids))
+    assert seen == [2] and {name: list(table) for name, table in tables.items()} == {
+        "distillation/samples": ["generated"],
+        "distillation/denoising": ["text", "denoised from t=0.5", "token accuracy"],
+    }
     run.args.sample_steps = 3
-    run.sample_table(lambda ids: ["text"] * len(ids))
+    run.sample_tables(lambda ids: ["text"] * len(ids))
     assert seen == [2, 3]
 
 

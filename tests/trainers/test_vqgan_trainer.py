@@ -102,7 +102,7 @@ def test_both_players_train_and_the_log_tells_all(tmp_path):
     logs = {name for row in run.state.log_history for name in row}
     wanted = {"train/perceptual_loss", "train/discriminator_loss", "train/adversarial_weight", "train/commitment_loss"}
     wanted |= {"codebook/batch_utilization", "codebook/batch_utilization_ceiling", "codebook/window_utilization"}
-    wanted |= {"codebook/average_normalized_entropy", "eval_psnr", "eval_utilization", "eval_normalized_entropy"}
+    wanted |= {"codebook/cumulative_normalized_entropy", "eval_psnr", "eval_utilization", "eval_normalized_entropy"}
     assert wanted <= logs
     first = next(row for row in run.state.log_history if row["step"] == 1)
     assert "train/adversarial_loss" not in first  # starts at a quarter of four steps

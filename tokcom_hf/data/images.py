@@ -87,7 +87,8 @@ def _shape(draw: ImageDraw.ImageDraw, random: np.random.Generator, size: int) ->
 class ImageDataset(Dataset):
     """Items `{"pixel_values": (channels, height, width)}` in [-1, 1], prepared by an image processor.
 
-    Subclasses say in `load` where images come from. Worker processes get no copy of the cache.
+    Subclasses say in `load` where images come from. Worker processes get no copy of the cache. Where `target_processor` is
+    set, for a model whose output has other channels than its input, items hold `labels` too, as that processor makes them.
 
     Args:
         length: number of images.
@@ -97,6 +98,7 @@ class ImageDataset(Dataset):
 
     def __init__(self, length: int, processor, cache: bool = False):
         self.length, self.processor, self.cache = length, processor, cache
+        self.target_processor: Any = None
         self._stored: dict[int, torch.Tensor] = {}
         self.skipped: list[str] = []
 
@@ -112,11 +114,21 @@ class ImageDataset(Dataset):
             raise IndexError(f"Image {index} of {self.length}.")
         index %= self.length
         if index in self._stored:
-            return {"pixel_values": self._stored[index].float() / 127.5 - 1.0}
-        pixels = self.processor(self.load(index))["pixel_values"][0]
+            return self._named(self._stored[index].float() / 127.5 - 1.0)
+        image = self.load(index)
+        pixels = self.processor(image)["pixel_values"][0]
+        if self.target_processor is not None:
+            pixels = torch.cat([pixels, self.target_processor(image)["pixel_values"][0]])
         if self.cache:
             self._stored[index] = ((pixels + 1) * 127.5).round().byte()
-        return {"pixel_values": pixels}
+        return self._named(pixels)
+
+    def _named(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Splits the channels of an item into those of the input and those of the target."""
+        if self.target_processor is None:
+            return {"pixel_values": pixels}
+        channels = self.processor.num_channels
+        return {"pixel_values": pixels[:channels], "labels": pixels[channels:]}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_stored": {}}
@@ -294,25 +306,49 @@ def image_datasets(
     num_eval: int = 512,
     image_column: str = "image",
     dataset_config: str | None = None,
+    val_dir: str | None = None,
+    target_processor=None,
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out images that share none: procedural by default, else a folder or a Hub data set.
 
-    Of a folder or data set every tenth image, at most `num_eval`, is held out.
+    Held out are the images of `val_dir`, or else every tenth image of the folder or data set; at most `num_eval` of them.
 
     Raises:
-        ValueError: both sources are named, or fewer than two images are there.
+        ValueError: both sources are named, `val_dir` is the training folder, lies in it or holds it, or fewer than two
+            images are there.
     """
     if image_dir and dataset_name:
         raise ValueError("Give image_dir or dataset_name, not both.")
-    if not image_dir and not dataset_name:
-        held_out = ProceduralImages(num_eval, processor, first=FIRST_HELD_OUT)
-        return ProceduralImages(num_train, processor), held_out
+    held_out: ImageDataset | None = None
+    if val_dir:
+        _check_apart(image_dir, val_dir)
+        held_out = FolderImages(val_dir, processor, cache=True)
+        held_out.length = min(len(held_out), num_eval)
     if image_dir:
         images: ImageDataset = FolderImages(image_dir, processor, cache=True)
+    elif dataset_name:
+        images = hub_images(dataset_name, processor, image_column=image_column, config=dataset_config)
     else:
-        images = hub_images(str(dataset_name), processor, image_column=image_column, config=dataset_config)
+        images = ProceduralImages(num_train, processor)
+        held_out = ProceduralImages(num_eval, processor, first=FIRST_HELD_OUT) if held_out is None else held_out
+    images.target_processor = target_processor
+    if held_out is not None:
+        held_out.target_processor = target_processor
+        return images, held_out
     if len(images) < 2:
         raise ValueError(f"At least two images are needed, to train on and to hold out; got {len(images)}.")
     held = set(range(0, len(images), 10)[:num_eval]) if len(images) > 10 else {0}
     kept = [index for index in range(len(images)) if index not in held]
     return torch.utils.data.Subset(images, kept), torch.utils.data.Subset(images, sorted(held))
+
+
+def _check_apart(image_dir: str | None, val_dir: str) -> None:
+    """Raises where one of two folders is or holds the other, so that images would be trained on and held out."""
+    if image_dir is None:
+        return
+    train, held_out = Path(image_dir).resolve(), Path(val_dir).resolve()
+    if train == held_out or train in held_out.parents or held_out in train.parents:
+        raise ValueError(
+            f"val_dir {val_dir!r} and image_dir {image_dir!r} share images: one is the other or lies in it. Name two "
+            "separate folders, or leave val_dir out, which holds out every tenth image of image_dir."
+        )

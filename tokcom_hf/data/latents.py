@@ -1,9 +1,10 @@
-"""Latents of texts in a safetensors file that knows which model wrote it."""
+"""Latents of texts in a file that knows which model wrote it: safetensors, or a torch file where its name ends with .pt."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FORMAT = "tokcom-latents-1"
+TORCH_SUFFIXES = (".pt", ".pth")
 
 
 def save_latents(path: str | Path, latents: list[torch.Tensor], token_counts: list[int], model: Any) -> Path:
@@ -44,7 +46,10 @@ def save_latents(path: str | Path, latents: list[torch.Tensor], token_counts: li
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, unfinished, metadata=metadata)
+        if path.suffix in TORCH_SUFFIXES:
+            torch.save(metadata | {"latents": list(tensors.values())}, unfinished)
+        else:
+            save_file(tensors, unfinished, metadata=metadata)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -61,12 +66,7 @@ def load_latents(path: str | Path, model: Any) -> tuple[list[torch.Tensor], list
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Latents file {str(path)!r} does not exist.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); encode the text again.") from None
+    metadata, tensors = (_read_torch if path.suffix in TORCH_SUFFIXES else _read_safetensors)(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no TokCom latents; write one with --mode encode.")
     config = _vae(model).config
@@ -83,6 +83,28 @@ def load_latents(path: str | Path, model: Any) -> tuple[list[torch.Tensor], list
         )
     counts = json.loads(metadata["token_count"])
     return [tensors[f"latents.{index}"] for index in range(len(counts))], counts
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); encode the text again.") from None
+    return metadata, tensors
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ValueError(
+            f"{path} is truncated or no torch file of tensors ({reason}); encode the text again."
+        ) from None
+    metadata = content if isinstance(content, dict) else {}
+    return metadata, {f"latents.{index}": tensor for index, tensor in enumerate(metadata.get("latents", []))}
 
 
 def vae_fingerprint(model: Any) -> str:

@@ -21,6 +21,8 @@ from .tokenizers import load_tokenizer, train_tokenizer
 # About as much English as the smallest common Python carries; enough to train the tiny recipe on.
 EMBEDDED_BYTES = 2_000_000
 FALLBACK_PACKAGES = ("torch", "transformers", "numpy", "accelerate", "datasets", "huggingface_hub")
+# Configurations of WikiText on the Hub, by whose names it is known.
+WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 # Documents of a stream that a new tokenizer is trained on.
 TOKENIZER_DOCUMENTS = 20_000
 
@@ -141,11 +143,25 @@ def _split_blank(text: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
+def hub_dataset(name: str | None, config: str | None = None) -> tuple[str | None, str | None]:
+    """Hub name and configuration of a data set; `wikitext-2-raw-v1` and its like stand for those of WikiText.
+
+    Raises:
+        ValueError: such a name with another configuration.
+    """
+    if name not in WIKITEXT:
+        return name, config
+    if config not in (None, name):
+        raise ValueError(f"dataset_name {name!r} is WikiText's configuration {name!r}; leave dataset_config out.")
+    return "Salesforce/wikitext", name
+
+
 def _hub_documents(name: str, config: str | None, text_column: str, split: str, streaming: bool) -> Iterator[str]:
     from datasets import load_dataset
 
+    repo, config = hub_dataset(name, config)
     try:
-        rows = load_dataset(name, config, split=split, streaming=streaming)
+        rows = load_dataset(repo, config, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"Data set {name!r} cannot be loaded: {reason}") from None

@@ -4,7 +4,9 @@ Such a file is a dictionary with `epoch, stage, val_loss, model_args, config, va
 denoised_model_state_dict`. Apart from rotary tables and copies of shared tensors its weights have our names.
 """
 
+import os
 import zipfile
+from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -12,21 +14,26 @@ from typing import Any
 
 import torch
 
-from ..models.configuration_tokcom import TokComConfig
-from ..models.configuration_tokcom_vae import TokComVAEConfig
 from ..models.layers import rotary_embeddings
 from ..models.modeling_tokcom import TokComModel
 from ..models.modeling_tokcom_vae import TokComVAE
+from .tokcom_model_args import DOCUMENTED_SETTINGS, PRINTED_KEYS, ModelArgs, documented_config
+from .tokenizers import load_tokenizer
 
 StateDict = dict[str, torch.Tensor]
 
-SHAPE_KEYS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-    "rms_norm_eps", "rope_theta",
-)  # fmt: skip
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 ROTARY = ".self_attn.rope."
 # The embedding is stored once per user; the head is tied to it.
 COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.lm_head.weight")
+# Parts of weight names that DistributedDataParallel and torch.compile put around a model.
+WRAPPERS = ("module", "_orig_mod")
+
+
+def is_checkpoint_file(name: str | os.PathLike) -> bool:
+    """Whether a name is that of a documented checkpoint file, by its suffix; folders and Hub names are none."""
+    path = Path(name)
+    return path.suffix in SUFFIXES and not path.is_dir()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -57,10 +64,52 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if missing:
         found = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} is no TokCom checkpoint: it lacks {' and '.join(missing)} (it has {found[:160]}).")
-    absent = [key for key in (*SHAPE_KEYS, "vocab_size", "omni_token_id") if key not in checkpoint["model_args"]]
+    absent = [key for key in PRINTED_KEYS if key not in checkpoint["model_args"]]
     if absent:
         raise ValueError(f"{path} is no TokCom checkpoint: its model_args lack {', '.join(absent)}.")
     return checkpoint
+
+
+def checkpoint_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The `config` of a file, with the documented values of keys that it leaves out."""
+    given = dict(checkpoint.get("config") or {})
+    if "max_seq_len" in given:
+        given.setdefault("max_length", given["max_seq_len"])
+    if "chunk_size" in checkpoint["model_args"]:
+        given.setdefault("chunk_size", checkpoint["model_args"]["chunk_size"])
+    return DOCUMENTED_SETTINGS | given
+
+
+def checkpoint_tokenizer(checkpoint: dict[str, Any], path: str | Path, name: str | None = None) -> Any:
+    """The tokenizer of a checkpoint file: `name` where given, else its `config['tokenizer_path']`, else the one beside it.
+
+    Raises:
+        OSError: none of them can be loaded.
+    """
+    if name is not None:
+        return load_tokenizer(name)
+    wanted, folder = str(checkpoint_settings(checkpoint)["tokenizer_path"]), Path(path).parent
+    try:
+        return load_tokenizer(wanted)
+    except OSError as error:
+        for place in (folder, folder / "vae"):
+            if (place / "tokenizer.json").is_file():
+                return load_tokenizer(place)
+        raise OSError(
+            f"{path} was trained with the tokenizer {wanted!r}, which cannot be loaded; name it, or a copy of it, with "
+            f"--tokenizer. ({error})"
+        ) from None
+
+
+def load_checkpoint_file(path: str | Path, tokenizer: str | None = None) -> tuple[TokComModel | TokComVAE, Any]:
+    """Model and tokenizer of a checkpoint file; `tokenizer` replaces the name that the file holds.
+
+    Raises:
+        OSError, ValueError: what `read_checkpoint`, `checkpoint_tokenizer` and `convert_checkpoint` raise.
+    """
+    checkpoint = read_checkpoint(path)
+    loaded = checkpoint_tokenizer(checkpoint, path, tokenizer)
+    return convert_checkpoint(checkpoint, loaded.eos_token_id), loaded
 
 
 def convert_checkpoint(checkpoint: dict[str, Any], eos_token_id: int | None = None) -> TokComModel | TokComVAE:
@@ -69,42 +118,43 @@ def convert_checkpoint(checkpoint: dict[str, Any], eos_token_id: int | None = No
     Raises:
         ValueError: weights missing, left over, or of another shape than `model_args` say; a head that is not tied.
     """
-    arguments, settings = checkpoint["model_args"], checkpoint.get("config") or {}
-    shape = {key: arguments[key] for key in SHAPE_KEYS}
-    chunk_size = settings.get("chunk_size", arguments.get("chunk_size", 4))
-    length = settings.get("max_length", settings.get("max_seq_len", 1024))
-    vae_weights = vae_state(checkpoint["vae_model_state_dict"], shape)
+    arguments, settings = ModelArgs.from_dict(checkpoint["model_args"]), checkpoint_settings(checkpoint)
+    vae_weights = vae_state(checkpoint["vae_model_state_dict"], arguments.shape())
     # Some files count the omni token in vocab_size, some do not; the embedding knows.
     rows = len(vae_weights["embed_tokens.weight"])
-    if rows - arguments["vocab_size"] not in (0, 1):
-        raise ValueError(
-            f"embed_tokens.weight has {rows} rows, but model_args.vocab_size is {arguments['vocab_size']}."
-        )
-    vae_config = TokComVAEConfig(
-        **shape, vocab_size=rows, omni_token_id=arguments["omni_token_id"], chunk_size=chunk_size
-    )
+    if rows - arguments.vocab_size not in (0, 1):
+        raise ValueError(f"embed_tokens.weight has {rows} rows, but model_args.vocab_size is {arguments.vocab_size}.")
+    arguments.vocab_size = rows
     if not checkpoint.get("denoised_model_state_dict"):
-        return fill(TokComVAE(vae_config), vae_weights, "vae_model_state_dict").eval()
-    config = TokComConfig(
-        vae=vae_config,
-        denoiser=shape,
-        noise_std=settings.get("noise_std", 0.05),
-        max_chunks=length // chunk_size,
-        eos_token_id=eos_token_id,
-    )
-    model = TokComModel(config)
+        vae = TokComVAE(arguments.vae_config(settings["chunk_size"]))
+        return fill(vae, vae_weights, "vae_model_state_dict").eval()
+    model = TokComModel(documented_config(arguments, settings, eos_token_id))
     fill(model.vae, vae_weights, "vae_model_state_dict")
-    fill(model.denoiser, drop_rotary(checkpoint["denoised_model_state_dict"], shape), "denoised_model_state_dict")
+    denoiser_weights = drop_rotary(unwrapped(checkpoint["denoised_model_state_dict"]), arguments.shape())
+    fill(model.denoiser, denoiser_weights, "denoised_model_state_dict")
     return model.eval()
 
 
+def unwrapped(state: StateDict) -> StateDict:
+    """Weights without the prefixes `module.` and `_orig_mod.` of a wrapped model.
+
+    Raises:
+        ValueError: two weights of one name, one of them prefixed.
+    """
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in state}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise ValueError(f"The weights hold {twice[0]!r} under two prefixes of a wrapped model; keep one of them.")
+    return {names[name]: tensor for name, tensor in state.items()}
+
+
 def vae_state(state: StateDict, shape: dict[str, Any]) -> StateDict:
-    """Documented VAE weights → ours: rotary tables and copies of the embedding left out, the head named `lm_head`.
+    """Documented VAE weights → ours: prefixes, rotary tables and copies of the embedding left out, the head named `lm_head`.
 
     Raises:
         ValueError: the copies differ from the embedding.
     """
-    state = drop_rotary(state, shape)
+    state = drop_rotary(unwrapped(state), shape)
     embedding = state.get("embed_tokens.weight", state.get("encoder.embed_tokens.weight"))
     if embedding is None:
         raise ValueError("vae_model_state_dict has no embed_tokens.weight; is this a TokCom checkpoint?")

@@ -1,12 +1,13 @@
 """Visual question answering rows from procedural scenes, from JSON lines with images, or from the Hub.
 
 Whatever the source, a row is `{"image": PIL.Image or None, "questions": [str], "answers": [[str, ...]], "types": [str]}`:
-one image, one or more questions, and per question every accepted answer, the one to train on first.
+one image, one or more questions, and per question every accepted answer, the one to train on first. A row may also have a
+`caption`, which `vqa_tasks.py` makes an answer.
 """
 
 import io
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ COLUMN_MAPPINGS: dict[str, tuple[str, str, str, str | None]] = {
     "gqa": ("image", "question", "answer", None),
     "pope": ("image", "question", "answer", "category"),
     "scienceqa": ("image", "question", "answer", "subject"),
+}
+# What a line of JSON holds for each task.
+EXPECTED = {
+    "vqa": "image, question and answer",
+    "caption": "image and caption",
+    "both": "image, and question and answer or caption",
 }
 IGNORED = -100
 CAPTION_REQUEST = "what is in the image ?"
@@ -107,10 +114,13 @@ def _scene_row(scene, questions, image_size: int) -> dict[str, Any]:
         "questions": [q.question for q in questions],
         "answers": [[q.answer] for q in questions],
         "types": [q.type for q in questions],
+        "caption": scene_caption(scene).replace(",", " ,"),
     }
 
 
-def read_vqa_jsonl(path: str | Path, image_dir: str | Path | None = None, allow_outside: bool = False) -> VQADataset:
+def read_vqa_jsonl(
+    path: str | Path, image_dir: str | Path | None = None, allow_outside: bool = False, task: str = "vqa"
+) -> VQADataset:
     """Reads JSON lines `{"image": "a.png", "question": "...", "answer": "..." or ["...", ...], "type": "..."}`.
 
     `image` is relative to `image_dir` (the file's own folder by default) and may be missing for text-only rows; `type`
@@ -118,6 +128,8 @@ def read_vqa_jsonl(path: str | Path, image_dir: str | Path | None = None, allow_
 
     Args:
         allow_outside: take images by absolute paths and outside that folder, too.
+        task: `vqa`: every line has a question and its answer; `caption`: every line has an image and its `caption`;
+            `both`: every line has one of these or both.
 
     Raises:
         FileNotFoundError: the file or an image is missing.
@@ -128,13 +140,21 @@ def read_vqa_jsonl(path: str | Path, image_dir: str | Path | None = None, allow_
     folder = image_folder(path, image_dir)
     rows, images = [], []
     for place, record in read_json_objects(path):
-        line = ImageTextRow(place, record, "image, question and answer")
-        question, answers, image = line.text("question"), line.texts("answer"), line.image(folder, allow_outside)
+        line = ImageTextRow(place, record, EXPECTED[task])
+        caption = None
+        if task == "caption" or (task == "both" and record.get("caption") is not None):
+            caption = line.text("caption")
+        asked = task == "vqa" or (task == "both" and (caption is None or record.get("question") is not None))
+        pair = (line.text("question"), line.texts("answer")) if asked else None
+        image = line.image(folder, allow_outside)
         if image is not None:
             images.append((place, image))
-        rows.append(
-            {"image": image, "questions": [question], "answers": [answers], "types": [line.texts("type", "all")[0]]}
-        )
+        elif caption is not None:
+            raise ValueError(f"{place}: expected JSON with {line.expected}, but 'image' is missing.")
+        row: dict[str, Any] = {"image": image, "questions": [], "answers": [], "types": []}
+        if pair is not None:
+            row |= {"questions": [pair[0]], "answers": [pair[1]], "types": [line.texts("type", "all")[0]]}
+        rows.append(row if caption is None else row | {"caption": caption})
     if not rows:
         raise ValueError(f"{path} holds no rows.")
     check_images(images, len(images))
@@ -215,6 +235,7 @@ class VQACollator:
         follow_up: prompt of the second and later questions about the same image.
         answers: append the answers and return `labels`; off for generation, where rows are padded on the left.
         max_questions: use so many questions of a row at most.
+        image_limit: makes an image smaller before the processor sees it (`image_limit.ImageLimit`).
 
     Raises:
         ValueError: a prompt without `{question}`.
@@ -225,6 +246,7 @@ class VQACollator:
     follow_up: str = " {question}"
     answers: bool = True
     max_questions: int | None = None
+    image_limit: Callable[[Any], Any] | None = None
 
     def __post_init__(self):
         require_placeholder("prompt", self.prompt, "{question}")
@@ -238,7 +260,7 @@ class VQACollator:
             prompt = self.prompt if row["image"] is not None else self.prompt.replace("<image>", "").lstrip()
             texts.append(prompt.replace("<image>", image_token).replace("{question}", row["questions"][0]))
             if row["image"] is not None:
-                images.append(row["image"])
+                images.append(row["image"] if self.image_limit is None else self.image_limit(row["image"]))
         inputs = dict(self.processor(text=texts, images=images or None, return_tensors="pt", padding=True))
         mask = inputs.pop("attention_mask").bool()
         width = mask.shape

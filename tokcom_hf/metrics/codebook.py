@@ -52,7 +52,7 @@ def utilization_ceiling(number: int, codebook_size: int) -> float:
 
 
 class CodebookMonitor:
-    """Live usage during training: of the last batch beside its ceiling, of a window, and a moving average.
+    """Live usage of the codes that training chooses: of the last batch, of a window, and cumulative (a moving average).
 
     Args:
         codebook_size: K.
@@ -73,29 +73,49 @@ class CodebookMonitor:
         self.total = self.total + counts
         self.average = self.decay * self.average + (1 - self.decay) * counts
 
+    def resize(self, codebook_size: int) -> None:
+        """Goes on with another number of codes; new ones have not been chosen yet."""
+        if codebook_size != self.codebook_size:
+            self.recent = [_resized(counts, codebook_size) for counts in self.recent]
+            self.total, self.average = _resized(self.total, codebook_size), _resized(self.average, codebook_size)
+            self.codebook_size = codebook_size
+
     def report(self) -> dict[str, float]:
-        """Scalars for the log; empty before the first update."""
+        """Scalars for the log; empty before the first update.
+
+        `batch_active`, `batch_utilization`, `batch_entropy` and `batch_normalized_entropy` of the last optimizer step, with
+        `batch_utilization_ceiling`; `window_*` of the last steps; `cumulative_active`, `cumulative_entropy` and
+        `cumulative_normalized_entropy` of the moving average.
+        """
         if not self.recent:
             return {}
         last = self.recent[-1]
         batch, window = usage_of_counts(last), usage_of_counts(torch.stack(self.recent).sum(0))
-        # A code counts as active while its average is above one hit in three decay lengths.
-        floor = (1 - self.decay) * self.decay ** (3 / (1 - self.decay))
-        average = usage_of_counts(torch.where(self.average > floor, self.average, 0.0))
         return {
+            "batch_active": batch["active"],
             "batch_utilization": batch["utilization"],
             "batch_utilization_ceiling": utilization_ceiling(int(last.sum()), self.codebook_size),
             "batch_entropy": batch["entropy"],
             "batch_normalized_entropy": batch["normalized_entropy"],
             "window_utilization": window["utilization"],
             "window_normalized_entropy": window["normalized_entropy"],
-            "average_active": average["active"],
-            "average_entropy": average["entropy"],
-            "average_normalized_entropy": average["normalized_entropy"],
+            **self.cumulative(),
         }
+
+    def cumulative(self) -> dict[str, float]:
+        """The part of `report` that comes from the moving average; zeros before the first update."""
+        # A code counts as active while its average is above one hit in three decay lengths.
+        floor = (1 - self.decay) * self.decay ** (3 / (1 - self.decay))
+        average = usage_of_counts(torch.where(self.average > floor, self.average, 0.0))
+        return {f"cumulative_{name}": average[name] for name in ("active", "entropy", "normalized_entropy")}
 
     def state_dict(self) -> dict:
         return {"recent": self.recent, "total": self.total, "average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
         self.recent, self.total, self.average = state["recent"], state["total"], state["average"]
+        self.codebook_size = self.total.numel()
+
+
+def _resized(counts: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.nn.functional.pad(counts, (0, size - counts.numel()))

@@ -53,8 +53,19 @@ def accuracy_by_type(scores: Sequence[float], types: Sequence[str]) -> dict[str,
     return means | {"all": sum(scores) / len(scores)}
 
 
-def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4) -> float:
-    """Corpus BLEU in [0, 100] (Papineni et al. 2002), no smoothing, tokens split at white space."""
+def bleu(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4, smooth: bool = False
+) -> float:
+    """Corpus BLEU in [0, 100] (Papineni et al. 2002), tokens split at white space.
+
+    Args:
+        predictions: one text per row.
+        references: accepted texts of each row.
+        max_order: longest n-grams counted.
+        smooth: add one to the matches and to the count of every order above 1, as BLEU+1 does (Lin & Och 2004, ORANGE;
+            "add-k" with k = 1 in sacrebleu, `method2` in NLTK). Without it a text shorter than `max_order` words gets 0,
+            however right it is.
+    """
     matches, possible = [0] * max_order, [0] * max_order
     said_length = reference_length = 0
     for prediction, answers in zip(predictions, references, strict=True):
@@ -68,6 +79,8 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], max_or
                 best |= _ngrams(words, order)
             matches[order - 1] += sum((_ngrams(said, order) & best).values())
             possible[order - 1] += max(0, len(said) - order + 1)
+    if smooth:
+        matches, possible = ([row[0], *(n + 1 for n in row[1:])] for row in (matches, possible))
     if min(matches) == 0:
         return 0.0
     precision = sum(math.log(m / p) for m, p in zip(matches, possible)) / max_order

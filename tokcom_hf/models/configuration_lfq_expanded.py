@@ -101,6 +101,11 @@ class LFQExpandedConfig(PreTrainedConfig):
         """`(start, end)` of the new ids, end exclusive."""
         return self.lfq_start_token_id, self.lfq_start_token_id + 2**self.output_dim
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, old and new."""
+        return self.lfq_token_range[1]
+
     def make_base_config(self) -> PreTrainedConfig:
         """The base model's configuration as an object."""
         if self.base_config is None:

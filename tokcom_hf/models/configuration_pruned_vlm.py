@@ -1,11 +1,14 @@
 """Configuration of `PrunedVLM`."""
 
+from functools import partial
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .configuration_token_merger import TokenMergerConfig
 from .pipeline_files import PipelineTasks
+from .token_selection import LAYER_STRATEGIES
 
 MODES = ("origin", "merge_only", "soft", "hard")
 
@@ -66,6 +69,28 @@ class PrunedVLMConfig(PreTrainedConfig):
                 "Give either a training-free strategy or the learned token_merger / layer_pruner, not both."
             )
         super().__post_init__(**kwargs)
+
+    def tokens_kept(self, tokens: int) -> int:
+        """Vision tokens that stage 1 leaves, at most, of an image of `tokens` tokens; in every mode but `origin`."""
+        if self.token_merger is not None:
+            of_one = TokenMergerConfig(**self.token_merger).tokens_kept
+        elif self.keep is None or self.strategy in LAYER_STRATEGIES:
+            return tokens
+        else:
+            of_one = partial(min, self.keep)
+        tile = self._tile_tokens() or tokens
+        return tokens // tile * of_one(tile)
+
+    def _tile_tokens(self) -> int | None:
+        """Tokens of a tile in families whose tiles are reduced one by one, as if each were an image."""
+        base = self.base_config or {}
+        sizes = base.get("vision_config") or {}
+        if base.get("model_type") == "aya_vision":
+            return (sizes["image_size"] // sizes["patch_size"] // base["downsample_factor"]) ** 2
+        if base.get("model_type") == "internvl":
+            (height, width), (rows, columns) = sizes["image_size"], sizes["patch_size"]
+            return int(height // rows * base["downsample_ratio"]) * int(width // columns * base["downsample_ratio"])
+        return None
 
     def make_base_config(self) -> PreTrainedConfig:
         """The VLM's configuration as an object."""

@@ -60,3 +60,9 @@ class TokenMergerConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}."
             )
         super().__post_init__(**kwargs)
+
+    def tokens_kept(self, tokens: int) -> int:
+        """Tokens left, at most, of an image of `tokens` tokens: at least 1, at most all of them."""
+        if self.target_merge_tokens is None:
+            return max(1, round(self.merge_ratio * tokens))
+        return min(self.target_merge_tokens, tokens)

@@ -44,6 +44,8 @@ class VQGANConfig(PreTrainedConfig):
         commitment_weight: β; pulls features to their codes. `VQGANTrainingArguments` warms it up.
         entropy_weight: of (per-sample entropy − entropy of the batch mean)/log K of soft assignments.
         entropy_temperature: of those assignments.
+        diversity_weight: of 1 − entropy of the batch mean/log K of the same assignments, the second half of the entropy term
+            alone: it asks for evenly used codes, not for sure choices. (`ema` only.)
 
     Codebook (`ema`):
         codebook_similarity: `euclidean` or `cosine` (features and codes on the unit sphere).
@@ -52,7 +54,8 @@ class VQGANConfig(PreTrainedConfig):
         kmeans_iterations, codebook_seed: of the initialisation and of resets.
         ema_decay: of the codes' moving averages; `ema_bias_correction` forgets their arbitrary start.
         temperature: codes are drawn from softmax(−distance/(temperature·scale)) in training only; 0 takes the
-            nearest. The trainer anneals it. `temperature_scale`: `dim` (√width) or `mean` (mean distance).
+            nearest. The trainer may anneal it. `temperature_scale`: `dim` (√width), `mean` (mean distance) or `none`
+            (squared distances as they are, so that the features' own size tells how even the draw is).
         gradient_estimator: `straight_through` or `rotation`; rotation excludes temperature > 0.
         dead_code_threshold: a code below it is dead; in vectors per step (`dead_code_unit="count"`, documented) or as
             a share of the mean use (`"mean"`, independent of batch and codebook size).
@@ -91,6 +94,7 @@ class VQGANConfig(PreTrainedConfig):
     commitment_weight: float | int = 10.0
     entropy_weight: float | int = 2.0
     entropy_temperature: float | int = 1.0
+    diversity_weight: float | int = 0.0
 
     codebook_similarity: str = "euclidean"
     codebook_projection: bool = False
@@ -153,7 +157,7 @@ class VQGANConfig(PreTrainedConfig):
             "quantizer": QUANTIZER_NAMES,
             "codebook_similarity": ("euclidean", "cosine"),
             "codebook_init": ("uniform", "data", "kmeans"),
-            "temperature_scale": ("dim", "mean"),
+            "temperature_scale": ("dim", "mean", "none"),
             "gradient_estimator": ("straight_through", "rotation"),
             "dead_code_unit": ("count", "mean"),
         }
@@ -177,10 +181,16 @@ class VQGANConfig(PreTrainedConfig):
         for name in ("ema_decay", "usage_decay", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.diversity_weight and self.quantizer != "ema":
+            raise ValueError(
+                f"diversity_weight {self.diversity_weight} needs quantizer 'ema', got {self.quantizer!r}; "
+                "lfq has entropy_weight."
+            )
         if not 0.0 <= self.reset_fraction <= 1.0:
             raise ValueError(f"reset_fraction must be in [0, 1], got {self.reset_fraction}.")
         for name in (
-            "commitment_weight", "entropy_weight", "temperature", "dead_code_threshold", "reset_interval", "balance_rate",
+            "commitment_weight", "entropy_weight", "diversity_weight", "temperature", "dead_code_threshold",
+            "reset_interval", "balance_rate",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")

@@ -15,11 +15,26 @@ class SplitTable(nn.Module):
         super().__init__()
         object.__setattr__(self, "_view", (model, table, head))
 
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        model, table, head = self._view
+        return table.weight, model.lfq_rows.tables()[0] if head else model.lfq_rows.embedding
+
     @property
     def weight(self) -> torch.Tensor:
-        """`(old + 2^output_dim, hidden)`, joined."""
-        model, table, head = self._view
-        return join_tables(table.weight, model.lfq_rows.tables()[0] if head else model.lfq_rows.embedding)
+        """`(old + 2^output_dim, hidden)`, joined: a copy made when it is read, with the rows' gradients in `.grad`.
+
+        `.grad` is None before a backward; rows that do not train have zeros there.
+        """
+        old, new = self._tables()
+        joined = join_tables(old, new)
+        if old.grad is not None or new.grad is not None:
+            joined.grad = join_tables(*(torch.zeros_like(t) if t.grad is None else t.grad for t in (old, new)))
+        return joined
+
+    @property
+    def trainable_mask(self) -> torch.Tensor:
+        """`(old + 2^output_dim,)` booleans: the rows that train."""
+        return torch.cat([torch.full((len(t),), t.requires_grad) for t in self._tables()])
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -41,12 +41,15 @@ def get_lfq_token_range(model, lfq_config: dict | None = None) -> tuple[int, int
     """`(start, end)` of a model's LFQ ids, end exclusive.
 
     Args:
-        model: an expanded model, the result of its `merge_and_unload()`, or a plain one: then the range it would get.
+        model: an expanded model, a joint model around one (its `language_model`), the result of its `merge_and_unload()`,
+            or a plain one: then the range it would get.
         lfq_config: `{"output_dim": bits per code}`; needed for a plain model (16 bits where None), checked otherwise.
 
     Raises:
         ValueError: the model has LFQ tokens of another size.
     """
+    inner = getattr(model, "language_model", None)
+    model = inner if isinstance(inner, LFQExpandedModel) else model
     if isinstance(model, LFQExpandedModel):
         found, start = model.config.output_dim, model.config.lfq_start_token_id
     else:

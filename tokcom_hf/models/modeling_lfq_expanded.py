@@ -269,8 +269,16 @@ class LFQExpandedModel(LFQHooks, StrictLoading, GenerationMixin):
         """`(start, end)` of the LFQ ids, end exclusive."""
         return self.config.lfq_token_range
 
+    @property
+    def language_model(self) -> "LFQExpandedModel":
+        """This model, which owns the vocabulary: `.config.vocab_size` and `.get_input_embeddings()` count all ids.
+
+        So a model and the joint model around it (`equip_internvl`) are asked in the same words.
+        """
+        return self
+
     def get_input_embeddings(self) -> SplitTable:
-        """Maps old and new ids to embeddings; `.weight` joins both tables (a copy)."""
+        """Maps old and new ids to embeddings; `.weight` joins both tables (a copy), `.trainable_mask` says which train."""
         return SplitTable(self, vocabulary_of(self.base)[0], head=False)
 
     def get_output_embeddings(self) -> JoinedHead:

@@ -82,10 +82,7 @@ class TokenMerger(StrictLoading):
 
     def tokens_kept(self, tokens: int) -> int:
         """M for an image of `tokens` tokens: at least 1, at most all of them."""
-        target = self.config.target_merge_tokens
-        if target is None:
-            return max(1, round(self.config.merge_ratio * tokens))
-        return min(target, tokens)
+        return self.config.tokens_kept(tokens)
 
     def forward(
         self,

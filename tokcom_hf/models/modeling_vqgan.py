@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class VQGANOutput(ModelOutput):
     """Output of `VQGAN.forward`.
 
-    loss: reconstruction + commitment_weight · commitment + entropy_weight · entropy (scalar).
+    loss: reconstruction + commitment_weight · commitment + entropy_weight · entropy + diversity_weight · diversity (scalar).
     reconstruction: `(batch, out_channels, height, width)`, trained towards [-1, 1].
     codes: `(batch, height / f, width / f)` int64.
-    reconstruction_loss, commitment_loss, entropy_loss: the unweighted terms (scalars).
+    reconstruction_loss, commitment_loss, entropy_loss, diversity_loss: the unweighted terms (scalars).
     """
 
     loss: torch.Tensor | None = None
@@ -36,6 +36,7 @@ class VQGANOutput(ModelOutput):
     reconstruction_loss: torch.Tensor | None = None
     commitment_loss: torch.Tensor | None = None
     entropy_loss: torch.Tensor | None = None
+    diversity_loss: torch.Tensor | None = None
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -243,11 +244,15 @@ class VQGAN(StrictLoading):
             reconstruction_loss = reconstruction_loss + config.mse_weight * difference.square().mean()
         loss = reconstruction_loss + config.entropy_weight * quantized.entropy_loss
         loss = loss + config.commitment_weight * self.commitment_scale * quantized.commitment_loss
+        diversity = quantized.diversity_loss if config.diversity_weight else None
+        if diversity is not None:
+            loss = loss + config.diversity_weight * diversity
         return {
             "loss": loss,
             "reconstruction_loss": reconstruction_loss,
             "commitment_loss": quantized.commitment_loss,
             "entropy_loss": quantized.entropy_loss,
+            "diversity_loss": diversity,
         }
 
     @torch.no_grad()

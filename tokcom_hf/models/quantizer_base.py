@@ -19,12 +19,14 @@ class QuantizerOutput(ModelOutput):
     codes: `(...)` int64.
     commitment_loss: mean squared distance between projected features and their codes (scalar).
     entropy_loss: (mean per-sample entropy − entropy of the mean assignment) / log K, in [−1, 1]; 0 where unused.
+    diversity_loss: 1 − entropy of the mean assignment / log K, in [0, 1]; 0 where unused.
     """
 
     embeddings: torch.Tensor | None = None
     codes: torch.Tensor | None = None
     commitment_loss: torch.Tensor | None = None
     entropy_loss: torch.Tensor | None = None
+    diversity_loss: torch.Tensor | None = None
 
 
 class Float32Linear(nn.Linear):
@@ -49,7 +51,8 @@ class Quantizer(nn.Module, ABC):
         project = width != input_size or config.codebook_projection
         self.project_in = Float32Linear(input_size, width) if project else nn.Identity()
         self.project_out = Float32Linear(width, input_size) if project else nn.Identity()
-        self.entropy_weight = config.entropy_weight
+        # Whether the assignments' entropies are asked for at all: they cost a table of vectors × codes.
+        self.measures_entropy = bool(config.entropy_weight or config.diversity_weight)
         self.usage_decay = config.usage_decay
         self.enabled = True
         self.update_in_forward = True
@@ -81,6 +84,10 @@ class Quantizer(nn.Module, ABC):
     def entropy_loss(self, vectors: torch.Tensor) -> torch.Tensor:
         """See `QuantizerOutput`; differentiable in `vectors`. Zero for quantizers whose codes need no such term."""
         return vectors.new_zeros(())
+
+    def entropy_losses(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`entropy_loss` and `diversity_loss` of `QuantizerOutput`."""
+        return self.entropy_loss(vectors), vectors.new_zeros(())
 
     def look_ahead(self, micro_batches: list[torch.Tensor]) -> None:
         """Sees all micro-batches of the coming optimizer step, before the first of them is trained on.
@@ -116,9 +123,9 @@ class Quantizer(nn.Module, ABC):
             vectors = self.prepare(self.project_in(features.float()).reshape(-1, self.width))
             codes, chosen = self.assign(vectors)
             commitment = F.mse_loss(vectors, chosen.detach())
-            entropy = vectors.new_zeros(())
-            if self.enabled and self.entropy_weight and (self.training or not torch.is_grad_enabled()):
-                entropy = self.entropy_loss(vectors)
+            entropy = diversity = vectors.new_zeros(())
+            if self.enabled and self.measures_entropy and (self.training or not torch.is_grad_enabled()):
+                entropy, diversity = self.entropy_losses(vectors)
             connected = self.connect(vectors, chosen) if self.enabled else vectors
             if not self.enabled:
                 commitment = commitment * 0
@@ -134,6 +141,7 @@ class Quantizer(nn.Module, ABC):
             codes=codes.reshape(features.shape[:-1]),
             commitment_loss=commitment,
             entropy_loss=entropy,
+            diversity_loss=diversity,
         )
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:

@@ -92,9 +92,11 @@ class EMAQuantizer(Quantizer):
     def distance_scale(self, vectors: torch.Tensor) -> torch.Tensor:
         """What squared distances are divided by, so that a temperature means the same for any width.
 
-        √width (`temperature_scale="dim"`), or the mean squared distance between vectors and codes (`"mean"`), of the
-        whole step where it was looked ahead.
+        √width (`temperature_scale="dim"`), the mean squared distance between vectors and codes (`"mean"`, of the whole step
+        where it was looked ahead), or 1 (`"none"`).
         """
+        if self.config.temperature_scale == "none":
+            return torch.ones((), device=vectors.device)
         if self.config.temperature_scale == "dim":
             return torch.tensor(math.sqrt(self.width), device=vectors.device)
         if self.training and self._step_scale is not None:
@@ -135,6 +137,9 @@ class EMAQuantizer(Quantizer):
         return self.assignment_logits(vectors[::stride], self.config.entropy_temperature, scale).log_softmax(1)
 
     def entropy_loss(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.entropy_losses(vectors)[0]
+
+    def entropy_losses(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_p = self.soft_assignments(vectors)
         p = log_p.exp()
         per_sample = -(p * log_p).sum(1).mean()
@@ -147,7 +152,8 @@ class EMAQuantizer(Quantizer):
             # The global batch's value with the gradient of this part of it; the trainer averages over the parts.
             mean_p = mean_p + (everyone - mean_p).detach()
         batch = -(mean_p * mean_p.clamp_min(1e-12).log()).sum()
-        return (per_sample - batch) / math.log(self.codebook_size)
+        largest = math.log(self.codebook_size)
+        return (per_sample - batch) / largest, 1 - batch / largest
 
     @torch.no_grad()
     def look_ahead(self, micro_batches: list[torch.Tensor]) -> None:

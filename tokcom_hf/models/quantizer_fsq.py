@@ -14,7 +14,7 @@ class FSQQuantizer(Quantizer):
     def __init__(self, config, input_size: int):
         super().__init__(config, input_size, len(config.fsq_levels))
         self.levels = tuple(config.fsq_levels)
-        self.entropy_weight = 0.0
+        self.measures_entropy = False
 
     def prepare(self, vectors: torch.Tensor) -> torch.Tensor:
         levels = torch.tensor(self.levels, device=vectors.device, dtype=vectors.dtype)

@@ -11,7 +11,7 @@ from torch import nn
 from ..metrics.denoising import denoising_metrics
 from ..models.flow_matching import Denoise, denoising_steps, sample, sampling_times
 from ..models.tokcom_objective import block_shape
-from .tokcom import DenoiserTrainingArguments, FlowTrainer, draw_blocks, evaluation_blocks, flow_samples
+from .tokcom import DenoiserTrainingArguments, FlowTrainer, Tables, draw_blocks, evaluation_blocks, flow_samples
 
 
 @dataclass
@@ -157,6 +157,6 @@ class DistillationTrainer(FlowTrainer):
         return denoising_metrics(self.distilled(), ids, mask, tuple(self.args.eval_times))
 
     @torch.no_grad()
-    def sample_table(self, decode_text: Callable[[torch.Tensor], list[str]]) -> dict[str, list[str]]:
+    def sample_tables(self, decode_text: Callable[[torch.Tensor], list[str]]) -> Tables:
         """Generations, and denoised held-out text beside the original."""
         return flow_samples(self, self.distilled(), decode_text, self.args.sample_steps or self.args.student_steps)

@@ -7,6 +7,7 @@ learns to draw the image, as LFQ ids, after its caption (cross-entropy, weight 1
 One AdamW with one group per part: AdamW acts on every number by itself, so these are separate optimizers in one file.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from safetensors.torch import save_file
 
 from ..metrics.codebook import utilization_ceiling
 from ..metrics.lfq import code_indices
+from ..models.lfq_rows import text_host
 from .answer_rows import answer_rows
 from .base import CompressionTrainer, CompressionTrainingArguments
+from .joint_lfq_bases import frozen_copy, last_hidden_states
 from .joint_lfq_evaluation import evaluate_joint
-from .joint_lfq_model import JointLFQModel, frozen_copy, last_hidden_states
+from .joint_lfq_model import JointLFQModel
 from .quantizer_start import fit_quantizer
 
 
@@ -35,7 +38,9 @@ class JointLFQTrainingArguments(CompressionTrainingArguments):
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices; vectors have none."})
     quantizer_learning_rate: float | None = field(default=None, metadata={"help": "Rate of the quantizer."})
     new_rows_learning_rate: float | None = field(default=None, metadata={"help": "Rate of the LFQ token rows."})
-    llm_learning_rate: float | None = field(default=None, metadata={"help": "Rate of the language model's layers."})
+    llm_learning_rate: float | None = field(
+        default=None, metadata={"help": "Rate of the language model's layers and old rows."}
+    )
     tune_llm: bool = field(default=True, metadata={"help": "Train the language model's layers too."})
     generation_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy of image tokens."})
     understanding_weight: float = field(default=25.0, metadata={"help": "Weight of the two KLs to the teacher."})
@@ -47,7 +52,8 @@ class JointLFQTrainingArguments(CompressionTrainingArguments):
         default=400, metadata={"help": "Steps in which the quantizer learns to reconstruct features before all else."}
     )
     quantizer_start_images: int = field(
-        default=1024, metadata={"help": "Training images whose features it sees then."}
+        default=1024,
+        metadata={"help": "Training images whose features it sees then; 0 leaves its weights as they were drawn."},
     )
     quantizer_start_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate then."})
     caption_drop: float = field(
@@ -63,7 +69,7 @@ class JointLFQTrainingArguments(CompressionTrainingArguments):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
         weights = ["generation_weight", "understanding_weight", "reconstruction_weight", "entropy_weight"]
-        for name in [*weights, "entropy_weight_end", "quantizer_start_steps"]:
+        for name in [*weights, "entropy_weight_end", "quantizer_start_steps", "quantizer_start_images"]:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
 
@@ -74,7 +80,7 @@ class JointLFQTrainer(CompressionTrainer):
     Args:
         model: a `JointLFQModel`.
         teacher: the frozen vision-language model; a copy of the model's base as it is now by default. Not needed, and
-            not copied, where `tune_llm` is off: the base then stays what it was.
+            not copied, where nothing of the base trains (`tune_llm` off, old rows frozen): it then stays what it was.
         generation_collator: a `VQACollator` with `answers=False`, for answers in evaluations.
         other arguments: as for `Trainer`; rows come from `data.captions`, `data_collator` is a `JointLFQCollator`.
     """
@@ -94,11 +100,16 @@ class JointLFQTrainer(CompressionTrainer):
         **kwargs,
     ):
         args = self.checked_arguments(args)
+        if args.generation_weight and not model.draws:
+            raise ValueError(
+                f"This model has no LFQ ids, so that there is no cross-entropy of image tokens for generation_weight "
+                f"{args.generation_weight} to weigh; set it to 0, or expand the vocabulary."
+            )
         model.set_trainable(args.tune_llm)
         super().__init__(model, args, **kwargs)
         self.generation_collator = generation_collator
         self.teacher: Any = None
-        if args.tune_llm:
+        if args.tune_llm or model.old_rows_train:
             teacher = frozen_copy(model.base) if teacher is None else teacher.requires_grad_(False).eval()
             self.teacher = teacher.to(self.args.device)
         self._draws = (-1, 0)
@@ -107,8 +118,10 @@ class JointLFQTrainer(CompressionTrainer):
         """Fits a fresh quantizer to the features of the first training images (`quantizer_start.fit_quantizer`).
 
         Returns:
-            its error, as a share of the features' variance.
+            its error, as a share of the features' variance; NaN where it saw none.
         """
+        if self.args.quantizer_start_images == 0:
+            return math.nan
         rows, model, features = self.train_dataset, self.unwrapped_model, []
         count, size = min(self.args.quantizer_start_images, len(rows)), self.args.eval_batch_size
         for start in range(0, count, size):
@@ -132,6 +145,7 @@ class JointLFQTrainer(CompressionTrainer):
                 "quantizer": (list(model.quantizer.parameters()), self.args.quantizer_learning_rate),
                 "new_rows": (model.new_rows(), self.args.new_rows_learning_rate),
                 "llm": (model.llm_parameters() if self.args.tune_llm else [], self.args.llm_learning_rate),
+                "old_rows": (model.tables() if model.old_rows_train else [], self.args.llm_learning_rate),
             }
             groups = []
             for name, (parameters, own) in parts.items():
@@ -166,7 +180,7 @@ class JointLFQTrainer(CompressionTrainer):
             return model.answer_logits(features, **text)
         embeddings, labels = model.embed(text.pop("input_ids"), features), text.pop("labels")
         hidden = last_hidden_states(self.teacher, embeddings, **text)
-        return self.teacher.get_output_embeddings()(hidden[:, :-1][labels[:, 1:] != -100])
+        return text_host(self.teacher).get_output_embeddings()(hidden[:, :-1][labels[:, 1:] != -100])
 
     def drop_captions(self, mask: torch.Tensor) -> torch.Tensor:
         """Hides whole captions, but not the start-of-image token that ends them, with probability `caption_drop`.
@@ -193,20 +207,25 @@ class JointLFQTrainer(CompressionTrainer):
         output = model(image_features=features, teacher_logits=teacher, **inputs)
         quantizer, entropy_scale = output.quantizer, self.entropy_scale
         understanding = output.quantized_kl + output.continuous_kl
-        loss = (
-            args.generation_weight * output.generation_loss
-            + args.understanding_weight * understanding
-            + args.reconstruction_weight * quantizer.reconstruction_loss
-            + entropy_scale * quantizer.entropy_loss
+        loss = sum(
+            [
+                *([] if output.generation_loss is None else [args.generation_weight * output.generation_loss]),
+                args.understanding_weight * understanding,
+                args.reconstruction_weight * quantizer.reconstruction_loss,
+                entropy_scale * quantizer.entropy_loss,
+            ]
         )
         if model.training:
-            self._log_losses(output, entropy_scale)
+            self._log_losses(output, understanding, entropy_scale)
         return (loss, output) if return_outputs else loss
 
-    def _log_losses(self, output, entropy_scale: float) -> None:
-        names = ("generation_loss", "quantized_kl", "continuous_kl")
-        joint = {name: output[name] for name in names} | {"entropy_weight": entropy_scale}
-        if len(output.lfq_mass):
+    def _log_losses(self, output, understanding: torch.Tensor, entropy_scale: float) -> None:
+        joint = {"understanding_loss": understanding, "entropy_weight": entropy_scale}
+        # A model without LFQ ids has no generation loss.
+        joint |= {
+            name: output[name] for name in ("generation_loss", "quantized_kl", "continuous_kl") if name in output
+        }
+        if len(output.lfq_mass) and output.generation_loss is not None:
             joint["lfq_mass"] = output.lfq_mass.mean()
         self.log_scalars("joint", joint)
         quantizer = output.quantizer

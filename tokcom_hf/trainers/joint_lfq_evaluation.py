@@ -9,6 +9,7 @@ import torch
 
 from ..metrics.lfq import bit_report
 from ..metrics.vqa import vqa_accuracy
+from .joint_lfq_bases import generate_text
 
 if TYPE_CHECKING:
     from .joint_lfq import JointLFQTrainer
@@ -25,6 +26,7 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
         where an answer token follows), lfq_mass_first (where the first one does), reconstruction_loss, entropies;
         agreement (share of rows whose greedy answer to the first question, from quantized features, is word for word
         the teacher's) and continuous_agreement; accuracy, teacher_accuracy; and `metrics.lfq.bit_report` of all codes.
+        A model without LFQ ids has no generation loss and no mass of theirs.
     """
     model, args = trainer.unwrapped_model, trainer.args
     was_training = model.training
@@ -47,12 +49,13 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
             teacher = trainer.teacher_logits(features, inputs)
             output = model(image_features=features, teacher_logits=teacher, **inputs)
         tokens = output.quantizer.codes.shape[0] * output.quantizer.codes.shape[1]
-        add("generation_loss", output.generation_loss, tokens)
-        hidden = inputs["caption_mask"].clone()
-        hidden[:, :-1] = 0
-        with trainer.compute_loss_context_manager():
-            blind = model.generation_loss(output.quantizer.codes, inputs["caption_ids"], hidden)
-        add("generation_loss_no_caption", blind, tokens)
+        if model.draws:
+            add("generation_loss", output.generation_loss, tokens)
+            hidden = inputs["caption_mask"].clone()
+            hidden[:, :-1] = 0
+            with trainer.compute_loss_context_manager():
+                blind = model.generation_loss(output.quantizer.codes, inputs["caption_ids"], hidden)
+            add("generation_loss_no_caption", blind, tokens)
         add("quantized_kl", output.quantized_kl, len(teacher))
         add("continuous_kl", output.continuous_kl, len(teacher))
         labels = inputs["labels"]
@@ -63,7 +66,8 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
             ("continuous_lfq_mass", output.continuous_lfq_mass),
             ("lfq_mass_first", output.lfq_mass[first]),
         ):
-            add(name, mass.mean() if len(mass) else 0.0, len(mass))
+            if model.draws:
+                add(name, mass.mean() if len(mass) else 0.0, len(mass))
         for name in ("reconstruction_loss", "entropy_loss", "sample_entropy", "batch_entropy"):
             add(name, output.quantizer[name], tokens)
         codes.append(output.quantizer.codes.cpu())
@@ -71,7 +75,8 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
             prompts = trainer._prepare_inputs(trainer.generation_collator(batch_rows))
             _answer(trainer, model, features, output.quantizer.embeddings, prompts, answers)
     report: dict[str, Any] = {name: sums[name] / max(counts[name], 1) for name in sums}
-    report["generation_chance"] = math.log(model.quantizer.config.codebook_size)
+    if model.draws:
+        report["generation_chance"] = math.log(model.quantizer.config.codebook_size)
     if answers["teacher"]:
         truth = [rows[i]["answers"][0] for i in range(len(rows))]
         told = answers["teacher"]
@@ -90,14 +95,14 @@ def _answer(trainer, model, features, quantized, prompts, answers) -> None:
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
     options = {"attention_mask": mask, "max_new_tokens": trainer.args.eval_max_new_tokens, "do_sample": False}
 
-    def answer(who, seen, **mode) -> list[str]:
-        told = who.generate(inputs_embeds=model.embed(ids, seen), **options, **mode)
+    def answer(who, seen) -> list[str]:
+        told = generate_text(who, model.embed(ids, seen), **options)
         return [text.strip() for text in tokenizer.batch_decode(told, skip_special_tokens=True)]
 
     student = model.language_model
     with trainer.compute_loss_context_manager():
-        continuous = answer(student, features, mode="text")
+        continuous = answer(student, features)
         answers["continuous"] += continuous
-        answers["quantized"] += answer(student, quantized, mode="text")
-        # With a frozen language model the student that sees continuous features is the teacher.
+        answers["quantized"] += answer(student, quantized)
+        # Where nothing of the base trains, the student that sees continuous features is the teacher.
         answers["teacher"] += continuous if trainer.teacher is None else answer(trainer.teacher, features)

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..metrics.lfq import code_indices
-from ..models.lfq_rows import vocabulary_of
+from ..models.lfq_rows import text_host, vocabulary_of
 from ..models.modeling_lfq import LFQQuantizer, LFQQuantizerOutput
 from ..models.modeling_lfq_expanded import LFQExpandedModel
 from ..models.vector_search import all_reduce, world_size
+from .joint_lfq_bases import image_features_of, image_token_of, last_hidden_states, next_id_loss, sees_images
 from .joint_lfq_normalizer import summed_log_normalizer
 
 
@@ -19,7 +21,8 @@ class JointLFQOutput(ModelOutput):
     """Losses of one batch.
 
     Attributes:
-        generation_loss: cross-entropy in nats of the image's LFQ ids after its caption, over old and new ids.
+        generation_loss: cross-entropy in nats of the image's LFQ ids after its caption, over old and new ids; None for a
+            model without LFQ ids.
         quantized_kl, continuous_kl: KL(teacher ‖ student) in nats per answer token, over old and new ids; the teacher
             gives new ids no probability.
         lfq_mass, continuous_lfq_mass: `(answer tokens,)`, the probability that the student gives to LFQ ids where an
@@ -37,91 +40,89 @@ class JointLFQOutput(ModelOutput):
     quantizer: LFQQuantizerOutput | None = None
 
 
-def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> torch.Tensor:
-    """Final hidden states `(batch, length, hidden)` of a transformers model, without its head."""
-    return base.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
-
-
-@torch.no_grad()
-def frozen_copy(base):
-    """A copy of a plain model that nothing trains and that knows no new ids.
-
-    Built anew and filled: the hooks with which `LFQExpandedModel` adds ids to the original would come along with a deep
-    copy, and the whole wrapper with them.
-    """
-    copy = type(base)._from_config(base.config, dtype=base.dtype)
-    copy.load_state_dict(base.state_dict())
-    copy.generation_config = base.generation_config
-    return copy.requires_grad_(False).eval()
-
-
 class JointLFQModel(nn.Module):
     """A VLM with LFQ tokens beside the quantizer that makes them.
 
     Args:
-        language_model: an `LFQExpandedModel` around a vision-language model.
+        language_model: an `LFQExpandedModel` around a vision-language model; or a plain one, which learns to read
+            quantized features and has no ids to draw with.
         quantizer: takes that model's image features and gives embeddings of its width.
 
     Raises:
         ValueError: the base sees no images, or widths and numbers of bits do not fit.
     """
 
-    def __init__(self, language_model: LFQExpandedModel, quantizer: LFQQuantizer):
+    def __init__(self, language_model: LFQExpandedModel | PreTrainedModel, quantizer: LFQQuantizer):
         super().__init__()
-        config = language_model.base.config
-        if not hasattr(language_model.base, "get_image_features") or getattr(config, "image_token_id", None) is None:
+        self.language_model, self.quantizer = language_model, quantizer
+        if not sees_images(self.base):
             raise ValueError(
-                f"{type(language_model.base).__name__} sees no images; joint training needs a vision-language model "
-                "such as InternVLForConditionalGeneration."
+                f"{type(self.base).__name__} sees no images; joint training needs a vision-language model such as "
+                "InternVLForConditionalGeneration."
             )
-        width = language_model.base.get_input_embeddings().weight.shape[1]
+        width = vocabulary_of(self.base)[0].weight.shape[1]
         wanted = (quantizer.config.input_size, quantizer.config.llm_hidden_size)
         if wanted != (width, width):
             raise ValueError(
                 f"The quantizer maps width {wanted[0]} to width {wanted[1]}, but image features and embeddings of this "
                 f"model have width {width}; set input_size and llm_hidden_size to it."
             )
-        start, end = language_model.lfq_token_range
-        if end - start != quantizer.config.codebook_size:
+        new = len(self.language_model.lfq_rows.embedding) if self.draws else None
+        if new not in (None, quantizer.config.codebook_size):
             raise ValueError(
-                f"The language model has {end - start:,} LFQ ids and the quantizer {quantizer.config.codebook_size:,} "
-                "codes; give both the same output_dim."
+                f"The language model has {new:,} LFQ ids and the quantizer {quantizer.config.codebook_size:,} codes; "
+                "give both the same output_dim."
             )
-        self.language_model, self.quantizer = language_model, quantizer
 
     # ---------------------------------------------------------------- parts
     @property
+    def draws(self) -> bool:
+        """Whether the vocabulary holds LFQ ids, with which an image can be drawn."""
+        return isinstance(self.language_model, LFQExpandedModel)
+
+    @property
     def base(self):
         """The plain vision-language model inside."""
-        return self.language_model.base
+        return self.language_model.base if self.draws else self.language_model
+
+    @property
+    def old_rows_train(self) -> bool:
+        """Whether the old embedding table and head train (`freeze_original` is off)."""
+        return self.draws and not self.language_model.config.freeze_original
 
     def tables(self) -> list[nn.Parameter]:
-        """The old embedding table and head, which never train here."""
-        return [parameter for module in vocabulary_of(self.base) for parameter in module.parameters()]
+        """The old embedding table and head; one parameter where they are tied."""
+        found = [parameter for module in vocabulary_of(self.base) for parameter in module.parameters()]
+        return list(dict.fromkeys(found))
 
     def new_rows(self) -> list[nn.Parameter]:
         """Parameters of the new ids."""
-        return list(self.language_model.lfq_rows.parameters())
+        return list(self.language_model.lfq_rows.parameters()) if self.draws else []
 
     def llm_parameters(self) -> list[nn.Parameter]:
         """The language model's layers, without its tables."""
         tables = {id(parameter) for parameter in self.tables()}
-        return [parameter for parameter in self.base.get_decoder().parameters() if id(parameter) not in tables]
+        return [p for p in text_host(self.base).get_decoder().parameters() if id(p) not in tables]
 
     def set_trainable(self, tune_llm: bool) -> None:
-        """Quantizer and new rows train, the language model's layers where asked for, nothing else.
+        """Quantizer and new rows train, the language model's layers where asked for, old rows where `freeze_original`
+        is off, nothing else.
 
-        What trains is float32, and with the language model's layers the whole base: in bfloat16 most small updates
-        round to nothing. `bf16=True` in the training arguments computes in bfloat16 all the same.
+        What trains is float32, and with any of the base's weights the whole base: in bfloat16 most small updates round
+        to nothing. `bf16=True` in the training arguments computes in bfloat16 all the same.
         """
         self.requires_grad_(False)
-        for part in (self.quantizer, self.language_model.lfq_rows, *([self.base] if tune_llm else [])):
-            part.float()
-        self.quantizer.requires_grad_(True)
+        self.quantizer.float().requires_grad_(True)
+        if self.draws:
+            self.language_model.lfq_rows.float()
+        if tune_llm or self.old_rows_train:
+            self.base.float()
         for parameter in self.new_rows():
             parameter.requires_grad_(True)
         for parameter in self.llm_parameters():
             parameter.requires_grad_(tune_llm)
+        if self.old_rows_train:
+            self.language_model.freeze_original_rows(False)
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
         """For `TrainingArguments.gradient_checkpointing`; takes what the parts' own methods take."""
@@ -132,16 +133,18 @@ class JointLFQModel(nn.Module):
     @torch.no_grad()
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `(batch, channels, height, width)` → features `(batch, n, hidden)` as the language model is given them."""
-        features = self.base.get_image_features(pixel_values=pixel_values.to(self.base.dtype))
-        features = getattr(features, "pooler_output", features)
-        if not isinstance(features, torch.Tensor) or features.ndim != 3:
-            raise ValueError("Joint training needs images of equally many tokens, as one tile of InternVL gives them.")
-        return features
+        return image_features_of(self.base, pixel_values.to(self.base.dtype))
 
     def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Embeddings of text ids with `features` at the places of the image token."""
-        embeddings = self.base.get_input_embeddings()(input_ids)
-        places = input_ids == self.base.config.image_token_id
+        image_token = image_token_of(self.base)
+        if image_token is None:
+            raise ValueError(
+                f"{type(self.base).__name__} names no image token; set its config.image_token_id, or img_context_token_id "
+                "of InternVL's remote code."
+            )
+        embeddings = vocabulary_of(self.base)[0](input_ids)
+        places = input_ids == image_token
         if int(places.sum()) != features.shape[0] * features.shape[1]:
             raise ValueError(
                 f"The texts hold {int(places.sum())} image tokens for {features.shape[0] * features.shape[1]} image "
@@ -157,7 +160,12 @@ class JointLFQModel(nn.Module):
 
     def answer_logits(self, features, **text) -> torch.Tensor:
         """Logits over old ids `(answer tokens, old vocabulary)` where a label is predicted; `text` as `answer_states`."""
-        return self.language_model.original_logits(self.answer_states(features, **text))
+        return self.original_logits(self.answer_states(features, **text))
+
+    def original_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits `(…, old vocabulary)` of the head's input."""
+        head = vocabulary_of(self.base)[1]
+        return nn.functional.linear(states, head.weight, getattr(head, "bias", None))
 
     def codes_to_ids(self, codes: torch.Tensor) -> torch.Tensor:
         """Bits `(batch, n, output_dim)` → LFQ ids `(batch, n)`."""
@@ -168,9 +176,7 @@ class JointLFQModel(nn.Module):
         ids = self.codes_to_ids(codes)
         labels = torch.cat([torch.full_like(caption_ids, -100), ids], dim=1)
         mask = torch.cat([caption_mask, torch.ones_like(ids)], dim=1)
-        return self.language_model(
-            input_ids=torch.cat([caption_ids, ids], dim=1), attention_mask=mask, labels=labels
-        ).loss
+        return next_id_loss(self.language_model, torch.cat([caption_ids, ids], dim=1), mask, labels)
 
     def compare(self, teacher_logits: torch.Tensor, states: torch.Tensor):
         """Student's answers `states` `(answer tokens, hidden)` beside the teacher's logits over old ids.
@@ -178,8 +184,11 @@ class JointLFQModel(nn.Module):
         Returns:
             KL(teacher ‖ student) over all ids, the student's logits of old ids, and the probability of LFQ ids per token.
         """
-        logits = self.language_model.original_logits(states)
+        logits = self.original_logits(states)
         old = logits.float().logsumexp(-1)
+        if not self.draws:
+            whole = old.detach()
+            return self.kl(teacher_logits, logits.float() - whole[:, None], old.sum()), logits, torch.zeros_like(whole)
         total, whole, mass = summed_log_normalizer(states, old, *self.language_model.lfq_rows.tables())
         return self.kl(teacher_logits, logits.float() - whole[:, None], total), logits, mass
 
@@ -224,7 +233,7 @@ class JointLFQModel(nn.Module):
         quantized_kl, logits, mass = self.compare(teacher_logits, self.answer_states(quantized.embeddings, *text))
         continuous_kl, _, continuous_mass = self.compare(teacher_logits, self.answer_states(image_features, *text))
         return JointLFQOutput(
-            generation_loss=self.generation_loss(quantized.codes, caption_ids, caption_mask),
+            generation_loss=self.generation_loss(quantized.codes, caption_ids, caption_mask) if self.draws else None,
             quantized_kl=quantized_kl,
             continuous_kl=continuous_kl,
             lfq_mass=mass,

@@ -9,35 +9,54 @@ AVERAGED = ("flops", "flops_origin", "flops_ratio", "sequence_kept", "average_ke
 
 
 def evaluate_mode(
-    model, collator, rows, mode: str = "hard", max_new_tokens: int = 4, batch_size: int = 50
+    model,
+    collator,
+    rows,
+    mode: str = "hard",
+    max_new_tokens: int = 4,
+    batch_size: int = 50,
+    caption_max_new_tokens: int = 64,
 ) -> dict[str, Any]:
     """Generated answers and what they cost.
 
+    Args:
+        rows: questions, and requests for captions as `vqa_tasks.evaluation_rows` makes them.
+        max_new_tokens, caption_max_new_tokens: longest answer and longest caption.
+
     Returns:
-        accuracy: by question type and over all; `scores`: per row; `answers`: the texts; `bleu`: corpus BLEU;
-        flops, flops_origin, flops_ratio, sequence_kept, average_kept, vision_tokens, text_tokens: means over batches;
+        accuracy: by question type and over all questions (over captions, exact match, where there is nothing else);
+        scores: per row; answers: the texts; bleu: smoothed corpus BLEU of the captions, of the answers where there are none;
+        flops, flops_origin, flops_ratio, sequence_kept, average_kept, vision_tokens, text_tokens: means over rows;
         vision_tokens_per_layer, kv_bytes, kv_bytes_origin: likewise.
     """
     reports: list[tuple[int, dict]] = []
-    answers = generate_answers(
-        model,
-        collator,
-        rows,
-        batch_size,
-        max_new_tokens,
-        lambda batch: reports.append((len(batch["input_ids"]), model.token_report())),
-        pruning_mode=mode,
-    )
-    references = [row["answers"][0] for row in (rows[i] for i in range(len(rows)))]
-    types = [row["types"][0] for row in (rows[i] for i in range(len(rows)))]
+    every = [rows[i] for i in range(len(rows))]
+    captions = [place for place, row in enumerate(every) if row.get("task") == "caption"]
+    questions = [place for place, row in enumerate(every) if row.get("task") != "caption"]
+    answers = [""] * len(every)
+    for places, length in ((questions, max_new_tokens), (captions, caption_max_new_tokens)):
+        texts = generate_answers(
+            model,
+            collator,
+            [every[place] for place in places],
+            batch_size,
+            length,
+            lambda batch: reports.append((len(batch["input_ids"]), model.token_report())),
+            pruning_mode=mode,
+        )
+        for place, text in zip(places, texts, strict=True):
+            answers[place] = text
+    references = [row["answers"][0] for row in every]
     scores = vqa_accuracy(answers, references)
+    counted, told = questions or captions, captions or questions
+    accuracy = accuracy_by_type([scores[i] for i in counted], [every[i]["types"][0] for i in counted])
     total = sum(count for count, _ in reports)
     mean = lambda values: sum(c * v for (c, _), v in zip(reports, values)) / total  # noqa: E731
     result: dict[str, Any] = {
-        "accuracy": accuracy_by_type(scores, types),
+        "accuracy": accuracy,
         "scores": scores,
         "answers": answers,
-        "bleu": bleu(answers, references),
+        "bleu": bleu([answers[i] for i in told], [references[i] for i in told], smooth=True),
     }
     for name in (*AVERAGED, "kv_bytes", "kv_bytes_origin"):
         result[name] = mean([report[name] for _, report in reports])
@@ -46,3 +65,26 @@ def evaluate_mode(
         mean([report["vision_tokens_per_layer"][i] for _, report in reports]) for i in range(layers)
     ]
     return result
+
+
+def named_metrics(table: dict[str, dict]) -> dict[str, float]:
+    """The documented metrics of a table of modes, one number each.
+
+    Returns:
+        accuracy_baseline, and accuracy_soft, accuracy_hard, accuracy_merge_only of the modes that were run; bleu_… likewise
+        (smoothed, in [0, 100]); bleu_drop_…: points below bleu_baseline; avg_original_tokens, avg_merged_tokens: vision
+        tokens before and behind stage 1; keep_ratio_merge: their quotient.
+    """
+    origin = table["origin"]
+    merged = table["merge_only" if "merge_only" in table else "hard"]["vision_tokens_per_layer"][0]
+    others = [mode for mode in table if mode != "origin"]
+    return {
+        "accuracy_baseline": origin["accuracy"]["all"],
+        **{f"accuracy_{mode}": table[mode]["accuracy"]["all"] for mode in others},
+        "bleu_baseline": origin["bleu"],
+        **{f"bleu_{mode}": table[mode]["bleu"] for mode in others},
+        **{f"bleu_drop_{mode}": origin["bleu"] - table[mode]["bleu"] for mode in others},
+        "avg_original_tokens": origin["vision_tokens"],
+        "avg_merged_tokens": merged,
+        "keep_ratio_merge": merged / origin["vision_tokens"],
+    }

@@ -1,4 +1,7 @@
-"""Tables of samples during training: on the terminal, in `samples.jsonl`, and in the trackers in use."""
+"""Tables of samples during training: on the terminal, in `samples.jsonl`, and in the trackers in use.
+
+A table is a dictionary, column -> texts; its name is the one that it has in the trackers, for example `vae/reconstructions`.
+"""
 
 import json
 import sys
@@ -12,7 +15,7 @@ from .trackers import log_table
 
 
 class SampleTableCallback(TrainerCallback):
-    """Every `args.sample_every` epochs asks the trainer for `sample_table(decode_text)` and shows it."""
+    """Every `args.sample_every` epochs asks the trainer for `sample_tables(decode_text)` and shows them."""
 
     def __init__(self, trainer: Any, width: int = 120):
         self.trainer, self.width = trainer, width
@@ -45,19 +48,21 @@ class SampleTableCallback(TrainerCallback):
         model.eval()
         # A table must not move the random state of the run it shows.
         with torch.random.fork_rng(), trainer.averaged_weights():
-            table = trainer.sample_table(decode_text)
+            tables = trainer.sample_tables(decode_text)
         model.train(training)
-        with (Path(args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **table}) + "\n")
-        self._print(table, state)
-        log_table(trainer, "samples", table)
+        for name, table in tables.items():
+            line = {"step": state.global_step, "epoch": state.epoch, "table": name, **table}
+            with (Path(args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._print(name, table, state)
+            log_table(trainer, name, table)
 
-    def _print(self, table: dict[str, list[str]], state) -> None:
-        lines = [f"samples at step {state.global_step} (epoch {state.epoch:.2f})"]
+    def _print(self, name: str, table: dict[str, list[str]], state) -> None:
+        lines = [f"{name} at step {state.global_step} (epoch {state.epoch:.2f})"]
         for row in zip(*table.values()):
-            for name, text in zip(table, row):
+            for column, text in zip(table, row):
                 text = " ".join(text.split())
-                lines.append(f"  {name:>20}: {text[: self.width]}{'…' if len(text) > self.width else ''}")
+                lines.append(f"  {column:>20}: {text[: self.width]}{'…' if len(text) > self.width else ''}")
             lines.append("")
         # A terminal that knows few characters must not end the training.
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -11,7 +11,11 @@ from ..metrics.reconstruction import reconstruction_metrics
 from ..models.flow_matching import training_times
 from ..models.tokcom_objective import block_shape
 from .base import CompressionTrainer, CompressionTrainingArguments
+from .epoch_losses import EpochLossCallback
 from .samples import SampleTableCallback
+
+# Name in the trackers -> column -> texts.
+Tables = dict[str, dict[str, list[str]]]
 
 
 @dataclass
@@ -22,7 +26,7 @@ class TokComTrainingArguments(CompressionTrainingArguments):
         default=1.0,
         metadata={"help": "Print and log a table of samples every so many epochs; 0 never."},
     )
-    num_samples: int = field(default=3, metadata={"help": "Rows of the sample tables."})
+    num_samples: int = field(default=2, metadata={"help": "Rows of the sample tables."})
     metric_rows: int = field(
         default=64, metadata={"help": "Held-out rows on which accuracies are measured at every evaluation."}
     )
@@ -62,14 +66,26 @@ class DenoiserTrainingArguments(TokComTrainingArguments):
 
 
 class TokComTrainer(CompressionTrainer):
-    """Evaluation adds accuracies on a fixed part of the held-out rows, and sample tables."""
+    """Evaluation adds accuracies on a fixed part of the held-out rows, and sample tables.
+
+    The trackers get, under the name of the stage: `train_loss` and `learning_rate` after each epoch, `val_loss` and
+    `best_val_loss` after each evaluation, and the batch losses.
+    """
 
     data_columns = ("input_ids", "attention_mask", "latents")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.epoch_losses = EpochLossCallback(self)
+        self.add_callback(self.epoch_losses)
         if self.args.sample_every > 0:
             self.add_callback(SampleTableCallback(self))
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        # Trainer divides a micro-batch's loss by their number.
+        self.epoch_losses.add(loss * self.current_gradient_accumulation_steps)
+        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -131,13 +147,13 @@ class TokComVAETrainer(TokComTrainer):
         return reconstruction_metrics(self.unwrapped_model, ids, mask, tuple(self.args.eval_noise_levels))
 
     @torch.no_grad()
-    def sample_table(self, decode_text: Callable[[torch.Tensor], list[str]]) -> dict[str, list[str]]:
+    def sample_tables(self, decode_text: Callable[[torch.Tensor], list[str]]) -> Tables:
         """Held-out text beside its reconstruction."""
         rows = [self.eval_dataset[i] for i in range(min(self.args.num_samples, len(self.eval_dataset)))]
         ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows]).to(self.args.device)
         back = self.unwrapped_model.decode(self.unwrapped_model.encode(ids))
-        accuracy = [f"{value:.4f}" for value in (back == ids).float().mean(dim=1).tolist()]
-        return {"text": decode_text(ids), "reconstruction": decode_text(back), "token accuracy": accuracy}
+        columns = {"text": decode_text(ids), "reconstruction": decode_text(back)}
+        return {"vae/reconstructions": columns | {"token accuracy": accuracy_column(back, ids)}}
 
 
 class FlowTrainer(TokComTrainer):
@@ -261,7 +277,7 @@ class DenoiserTrainer(FlowTrainer):
         return denoising_metrics(self.unwrapped_model, ids, mask, tuple(self.args.eval_times))
 
     @torch.no_grad()
-    def sample_table(self, decode_text: Callable[[torch.Tensor], list[str]]) -> dict[str, list[str]]:
+    def sample_tables(self, decode_text: Callable[[torch.Tensor], list[str]]) -> Tables:
         """Generations, and denoised held-out text beside the original."""
         return flow_samples(self, self.unwrapped_model, decode_text, self.args.sample_steps)
 
@@ -273,10 +289,8 @@ LOSS_PARTS = {
 }  # fmt: skip
 
 
-def flow_samples(
-    trainer: Any, model: Any, decode_text: Callable[[torch.Tensor], list[str]], num_steps: int
-) -> dict[str, list[str]]:
-    """Columns of a sample table of a `TokComModel`: held-out text, the same denoised, and text from nothing."""
+def flow_samples(trainer: Any, model: Any, decode_text: Callable[[torch.Tensor], list[str]], num_steps: int) -> Tables:
+    """Sample tables of a `TokComModel`: text from nothing, and held-out text beside the same denoised."""
     args = trainer.args
     rows = [trainer.eval_dataset[i] for i in range(min(args.num_samples, len(trainer.eval_dataset)))]
     ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows]).to(args.device)
@@ -284,8 +298,13 @@ def flow_samples(
     chunks = ids.shape[1] // model.config.vae.chunk_size
     generated = model.generate(num_chunks=chunks, num_steps=num_steps, batch_size=len(rows), generator=generator)
     denoised = model.denoise_reconstruct(ids, 0.5, num_steps, generator=generator)
+    compared = {"text": decode_text(ids), "denoised from t=0.5": decode_text(denoised)}
     return {
-        "text": decode_text(ids),
-        "denoised from t=0.5": decode_text(denoised),
-        "generated": decode_text(generated),
+        f"{trainer.stage}/samples": {"generated": decode_text(generated)},
+        f"{trainer.stage}/denoising": compared | {"token accuracy": accuracy_column(denoised, ids)},
     }
+
+
+def accuracy_column(found: torch.LongTensor, ids: torch.LongTensor) -> list[str]:
+    """Share of the tokens of each row that are right."""
+    return [f"{value:.4f}" for value in (found == ids).float().mean(dim=1).tolist()]

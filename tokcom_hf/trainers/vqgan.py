@@ -1,6 +1,9 @@
 """Trainer of `VQGAN`: autoencoder and discriminator, codebook updates, live usage."""
 
+import json
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
@@ -9,13 +12,16 @@ from tokcom_hf.metrics.codebook import CodebookMonitor, usage_of_counts, utiliza
 from tokcom_hf.metrics.image import ms_ssim, psnr, ssim
 from tokcom_hf.models.modeling_vqgan import VQGAN
 from tokcom_hf.models.modeling_vqgan_discriminator import VQGANDiscriminator
-from tokcom_hf.models.quantizers import EMAQuantizer
+from tokcom_hf.models.quantizers import EMAQuantizer, build_quantizer
 from tokcom_hf.models.vector_search import NonFiniteFeaturesError
 
 from .adversary import Adversary, adaptive_weight
 from .base import CompressionTrainer, CompressionTrainingArguments
 from .perceptual import build_perceptual_loss
 from .vqgan_pictures import PictureCallback
+
+# What a batch of held-out images tells about its codes.
+BATCH_USAGE = ("active", "utilization", "entropy", "normalized_entropy")
 
 
 @dataclass
@@ -48,18 +54,41 @@ class VQGANTrainingArguments(CompressionTrainingArguments):
     commitment_warmup_epochs: float = field(
         default=5.0, metadata={"help": "Epochs over which the commitment weight grows from 0."}
     )
-    autoencoder_steps: int = field(
-        default=0, metadata={"help": "First steps without quantization; then the codebook is placed on the features."}
+    autoencoder_steps: int | float = field(
+        default=0,
+        metadata={
+            "help": "First steps without quantization (below 1: as a share of training); then the codebook is placed on the "
+            "features."
+        },
+    )
+    temperature_schedule: str = field(
+        default="linear",
+        metadata={"help": "linear: the sampling temperature falls to 0 (temperature_anneal); constant: it stays."},
     )
     temperature_anneal: float = field(
-        default=0.5, metadata={"help": "Share of training over which the sampling temperature falls to 0."}
+        default=0.5, metadata={"help": "Share of training over which a linear temperature falls to 0."}
+    )
+    reset_epochs: float = field(
+        default=1.0, metadata={"help": "Epochs between resets of dead codes, where reset_interval is 0."}
     )
     reset_stop: float = field(default=0.85, metadata={"help": "Share of training after which no code is reset."})
+    codebook_expansion: bool = field(
+        default=False,
+        metadata={"help": "Double the codebook of an `ema` quantizer during training whenever most codes are in use."},
+    )
+    codebook_expansion_epochs: float = field(default=1.0, metadata={"help": "Epochs between two looks at the use."})
+    codebook_expansion_utilization: float = field(
+        default=0.9, metadata={"help": "Share of codes that the last steps must have used (monitor_window)."}
+    )
+    codebook_expansion_limit: int = field(default=512, metadata={"help": "Size beyond which no codebook expands."})
     init_images: int = field(
         default=1024, metadata={"help": "Training images that data and k-means init may look at."}
     )
     monitor_window: int = field(default=100, metadata={"help": "Optimizer steps in windowed codebook usage."})
     num_pictures: int = field(default=16, metadata={"help": "Held-out images in the saved reconstruction grids."})
+    sample_dir: str | None = field(
+        default=None, metadata={"help": "Folder that also receives a reconstruction grid after every epoch."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,19 +98,30 @@ class VQGANTrainingArguments(CompressionTrainingArguments):
             raise ValueError(f"gan_loss must be hinge or non_saturating, got {self.gan_loss!r}.")
         if self.gan_regularizer not in ("none", "lecam", "r1"):
             raise ValueError(f"gan_regularizer must be none, lecam or r1, got {self.gan_regularizer!r}.")
+        if self.temperature_schedule not in ("linear", "constant"):
+            raise ValueError(f"temperature_schedule must be linear or constant, got {self.temperature_schedule!r}.")
         for name in ("adversarial_start", "adversarial_warmup", "temperature_anneal", "reset_stop"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a share of training and must be in [0, 1], got {getattr(self, name)}.")
         for name in ("perceptual_weight", "adversarial_weight", "commitment_warmup_epochs", "autoencoder_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("reset_epochs", "codebook_expansion_epochs"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+
+    def autoencoder_stage(self, max_steps: int) -> int:
+        """Number of first steps without quantization in a run of `max_steps`."""
+        steps = self.autoencoder_steps
+        return math.ceil(steps * max_steps) if 0 < steps < 1 else int(steps)
 
 
 class VQGANTrainer(CompressionTrainer):
     """Trains a `VQGAN`, and a `VQGANDiscriminator` where one is given.
 
     Per optimizer step the codebook is updated once, from statistics summed over micro-batches and ranks. `eval_psnr`,
-    `eval_utilization` and `eval_normalized_entropy` come from the whole held-out set.
+    `eval_utilization` and `eval_normalized_entropy` come from the whole held-out set, `eval_batch_*` are means over its
+    batches, and `eval_cumulative_*` come from the moving average of the codes that training chose.
     """
 
     args: VQGANTrainingArguments
@@ -105,7 +145,10 @@ class VQGANTrainer(CompressionTrainer):
         self.model_accepts_loss_kwargs = False
         self.discriminator = discriminator
         self.adversary: Adversary | None = None
-        self.perceptual = build_perceptual_loss(args.perceptual if args.perceptual_weight else "none")
+        if args.codebook_expansion and not isinstance(model.quantizer, EMAQuantizer):
+            raise ValueError(f"codebook_expansion needs quantizer 'ema', got {model.config.quantizer!r}.")
+        name = args.perceptual if args.perceptual_weight else "none"
+        self.perceptual = build_perceptual_loss(name, model.config.out_channels)
         if self.perceptual is not None:
             self.perceptual.to(args.device)
         self.monitor = CodebookMonitor(model.config.codebook_size, args.monitor_window)
@@ -128,16 +171,26 @@ class VQGANTrainer(CompressionTrainer):
         first = 1.0 / max(1.0, args.adversarial_warmup * self.state.max_steps)
         return args.adversarial_weight * min(1.0, grown + first)
 
+    def temperature_scale(self) -> float:
+        """Present share of the sampling temperature, in [0, 1]."""
+        if self.args.temperature_schedule == "constant":
+            return 1.0
+        return max(0.0, 1.0 - self.progress / self.args.temperature_anneal) if self.args.temperature_anneal else 0.0
+
+    def _quantizes(self) -> bool:
+        return self.state.global_step >= self.args.autoencoder_stage(self.state.max_steps)
+
     def _set_schedules(self, model: VQGAN) -> None:
         args, quantizer = self.args, model.quantizer
         quantizer.update_in_forward = False
-        quantizer.enabled = self.state.global_step >= args.autoencoder_steps
+        began, quantizer.enabled = not quantizer.enabled, self._quantizes()
+        if began and quantizer.enabled:
+            self.best_model.record = None  # of evaluations without quantization
         epochs = self.state.epoch or 0.0
         warm = args.commitment_warmup_epochs
         model.commitment_scale = min(1.0, epochs / warm) if warm else 1.0
         if isinstance(quantizer, EMAQuantizer):
-            left = 1.0 - self.progress / args.temperature_anneal if args.temperature_anneal else 0.0
-            quantizer.temperature = model.config.temperature * max(0.0, left)
+            quantizer.temperature = model.config.temperature * self.temperature_scale()
             if quantizer.enabled and not quantizer.initialized:
                 self.initialize_codebook(model)
 
@@ -161,7 +214,7 @@ class VQGANTrainer(CompressionTrainer):
     # ---------------------------------------------------------------- one step
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if len(batches) > 1 and self.unwrapped_model.config.entropy_weight:
+        if len(batches) > 1 and getattr(self.unwrapped_model.quantizer, "measures_entropy", False):
             try:
                 self._look_ahead(batches)
             except NonFiniteFeaturesError as error:
@@ -195,7 +248,8 @@ class VQGANTrainer(CompressionTrainer):
             self._set_schedules(network)
         outputs = model(**inputs)
         fake = outputs.reconstruction
-        logs = {name: outputs[name] for name in ("reconstruction_loss", "commitment_loss", "entropy_loss")}
+        losses = ("reconstruction_loss", "commitment_loss", "entropy_loss", "diversity_loss")
+        logs = {name: outputs[name] for name in losses if outputs.get(name) is not None}
         loss, image_loss = outputs.loss, outputs.reconstruction_loss
         if self.perceptual is not None:
             logs["perceptual_loss"] = self.perceptual(fake.float(), target.float()).mean()
@@ -242,14 +296,36 @@ class VQGANTrainer(CompressionTrainer):
 
     def _update_codebook(self) -> None:
         model, step = self.unwrapped_model, self.state.global_step + 1
-        interval = model.config.reset_interval or self._steps_per_epoch()
+        interval = model.config.reset_interval or self._steps_of(self.args.reset_epochs)
         due = step % interval == 0 and step <= self.args.reset_stop * self.state.max_steps
         model.quantizer.update(allow_reset=due)
         if model.quantizer.last_count is not None:
             self.monitor.update(model.quantizer.last_count)
+        if self.args.codebook_expansion and step % self._steps_of(self.args.codebook_expansion_epochs) == 0:
+            self._expand_codebook(model)
 
-    def _steps_per_epoch(self) -> int:
-        return max(1, round(self.state.max_steps / max(1e-9, self.state.num_train_epochs)))
+    def _steps_of(self, epochs: float) -> int:
+        return max(1, round(epochs * self.state.max_steps / max(1e-9, self.state.num_train_epochs)))
+
+    def _expand_codebook(self, model: VQGAN) -> None:
+        """Doubles the codebook where its codes are in use; every rank decides from the same counts."""
+        used = self.monitor.report().get("window_utilization", 0.0)
+        size = min(2 * model.config.codebook_size, self.args.codebook_expansion_limit)
+        if used >= self.args.codebook_expansion_utilization and size > model.config.codebook_size:
+            self._resize_codebook(model, size)
+
+    def _resize_codebook(self, model: VQGAN, size: int) -> None:
+        """Gives the model, its average and the monitor `size` codes; fewer than now only to load them from a folder."""
+        for network in (model, None if self.average is None else self.average.module):
+            if network is None or network.config.codebook_size == size == network.quantizer.codebook_size:
+                continue
+            if size > network.quantizer.codebook_size:
+                network.quantizer.expand(size)
+                network.config.codebook_size = size
+            else:
+                network.config.codebook_size = size
+                network.quantizer = build_quantizer(network.config, network.config.latent_channels).to(network.device)
+        self.monitor.resize(size)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -259,7 +335,7 @@ class VQGANTrainer(CompressionTrainer):
     # ---------------------------------------------------------------- second player and checkpoints
     @staticmethod
     def _check_autoencoder_steps(args: VQGANTrainingArguments, max_steps: int) -> None:
-        if 0 < max_steps <= args.autoencoder_steps:
+        if 0 < max_steps <= args.autoencoder_stage(max_steps):
             raise ValueError(
                 f"autoencoder_steps ({args.autoencoder_steps}) must be below the {max_steps} steps of this run, or the "
                 "codebook would never be used."
@@ -282,6 +358,27 @@ class VQGANTrainer(CompressionTrainer):
             }
         return state
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        # The run may have expanded the codebook before it was interrupted.
+        self._fit_codebook(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._fit_codebook(str(self.state.best_model_checkpoint))
+        super()._load_best_model()
+
+    def _fit_codebook(self, folder: str) -> None:
+        """Gives the model as many codes as the one saved in `folder`, where codebooks expand."""
+        if self.args.codebook_expansion:
+            size = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["codebook_size"]
+            self._resize_codebook(self.unwrapped_model, size)
+
+    def _determine_best_metric(self, metrics, trial):
+        # Before quantization begins a reconstruction is better than any that codes can give.
+        if not self.unwrapped_model.quantizer.enabled:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
     # ---------------------------------------------------------------- evaluation
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -295,6 +392,9 @@ class VQGANTrainer(CompressionTrainer):
         sums = {name: value.double().sum() for name, value in values.items()}
         sums |= {"mse": (image - target).double().square().flatten(1).mean(1).sum(), "counts": counts}
         sums["images"] = torch.tensor(len(image), device=image.device)
+        batch = usage_of_counts(counts)
+        sums |= {f"batch_{name}": torch.tensor(batch[name], device=image.device).double() for name in BATCH_USAGE}
+        sums["batches"] = torch.ones((), device=image.device)
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         return (loss.detach(), None, None) if prediction_loss_only else (loss.detach(), image, target.float())
@@ -308,6 +408,9 @@ class VQGANTrainer(CompressionTrainer):
             number = float(sums["images"])
             values = {name: float(sums[name]) / number for name in ("psnr", "ssim", "ms_ssim", "mse")} | usage
             values["utilization_ceiling"] = utilization_ceiling(int(sums["counts"].sum()), sums["counts"].numel())
+            values |= {f"batch_{name}": float(sums[f"batch_{name}"] / sums["batches"]) for name in BATCH_USAGE}
+            if self.state.global_step:
+                values |= self.monitor.cumulative()
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
@@ -322,6 +425,6 @@ class VQGANTrainer(CompressionTrainer):
         training = model.training
         model.eval()
         with torch.no_grad(), self.averaged_weights():
-            images = model(inputs["pixel_values"]).reconstruction
+            images = model(**inputs).reconstruction
         model.train(training)
         return inputs.get("labels", inputs["pixel_values"]).cpu(), images.float().cpu()

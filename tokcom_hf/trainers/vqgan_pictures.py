@@ -1,5 +1,6 @@
 """Reconstruction grids and codebook plots, saved and sent to the tracker at every evaluation."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,22 @@ from tokcom_hf.plots_vqgan import plot_usage
 
 
 class PictureCallback(TrainerCallback):
-    """Writes `<output_dir>/pictures/step-N-reconstructions.png` and `step-N-codebook.png` on the main process."""
+    """Writes `<output_dir>/pictures/step-N-reconstructions.png` and `step-N-codebook.png` on the main process.
+
+    Where `sample_dir` is set, `<sample_dir>/epoch-N-reconstructions.png`, too.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero or not (args.sample_dir and args.num_pictures):
+            return
+        pair = self.trainer.held_out_pictures()
+        if pair is not None:
+            folder = Path(args.sample_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            reconstruction_grid(*pair).save(folder / f"epoch-{math.ceil(state.epoch)}-reconstructions.png")
 
     def on_evaluate(self, args, state, control, **kwargs):
         if not state.is_world_process_zero or not args.num_pictures:

@@ -1,0 +1,185 @@
+"""TokCom as functions on two models: load a checkpoint, generate, reconstruct, denoise, encode, decode.
+
+    vae_model, denoised_model, model_args, config = load_checkpoint("checkpoints/best_diffusion.pt", device="cuda")
+    ids = generate(vae_model, denoised_model, num_chunks=256, chunk_size=4, hidden_size=model_args.hidden_size,
+                   noise_std=config["noise_std"], num_steps=50, batch_size=1, device="cuda")
+
+The documented way in. `TokComModel` does the same and more as methods of one object.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from .data.tokcom_checkpoint import checkpoint_settings, convert_checkpoint, is_checkpoint_file, read_checkpoint
+from .data.tokcom_model_args import DOCUMENTED_SETTINGS, ModelArgs, model_arguments
+from .models.configuration_tokcom import TokComConfig
+from .models.modeling_tokcom import TokComModel
+from .models.modeling_tokcom_denoiser import DenoisedModel
+from .models.modeling_tokcom_vae import TokComVAE
+
+__all__ = ["ModelArgs", "decode", "denoise_reconstruct", "encode", "generate", "load_checkpoint", "reconstruct"]
+
+Denoiser = DenoisedModel | TokComModel
+
+
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[TokComVAE, Denoiser | None, ModelArgs, dict[str, Any]]:
+    """Loads a documented `.pt` file, or a model folder or Hub name, in evaluation mode.
+
+    Returns:
+        vae_model; denoised_model; model_args, the VAE's shape as attributes; config, a dictionary with `tokenizer_path`,
+        `max_length`, `chunk_size` and `noise_std`. denoised_model is None for a VAE alone, and the whole `TokComModel`
+        where the denoiser needs more than latents and a time: a context, or the latents' statistics.
+
+    Raises:
+        OSError, ValueError: no such file or model, a damaged file, or a model of another kind.
+    """
+    if is_checkpoint_file(path):
+        checkpoint = read_checkpoint(path)
+        model: Any = convert_checkpoint(checkpoint)
+        config = checkpoint_settings(checkpoint)
+    else:
+        model = AutoModel.from_pretrained(path)
+        if not isinstance(model, (TokComModel, TokComVAE)):
+            raise ValueError(f"{str(path)!r} holds a {type(model).__name__}, not a TokComModel or TokComVAE.")
+        config = DOCUMENTED_SETTINGS | {"tokenizer_path": str(path)}
+    model = model.to(device).eval()
+    if isinstance(model, TokComVAE):
+        return model, None, model_arguments(model.config), config | {"chunk_size": model.config.chunk_size}
+    chunk_size = model.config.vae.chunk_size
+    config |= {"chunk_size": chunk_size, "noise_std": model.config.noise_std}
+    config["max_length"] = model.config.max_chunks * chunk_size
+    alone = model.context is None and not model.config.standardize_latents
+    return model.vae, model.denoiser if alone else model, model_arguments(model.config), config
+
+
+def generate(
+    vae_model: TokComVAE,
+    denoised_model: Denoiser,
+    num_chunks: int = 256,
+    chunk_size: int | None = None,
+    hidden_size: int | None = None,
+    noise_std: float | None = None,
+    num_steps: int | None = None,
+    batch_size: int = 1,
+    device: str | torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.LongTensor:
+    """Token ids (batch_size, num_chunks · chunk_size) from noise.
+
+    Args:
+        chunk_size, hidden_size: the VAE's; None leaves them unsaid.
+        noise_std: standard deviation of x0; None takes the model's own, 0.05 for a `DenoisedModel`.
+        num_steps: Euler steps of the flow; None takes the model's own, 50 for a `DenoisedModel`.
+        device: both models are moved there; None leaves them where they are.
+        generator: CPU generator of the noise.
+
+    Raises:
+        ValueError: chunk_size or hidden_size that are not the models', models that do not belong together, or a number
+            below 1.
+    """
+    model = _whole(vae_model, denoised_model, noise_std, device)
+    for name, value in (("chunk_size", chunk_size), ("hidden_size", hidden_size)):
+        own = getattr(vae_model.config, name)
+        if value is not None and value != own:
+            raise ValueError(
+                f"{name}={value} contradicts the model, whose {name} is {own}; leave it out, or give that."
+            )
+    options: dict[str, Any] = {} if noise_std is None else {"temperature": _temperature(model, noise_std)}
+    return model.generate(
+        num_chunks=num_chunks, num_steps=num_steps, batch_size=batch_size, generator=generator, **options
+    )
+
+
+def reconstruct(
+    vae_model: TokComVAE, input_ids: torch.LongTensor, device: str | torch.device | None = None
+) -> torch.LongTensor:
+    """ids (batch, length) → latents → ids (batch, length)."""
+    return decode(vae_model, encode(vae_model, input_ids, device))
+
+
+def denoise_reconstruct(
+    vae_model: TokComVAE,
+    denoised_model: Denoiser,
+    input_ids: torch.LongTensor,
+    noise_level: float = 0.5,
+    noise_std: float | None = None,
+    num_steps: int | None = None,
+    device: str | torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.LongTensor:
+    """ids (batch, length) → latents, mixed with noise at t = `noise_level` → denoised → ids (batch, length).
+
+    noise_level: 0 is pure noise, 0.9 a tenth of noise, 1 none, which is `reconstruct`. The other arguments are those of
+    `generate`.
+    """
+    model = _whole(vae_model, denoised_model, noise_std, device)
+    if noise_std is not None and noise_std != model.config.noise_std:
+        raise ValueError(
+            f"noise_std={noise_std} contradicts the model, whose flow has {model.config.noise_std}; leave it out."
+        )
+    num_steps = model.config.num_steps if num_steps is None else num_steps
+    return model.denoise_reconstruct(input_ids.to(model.device), noise_level, num_steps, generator=generator)
+
+
+@torch.no_grad()
+def encode(
+    vae_model: TokComVAE, input_ids: torch.LongTensor, device: str | torch.device | None = None
+) -> torch.Tensor:
+    """ids (batch, length) → latents (batch, length / chunk_size, latent)."""
+    vae = _moved(vae_model, device)
+    return vae.encode(input_ids.to(vae.device))
+
+
+@torch.no_grad()
+def decode(vae_model: TokComVAE, latents: torch.Tensor, device: str | torch.device | None = None) -> torch.LongTensor:
+    """latents (batch, chunks, latent) → ids (batch, chunks · chunk_size)."""
+    vae = _moved(vae_model, device)
+    return vae.decode(latents.to(vae.device))
+
+
+def _moved(model: Any, device: str | torch.device | None) -> Any:
+    return model if device is None else model.to(device)
+
+
+def _whole(vae_model: Any, denoised_model: Any, noise_std: float | None, device: str | torch.device | None) -> Any:
+    """The `TokComModel` of two models: the given one, or the documented one around a `DenoisedModel`."""
+    if isinstance(denoised_model, TokComModel):
+        if denoised_model.vae is not vae_model:
+            raise ValueError(
+                "vae_model is not the VAE of denoised_model; pass both as one load_checkpoint returned them."
+            )
+        return _moved(denoised_model, device)
+    if not isinstance(denoised_model, DenoisedModel):
+        raise TypeError(
+            f"denoised_model must be a DenoisedModel or a TokComModel, got {type(denoised_model).__name__}; a VAE alone "
+            "encodes, decodes and reconstructs."
+        )
+    if not isinstance(vae_model, TokComVAE):
+        raise TypeError(f"vae_model must be a TokComVAE, got {type(vae_model).__name__}.")
+    vae_config: Any = vae_model.config
+    denoiser_config: Any = denoised_model.config
+    if denoiser_config.context_size is not None:
+        raise ValueError("This denoiser reads a context; pass the TokComModel that it belongs to as denoised_model.")
+    config = TokComConfig(
+        vae=vae_config,
+        denoiser=denoiser_config,
+        noise_std=DOCUMENTED_SETTINGS["noise_std"] if noise_std is None else noise_std,
+    )
+    # Its own parts would be as large again.
+    with torch.device("meta"):
+        model = TokComModel(config)
+    model.vae, model.denoiser = _moved(vae_model, device), _moved(denoised_model, device)
+    latent_size = vae_config.latent_size
+    model.latent_mean, model.latent_std = torch.zeros(latent_size), torch.ones(latent_size)
+    return model
+
+
+def _temperature(model: Any, noise_std: float) -> float:
+    if noise_std < 0:
+        raise ValueError(f"noise_std must not be negative, got {noise_std}.")
+    return noise_std / model.config.noise_std if model.config.noise_std else 1.0
