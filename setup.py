@@ -8,6 +8,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.9"],
     "search": ["optuna>=4.0"],
     "tracking": ["wandb", "tensorboard"],
+    "demo": ["gradio>=6,<7"],
     "bench": ["vector-quantize-pytorch==1.32.0"],
 }
 EXTRAS["test"] = [
@@ -38,6 +39,7 @@ setup(
         "tokcom_hf.model_cards",
         "tokcom_hf.recipes",
         "tokcom_hf.recipes.benchmarks",
+        "tokcom_hf.recipes.demo_tabs",
     ],
     package_dir={"tokcom_hf.model_cards": "model_cards", "tokcom_hf.recipes": "recipes"},
     package_data={

@@ -63,10 +63,9 @@ def main() -> None:
     times = time_modes(model, batch, ["origin", "hard"], run.repeats)
     out = Path(run.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    results = named_metrics(table) | {
-        "modes": {m: {k: v for k, v in r.items() if k not in ("scores", "answers")} for m, r in table.items()},
-        "times": times,
-    }
+    by_row = ("scores", "answers", "merged_tokens")
+    slim = {mode: {k: v for k, v in result.items() if k not in by_row} for mode, result in table.items()}
+    results = named_metrics(table) | {"modes": slim, "times": times}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     shown = [rows[i] for i in range(min(run.pictures, len(rows)))]
     model.pruning_mode = "hard"

@@ -11,13 +11,22 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train_token_pruning import DEFAULT_CONFIG, SECTIONS, build_model, ensure_small_vlm
+from train_token_pruning import (
+    DEFAULT_CONFIG,
+    SECTIONS,
+    build_discriminator,
+    build_model,
+    check_merge_budget,
+    choose_gpus,
+    ensure_small_vlm,
+)
 from train_token_pruning import RunArguments as TrainArguments
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from tokcom_hf import TokenPruningTrainer, TokenPruningTrainingArguments
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
+from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
 
 
 @dataclass
@@ -25,13 +34,25 @@ class RunArguments(TrainArguments):
     """What is searched."""
 
     output_dir: str = field(default="outputs/search_token_pruning", metadata={"help": "Folder of best.json."})
-    trials: int = field(default=6, metadata={"help": "Number of trials."})
+    mode: str | None = field(default="optuna", metadata={"help": "optuna; this recipe does nothing else."})
+    trials: int | None = field(default=6, metadata={"help": "Number of trials."})
     storage: str | None = field(default=None, metadata={"help": "Optuna storage, to go on with a search."})
 
 
 def main() -> None:
-    values = parse_recipe(__doc__, SECTIONS | {"run": RunArguments}, DEFAULT_CONFIG)
+    search(parse_recipe(__doc__, SECTIONS | {"run": RunArguments}, DEFAULT_CONFIG, aliases=TRAIN_TOKEN_PRUNING))
+
+
+def search(values: dict) -> None:
+    """Runs the search that the values of a recipe's sections describe (`parse_recipe`)."""
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
+    if run.mode != "optuna" or run.search is False:
+        raise RecipeError("This recipe searches; recipes/train_token_pruning.py trains once.")
+    if run.init_from:
+        raise RecipeError(
+            "A search trains fresh heads in every trial; --init_from is for recipes/train_token_pruning.py."
+        )
+    choose_gpus(run)
     if run.overwrite or run.checkpoint_wanted:
         raise RecipeError("A search keeps no checkpoints; go on with it by naming the same --storage.")
     try:
@@ -43,17 +64,24 @@ def main() -> None:
     train, held_out = load_vqa_rows(source, run.base_model)
     fixed = {
         "output_dir": run.output_dir,
+        "seed": run.seed,
         "remove_unused_columns": False,
         "save_strategy": "no",
         "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "early_stopping_patience": 0,
     }
-    args = TokenPruningTrainingArguments(**values["training"] | fixed | {"seed": run.seed, "adversarial_weight": 0.0})
+    args = TokenPruningTrainingArguments(**values["training"] | fixed)
 
     def fresh_model(trial=None):
         set_seed(run.seed)
         return build_model(AutoModelForImageTextToText.from_pretrained(run.base_model, dtype=run.dtype), run, values)
 
-    kept = None if source.max_vision_tokens is None else fresh_model().config.tokens_kept
+    probe = fresh_model()
+    check_merge_budget(values["merger"], probe.base, vqa_collator(source, processor), train)
+    kept = None if source.max_vision_tokens is None else probe.config.tokens_kept
+    discriminator = build_discriminator(probe, args, values)
+    del probe
     trainer = TokenPruningTrainer(
         model_init=fresh_model,
         args=args,
@@ -61,6 +89,7 @@ def main() -> None:
         eval_dataset=held_out,
         data_collator=vqa_collator(source, processor, kept=kept),
         generation_collator=vqa_collator(source, processor, answers=False, kept=kept),
+        discriminator=discriminator,
     )
     best = trainer.hyperparameter_search(
         hp_space=search_space,

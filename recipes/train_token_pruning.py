@@ -4,6 +4,7 @@
     accelerate launch recipes/train_token_pruning.py --config recipes/configs/base/train_token_pruning.yaml \
         --train_file train.jsonl --eval_file val.jsonl                          # LLaVA-1.5-7B, your data
     accelerate launch recipes/train_token_pruning.py --resume_from_checkpoint true
+    accelerate launch recipes/train_token_pruning.py --mode optuna --n_trials 50    # recipes/search_token_pruning.py
 
 Without `--base_model` the small LLaVA of `recipes/pretrain_vlm.py` is used, and trained first where it is missing.
 Leaves in the output folder: the heads (`AutoModel.from_pretrained`), the processor, a model card and `results.json`.
@@ -28,10 +29,12 @@ from tokcom_hf import (
     TokenPruningTrainingArguments,
 )
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
-from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.pruning_checkpoint import convert_discriminator, convert_merger, convert_pruners, read_parts
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options, vqa_collator
 from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
 from tokcom_hf.fingerprints import settings_of
+from tokcom_hf.gpus import use_gpus
 from tokcom_hf.hub import take_upload
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
@@ -52,6 +55,24 @@ class RunArguments(RunFolderArguments):
     pruners: bool = field(default=True, metadata={"help": "Train stage 2, the layer pruners."})
     strategy: str | None = field(default=None, metadata={"help": "Training-free strategy instead (with LoRA only)."})
     keep: int | None = field(default=None, metadata={"help": "Tokens that the strategy keeps."})
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from a documented run: a folder with token_merger_step_N.pt, layer_pruners_step_N.pt and "
+            "discriminator_step_N.pt; what is missing there starts anew."
+        },
+    )
+    init_step: int | None = field(default=None, metadata={"help": "Their N; the last one where not set."})
+    mode: str | None = field(
+        default=None,
+        metadata={"help": "train (if not set), or optuna: search as recipes/search_token_pruning.py does."},
+    )
+    search: bool | None = field(default=None, metadata={"help": "Search with Optuna, like --mode optuna."})
+    trials: int | None = field(default=None, metadata={"help": "Trials of the search; 6 where not set."})
+    available_gpus: list[int] | None = field(default=None, metadata={"help": "Numbers of the GPUs that may be used."})
+    gpus_per_subtask: int | None = field(
+        default=None, metadata={"help": "GPUs of one run; accelerate launch --num_processes starts as many processes."}
+    )
     threads: int | None = field(
         default=None,
         metadata={
@@ -74,6 +95,12 @@ SECTIONS = {
 def main() -> None:
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, aliases=TRAIN_TOKEN_PRUNING)
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
+    if wants_search(run):
+        sys.path.insert(0, str(Path(__file__).parent))
+        import search_token_pruning
+
+        return search_token_pruning.search(values)
+    choose_gpus(run)
     upload = take_upload(values["training"])
     folder = RunFolder(run, "train_token_pruning")
     out = folder.path
@@ -81,20 +108,20 @@ def main() -> None:
     ensure_small_vlm(run.base_model, run.threads)
     started = time.time()
     set_seed(run.seed)
+    info("Loading backbone and dataset...")
     base = AutoModelForImageTextToText.from_pretrained(run.base_model, dtype=run.dtype)
     processor = AutoProcessor.from_pretrained(run.base_model)
     train, held_out = load_vqa_rows(source, run.base_model)
-    model = build_model(base, run, values)
+    check_merge_budget(values["merger"], base, vqa_collator(source, processor), train)
+    parts = read_parts(run.init_from, run.init_step) if run.init_from else {}
+    model = build_model(base, run, values, parts)
 
     values["training"].pop("resume_from_checkpoint", None)
     arguments = values["training"] | {"output_dir": str(out), "seed": run.seed}
     args = TokenPruningTrainingArguments(**arguments)
-    discriminator = None
-    if args.adversarial_weight > 0:
-        width = model.adapter.text_config.hidden_size
-        discriminator = PruningDiscriminator(
-            PruningDiscriminatorConfig(**values["discriminator"] | {"hidden_size": width})
-        )
+    discriminator = build_discriminator(model, args, values, parts)
+    info("Freezing backbone parameters..." if not args.lora_r else "Adding LoRA adapters to the frozen backbone...")
+    info("Creating Trainer...")
     trainer = TokenPruningTrainer(
         model=model,
         args=args,
@@ -105,6 +132,7 @@ def main() -> None:
         discriminator=discriminator,
     )
     folder.start({"": settings_of(SECTIONS, values)})
+    announce(model, args, values["merger"])
     trainer.train(folder.checkpoint(trainer.checkpoint_files()))
     trainer.use_averaged_weights()
     if args.lora_r:
@@ -143,15 +171,95 @@ def ensure_small_vlm(base_model: str, threads: int | None = None) -> None:
     state.wait_for_everyone()
 
 
-def build_model(base, run: RunArguments, values) -> PrunedVLM:
-    """Fresh heads that fit the base model."""
+def wants_search(run: RunArguments) -> bool:
+    """Whether the run is a hyper-parameter search.
+
+    Raises:
+        RecipeError: settings of a search without one, or two that contradict each other.
+    """
+    if run.mode not in (None, "train", "optuna"):
+        raise RecipeError(f"--mode is train or optuna, got {run.mode!r}.")
+    if (run.mode == "optuna" and run.search is False) or (run.mode == "train" and run.search):
+        raise RecipeError(
+            f"--mode {run.mode} and --search {str(run.search).lower()} contradict each other; leave one out."
+        )
+    wanted = run.mode == "optuna" or bool(run.search)
+    if run.trials is not None and not wanted:
+        raise RecipeError(
+            f"--trials {run.trials} counts trials of a search; add --mode optuna or run recipes/search_token_pruning.py."
+        )
+    return wanted
+
+
+def choose_gpus(run: RunArguments) -> None:
+    told = use_gpus(run.available_gpus, run.gpus_per_subtask)
+    if told:
+        info(told)
+
+
+def info(text: str) -> None:
+    """One line of the first process's terminal."""
+    PartialState().print(f"[INFO] {text}", flush=True)
+
+
+def check_merge_budget(merger: dict, base, collator, rows) -> None:
+    """Raises RecipeError where `merge_ratio` and `target_merge_tokens` are both set and differ by more than a token."""
+    ratio, target = merger.get("merge_ratio"), merger.get("target_merge_tokens")
+    if ratio is None or target is None:
+        return
+    row = collator([rows[0]])
+    tokens = int((row["input_ids"] == base.config.image_token_id).sum())
+    if abs(ratio * tokens - target) > 1:
+        raise RecipeError(
+            f"merge_ratio {ratio} keeps {round(ratio * tokens)} of an image's {tokens} vision tokens, but "
+            f"target_merge_tokens is {target}; give one of them (--target_merge_tokens none drops the configuration's)."
+        )
+
+
+def build_model(base, run: RunArguments, values, parts: dict | None = None) -> PrunedVLM:
+    """Heads that fit the base model: fresh ones, or those of `parts`, state dicts by name (`read_parts`)."""
     if run.strategy:
         return PrunedVLM.from_base(base, strategy=run.strategy, keep=run.keep)
     probe = PrunedVLM.from_base(base)
     width, features = probe.adapter.text_config.hidden_size, probe.adapter.feature_size
-    merger = TokenMergerConfig(**values["merger"] | {"feature_size": features, "question_size": width})
-    pruner = LayerPrunerConfig(**values["pruner"] | {"hidden_size": width})
-    return PrunedVLM.from_base(base, merger if run.merger else None, pruner if run.pruners else None)
+    merger = pruner = None
+    if run.merger:
+        info("Creating Token Merger...")
+        settings = values["merger"] | {"feature_size": features, "question_size": width}
+        state = (parts or {}).get("token_merger")
+        merger = TokenMergerConfig(**settings) if state is None else convert_merger(state, **settings)
+    if run.pruners:
+        info("Creating Layer-Specific Pruners...")
+        settings = values["pruner"] | {"hidden_size": width}
+        state = (parts or {}).get("layer_pruners")
+        pruner = LayerPrunerConfig(**settings) if state is None else convert_pruners(state, **settings)
+    return PrunedVLM.from_base(base, merger, pruner)
+
+
+def build_discriminator(model: PrunedVLM, args, values, parts: dict | None = None) -> PruningDiscriminator | None:
+    """A discriminator of the language model's width, where the losses need one."""
+    if args.adversarial_weight <= 0:
+        return None
+    info("Creating Discriminator...")
+    width = model.adapter.text_config.hidden_size
+    config = PruningDiscriminatorConfig(**values["discriminator"] | {"hidden_size": width})
+    state = (parts or {}).get("discriminator")
+    return PruningDiscriminator(config) if state is None else convert_discriminator(state, config)
+
+
+def announce(model: PrunedVLM, args: TokenPruningTrainingArguments, given: dict) -> None:
+    """What is about to be trained."""
+    info("Starting training...")
+    if model.token_merger is not None:
+        merger = model.token_merger.config
+        target = "" if merger.target_merge_tokens is None else f"{merger.target_merge_tokens} tokens per image"
+        # Without a ratio of the user's own, the target alone decides.
+        ratio = str(merger.merge_ratio) if not target or "merge_ratio" in given else ""
+        info(f"Token Merger type: {merger.merger_type}")
+        info(f"Merge Ratio: {', '.join(filter(None, (ratio, target)))}")
+    if model.layer_pruner is not None:
+        info(f"Pruning Layers: {model.layer_pruner.config.layers}")
+    info(f"Temperature: {args.temperature_start} → {args.temperature_end}")
 
 
 def report(out: Path, model, processor, source, held_out, run, args, seconds: float, repo_id: str | None) -> None:
@@ -159,7 +267,9 @@ def report(out: Path, model, processor, source, held_out, run, args, seconds: fl
     collator = vqa_collator(source, processor, answers=False, kept=model.config.tokens_kept)
     modes = ("origin", "merge_only", "soft", "hard")
     table = {m: evaluate_mode(model, collator, held_out, m, args.eval_max_new_tokens) for m in modes}
-    slim = {m: {k: v for k, v in r.items() if k not in ("scores", "answers")} for m, r in table.items()}
+    slim = {
+        m: {k: v for k, v in r.items() if k not in ("scores", "answers", "merged_tokens")} for m, r in table.items()
+    }
     results = {"base_model": run.base_model, "seed": run.seed, "seconds": round(seconds, 1), "modes": slim}
     if not (source.dataset_name or source.eval_file):
         results["scenes"] = scene_options(run.base_model)  # what eval_token_pruning.py draws its questions from

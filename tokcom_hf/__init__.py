@@ -34,6 +34,8 @@ _LAZY |= {
     "JointLFQTrainingArguments": "trainers.joint_lfq",
     "load_checkpoint": "tokcom_inference",
     "ModelArgs": "tokcom_inference",
+    "LearnableTokenMerger": "models.pruning_constructors",
+    "LayerSpecificPruner": "models.pruning_constructors",
     "TokenPruningTrainer": "trainers.token_pruning",
     "TokenPruningTrainingArguments": "trainers.token_pruning",
 }

@@ -122,6 +122,42 @@ TRAIN_VQGAN: Aliases = {
 ANALYZE_CODEBOOK: Aliases = {}
 
 TRAIN_TOKEN_PRUNING: Aliases = {
+    # Steps would overrule epochs.
+    "trainer_settings.dl_settings.epochs": Alias(
+        ("training.num_train_epochs", "training.max_steps"), lambda epochs: (epochs, -1)
+    ),
+    "trainer_settings.dl_settings.batch_size": "training.per_device_train_batch_size",
+    "trainer_settings.dl_settings.optimizers.token_merger.lr": "training.merger_learning_rate",
+    "trainer_settings.dl_settings.optimizers.layer_pruners.lr": "training.pruner_learning_rate",
+    "trainer_settings.dl_settings.optimizers.discriminator.lr": "training.discriminator_learning_rate",
+    "trainer_settings.optimizers.token_merger.lr": "training.merger_learning_rate",
+    "trainer_settings.optimizers.layer_pruners.lr": "training.pruner_learning_rate",
+    "trainer_settings.optimizers.discriminator.lr": "training.discriminator_learning_rate",
+    "method_settings.merger_type": "merger.merger_type",
+    "method_settings.merge_ratio": "merger.merge_ratio",
+    "method_settings.target_merge_tokens": "merger.target_merge_tokens",
+    "method_settings.merge_sparsity_weight": "training.merge_sparsity_weight",
+    "method_settings.pruning_layers": "pruner.layers",
+    "method_settings.pruner_d_internal": "pruner.internal_size",
+    "method_settings.pruner_num_heads": "pruner.num_attention_heads",
+    "method_settings.pruner_type": "pruner.pruner_type",
+    "method_settings.temperature": "training.temperature_start",
+    "method_settings.temperature_min": "training.temperature_end",
+    "method_settings.temperature_anneal_rate": "training.temperature_anneal_rate",
+    "method_settings.adv_loss_weight": "training.adversarial_weight",
+    "method_settings.task_loss_weight": "training.task_weight",
+    "method_settings.disc_reinit_prob": "training.discriminator_reinit_probability",
+    "manager_settings.mode": "run.mode",
+    "manager_settings.available_gpus": "run.available_gpus",
+    "manager_settings.gpus_per_subtask": "run.gpus_per_subtask",
+    "search_settings.enable": "run.search",
+    "search_settings.n_trials": "run.trials",
+    # The wishes of the summary's list, by their titles.
+    "method_settings.dynamic_merge_ratio": "merger.question_dependent_ratio",
+    "method_settings.hierarchical_pruning": Alias(
+        ("pruner.keep_ratio", "pruner.keep_tokens"), lambda ratios: (ratios, None)
+    ),
+    "method_settings.attention_guided_merge": "merger.attention_guided",
     "method_settings.max_vision_tokens": "data.max_vision_tokens",
     "method_settings.image_max_size": "data.image_max_size",
 }

@@ -61,6 +61,12 @@ COSMETIC = frozenset(
         "stop_on_nonfinite_loss",
         "early_stopping_patience",
         "wandb_project",
+        "mode",
+        "search",
+        "trials",
+        "available_gpus",
+        "gpus_per_subtask",
+        "save_parts",
     ]
 )
 # Fields that name a file, a folder or something on the Hub: files count by their contents.

@@ -23,6 +23,7 @@ RUN_FILES = [
     "*/runs/*",
     "logs/*",
     "*/logs/*",
+    "checkpoints/*",
     RUN_MARKER,
     f".{RUN_MARKER}",
     "*/" + RUN_MARKER,

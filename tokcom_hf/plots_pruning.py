@@ -2,7 +2,36 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+
+
+@torch.no_grad()
+def kept_grids(model, batch: dict[str, torch.Tensor]) -> list[tuple[int, np.ndarray]]:
+    """Which patches of an image go on, wherever in a `PrunedVLM` some are removed.
+
+    Args:
+        batch: the processor's inputs for one prompt with one image.
+
+    Returns:
+        (decoder layer, bool (side, side)) of the first layer, and of each later one that sees fewer patches than the layer
+        before; empty where the prompt's vision tokens make no square.
+    """
+    output = model(**{name: value.to(model.device) for name, value in batch.items()})
+    places = (batch["input_ids"][0] == model.adapter.image_token_id).nonzero()[:, 0].tolist()
+    side = int(len(places) ** 0.5)
+    if not places or side * side != len(places):
+        return []
+    kept = [set(index[0].tolist()) for index in output.kept_index]
+    stages = [n for n in range(len(kept)) if n == 0 or kept[n] != kept[n - 1]]
+    return [(n, np.array([place in kept[n] for place in places]).reshape(side, side)) for n in stages]
+
+
+def dimmed(picture: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """The picture (height, width, 3) uint8 with the patches dark where `grid` (side, side) is False."""
+    (height, width), side = picture.shape[:2], len(grid)
+    mask = grid[np.arange(height) * side // height][:, np.arange(width) * side // width]
+    return (picture * (0.2 + 0.8 * mask[..., None])).astype("uint8")
 
 
 @torch.no_grad()
@@ -17,34 +46,23 @@ def plot_kept_patches(model, collator, rows, path: str | Path) -> str:
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        import numpy as np
     except ImportError:
         return "no picture: matplotlib is not installed (pip install 'tokcom_hf[plots]')"
     shown: list[tuple] = []
     for row in rows:
-        batch = collator([row])
-        output = model(**{k: v.to(next(model.parameters()).device) for k, v in batch.items()})
-        places = (batch["input_ids"][0] == model.adapter.image_token_id).nonzero()[:, 0].tolist()
-        side = int(len(places) ** 0.5)
-        if row["image"] is None or side * side != len(places):
-            continue
-        kept = [set(index[0].tolist()) for index in output.kept_index]
-        stages = [n for n in range(len(kept)) if n == 0 or kept[n] != kept[n - 1]]
-        grids = [torch.tensor([p in kept[n] for p in places]).view(side, side).numpy() for n in stages]
-        shown.append((row, stages, grids))
+        grids = [] if row["image"] is None else kept_grids(model, collator([row]))
+        if grids:
+            shown.append((row, grids))
     if not shown:
         return "no picture: the images do not give square grids of tokens"
-    columns = 1 + max(len(stages) for _, stages, _ in shown)
+    columns = 1 + max(len(grids) for _, grids in shown)
     figure, axes = plt.subplots(len(shown), columns, figsize=(2.2 * columns, 2.4 * len(shown)), squeeze=False)
-    for line, (row, stages, grids) in zip(axes, shown):
+    for line, (row, grids) in zip(axes, shown):
         picture = np.asarray(row["image"].convert("RGB"))
         line[0].imshow(picture)
         line[0].set_title(row["questions"][0], fontsize=7)
-        for axis, stage, grid in zip(line[1:], stages, grids):
-            height, width = picture.shape[:2]
-            side = len(grid)
-            mask = grid[np.arange(height) * side // height][:, np.arange(width) * side // width]
-            axis.imshow((picture * (0.2 + 0.8 * mask[..., None])).astype("uint8"))
+        for axis, (stage, grid) in zip(line[1:], grids):
+            axis.imshow(dimmed(picture, grid))
             axis.set_title(f"from layer {stage}: {int(grid.sum())} tokens", fontsize=7)
         for axis in line:
             axis.axis("off")

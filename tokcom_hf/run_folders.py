@@ -30,8 +30,8 @@ RESULT_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "README.md",
     "results.json", "budget.json", "samples.txt", "samples.jsonl", "train_latents.*", "validation_latents.*",
     "accuracy_against_noise.png", "denoising_against_time.png", "reconstructions.png", "codebook.png", "history.png",
-    "joint_training.png", "generated.png", "completed.png", "best.json", "best_vae.pt",
-    "best_diffusion.pt", "logs/training.log",
+    "joint_training.png", "generated.png", "completed.png", "best.json", "best_vae.pt", "best_diffusion.pt",
+    "logs/training.log", "checkpoints/*_step_*.pt",
     "logs/tensorboard/events.out.tfevents.*", "step-*-reconstructions.png", "step-*-codebook.png",
 )  # fmt: skip
 
@@ -237,7 +237,7 @@ class RunFolder:
                 for file in folder.glob(pattern):
                     if file.is_file() or file.is_symlink():
                         file.unlink()
-            for emptied in (folder / "logs" / "tensorboard", folder / "logs"):
+            for emptied in (folder / "logs" / "tensorboard", folder / "logs", folder / "checkpoints"):
                 with contextlib.suppress(OSError):  # others' files are in it, or there is none
                     emptied.rmdir()
             if folder != self.path:

@@ -52,6 +52,7 @@ ABLATIONS: dict[str, dict] = {
         "guidance_weight": 0.0,
         "adversarial_weight": 1.0,
         "task_weight": 25.0,
+        "merge_entropy_weight": 0.0,
         "merge_sparsity_weight": 1e-4,
         "keep_rate_weight": 0.0,
         "binarization_weight": 0.0,

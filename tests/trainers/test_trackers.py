@@ -77,9 +77,9 @@ def wandb_run(tmp_path_factory):
     os.environ.update(settings | {"WANDB_PROJECT": "of the environment"})
     try:
         tracked = {"report_to": ["wandb"], "wandb_project": "TokCom-v5.2", "run_name": "two stages"}
-        vae = vae_trainer(folder / "vae", sample_every=0.5, num_samples=2, **EVERY_TWO | tracked)
-        vae.train()
-        denoiser_trainer(folder / "denoiser", **EVERY_TWO | tracked).train()
+        tracked |= {"sample_every": 0.5, "num_samples": 2}
+        vae_trainer(folder / "vae", **EVERY_TWO | tracked).train()
+        denoiser_trainer(folder / "denoiser", sample_steps=2, **EVERY_TWO | tracked).train()
         assert os.environ["WANDB_PROJECT"] == "of the environment"
         wandb.finish()
     finally:
@@ -100,6 +100,8 @@ def test_wandb_names_are_the_documented_ones(wandb_run):
     assert {"vae/batch_loss", "diffusion/batch_ce_loss", "diffusion/batch_mse_loss"} <= names
     # Epoch level: training and held-out loss, learning rate, the best held-out loss so far.
     assert {"train/loss", "train/learning_rate", "eval/loss", "eval/best_loss"} <= names
+    by_epoch = ("train_loss", "val_loss", "best_val_loss", "learning_rate")
+    assert {f"{stage}/{name}" for stage in ("vae", "diffusion") for name in by_epoch} <= names
     assert not [name for name in names if name.count("/") > 1 or "eval_" in name]
 
 
@@ -111,10 +113,14 @@ def test_wandb_values_are_the_trainers_own(wandb_run):
     assert best[:2] == [held_out[0], min(held_out[:2])]
 
 
-def test_sample_tables_reach_wandb_as_tables(wandb_run):
-    tables = [row for row in wandb_run["rows"] if row.get("samples._type") == "table-file"]
-    assert [row["train/global_step"] for row in tables] == [3]
-    assert tables[0]["samples.nrows"] == 2 and tables[0]["samples.ncols"] >= 2
+def test_the_three_sample_tables_reach_wandb_as_tables(wandb_run):
+    tables = [
+        (name.removesuffix("._type"), row) for row in wandb_run["rows"] for name in row if row[name] == "table-file"
+    ]
+    assert [name for name, _ in tables] == ["vae/reconstructions", "diffusion/samples", "diffusion/denoising"]
+    assert [row["train/global_step"] for _, row in tables] == [3, 3, 3]
+    assert [row[f"{name}.nrows"] for name, row in tables] == [2, 2, 2]
+    assert [row[f"{name}.ncols"] for name, row in tables] == [3, 1, 3]
 
 
 def scalars(folder: Path) -> dict[str, list[float]]:

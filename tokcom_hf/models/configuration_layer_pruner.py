@@ -21,7 +21,10 @@ class LayerPrunerConfig(PreTrainedConfig):
         selection: `topk` keeps exactly the budget; `threshold` keeps what has probability > 0.5, so that easy images
             keep less.
         min_tokens: tokens that every image keeps at least.
+        architecture: `normalized` heads have LayerNorms and a residual connection around the attention; `documented` ones
+            have neither, and their masks are Gumbel-softmax([0, logit] / temperature) with noise of scale 1.
         internal_size, num_attention_heads: shape of the heads.
+        scorer_size: hidden width of the last two layers; `internal_size` where None.
         gumbel_noise: draw the masks at random, around the logits, while training.
         straight_through: train on the hard decision with the gradient of the soft one. A soft mask of 0.001 still lets
             a sharply attended token through, so heads trained on soft masks may drop what the model goes on reading.
@@ -36,7 +39,9 @@ class LayerPrunerConfig(PreTrainedConfig):
     keep_tokens: list[int] | None = None
     keep_ratio: float | int | list[float | int] = 0.5
     min_tokens: int = 1
+    architecture: str = "normalized"
     internal_size: int = 512
+    scorer_size: int | None = None
     num_attention_heads: int = 4
     gumbel_noise: bool = True
     straight_through: bool = False
@@ -49,6 +54,8 @@ class LayerPrunerConfig(PreTrainedConfig):
             raise ValueError(f"layers must be rising layer numbers from 0 on, got {self.layers}.")
         if self.pruner_type not in ("cross_attention", "simple"):
             raise ValueError(f"pruner_type must be cross_attention or simple, got {self.pruner_type!r}.")
+        if self.architecture not in ("normalized", "documented"):
+            raise ValueError(f"architecture must be normalized or documented, got {self.architecture!r}.")
         if self.selection not in ("topk", "threshold"):
             raise ValueError(f"selection must be topk or threshold, got {self.selection!r}.")
         ratios = self.keep_ratios

@@ -61,6 +61,12 @@ class LFQExpandedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.custom_pipelines = PipelineTasks("lfq", kwargs.pop("custom_pipelines", None))
         check_output_dim(self.output_dim)
+        # Not a field: it follows from two others. Another model's configuration, which names no LFQ id, is left to loading.
+        given = kwargs.pop("vocab_size", None)
+        if given is not None and self.lfq_start_token_id and given != self.vocab_size:
+            raise ValueError(
+                f"vocab_size={given} is not lfq_start_token_id + 2^output_dim = {self.vocab_size}; leave it out."
+            )
         if self.embedding_init_method not in INIT_METHODS:
             raise ValueError(
                 f"embedding_init_method must be one of {', '.join(INIT_METHODS)}, got {self.embedding_init_method!r}."

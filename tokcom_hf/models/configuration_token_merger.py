@@ -1,5 +1,7 @@
 """Configuration of `TokenMerger`."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -17,11 +19,24 @@ class TokenMergerConfig(PreTrainedConfig):
     Kind:
         merger_type: `simple` scores tokens by themselves; `question_aware` lets them attend to the question first;
             `fixed_pooling` has one learned query per merged token, modulated by the question.
-        question_dependent_ratio: the share kept is predicted from the question, between `min_ratio` and `merge_ratio`.
-        attention_guided: adds the vision tower's received attention, with a learned weight, to the scores.
+        question_dependent_ratio: every row keeps a number of its own, and only those tokens go on. `learned` (or True): a
+            linear layer predicts the share from the question; `confidence`: the best tokens that hold a learned share of the
+            scores' probability, so that a question whose scores point at few tokens gets few.
+        min_ratio, max_ratio: bounds of that share. With `max_ratio` the mean over a batch is trained towards `merge_ratio`
+            (or `target_merge_tokens`); without it `merge_ratio` is the upper bound.
+        attention_guided: adds the logarithm of an attention, with a learned weight, to the scores: `question`: how much the
+            question's tokens attend to each vision token, for every VLM; `tower` (or True): what each token receives in the
+            vision tower, for VLMs whose tower tells (LLaVA).
+
+    Computation:
+        architecture: `normalized` compares unit vectors at a learned scale, whatever the temperature, and divides merged
+            tokens by what they received, so that their norms stay as they were; `documented` is the documented merger:
+            softmax(QKᵀ/√d / temperature) of two projections of the features, merged by weightsᵀ · features, Gumbel noise
+            of scale 1, no normalisation anywhere.
 
     Shape:
         internal_size, num_attention_heads: of the scorer and of the similarity space.
+        scorer_size: hidden width of the scorer; `internal_size` where None.
         max_tokens: learned queries that `fixed_pooling` holds.
         initial_scale: of the cosine similarities that spread tokens over centres.
         gumbel_noise: draw the centres at random, around the scores, while training.
@@ -34,10 +49,13 @@ class TokenMergerConfig(PreTrainedConfig):
     merger_type: str = "question_aware"
     merge_ratio: float | int = 0.5
     target_merge_tokens: int | None = None
-    question_dependent_ratio: bool = False
+    question_dependent_ratio: bool | str = False
     min_ratio: float | int = 0.1
-    attention_guided: bool = False
+    max_ratio: float | int | None = None
+    attention_guided: bool | str = False
+    architecture: str = "normalized"
     internal_size: int = 512
+    scorer_size: int | None = None
     num_attention_heads: int = 4
     max_tokens: int = 576
     initial_scale: float | int = 20.0
@@ -47,10 +65,36 @@ class TokenMergerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.merger_type not in ("simple", "question_aware", "fixed_pooling"):
             raise ValueError(f"merger_type must be simple, question_aware or fixed_pooling, got {self.merger_type!r}.")
-        if not 0.0 < self.min_ratio <= self.merge_ratio <= 1.0:
+        if self.architecture not in ("normalized", "documented"):
+            raise ValueError(f"architecture must be normalized or documented, got {self.architecture!r}.")
+        if self.architecture == "documented" and self.merger_type == "fixed_pooling":
             raise ValueError(
-                f"Need 0 < min_ratio <= merge_ratio <= 1, got min_ratio={self.min_ratio}, "
-                f"merge_ratio={self.merge_ratio}."
+                "architecture 'documented' scores tokens: merger_type simple or question_aware; fixed_pooling is normalized."
+            )
+        if self.attention_guided not in (False, True, "tower", "question"):
+            raise ValueError(f"attention_guided must be false, tower or question, got {self.attention_guided!r}.")
+        if self.question_dependent_ratio not in (False, True, "learned", "confidence"):
+            raise ValueError(
+                f"question_dependent_ratio must be false, learned or confidence, got {self.question_dependent_ratio!r}."
+            )
+        if not 0.0 < self.min_ratio <= self.merge_ratio <= (1.0 if self.max_ratio is None else self.max_ratio) <= 1.0:
+            raise ValueError(
+                f"Need 0 < min_ratio <= merge_ratio <= max_ratio <= 1, got min_ratio={self.min_ratio}, "
+                f"merge_ratio={self.merge_ratio}, max_ratio={self.max_ratio}."
+            )
+        if self.question_dependent_ratio and self.merger_type == "fixed_pooling":
+            raise ValueError(
+                "question_dependent_ratio ranks tokens: it needs merger_type simple or question_aware, got fixed_pooling."
+            )
+        if self.max_ratio is not None and not self.question_dependent_ratio:
+            raise ValueError(
+                f"max_ratio={self.max_ratio} bounds a share that depends on the question; set question_dependent_ratio to "
+                "learned or confidence, or leave max_ratio out."
+            )
+        if self.max_ratio is None and self.question_dependent_ratio == "confidence":
+            raise ValueError(
+                "question_dependent_ratio 'confidence' needs max_ratio, the largest share of tokens a row may keep; "
+                "merge_ratio is the mean."
             )
         if self.target_merge_tokens is not None and self.target_merge_tokens < 1:
             raise ValueError(f"target_merge_tokens must be at least 1, got {self.target_merge_tokens}.")
@@ -63,6 +107,13 @@ class TokenMergerConfig(PreTrainedConfig):
 
     def tokens_kept(self, tokens: int) -> int:
         """Tokens left, at most, of an image of `tokens` tokens: at least 1, at most all of them."""
-        if self.target_merge_tokens is None:
-            return max(1, round(self.merge_ratio * tokens))
-        return min(self.target_merge_tokens, tokens)
+        if self.max_ratio is None:
+            return self.tokens_wanted(tokens)
+        # Rounding of the product must not add a slot.
+        return max(1, math.ceil(self.max_ratio * tokens - 1e-6))
+
+    def tokens_wanted(self, tokens: int) -> int:
+        """The budget for an image of `tokens` tokens: their number, or their mean where it depends on the question."""
+        target = self.target_merge_tokens
+        wanted = max(1, round(self.merge_ratio * tokens)) if target is None else min(target, tokens)
+        return wanted if self.max_ratio is None else min(wanted, self.tokens_kept(tokens))

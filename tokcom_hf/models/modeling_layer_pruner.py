@@ -36,24 +36,27 @@ class PrunerHead(nn.Module):
 
     def __init__(self, config: LayerPrunerConfig):
         super().__init__()
-        size = config.internal_size
-        self.vision_norm = nn.LayerNorm(config.hidden_size)
+        size, hidden = config.internal_size, config.scorer_size or config.internal_size
+        self.residual = config.architecture != "documented"
+        norm = nn.LayerNorm if self.residual else nn.Identity
+        self.vision_norm = norm(config.hidden_size)
         self.vision_proj = nn.Linear(config.hidden_size, size)
         if config.pruner_type == "cross_attention":
-            self.question_norm = nn.LayerNorm(config.hidden_size)
+            self.question_norm = norm(config.hidden_size)
             self.question_proj = nn.Linear(config.hidden_size, size)
             self.attention = QuestionAttention(config)
-        self.score = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1))
+        self.score = nn.Sequential(norm(size), nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
     def forward(self, vision_hidden, question_embeddings=None, question_mask=None) -> torch.Tensor:
         # A head computes in its own precision, which may be higher than the hidden states'.
-        dtype = self.vision_norm.weight.dtype
+        dtype = self.vision_proj.weight.dtype
         tokens = self.vision_proj(self.vision_norm(vision_hidden.to(dtype)))
         if hasattr(self, "attention"):
             if question_embeddings is None:
                 raise ValueError("pruner_type 'cross_attention' needs question_embeddings.")
             question = self.question_proj(self.question_norm(question_embeddings.to(dtype)))
-            tokens = tokens + self.attention(tokens, question, question_mask)
+            attended = self.attention(tokens, question, question_mask)
+            tokens = tokens + attended if self.residual else attended
         return self.score(tokens).squeeze(-1).float()
 
 
@@ -71,6 +74,8 @@ class LayerPruner(StrictLoading):
     def __init__(self, config: LayerPrunerConfig):
         super().__init__(config)
         self.heads = nn.ModuleDict({str(layer): PrunerHead(config) for layer in config.layers})
+        # What `forward` takes by default; training anneals it.
+        self.temperature = 0.1
         self.post_init()
 
     def forward(
@@ -81,7 +86,7 @@ class LayerPruner(StrictLoading):
         question_mask: torch.Tensor | None = None,
         vision_mask: torch.Tensor | None = None,
         images: torch.Tensor | None = None,
-        temperature: float = 0.1,
+        temperature: float | None = None,
         return_dict: bool | None = None,
     ) -> LayerPrunerOutput | tuple:
         """Decides before layer `layer_index`.
@@ -93,7 +98,7 @@ class LayerPruner(StrictLoading):
             question_mask: `(batch, q)`.
             vision_mask: bool `(batch, n)`, False on padding; padding is never kept.
             images: `(batch, n)` image numbers; the budget holds per image. One image per row where None.
-            temperature: of the soft mask, and of the Gumbel noise while training; > 0.
+            temperature: of the soft mask, and of the Gumbel noise while training; > 0. The module's own where None.
             return_dict: False gives a tuple of what the output holds, in its order.
 
         Raises:
@@ -104,12 +109,13 @@ class LayerPruner(StrictLoading):
         logits = self.heads[str(layer_index)](vision_hidden, question_embeddings, question_mask)
         real = torch.ones_like(logits, dtype=torch.bool) if vision_mask is None else vision_mask.bool()
         images = torch.zeros_like(logits, dtype=torch.long) if images is None else images
-        temperature = max(float(temperature), 1e-6)
+        temperature = max(float(self.temperature if temperature is None else temperature), 1e-6)
         noisy = logits
         if self.training and self.config.gumbel_noise:
             # The difference of two Gumbel variables is logistic: one per token decides keep against drop.
             uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-            noisy = logits + temperature * (uniform.log() - (-uniform).log1p())
+            scale = 1.0 if self.config.architecture == "documented" else temperature
+            noisy = logits + scale * (uniform.log() - (-uniform).log1p())
         keep = torch.zeros_like(real)
         threshold = torch.zeros_like(logits)
         target = torch.zeros_like(logits[:, 0])

@@ -12,6 +12,9 @@ from transformers.utils import ModelOutput
 from .configuration_pruning_discriminator import PruningDiscriminatorConfig
 from .strict_loading import StrictLoading
 
+# As many as spectral_norm itself begins with.
+POWER_ITERATIONS = 15
+
 
 @dataclass
 class PruningDiscriminatorOutput(ModelOutput):
@@ -57,7 +60,17 @@ class PruningDiscriminator(StrictLoading):
     def reinitialize(self) -> None:
         """Draws all weights anew, for the documented re-initialisation."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear):
+                continue
+            if is_parametrized(module):
+                # Its `weight` is computed anew at every reading: only the tensor behind it can be drawn.
+                weight = module.parametrizations.weight.original
+                fresh = nn.Linear(module.in_features, module.out_features, device=weight.device, dtype=weight.dtype)
+                weight.copy_(fresh.weight)
+                module.bias.copy_(fresh.bias)
+                for _ in range(POWER_ITERATIONS):
+                    module.weight  # noqa: B018 (each reading in training is a power iteration towards the new norm)
+            else:
                 module.reset_parameters()
 
     def forward(

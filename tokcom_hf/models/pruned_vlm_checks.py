@@ -33,7 +33,16 @@ def check_stages(model) -> None:
         )
     merger = model.token_merger.config if model.token_merger is not None else None
     _check_budget(model, merger)
-    if merger is not None and (merger.feature_size, merger.question_size) != (size, width):
+    if merger is None:
+        return
+    if merger.attention_guided in (True, "tower") and not model.adapter.gives_attention:
+        family = model.base.config.model_type
+        raise ValueError(
+            f"attention_guided={merger.attention_guided!r} reads the vision tower's attention, which {family!r} does not "
+            "give; set attention_guided to 'question', the question's attention to the image, which every VLM has."
+        )
+    reads_question = hasattr(model.token_merger, "question_proj")
+    if merger.feature_size != size or (reads_question and merger.question_size != width):
         raise ValueError(
             f"token_merger needs feature_size={size} and question_size={width} for this VLM, got "
             f"{merger.feature_size} and {merger.question_size}."
@@ -47,7 +56,9 @@ def _check_budget(model, merger) -> None:
     for name, wanted in (("keep", model.config.keep), ("target_merge_tokens", merger and merger.target_merge_tokens)):
         if wanted and left and wanted > left:
             raise ValueError(f"{name}={wanted} is more than the image's {left} vision tokens; lower it.")
-    if merger is not None:
+    if merger is not None and merger.max_ratio is not None:
+        left = left and merger.tokens_kept(left)
+    elif merger is not None:
         left = merger.target_merge_tokens or (left and merger.merge_ratio * left)
     if budget and left and max(budget) > left:
         raise ValueError(

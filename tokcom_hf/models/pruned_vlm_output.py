@@ -19,7 +19,9 @@ class PrunedVLMOutput(ModelOutput):
         hidden_states: per layer `(batch, length, hidden)`, with `output_hidden_states=True`.
         soft_masks, keep_masks, keep_logits: per pruned layer `(batch, length)` over the tokens at that layer; 1 on text.
         merge_weights: per group of equally large images `(images, n, m)`.
-        merge_sparsity_loss: scalar.
+        merge_sparsity_loss: (expected number of kept tokens - target)², mean over images.
+        merge_entropy_loss: entropy of the assignment of tokens to centres, see `TokenMergerOutput.entropy_loss`.
+        merge_kept_tokens: expected number of kept tokens, mean over images.
         keep_rates: per pruned layer, soft share kept over the budget's share, `(batch,)`.
         kept_index: per decoder layer, original places `(batch, tokens)` (-1 on padding).
     """
@@ -33,6 +35,8 @@ class PrunedVLMOutput(ModelOutput):
     keep_logits: tuple | None = None
     merge_weights: tuple | None = None
     merge_sparsity_loss: torch.Tensor | None = None
+    merge_entropy_loss: torch.Tensor | None = None
+    merge_kept_tokens: torch.Tensor | None = None
     keep_rates: tuple | None = None
     kept_index: tuple | None = None
 

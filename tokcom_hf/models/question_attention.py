@@ -1,4 +1,4 @@
-"""Vision tokens attend to question tokens: the block that `TokenMerger` and `LayerPruner` share."""
+"""Attention between vision and question tokens, in both directions, for `TokenMerger` and `LayerPruner`."""
 
 import torch
 import torch.nn.functional as F
@@ -39,3 +39,32 @@ class QuestionAttention(nn.Module):
             mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed).transpose(1, 2)
         mixed = self.output(mixed.flatten(2))
         return mixed.masked_fill(empty[:, None, None], 0.0)
+
+
+class QuestionGuide(nn.Module):
+    """How much each vision token `(batch, n, token_size)` is attended to by the question's tokens `(batch, q, size)`.
+
+    Args:
+        config: with `internal_size` and `num_attention_heads`.
+        token_size: width of the vision tokens; the question's is `internal_size`.
+    """
+
+    def __init__(self, config, token_size: int):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.query = nn.Linear(config.internal_size, config.internal_size)
+        self.key = nn.Linear(token_size, config.internal_size)
+
+    def forward(
+        self, tokens: torch.Tensor, question: torch.Tensor, question_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Shares `(batch, n)` that sum to 1: the mean over heads and question tokens, even where a row has no question."""
+        split = lambda x: x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # noqa: E731
+        query, keys = split(self.query(question)), split(self.key(tokens))
+        attention = (query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5).float().softmax(-1).mean(1)
+        if question_mask is None:
+            return attention.mean(1)
+        weight = question_mask[..., None].to(attention.dtype)
+        mean = (attention * weight).sum(1) / weight.sum(1).clamp(min=1)
+        empty = ~question_mask.bool().any(-1, keepdim=True)
+        return torch.where(empty, torch.full_like(mean, 1.0 / mean.shape[-1]), mean)

@@ -27,7 +27,7 @@ class LastPrompt(threading.local):
 def token_report(
     model, vision_tokens, text_tokens, image_tokens, tower, projected, kept_index, question, mode: str
 ) -> dict:
-    """Averages over the rows of the last prompt.
+    """What the last prompt cost, averaged over its rows.
 
     Args:
         model: the `PrunedVLM`.
@@ -41,6 +41,7 @@ def token_report(
     Returns:
         vision_tokens, text_tokens: of the unpruned prompt.
         tokens_per_layer, vision_tokens_per_layer: what each layer really saw.
+        vision_tokens_by_row: the same for every row, a list of numbers per layer.
         average_kept: mean over layers of vision tokens, divided by the unpruned number.
         flops, flops_origin: totals of vision tower, projector, heads and language model for the prompt.
         flops_parts: the pruned total by part.
@@ -54,7 +55,9 @@ def token_report(
     seen = [tokens - text for tokens in per_layer]
     asked = float(question.float().mean())
     towers = vision_tower_flops(model.base.config.vision_config, *tower)
-    return _report(model, vision, text, seen, asked, mode, image_tokens, rows, towers / rows, projected / rows)
+    counts = torch.stack([(index >= 0).sum(-1) for index in kept_index], 1) - text_tokens[:, None]
+    report = _report(model, vision, text, seen, asked, mode, image_tokens, rows, towers / rows, projected / rows)
+    return report | {"vision_tokens_by_row": counts.tolist()}
 
 
 def predicted_report(

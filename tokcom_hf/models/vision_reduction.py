@@ -66,7 +66,7 @@ class VisionReduction:
         stream, mode = prompt.stream, prompt.mode
         strategy = self.config.strategy if self.config.strategy in STRATEGIES else None
         reduces = mode != "origin" and (self.token_merger is not None or strategy is not None)
-        guided = self.token_merger is not None and self.token_merger.config.attention_guided
+        guided = self.token_merger is not None and self.token_merger.config.attention_guided in (True, "tower")
         images = self.adapter.features(inputs, with_attention=reduces and (guided or strategy == "visionzip"))
         features, received = images.features, images.received
         sizes = [len(f) for f in features]
@@ -111,7 +111,7 @@ class VisionReduction:
                 generators = [self._generator(questions[row], i - rows.index(row)) for i, row in enumerate(rows)]
             return [select(f, min(self.config.keep, len(f)), a, g) for f, a, g in zip(features, attention, generators)]
         outputs: list = [None] * len(features)
-        weights, sparsity = [], []
+        results = []
         for size in sorted({len(f) for f in features}):
             members = [i for i, f in enumerate(features) if len(f) == size]
             rows = row_of_image[members]
@@ -126,9 +126,19 @@ class VisionReduction:
             for place, image in enumerate(members):
                 used = result.keep_mask[place]
                 outputs[image] = (result.merged_features[place][used], result.keep_index[place][used])
-            weights.append(result.merge_weights)
-            sparsity.append(result.sparsity_loss)
-        prompt.merged = {"merge_weights": tuple(weights), "merge_sparsity_loss": torch.stack(sparsity).mean()}
+            results.append(result)
+        kept = torch.cat([result.kept_tokens for result in results]).mean()
+        sparsity = torch.stack([result.sparsity_loss for result in results]).mean()
+        if self.token_merger.config.max_ratio is not None:
+            # The budget holds the mean over all images, where each has a size of its own, too.
+            budgets = [self.token_merger.config.tokens_wanted(len(f)) for f in features]
+            sparsity = (kept - sum(budgets) / len(budgets)).square()
+        prompt.merged = {
+            "merge_weights": tuple(result.merge_weights for result in results),
+            "merge_sparsity_loss": sparsity,
+            "merge_entropy_loss": torch.stack([result.entropy_loss for result in results]).mean(),
+            "merge_kept_tokens": kept,
+        }
         return outputs
 
     def _generator(self, question: list[int], image: int) -> torch.Generator:

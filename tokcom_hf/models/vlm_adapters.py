@@ -42,6 +42,8 @@ class VLMAdapter:
     three_axes = False
     # Whether features are reduced before the projector, so that it works on fewer.
     reduces_before_projector = False
+    # Whether the tower tells the attention that each token receives.
+    gives_attention = False
 
     def __init__(self, base):
         self.base = base
@@ -121,6 +123,7 @@ class LlavaAdapter(VLMAdapter):
 
     image_inputs = ("pixel_values",)
     reduces_before_projector = True
+    gives_attention = True
 
     @property
     def feature_size(self) -> int:

@@ -52,12 +52,17 @@ def token_merger_flops(merger, tokens: int, kept: float, question: float) -> flo
     if merger is None:
         return 0.0
     size, features = merger.config.internal_size, merger.config.feature_size
-    on_question = linear_flops(getattr(merger, "question_proj", None), question)
-    total = linear_flops(merger.feature_proj, tokens) + linear_flops(merger.similarity_proj, tokens) + on_question
+    total = linear_flops(getattr(merger, "question_proj", None), question) + sum(
+        linear_flops(getattr(merger, name, None), tokens) for name in ("feature_proj", "similarity_proj", "q_proj")
+    )
+    total += linear_flops(getattr(merger, "k_proj", None), kept)
     if merger.config.merger_type != "fixed_pooling":
         total += linear_flops(merger.scorer, tokens)
     if merger.config.merger_type == "question_aware":
         total += question_attention_flops(size, tokens, question)
+    guide = getattr(merger, "question_guide", None)
+    if guide is not None:
+        total += linear_flops(guide.query, question) + linear_flops(guide.key, tokens) + 2 * tokens * question * size
     return total + 2 * tokens * kept * size + 2 * tokens * kept * features
 
 
@@ -65,7 +70,8 @@ def pruner_head_flops(pruner, tokens: float, question: float) -> float:
     """FLOPs of one `LayerPruner` head on one image."""
     config = pruner.config
     size, width = config.internal_size, config.hidden_size
-    total = 2 * tokens * (width * size + size * size + size)
+    hidden = config.scorer_size or size
+    total = 2 * tokens * (width * size + size * hidden + hidden)
     if config.pruner_type == "cross_attention":
         total += 2 * question * width * size + question_attention_flops(size, tokens, question)
     return total

@@ -27,14 +27,16 @@ def evaluate_mode(
         accuracy: by question type and over all questions (over captions, exact match, where there is nothing else);
         scores: per row; answers: the texts; bleu: smoothed corpus BLEU of the captions, of the answers where there are none;
         flops, flops_origin, flops_ratio, sequence_kept, average_kept, vision_tokens, text_tokens: means over rows;
-        vision_tokens_per_layer, kv_bytes, kv_bytes_origin: likewise.
+        vision_tokens_per_layer, kv_bytes, kv_bytes_origin: likewise;
+        merged_tokens: vision tokens behind stage 1 of every row; merged_tokens_by_type: their means.
     """
     reports: list[tuple[int, dict]] = []
     every = [rows[i] for i in range(len(rows))]
     captions = [place for place, row in enumerate(every) if row.get("task") == "caption"]
     questions = [place for place, row in enumerate(every) if row.get("task") != "caption"]
-    answers = [""] * len(every)
+    answers, merged = [""] * len(every), [0] * len(every)
     for places, length in ((questions, max_new_tokens), (captions, caption_max_new_tokens)):
+        before = len(reports)
         texts = generate_answers(
             model,
             collator,
@@ -44,8 +46,9 @@ def evaluate_mode(
             lambda batch: reports.append((len(batch["input_ids"]), model.token_report())),
             pruning_mode=mode,
         )
-        for place, text in zip(places, texts, strict=True):
-            answers[place] = text
+        counts = [row[0] for _, report in reports[before:] for row in report["vision_tokens_by_row"]]
+        for place, text, count in zip(places, texts, counts, strict=True):
+            answers[place], merged[place] = text, count
     references = [row["answers"][0] for row in every]
     scores = vqa_accuracy(answers, references)
     counted, told = questions or captions, captions or questions
@@ -56,6 +59,8 @@ def evaluate_mode(
         "accuracy": accuracy,
         "scores": scores,
         "answers": answers,
+        "merged_tokens": merged,
+        "merged_tokens_by_type": accuracy_by_type(merged, [row["types"][0] for row in every]),
         "bleu": bleu([answers[i] for i in told], [references[i] for i in told], smooth=True),
     }
     for name in (*AVERAGED, "kv_bytes", "kv_bytes_origin"):

@@ -10,7 +10,6 @@ number by itself, so this is two optimizers with one file to save. The discrimin
 
 import contextlib
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +22,12 @@ from ..models.modeling_pruning_discriminator import PruningDiscriminator
 from .answer_rows import answer_rows
 from .attention_guidance import attention_reader, guidance_loss, reading_scores
 from .base import CompressionTrainer, CompressionTrainingArguments
-from .pruning_evaluation import evaluate_mode
+from .pruning_evaluation import evaluate_mode, named_metrics
 from .pruning_lora import adapters_disabled, add_lora, merge_lora
 from .pruning_losses import annealed_temperature, answer_kl, binarization_loss, keep_rate_loss, mask_statistics
+from .pruning_parts import SaveParts
+from .pruning_statistics import PruningStatistics, discriminator_losses, vision_masks
+from .trackers import TrackerName
 
 
 @dataclass
@@ -41,7 +43,12 @@ class TokenPruningTrainingArguments(CompressionTrainingArguments):
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters in the language model; 0 freezes it."})
     task_weight: float = field(default=25.0, metadata={"help": "Weight of the answers' cross-entropy."})
     adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the adversarial loss; 0 = none."})
-    merge_sparsity_weight: float = field(default=1e-4, metadata={"help": "Weight of the merger's sparsity loss."})
+    merge_sparsity_weight: float = field(
+        default=1e-4, metadata={"help": "Weight of (expected number of kept tokens - target)²."}
+    )
+    merge_entropy_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the entropy of each token's assignment to merged tokens."}
+    )
     keep_rate_weight: float = field(default=10.0, metadata={"help": "Weight of the squared excess over the budget."})
     binarization_weight: float = field(default=0.1, metadata={"help": "Weight of mask · (1 - mask)."})
     kl_weight: float = field(default=25.0, metadata={"help": "Weight of the KL to the unpruned model's answers."})
@@ -62,6 +69,10 @@ class TokenPruningTrainingArguments(CompressionTrainingArguments):
     )
     flops_budget: float = field(
         default=1.0, metadata={"help": "Best-model choice prefers models at or below this share of the FLOPs."}
+    )
+    save_parts: bool = field(
+        default=False,
+        metadata={"help": "Also write checkpoints/{token_merger,layer_pruners,discriminator}_step_N.pt."},
     )
     eval_max_new_tokens: int = field(default=4, metadata={"help": "Answer length in evaluations."})
 
@@ -103,11 +114,17 @@ class TokenPruningTrainer(CompressionTrainer):
         **kwargs,
     ):
         args = self.checked_arguments(args)
+        # One process drives one device: torch's DataParallel would copy the discriminator's side of a step wrongly.
+        args._n_gpu = min(args.n_gpu, 1)
         self._lora_r = args.lora_r
+        self._statistics: PruningStatistics | None = None
+        self._baseline: tuple[Any, dict] | None = None
         if model is not None:
             self._make_trainable(model)
         super().__init__(model, args, **kwargs)
         self.generation_collator = generation_collator
+        if self.args.save_parts:
+            self.add_callback(SaveParts(self))
         self.discriminator: Any = None
         if self.args.adversarial_weight > 0:
             if discriminator is None:
@@ -131,6 +148,11 @@ class TokenPruningTrainer(CompressionTrainer):
         return model
 
     def call_model_init(self, trial=None):
+        self._baseline = None
+        if getattr(self, "discriminator", None) is not None:
+            # A trial of a search begins with a discriminator of its own.
+            self.discriminator_scheduler = None
+            self._reinitialize_discriminator()
         return self._make_trainable(super().call_model_init(trial))
 
     # ------------------------------------------------------------------ optimizers
@@ -185,11 +207,8 @@ class TokenPruningTrainer(CompressionTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, pruned = self.args, self.unwrapped_model
-        temperature = annealed_temperature(
-            self.progress, args.temperature_start, args.temperature_end, args.temperature_anneal_rate
-        )
-        pruned.temperature = temperature
-        adversarial = self.discriminator is not None and model.training
+        temperature = self._anneal()
+        adversarial = self.discriminator is not None and (model.training or self._statistics is not None)
         teacher = None
         guided = args.guidance_weight > 0 and (pruned.token_merger or pruned.layer_pruner) is not None
         attention: list[torch.Tensor] = []
@@ -211,40 +230,58 @@ class TokenPruningTrainer(CompressionTrainer):
                 pruned, attention, said, output.kept_index, inputs["input_ids"], inputs["attention_mask"]
             )
             weights["guidance_loss"] = ramp * args.guidance_weight
-        if output.merge_sparsity_loss is not None:
-            losses["merge_sparsity_loss"] = output.merge_sparsity_loss
-            weights["merge_sparsity_loss"] = ramp * args.merge_sparsity_weight
+        for name in ("merge_entropy_loss", "merge_sparsity_loss"):
+            if output[name] is not None:
+                losses[name] = output[name]
+                weights[name] = ramp * getattr(args, name.replace("loss", "weight"))
         if output.soft_masks is not None:
             losses["keep_rate_loss"] = keep_rate_loss(output.keep_rates)
             losses["binarization_loss"] = binarization_loss(output.soft_masks)
             weights["keep_rate_loss"] = ramp * args.keep_rate_weight
             weights["binarization_loss"] = ramp * args.binarization_weight
-        if adversarial:
+        if adversarial and model.training:
             losses["adv_loss"] = self._adversarial(teacher, output, labels)
             weights["adv_loss"] = ramp * args.adversarial_weight
         loss = sum(weights[name] * value for name, value in losses.items())
         if model.training:
-            self._log_losses(losses, output, temperature, inputs["input_ids"] == pruned.adapter.image_token_id)
+            self._log_losses(losses, output, temperature, inputs["input_ids"])
+        elif self._statistics is not None:
+            verdicts = self._verdicts(teacher, output, labels) if adversarial else None
+            self._statistics.add(pruned, output, inputs, losses | {"loss": loss}, verdicts)
         return (loss, output) if return_outputs else loss
 
-    def _log_losses(self, losses, output, temperature: float, vision: torch.Tensor) -> None:
-        merger = {k: v for k, v in losses.items() if k == "merge_sparsity_loss"}
+    def _anneal(self) -> float:
+        """Sets the temperature that belongs to this step, and returns it."""
+        args, pruned = self.args, self.unwrapped_model
+        temperature = annealed_temperature(
+            self.progress, args.temperature_start, args.temperature_end, args.temperature_anneal_rate
+        )
+        for module in (pruned, pruned.token_merger, pruned.layer_pruner):
+            if module is not None:
+                module.temperature = temperature
+        return temperature
+
+    def _log_losses(self, losses, output, temperature: float, input_ids: torch.Tensor) -> None:
+        merger = {k: v for k, v in losses.items() if k.startswith("merge_")}
+        if output.merge_kept_tokens is not None:
+            merger["kept_tokens"] = output.merge_kept_tokens
         self.log_scalars("token_merger", merger)
         self.log_scalars("layer_pruners", {k: v for k, v in losses.items() if k not in merger})
         self.log_scalars("pruning", {"temperature": temperature})
+        self._log_documented({"temperature": temperature})
         tokens = {
             f"tokens_layer_{n}": (index >= 0).sum(-1).float().mean() for n, index in enumerate(output.kept_index)
         }
         self.log_scalars("pruning", tokens)
-        for place, mask in enumerate(output.soft_masks or ()):
-            layer = self.unwrapped_model.layer_pruner.config.layers[place]
-            index = output.kept_index[layer]
-            # The masks are 1 on text and padding, which nobody prunes.
-            pruned = vision.gather(1, index.clamp(min=0)) & (index >= 0)
-            kept = (output.keep_masks[place] & pruned).sum(-1).float().mean()
-            self.log_scalars("pruning", {f"kept_from_layer_{layer}": kept})
-            if pruned.any():
-                self.log_scalars(f"mask_layer_{layer}", mask_statistics(mask[pruned]))
+        for layer, mask, kept in vision_masks(self.unwrapped_model, output, input_ids):
+            self.log_scalars("pruning", {f"kept_from_layer_{layer}": kept.mean()})
+            if len(mask):
+                self.log_scalars(f"mask_layer_{layer}", mask_statistics(mask))
+
+    def _log_documented(self, values: dict[str, Any]) -> None:
+        """Logs under names without a prefix, which the trackers get as they are."""
+        for name, value in values.items():
+            self._scalars[TrackerName(name)].append(torch.as_tensor(value).detach().float())
 
     def _states(self, output) -> list[torch.Tensor]:
         layers = self.accelerator.unwrap_model(self.discriminator).config.layers
@@ -267,6 +304,15 @@ class TokenPruningTrainer(CompressionTrainer):
         )
         return loss
 
+    def _verdicts(self, teacher, output, labels) -> tuple[torch.Tensor, torch.Tensor]:
+        """The discriminator's logits of the unpruned and of the pruned states, both `(batch,)`."""
+        critic = self.accelerator.unwrap_model(self.discriminator)
+        was_training, answers = critic.training, labels != -100
+        critic.eval()
+        verdicts = critic(self._states(teacher), answers), critic(self._states(output), answers)
+        critic.train(was_training)
+        return verdicts
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.discriminator is not None:
@@ -279,8 +325,8 @@ class TokenPruningTrainer(CompressionTrainer):
         sync = self.accelerator.sync_gradients
         with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.discriminator):
             logits = self.discriminator(states, answers)
-            real, fake = F.softplus(-logits[:half]).mean(), F.softplus(logits[half:]).mean()
-            ((real + fake) / self.args.gradient_accumulation_steps).backward()
+            values = discriminator_losses(logits[:half], logits[half:])
+            ((values["real_loss"] + values["fake_loss"]) / self.args.gradient_accumulation_steps).backward()
         if sync:
             torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.max_grad_norm or float("inf"))
             self.discriminator_optimizer.step()
@@ -290,10 +336,8 @@ class TokenPruningTrainer(CompressionTrainer):
             draw = torch.rand((), generator=torch.Generator().manual_seed(self.args.seed + self.state.global_step))
             if draw < self.args.discriminator_reinit_probability:
                 self._reinitialize_discriminator()
-        probability = logits.detach().sigmoid()
-        values = {"real_loss": real, "fake_loss": fake}
-        values |= {"prob_real": probability[:half].mean(), "prob_fake": probability[half:].mean()}
         self.log_scalars("discriminator", values)
+        self._log_documented({f"disc_{name}": values[name] for name in ("prob_real", "prob_fake")})
 
     def _reinitialize_discriminator(self) -> None:
         with torch.random.fork_rng():
@@ -314,11 +358,16 @@ class TokenPruningTrainer(CompressionTrainer):
         return loss, *answer_rows(logits[:, :-1][predicts].float(), inputs["labels"])
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
-        """Generated answers with tokens really removed.
+        """Generated answers of the unpruned and of the softly and really pruned model, and one soft pass with the answers.
 
         Returns:
-            `accuracy_hard`, one accuracy per question type, `flops_ratio`, `sequence_kept`, and
-            `accuracy_under_budget`: the accuracy where `flops_ratio <= flops_budget`, else minus the excess.
+            `accuracy_baseline` (the base as it was before training), `accuracy_soft`, `accuracy_hard`; of hard mode one
+            accuracy per question type, `flops_ratio`, `sequence_kept`, and `accuracy_under_budget`: the accuracy where
+            `flops_ratio <= flops_budget`, else minus the excess; `bleu_...` (see `named_metrics`); `avg_original_tokens`,
+            `avg_merged_tokens` (vision tokens that enter the language model) and their ratio `keep_ratio_merge`;
+            `temperature`; of the soft pass the losses,
+            `mask_{mean,std,min,max}` over the vision tokens, the same per layer, and, with a discriminator,
+            `real_loss`, `fake_loss`, `disc_prob_real`, `disc_prob_fake`.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.generation_collator is None:
@@ -327,22 +376,56 @@ class TokenPruningTrainer(CompressionTrainer):
             parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in rows.items())
             return {name: value for part in parts for name, value in part.items()}
         with self.averaged_weights():
-            run = partial(evaluate_mode, self.unwrapped_model, self.generation_collator)
-            result = run(rows, mode="hard", max_new_tokens=self.args.eval_max_new_tokens)
-            others = self.loss_and_predictions(rows, ignore_keys, metric_key_prefix)
+            temperature = self._anneal()
+            statistics, baseline = self._soft_statistics(rows), self._evaluate_baseline(rows)
+            # Hard mode last: `token_report()` then tells of it.
+            soft, result = self._evaluate_mode(rows, "soft"), self._evaluate_mode(rows, "hard")
+            others = {}
+            if self.compute_metrics is not None:
+                others = self.loss_and_predictions(rows, ignore_keys, metric_key_prefix)
         accuracy, ratio = result["accuracy"]["all"], result["flops_ratio"]
         over = ratio - self.args.flops_budget
-        metrics = {
-            "accuracy_hard": accuracy,
+        # Soft mode removes nothing after the merger: its first layer sees the merged tokens.
+        merged = soft["vision_tokens_per_layer"][0]
+        metrics = statistics | named_metrics({"origin": baseline, "soft": soft, "hard": result})
+        metrics |= {
+            "avg_merged_tokens": merged,
+            "keep_ratio_merge": merged / baseline["vision_tokens"],
+            "temperature": temperature,
             "accuracy_under_budget": accuracy if over <= 1e-6 else -over,
             "flops_ratio": ratio,
             "sequence_kept": result["sequence_kept"],
         }
         metrics |= {f"accuracy_{kind}": value for kind, value in result["accuracy"].items() if kind != "all"}
-        metrics = others | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()} | others
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate_mode(self, rows, mode: str) -> dict[str, Any]:
+        length = self.args.eval_max_new_tokens
+        return evaluate_mode(self.unwrapped_model, self.generation_collator, rows, mode, length)
+
+    def _evaluate_baseline(self, rows) -> dict[str, Any]:
+        """The base without its adapters, which training does not change: measured once."""
+        if self._baseline is None or self._baseline[0] is not rows:
+            with adapters_disabled(self.unwrapped_model):
+                self._baseline = rows, self._evaluate_mode(rows, "origin")
+        return self._baseline[1]
+
+    def _soft_statistics(self, rows) -> dict[str, float]:
+        """One soft pass over the rows with their answers, without noise, on every rank."""
+        model, size = self.unwrapped_model, self.args.eval_batch_size
+        was_training, self._statistics = model.training, PruningStatistics()
+        model.eval()
+        try:
+            for start in range(0, len(rows), size):
+                batch = self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+                self.prediction_step(model, batch, prediction_loss_only=True)
+            return self._statistics.metrics()
+        finally:
+            model.train(was_training)
+            self._statistics = None
 
     def merge_lora(self) -> None:
         """Adds the adapters into the base weights for good; `save_pretrained` stores the base from then on."""

@@ -417,7 +417,7 @@ class VQGANTrainer(CompressionTrainer):
     def held_out_pictures(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The first held-out images and their reconstructions with the averaged weights, both on the CPU."""
         dataset = self.eval_dataset
-        if not isinstance(dataset, Dataset) or not len(dataset):
+        if not isinstance(dataset, Dataset) or not min(len(dataset), self.args.num_pictures):
             return None
         rows = [dataset[index] for index in range(min(self.args.num_pictures, len(dataset)))]
         inputs = self._prepare_inputs(self.data_collator(rows))
