@@ -148,7 +148,7 @@ def text_tab(gr: Any, folder: ModelFolder) -> None:
     with gr.Row():
         with gr.Column():
             given = gr.Textbox(EXAMPLE_TEXT, label="Input", lines=5)
-            noise = gr.Slider(0, 3, 0.5, step=0.05, label="Noise, in standard deviations of the latents")
+            noise = gr.Slider(0, 3, 1, step=0.05, label="Noise, in standard deviations of the latents")
             noise_seed = gr.Number(0, label="Seed of the noise", precision=0)
             button = gr.Button("Reconstruct", variant="primary")
         with gr.Column():
@@ -163,9 +163,7 @@ def text_tab(gr: Any, folder: ModelFolder) -> None:
     with gr.Row():
         with gr.Column():
             clean = gr.Textbox(EXAMPLE_TEXT, label="Input", lines=5)
-            start = gr.Slider(
-                0, 0.95, 0, step=0.05, label="Start", info="0 is pure noise, 1 would be the clean latents."
-            )
+            start = gr.Slider(0, 0.95, 0.4, step=0.05, label="Start", info="0 is pure noise, 1 the clean latents.")
             count = gr.Slider(1, 50, 8, step=1, label="Steps of a whole flow")
             flow_seed = gr.Number(0, label="Seed of the noise", precision=0)
             button = gr.Button("Denoise", variant="primary")

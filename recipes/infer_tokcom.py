@@ -34,11 +34,14 @@ from tokcom_hf.documented_names import INFER_TOKCOM
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
 GENERATING = ("generate", "conditional")
+READING = ("reconstruct", "denoise_reconstruct", "encode")
 # Options that only some modes use; given with another mode they are refused.
 ONLY_IN = {
     **dict.fromkeys(("temperature", "block_size", "best_of", "guidance_scale"), GENERATING),
     **dict.fromkeys(("num_steps", "sampler", "seed"), (*GENERATING, "denoise_reconstruct")),
-}
+    "num_chunks": ("generate",), "num_generate_chunks": ("conditional",), "noise_level": ("denoise_reconstruct",),
+    "text": READING, "prompt": ("conditional",), "input_file": (*READING, "conditional"), "latents": ("decode",),
+}  # fmt: skip
 
 
 @dataclass
@@ -81,8 +84,9 @@ class InferenceArguments:
 
 def main(argv: list[str] | None = None) -> None:
     sections = {"run": InferenceArguments}
-    run = InferenceArguments(**parse_recipe(__doc__, sections, argv=argv, aliases=INFER_TOKCOM)["run"])
-    check_arguments(run)
+    given = parse_recipe(__doc__, sections, argv=argv, aliases=INFER_TOKCOM)["run"]
+    run = InferenceArguments(**given)
+    check_arguments(run, given)
     texts = [] if run.mode in ("generate", "decode") else read_texts(run)
     model, tokenizer = load(run)
     check_tokenizer(tokenizer, vae_config(model))
@@ -99,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     show(results, run)
 
 
-def check_arguments(run: InferenceArguments) -> None:
-    """Refuses bad values before anything is loaded or written."""
+def check_arguments(run: InferenceArguments, given: dict[str, Any]) -> None:
+    """Refuses bad values, and `given` ones that the mode does not use, before anything is loaded or written."""
     if run.mode not in MODES:
         raise RecipeError(f"--mode must be one of {', '.join(MODES)}, got {run.mode!r}.")
     for name in ("num_chunks", "num_generate_chunks", "num_steps", "batch_size", "best_of"):
@@ -112,7 +116,7 @@ def check_arguments(run: InferenceArguments) -> None:
     if run.temperature is not None and run.temperature < 0:
         raise RecipeError(f"--temperature must not be negative, got {run.temperature:g}.")
     for name, modes in ONLY_IN.items():
-        if getattr(run, name) is not None and run.mode not in modes:
+        if given.get(name) is not None and run.mode not in modes:
             raise RecipeError(f"--{name} has no meaning in mode {run.mode}; it belongs to {', '.join(modes)}.")
     if run.mode == "encode" and run.output_file is None:
         raise RecipeError("--mode encode needs --output_file, for example --output_file latents.safetensors.")

@@ -43,6 +43,8 @@ from tokcom_hf.trainers.joint_lfq_evaluation import evaluate_joint
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_joint_lfq.yaml"
 SMALL_INTERNVL = "outputs/small_internvl"
+# The base model says these.
+FIXED = ("input_size", "llm_hidden_size", "num_tokens")
 
 
 @dataclass
@@ -65,6 +67,10 @@ class RunArguments(RunFolderArguments):
     )
     prompt: str = field(default="<image> {question}", metadata={"help": "Prompt of a question."})
     caption_prompt: str = field(default="{caption}", metadata={"help": "Prompt of an image to be drawn."})
+    quantizer_input: str = field(
+        default="projected",
+        metadata={"help": "Features that become codes: projected, as the language model is given them; or vision."},
+    )
     expand_vocabulary: bool = field(
         default=True, metadata={"help": "Add the LFQ ids; false: images are read as codes and never drawn."}
     )
@@ -140,6 +146,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "held_out_images": len(held_out),
         "data": Path(run.image_text_file).name if run.image_text_file else "procedural scenes",
         "base": run.base,
+        "quantizer_input": run.quantizer_input,
         "seed": run.seed,
         "seconds": {
             "pretraining": round(pretraining, 1),
@@ -168,15 +175,17 @@ def ensure_small_internvl(base: str, state: PartialState) -> None:
 
 def build_model(base, processor: TileProcessor, run: RunArguments, quantizer: dict[str, Any]) -> JointLFQModel:
     """A quantizer that fits the base model, and the base model with as many new ids as the quantizer has codes."""
-    width = base.get_input_embeddings().weight.shape[1]
-    fixed = {"input_size": width, "llm_hidden_size": width, "num_tokens": processor.image_seq_length}
     expansion = {
         "enabled": run.expand_vocabulary,
         "embedding_init_method": run.embedding_init_method,
         "embedding_init_std": run.embedding_init_std,
         "freeze_original": run.freeze_original,
     }
-    config = {"model": {"vocab_expansion": expansion}, "quantizer": quantizer | fixed}
+    config = {
+        "model": {"vocab_expansion": expansion, "quantizer_input": run.quantizer_input},
+        "quantizer": {name: value for name, value in quantizer.items() if name not in FIXED}
+        | {"num_tokens": processor.image_seq_length},
+    }
     return equip_internvl(base, config, processor.tokenizer)
 
 

@@ -227,6 +227,20 @@ def test_what_the_command_line_names_replaces_what_only_the_file_names(tmp_path)
     assert given() == {"file": "c", "name": "a"}
 
 
+@dataclass
+class OptionalFields:
+    tokens: int | None = 3
+    layers: list[int] | None = None
+    trackers: str | list[str] | None = None
+
+
+def test_none_takes_an_option_away():
+    given = parse_recipe("Doc.", {"part": OptionalFields}, None, ["--tokens", "none", "--layers", "null"])["part"]
+    assert given == {"tokens": None, "layers": None}
+    # Where a list or a string may stand, `none` is a word: Trainer's --report_to none.
+    assert parse_recipe("Doc.", {"part": OptionalFields}, None, ["--trackers", "none"])["part"] == {"trackers": "none"}
+
+
 def test_help_shows_documented_names_beside_their_option(capsys):
     with pytest.raises(SystemExit):
         documented("--help")

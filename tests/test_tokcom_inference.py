@@ -98,12 +98,15 @@ def test_the_other_functions_are_the_methods_of_the_whole_model(loaded, model):
     assert torch.equal(untouched, model.reconstruct(IDS))
 
 
-@pytest.mark.parametrize("kind", ["documented", "context", "statistics"])
+FOLDERS = {
+    "documented": {}, "context": {"context": SHAPE, "block_size": 1}, "statistics": {"standardize_latents": True},
+    "sampler": {"sampler": "heun"}, "times": {"step_power": 2.0}, "steps": {"num_steps": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
 def test_a_model_folder_loads_the_same_way(tmp_path, kind):
-    settings = {"documented": {}, "context": {"context": SHAPE, "block_size": 1}}.get(
-        kind, {"standardize_latents": True}
-    )
-    model = small(**settings, noise_std=1.0, num_steps=3)
+    model = small(**FOLDERS[kind], noise_std=1.0)
     model.fit_latents(torch.full((32,), 0.5), torch.full((32,), 2.0))
     model.save_pretrained(tmp_path)
     vae_model, denoised_model, model_args, config = load_checkpoint(tmp_path, device="cpu")

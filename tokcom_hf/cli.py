@@ -225,8 +225,12 @@ def _convert(value, annotation, where: str, from_command_line: bool):
     kinds = set(typing.get_args(annotation)) if _is_union(annotation) else {annotation}
     if from_command_line:
         words = value if isinstance(value, list) else [value]
+        # Beside other types a string may mean something else: --report_to none.
+        optional = type(None) in kinds and (str not in kinds or kinds <= {str, type(None)})
+        if optional and words in (["none"], ["null"]):
+            return None
         if kinds <= {str, type(None)} and len(words) == 1:
-            return None if words[0] in ("none", "null") and type(None) in kinds else words[0]
+            return words[0]
         parsed = [read_yaml(word) for word in words]
         value = parsed if len(parsed) > 1 else parsed[0]
     if isinstance(value, str) and kinds <= {int, float, type(None)}:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModel
 
 from .data.tokcom_checkpoint import checkpoint_settings, convert_checkpoint, is_checkpoint_file, read_checkpoint
+from .data.tokcom_checkpoint_writer import undocumented
 from .data.tokcom_model_args import DOCUMENTED_SETTINGS, ModelArgs, model_arguments
 from .models.configuration_tokcom import TokComConfig
 from .models.modeling_tokcom import TokComModel
@@ -33,7 +34,8 @@ def load_checkpoint(
     Returns:
         vae_model; denoised_model; model_args, the VAE's shape as attributes; config, a dictionary with `tokenizer_path`,
         `max_length`, `chunk_size` and `noise_std`. denoised_model is None for a VAE alone, and the whole `TokComModel`
-        where the denoiser needs more than latents and a time: a context, or the latents' statistics.
+        where two models do not say how to generate: with a context, the latents' statistics, or another flow than the
+        documented one.
 
     Raises:
         OSError, ValueError: no such file or model, a damaged file, or a model of another kind.
@@ -53,7 +55,7 @@ def load_checkpoint(
     chunk_size = model.config.vae.chunk_size
     config |= {"chunk_size": chunk_size, "noise_std": model.config.noise_std}
     config["max_length"] = model.config.max_chunks * chunk_size
-    alone = model.context is None and not model.config.standardize_latents
+    alone = model.context is None and not any(name.startswith("flow.") for name in undocumented(model.config))
     return model.vae, model.denoiser if alone else model, model_arguments(model.config), config
 
 

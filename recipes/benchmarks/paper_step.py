@@ -70,6 +70,7 @@ def one_stage(arguments: BenchmarkArguments) -> None:
             "output_dir": folder, "max_steps": 1, "per_device_train_batch_size": arguments.rows, "save_strategy": "no",
             "eval_strategy": "no", "load_best_model_at_end": False, "logging_steps": 1, "sample_every": 0,
             "gradient_checkpointing": arguments.gradient_checkpointing, "remove_unused_columns": False,
+            "dataloader_num_workers": 0, "report_to": "none",
         }  # fmt: skip
         if arguments.stage == "vae":
             vae = model.vae

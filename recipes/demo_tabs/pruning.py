@@ -10,7 +10,8 @@ from tokcom_hf.data.vqa_sources import scene_options
 from tokcom_hf.models.image_files import read_image
 from tokcom_hf.plots_pruning import dimmed, kept_grids
 
-PICTURE = 336  # pixels of the pictures shown
+PICTURE = 336  # pixels a side of the pictures shown
+CAPTION = 48  # pixels below them, which the page covers with the caption
 
 
 def example_question(folder: str, seed: int) -> tuple[Image.Image, str, str]:
@@ -73,10 +74,11 @@ def answer(
     model.pruning_mode = "hard"
     grids = kept_grids(model, VQACollator(pipe.processor, prompt, answers=False)([row]))
     shown = np.asarray(image.resize((PICTURE, PICTURE), Image.Resampling.NEAREST))
-    pictures = [
-        (Image.fromarray(dimmed(shown, grid)), f"layer {layer}: {int(grid.sum())} of {tokens} kept")
-        for layer, grid in grids
-    ]
+    pictures = []
+    for layer, grid in grids:
+        picture = Image.new("RGBA", (PICTURE, PICTURE + CAPTION))
+        picture.paste(Image.fromarray(dimmed(shown, grid)))
+        pictures.append((picture, f"layer {layer}: {int(grid.sum())} of {tokens} kept"))
     notes = _unknown_words(pipe.processor.tokenizer, question)
     if not pictures:
         notes += "\n\nNo picture: this model's tokens make no square grid of patches."

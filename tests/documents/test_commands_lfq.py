@@ -306,6 +306,7 @@ def test_the_recipe_runs_by_the_documented_file(here, recipe, tmp_path, capsys, 
 # ---------------------------------------------------------------------------------------------- configs/paper
 # Where each documented value is in configs/paper/train_joint_lfq.yaml.
 DOCUMENTED = {
+    "run.quantizer_input": "vision",
     "run.expand_vocabulary": True,
     "run.embedding_init_method": "random",
     "run.embedding_init_std": 0.02,
@@ -360,7 +361,9 @@ def test_paper_trains_by_the_documented_loss_alone(here, recipe, tmp_path):
     results = recipe.main(
         ["--config", str(path), "--internvl_path", "path/to/model", "--output_dir", str(out), *words]
     )
-    assert results["start_error"] is None
+    assert results["start_error"] is None and results["quantizer_input"] == "vision"
+    assert AutoModel.from_pretrained(out / "quantizer").config.input_size == 64
+    assert "before its projector" in (out / "quantizer" / "README.md").read_text(encoding="utf-8")
     log = (out / "logs" / "training.log").read_text()
     values = {name: float(value) for name, value in re.findall(r"([\w/]+): ([-\d.e]+)", log)}
     expected = values["joint/generation_loss"] + 25 * values["joint/understanding_loss"]

@@ -4,11 +4,12 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tokcom_hf import DenoisedModel, TokComModel
+from tokcom_hf import DenoisedModel, TokComConfig, TokComModel
 from tokcom_hf.cli import parse_recipe
 from tokcom_hf.data.tokcom_checkpoint import load_checkpoint_file
 from tokcom_hf.data.tokenizers import train_tokenizer
@@ -155,7 +156,7 @@ def test_every_flag_of_a_command_sets_what_it_names(inference, mode):
     expected = {ours.get(flag, flag.removeprefix("--")): value for flag, value in typed.items()}
     assert {name: str(value) for name, value in values.items()} == expected
     run = inference.InferenceArguments(**values)
-    inference.check_arguments(run)
+    inference.check_arguments(run, values)
     untouched = {name: value for name, value in DOCUMENTED_DEFAULTS.items() if name not in values}
     assert {name: getattr(run, name) for name in untouched} == untouched
 
@@ -227,6 +228,29 @@ def test_the_best_checkpoint_by_held_out_loss_is_kept_with_its_epoch(place):
         assert (content["val_loss"], content["epoch"]) == (loss, epoch)
         best = json.loads((place / "checkpoints" / beside / "best.json").read_text())
         assert (best["stage"], best["value"], best["epoch"]) == (stage, loss, epoch)
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(True, (1, 1.25)), (False, (3, 2.5))])
+def test_what_is_recorded_belongs_to_the_weights_that_are_saved(training, tmp_path, kept, expected):
+    """The best evaluation's where its weights are loaded at the end, else the last one's."""
+    record = {"stage": "diffusion", "epoch": 1.0, "step": 2, "metric": "loss", "value": 1.25, "checkpoint": None}
+    history = [{"step": 2, "epoch": 1.0, "eval_loss": 1.25}, {"step": 6, "epoch": 2.5, "eval_loss": 2.5}]
+    trainer = SimpleNamespace(
+        is_world_process_zero=lambda: True,
+        best_model=SimpleNamespace(record=record),
+        args=SimpleNamespace(load_best_model_at_end=kept),
+        state=SimpleNamespace(global_step=6, epoch=2.5, log_history=history),
+    )
+    shape = {
+        "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24,
+        "num_hidden_layers": 1,
+    }  # fmt: skip
+    model = TokComModel(TokComConfig(vae={"vocab_size": 11, **shape}, denoiser=shape, max_chunks=2))
+    run = training.RunArguments(tokenizer="tokens", pt_checkpoints=True)
+    training.keep_best(trainer, model, tmp_path / "best_diffusion.pt", run)
+    content = torch.load(tmp_path / "best_diffusion.pt", weights_only=True)
+    assert (content["epoch"], content["val_loss"]) == expected and content["config"]["tokenizer_path"] == "tokens"
+    assert (tmp_path / "best.json").is_file() == kept
 
 
 def test_each_epoch_and_each_batch_is_logged_by_name(place):

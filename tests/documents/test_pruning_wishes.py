@@ -12,7 +12,15 @@ from transformers import AutoModel, CLIPVisionConfig, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tokcom_hf import LayerPruner, LayerPrunerConfig, PrunedVLM, TokenMerger, TokenMergerConfig
+from tokcom_hf import (
+    LayerPruner,
+    LayerPrunerConfig,
+    PrunedVLM,
+    TokenMerger,
+    TokenMergerConfig,
+    TokenPruningTrainer,
+    TokenPruningTrainingArguments,
+)
 from tokcom_hf.data.image_limit import ImageLimit
 from tokcom_hf.data.scene_tokenizer import scene_tokenizer
 from tokcom_hf.data.small_vlm import scene_processor
@@ -288,6 +296,14 @@ def test_a_dynamic_ratio_that_cannot_act_is_refused(tmp_path):
         TokenMergerConfig(question_dependent_ratio=True, max_ratio=0.3)
     with pytest.raises(ValueError, match="got fixed_pooling"):
         TokenMergerConfig(question_dependent_ratio=True, merger_type="fixed_pooling")
+    dynamic = TokenMergerConfig(
+        feature_size=16, question_size=32, question_dependent_ratio="confidence", max_ratio=0.7, internal_size=16
+    )
+    args = TokenPruningTrainingArguments(
+        output_dir=str(tmp_path), merge_sparsity_weight=0.0, adversarial_weight=0.0, use_cpu=True
+    )
+    with pytest.raises(ValueError, match="merge_sparsity_weight 0 would leave it untrained"):
+        TokenPruningTrainer(PrunedVLM.from_base(tiny_vlm("llava"), dynamic), args)
     # Folders of before hold true or false, and no upper bound: merge_ratio is the bound then.
     before = TokenMerger(
         TokenMergerConfig(feature_size=16, question_size=32, question_dependent_ratio=True, internal_size=16)

@@ -67,15 +67,13 @@ def as_documented(parts: dict) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["flags", "file"])
-@pytest.mark.parametrize("base", ["tiny", "paper"])
-def test_every_name_of_the_training_configuration_acts(training, tmp_path, way, base):
-    config, words = PAPER if base == "paper" else training.DEFAULT_CONFIG, []
-    if way == "flags":
-        words = [word for name, value in OTHERS.items() for word in (f"--{name}", str(value))]
-    else:
+@pytest.mark.parametrize("way", ["flags", "flags over paper", "file"])
+def test_every_name_of_the_training_configuration_acts(training, tmp_path, way):
+    config = PAPER if way == "flags over paper" else training.DEFAULT_CONFIG
+    words = [word for name, value in OTHERS.items() for word in (f"--{name}", str(value))]
+    if way == "file":
         # The names alone, as the document prints them; what they leave out is the default of each option.
-        config = tmp_path / "config.yaml"
+        config, words = tmp_path / "config.yaml", []
         config.write_text(json.dumps(OTHERS))
     values = parse_recipe("", training.SECTIONS, config, words, TRAIN_TOKCOM)
     assert as_documented(settings_of(training, values)) == OTHERS

@@ -1,5 +1,8 @@
 """The documented formulas of merger and pruner by hand, documented constructors, debugging snippets, token numbers."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,9 @@ from tokcom_hf import (
     TokenMergerConfig,
 )
 from tokcom_hf.metrics.flops import predicted_report
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pruned_vlm_tools import batch, tiny_vlm
 
 
 @pytest.fixture
@@ -96,7 +102,22 @@ def test_merge_sparsity_is_kept_minus_target_squared_and_has_a_gradient(merger):
         optimizer.zero_grad()
         merger(vision).sparsity_loss.backward()
         optimizer.step()
-    assert abs(float(merger(vision).kept_tokens.mean()) - 6) < 0.2 < abs(float(before.kept_tokens.mean()) - 6)
+    assert abs(merger(vision).kept_tokens.mean().item() - 6) < 0.2 < abs(before.kept_tokens.mean().item() - 6)
+
+
+def test_argmax_has_no_gradient_and_our_selection_has(merger):
+    """Documented: the gradient of argmax(logits + noise) flows to the logits. It does not; ours flows straight through."""
+    logits = torch.randn(5, requires_grad=True)
+    assert not (logits + torch.randn(5)).argmax().requires_grad
+    sharpened(merger)(torch.randn(1, 12, 16), use_gumbel=True).merged_features.square().sum().backward()
+    assert merger.scorer[0].weight.grad.abs().sum() > 0
+
+
+def test_soft_assignment_while_hot_and_hard_while_cold(merger):
+    vision = torch.randn(1, 12, 16)
+    hot, cold = (sharpened(merger)(vision, temperature=t).merge_weights for t in (50.0, 1e-4))
+    assert (hot - 1 / 6).abs().max() < 0.05
+    assert torch.allclose(cold.amax(-1), torch.ones(1, 12), atol=1e-3)
 
 
 def test_question_aware_merger_reads_the_question():
@@ -107,7 +128,7 @@ def test_question_aware_merger_reads_the_question():
     vision = torch.randn(1, 12, 16)
     first, second = (merger(vision, torch.randn(1, 5, 12)).scores for _ in range(2))
     assert not torch.allclose(first, second)
-    with pytest.raises(ValueError, match="needs question_embeddings"):
+    with pytest.raises(ValueError, match="question_embeddings are needed"):
         merger(vision)
 
 
@@ -161,7 +182,7 @@ def test_documented_mask_is_gumbel_softmax_in_training():
     logits = ours.keep_logits.detach()
     theirs = F.gumbel_softmax(torch.stack([torch.zeros_like(logits), logits], -1), tau=0.7)[..., 1]
     for share in (0.1, 0.5, 0.9):
-        assert abs(float(ours.soft_mask.quantile(share) - theirs.quantile(share))) < 0.04
+        assert (ours.soft_mask.quantile(share) - theirs.quantile(share)).abs().item() < 0.04
 
 
 def test_every_layer_has_a_head_of_its_own():
@@ -192,6 +213,24 @@ def test_scaling_hidden_states_is_not_scaling_scores():
     assert change < 1e-3 and (scores[0] - scores[1]).abs().max() < 1e-3
 
 
+def test_a_mask_of_zero_is_removal():
+    """What stands for the multiplication here: log(mask) on the scores of the masked keys."""
+    torch.manual_seed(0)
+    pruner = LayerPrunerConfig(hidden_size=32, layers=[1], keep_tokens=[6], internal_size=16)
+    model = PrunedVLM.from_base(tiny_vlm("llava"), None, pruner).eval()
+    sharpened(model.layer_pruner)
+    inputs = batch("llava")
+    # So cold that every mask is 0 or 1.
+    model.temperature = 1e-6
+    with torch.no_grad():
+        soft, hard, origin = (model(**inputs, pruning_mode=mode).logits[:, -1] for mode in ("soft", "hard", "origin"))
+    kl = [
+        F.kl_div(soft.log_softmax(-1), other.log_softmax(-1), log_target=True, reduction="sum")
+        for other in (hard, origin)
+    ]
+    assert kl[0] < 1e-6 < 1e-3 < kl[1]
+
+
 # ---------------------------------------------------------------------- Python by the documents
 def test_documented_constructors_and_defaults():
     merger, pruner = LearnableTokenMerger(d_model=1024, merge_ratio=0.5), LayerSpecificPruner(d_model=4096)
@@ -201,6 +240,9 @@ def test_documented_constructors_and_defaults():
     assert pruner.config.layers == [10, 20, 31] and pruner.config.internal_size == 512
     with torch.no_grad():
         assert merger(torch.randn(1, 576, 1024))["merged_features"].shape == (1, 288, 1024)
+    for make in (LearnableTokenMerger, LayerSpecificPruner):
+        with pytest.raises(TypeError, match="has no field 'merge_ration'"):
+            make(merge_ration=0.4)
 
 
 def test_debugging_snippets_run_on_our_objects(merger, capsys):

@@ -107,8 +107,9 @@ class Page:
 
     def screenshot(self, path: Path) -> None:
         """The whole page as a PNG file."""
-        self.resize(max(self.size[1], int(self.run("document.documentElement.scrollHeight"))))
-        time.sleep(0.5)  # Gradio's panels fade in
+        for _ in range(2):  # without its scroll bar the page is wider, and has another height
+            self.resize(max(self.size[1], int(self.run("document.documentElement.scrollHeight"))))
+            time.sleep(0.5)  # Gradio's panels fade in
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
         self.resize(self.size[1])
 

@@ -188,7 +188,7 @@ def test_the_slider_sets_how_many_vision_tokens_go_on(demo, pipes, paths):
 def test_patches_that_go_are_dark_and_words_that_the_model_lacks_are_named(demo, pipes, monkeypatch):
     image = Image.new("RGBA", (96, 64), (0, 0, 0, 0))  # transparent: white to the model
     pictures, table = demo.pruning.answer(pipes["pruned"], image, "how many zebras are there ?", 0.3)
-    shares = [float((np.asarray(picture)[..., 0] == 255).mean()) for picture, _ in pictures]
+    shares = [float((np.asarray(picture)[: picture.width, :, 0] == 255).mean()) for picture, _ in pictures]
     assert shares == pytest.approx([5 / 16, 3 / 16, 1 / 16])
     assert table.endswith("Not in the model's vocabulary: zebras.")
     monkeypatch.setattr(demo.pruning, "kept_grids", lambda *_: [])  # as for images that are no squares
@@ -277,7 +277,7 @@ def test_each_tab_is_used_once_in_a_browser(demo, paths, tmp_path, capsys):
             for button, result in (("Write", "tokens a second"), ("Reconstruct", "tokens right"), ("Denoise", "1.00")):
                 page.click(button)
                 page.wait(says(result))
-            page.wait("document.querySelectorAll('tr').length == 10")  # the head, the start and eight steps
+            page.wait("document.querySelectorAll('tr').length == 6")  # the head, the start and four of eight steps
             page.screenshot(tmp_path / "text.png")
             page.click("Image codes")
             page.click("Draw an example")

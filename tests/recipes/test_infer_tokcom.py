@@ -247,12 +247,15 @@ def test_options_of_generation_act(folder, recipe):
 @pytest.mark.parametrize(
     ("mode", "name"),
     [("reconstruct", "num_steps"), ("reconstruct", "seed"), ("denoise_reconstruct", "temperature"),
-     ("encode", "sampler"), ("decode", "block_size"), ("denoise_reconstruct", "best_of"), ("encode", "guidance_scale")],
+     ("encode", "sampler"), ("decode", "block_size"), ("denoise_reconstruct", "best_of"), ("encode", "guidance_scale"),
+     ("conditional", "num_chunks"), ("generate", "num_generate_chunks"), ("reconstruct", "noise_level"),
+     ("generate", "prompt"), ("conditional", "text"), ("decode", "input_file"), ("encode", "latents")],
 )  # fmt: skip
 def test_an_option_that_a_mode_does_not_use_is_refused(recipe, mode, name):
     value = "euler" if name == "sampler" else 1
+    source = () if mode in ("generate", "decode", "conditional") else ("--text", "a")
     with pytest.raises(ValueError, match=f"--{name} has no meaning in mode {mode}; it belongs to"):
-        recipe("--mode", mode, "--text", "a", f"--{name}", value)
+        recipe("--mode", mode, *source, f"--{name}", value)
 
 
 @pytest.mark.parametrize("flag", ["--posterior_temperature", "--token_lag"])

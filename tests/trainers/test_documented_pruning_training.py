@@ -144,7 +144,9 @@ def test_losses_are_the_documented_ones(tmp_path):
     """adv: BCE(P(fake), 1); real: BCE(P(real), 1); fake: BCE(P(fake), 0); task: cross-entropy of the answer."""
     trainer = make_trainer(tmp_path, max_steps=1, kl_weight=0.0, keep_rate_weight=0.0, binarization_weight=0.0)
     logged: dict[str, float] = {}
-    trainer.log_scalars = lambda prefix, values: logged.update({f"{prefix}/{k}": v.item() for k, v in values.items()})
+    trainer.log_scalars = lambda prefix, values: logged.update(
+        {f"{prefix}/{k}": torch.as_tensor(v).item() for k, v in values.items()}
+    )
     rows = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
     trainer.model.train()
     trainer.discriminator.eval()

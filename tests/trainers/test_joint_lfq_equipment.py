@@ -128,7 +128,7 @@ def test_wrong_configurations_say_what_is_wrong():
         (config(embedding_init_method="median"), ValueError, "must be one of random, zeros, mean, got 'median'"),
         ({"quantizer": {"bits": 6}}, ValueError, "quantizer has no bits; it knows input_size"),
         ({"quantizer": QUANTIZER, "lfq": QUANTIZER}, ValueError, "twice, in config.quantizer and config.lfq"),
-        ({"quantizer": QUANTIZER | {"input_size": 4096}}, ValueError, "maps width 4096 to width 32"),
+        ({"quantizer": QUANTIZER | {"input_size": 4096}}, ValueError, "maps width 4096 to width 32, but projected"),
         ("joint_lfq.yaml", TypeError, "config must be a mapping or an object of OmegaConf, got str"),
     ):
         with pytest.raises(error, match=message):
@@ -166,6 +166,37 @@ def test_without_expansion_the_vocabulary_stays_and_the_quantizer_trains(tmp_pat
         and metrics["eval_quantized_kl"] > 0
     )
     assert not any("joint/generation_loss" in row for row in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_quantizer_of_vision_features(tmp_path, remote):
+    """It reads what the projector is given; the teacher and the continuous student see what the projector makes of it."""
+    base, processor = small()
+    projector = base.model.multi_modal_projector
+    if remote:
+        base = chat_model(processor, ProjectingChatModel)
+        projector = base.mlp1
+    settings = config()
+    settings["model"]["quantizer_input"] = "vision"
+    model = equip_internvl(base, settings, processor.tokenizer)
+    assert model.quantizer.config.input_size == (24 if remote else 64) and model.quantizer.config.llm_hidden_size == 32
+    with pytest.raises(ValueError, match="set quantizer_start_images to 0"):
+        trainer_of(model, processor, tmp_path).start_quantizer()
+    trainer = trainer_of(model, processor, tmp_path, quantizer_start_images=0, tune_llm=False)
+    assert math.isnan(trainer.start_quantizer()) and not projector._forward_pre_hooks
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+    features, read = model.see(batch["pixel_values"])
+    assert torch.equal(projector(read), features) and read.shape == (4, 4, model.quantizer.config.input_size)
+    _, output = trainer.compute_loss(model.eval(), dict(batch), return_outputs=True)
+    assert torch.equal(output.quantizer.codes, model.quantizer.encode(read))
+    target = (output.quantizer.embeddings - features).square().mean() / features.square().mean()
+    assert output.quantizer.reconstruction_loss.item() == pytest.approx(target.item(), rel=1e-5)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_quantized_kl"])
+    with pytest.raises(ValueError, match="must be one of projected, vision, got 'pixels'"):
+        JointLFQModel(base, model.quantizer, "pixels")
+    with pytest.raises(ValueError, match="no projector that is known"):
+        equip_internvl(chat_model(processor), settings)
 
 
 @pytest.mark.parametrize("tune_llm", [True, False])
@@ -264,7 +295,19 @@ class InternVLChatModel(PreTrainedModel):
         raise AssertionError("its own generate draws its features from pictures")
 
 
-def chat_model(processor, **changes):
+class ProjectingChatModel(InternVLChatModel):
+    """With a projector, as InternVL has one."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision_model = torch.nn.Conv2d(3, 24, 16, stride=16)
+        self.mlp1 = torch.nn.Sequential(torch.nn.LayerNorm(24), torch.nn.Linear(24, 32))
+
+    def extract_feature(self, pixel_values):
+        return self.mlp1(super().extract_feature(pixel_values))
+
+
+def chat_model(processor, model_class=InternVLChatModel, **changes):
     tokenizer = processor.tokenizer
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -272,7 +315,7 @@ def chat_model(processor, **changes):
         "bos_token_id": None,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = InternVLChatModel(ChatConfig(llm_config=text | changes))
+    model = model_class(ChatConfig(llm_config=text | changes))
     model.img_context_token_id = tokenizer.convert_tokens_to_ids(processor.image_token)
     return model
 

@@ -1,12 +1,23 @@
 """The heads under the names and with the arguments of the documents."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from .configuration_layer_pruner import LayerPrunerConfig
 from .configuration_token_merger import TokenMergerConfig
 from .modeling_layer_pruner import LayerPruner
 from .modeling_token_merger import TokenMerger
+
+
+def _check(settings: dict[str, Any], config: type) -> None:
+    """Raises TypeError for a name that is no field of `config`, which would take it without using it."""
+    known = {field.name for field in fields(config)}
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TypeError(
+            f"{config.__name__} has no field {', '.join(map(repr, unknown))}; see its docstring for those it has."
+        )
 
 
 def LearnableTokenMerger(
@@ -23,8 +34,9 @@ def LearnableTokenMerger(
         merge_ratio: share of the tokens that stay.
         merger_type: `simple`, or `question_aware`, which needs `question_size`.
         temperature: readable and settable as `merger.temperature`.
-        settings: further fields of `TokenMergerConfig`.
+        settings: further fields of `TokenMergerConfig`; TypeError for other names.
     """
+    _check(settings, TokenMergerConfig)
     settings = {"architecture": "documented"} | settings
     merger = TokenMerger(
         TokenMergerConfig(feature_size=d_model, merge_ratio=merge_ratio, merger_type=merger_type, **settings)
@@ -48,8 +60,9 @@ def LayerSpecificPruner(
         layer_indices: prune before these layers.
         d_internal, num_heads: shape of the heads.
         temperature: readable and settable as `pruner.temperature`.
-        settings: further fields of `LayerPrunerConfig`.
+        settings: further fields of `LayerPrunerConfig`; TypeError for other names.
     """
+    _check(settings, LayerPrunerConfig)
     settings = {"architecture": "documented", "selection": "threshold"} | settings
     pruner = LayerPruner(
         LayerPrunerConfig(

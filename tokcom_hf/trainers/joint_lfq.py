@@ -119,9 +119,17 @@ class JointLFQTrainer(CompressionTrainer):
 
         Returns:
             its error, as a share of the features' variance; NaN where it saw none.
+
+        Raises:
+            ValueError: the quantizer does not read the features that it is to reconstruct.
         """
         if self.args.quantizer_start_images == 0:
             return math.nan
+        if self.unwrapped_model.quantizer_input != "projected":
+            raise ValueError(
+                "A quantizer of vision features cannot first learn to reconstruct its input; set quantizer_start_images to "
+                "0."
+            )
         rows, model, features = self.train_dataset, self.unwrapped_model, []
         count, size = min(self.args.quantizer_start_images, len(rows)), self.args.eval_batch_size
         for start in range(0, count, size):
@@ -200,11 +208,11 @@ class JointLFQTrainer(CompressionTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, inputs = self.args, dict(inputs)
-        features = self.unwrapped_model.image_features(inputs.pop("pixel_values"))
+        features, read = self.unwrapped_model.see(inputs.pop("pixel_values"))
         if model.training:
             inputs["caption_mask"] = self.drop_captions(inputs["caption_mask"])
         teacher = self.teacher_logits(features, inputs)
-        output = model(image_features=features, teacher_logits=teacher, **inputs)
+        output = model(image_features=features, teacher_logits=teacher, quantizer_features=read, **inputs)
         quantizer, entropy_scale = output.quantizer, self.entropy_scale
         understanding = output.quantized_kl + output.continuous_kl
         loss = sum(

@@ -29,16 +29,50 @@ def image_tokens_of(base) -> int | None:
     return getattr(base.config, "image_seq_length", None) or getattr(base, "num_image_token", None)
 
 
-def image_features_of(base, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Images `(batch, channels, height, width)` → features `(batch, n, hidden)` as the language model is given them."""
-    if hasattr(base, "get_image_features"):
-        features = base.get_image_features(pixel_values=pixel_values)
-        features = getattr(features, "pooler_output", features)
-    else:
-        features = base.extract_feature(pixel_values)
+def projector_of(base) -> nn.Module | None:
+    """What maps features of the vision tower to the width of the language model."""
+    for owner, name in ((getattr(base, "model", None), "multi_modal_projector"), (base, "mlp1")):
+        if isinstance(getattr(owner, name, None), nn.Module):
+            return getattr(owner, name)
+    return None
+
+
+def width_of_input(base, quantizer_input: str) -> int:
+    """Width of the features that a quantizer reads: `projected` or `vision`.
+
+    Raises:
+        ValueError: the model has no projector that is known.
+    """
+    if quantizer_input == "projected":
+        return vocabulary_of(base)[0].weight.shape[1]
+    projector = projector_of(base)
+    if projector is None:
+        raise ValueError(f"{type(base).__name__} has no projector that is known; set quantizer_input to projected.")
+    # Its first layer is a norm or a linear map over these features.
+    return next(projector.parameters()).shape[-1]
+
+
+def image_features_of(base, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images `(batch, channels, height, width)` → features behind and before the projector.
+
+    Returns:
+        `(batch, n, hidden)` as the language model is given them, and `(batch, n, vision width)`; None without a projector.
+    """
+    caught: list[torch.Tensor] = []
+    projector = projector_of(base)
+    handle = projector and projector.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        if hasattr(base, "get_image_features"):
+            features = base.get_image_features(pixel_values=pixel_values)
+            features = getattr(features, "pooler_output", features)
+        else:
+            features = base.extract_feature(pixel_values)
+    finally:
+        if handle is not None:
+            handle.remove()
     if not isinstance(features, torch.Tensor) or features.ndim != 3:
         raise ValueError("Joint training needs images of equally many tokens, as one tile of InternVL gives them.")
-    return features
+    return features, caught[0].reshape(*features.shape[:2], -1) if caught else None
 
 
 def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -9,13 +9,12 @@ from transformers import PreTrainedConfig
 
 from ..models.configuration_lfq import LFQConfig
 from ..models.lfq_expanded_files import load_base
-from ..models.lfq_rows import vocabulary_of
 from ..models.modeling_lfq import LFQQuantizer
 from ..models.modeling_lfq_expanded import LFQExpandedModel
-from .joint_lfq_bases import image_tokens_of
+from .joint_lfq_bases import image_tokens_of, width_of_input
 from .joint_lfq_model import JointLFQModel
 
-MODEL_KEYS = ("internvl_path", "vocab_expansion")
+MODEL_KEYS = ("internvl_path", "vocab_expansion", "quantizer_input")
 EXPANSION_KEYS = ("enabled", "embedding_init_method", "embedding_init_std", "freeze_original")
 QUANTIZER_SECTIONS = ("quantizer", "lfq")
 
@@ -33,8 +32,8 @@ def equip_internvl(model, config, tokenizer=None) -> JointLFQModel:
             folder; or None for `config.model.internvl_path`.
         config: a mapping as above, or an object of OmegaConf; other sections are those of other programs. `quantizer` (or
             `lfq`, also below `model`) holds fields of `LFQConfig`; widths and number of features are the model's where
-            they are not named. `enabled: false` leaves the vocabulary as it is: the model then learns to read
-            quantized images, not to draw them.
+            they are not named. `model.quantizer_input` is `projected` or `vision`; see `JointLFQModel`. With `enabled:
+            false` the vocabulary stays as it is: the model learns to read quantized images, not to draw them.
         tokenizer: the model's; generated text then never holds a padding row of a padded vocabulary.
 
     Raises:
@@ -56,12 +55,16 @@ def equip_internvl(model, config, tokenizer=None) -> JointLFQModel:
             raise ValueError("There is no model to equip: give one, or set config.model.internvl_path.")
     if isinstance(model, (str, os.PathLike)):
         model = load_base(model)
-    width = vocabulary_of(model)[0].weight.shape[1]
-    fitting = {"input_size": width, "llm_hidden_size": width, "num_tokens": image_tokens_of(model)}
+    read = settings.get("quantizer_input", "projected")
+    fitting = {
+        "input_size": width_of_input(model, read),
+        "llm_hidden_size": width_of_input(model, "projected"),
+        "num_tokens": image_tokens_of(model),
+    }
     lfq_config = LFQConfig(**fitting | quantizer)
     if enabled:
         model = LFQExpandedModel.from_base(model, lfq_config.output_dim, tokenizer=tokenizer, **expansion)
-    return JointLFQModel(model, LFQQuantizer(lfq_config))
+    return JointLFQModel(model, LFQQuantizer(lfq_config), read)
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:

@@ -45,9 +45,9 @@ def evaluate_joint(trainer: JointLFQTrainer, rows) -> dict[str, Any]:
         batch_rows = [rows[i] for i in range(start, min(start + size, len(rows)))]
         inputs = trainer._prepare_inputs(trainer.data_collator(batch_rows))
         with trainer.compute_loss_context_manager():
-            features = model.image_features(inputs.pop("pixel_values"))
+            features, read = model.see(inputs.pop("pixel_values"))
             teacher = trainer.teacher_logits(features, inputs)
-            output = model(image_features=features, teacher_logits=teacher, **inputs)
+            output = model(image_features=features, teacher_logits=teacher, quantizer_features=read, **inputs)
         tokens = output.quantizer.codes.shape[0] * output.quantizer.codes.shape[1]
         if model.draws:
             add("generation_loss", output.generation_loss, tokens)

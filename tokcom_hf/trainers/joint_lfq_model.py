@@ -12,8 +12,17 @@ from ..models.lfq_rows import text_host, vocabulary_of
 from ..models.modeling_lfq import LFQQuantizer, LFQQuantizerOutput
 from ..models.modeling_lfq_expanded import LFQExpandedModel
 from ..models.vector_search import all_reduce, world_size
-from .joint_lfq_bases import image_features_of, image_token_of, last_hidden_states, next_id_loss, sees_images
+from .joint_lfq_bases import (
+    image_features_of,
+    image_token_of,
+    last_hidden_states,
+    next_id_loss,
+    sees_images,
+    width_of_input,
+)
 from .joint_lfq_normalizer import summed_log_normalizer
+
+QUANTIZER_INPUTS = ("projected", "vision")
 
 
 @dataclass
@@ -47,13 +56,23 @@ class JointLFQModel(nn.Module):
         language_model: an `LFQExpandedModel` around a vision-language model; or a plain one, which learns to read
             quantized features and has no ids to draw with.
         quantizer: takes that model's image features and gives embeddings of its width.
+        quantizer_input: `projected`, the features as the language model is given them; or `vision`, those of the vision
+            tower before its projector (4,096 numbers each in InternVL).
 
     Raises:
         ValueError: the base sees no images, or widths and numbers of bits do not fit.
     """
 
-    def __init__(self, language_model: LFQExpandedModel | PreTrainedModel, quantizer: LFQQuantizer):
+    def __init__(
+        self,
+        language_model: LFQExpandedModel | PreTrainedModel,
+        quantizer: LFQQuantizer,
+        quantizer_input: str = "projected",
+    ):
         super().__init__()
+        if quantizer_input not in QUANTIZER_INPUTS:
+            raise ValueError(f"quantizer_input must be one of {', '.join(QUANTIZER_INPUTS)}, got {quantizer_input!r}.")
+        self.quantizer_input = quantizer_input
         self.language_model, self.quantizer = language_model, quantizer
         if not sees_images(self.base):
             raise ValueError(
@@ -61,11 +80,12 @@ class JointLFQModel(nn.Module):
                 "InternVLForConditionalGeneration."
             )
         width = vocabulary_of(self.base)[0].weight.shape[1]
+        seen = width_of_input(self.base, quantizer_input)
         wanted = (quantizer.config.input_size, quantizer.config.llm_hidden_size)
-        if wanted != (width, width):
+        if wanted != (seen, width):
             raise ValueError(
-                f"The quantizer maps width {wanted[0]} to width {wanted[1]}, but image features and embeddings of this "
-                f"model have width {width}; set input_size and llm_hidden_size to it."
+                f"The quantizer maps width {wanted[0]} to width {wanted[1]}, but {quantizer_input} image features of this "
+                f"model have width {seen} and its embeddings width {width}; set input_size and llm_hidden_size to these."
             )
         new = len(self.language_model.lfq_rows.embedding) if self.draws else None
         if new not in (None, quantizer.config.codebook_size):
@@ -131,9 +151,14 @@ class JointLFQModel(nn.Module):
 
     # ---------------------------------------------------------------- pieces of a step
     @torch.no_grad()
+    def see(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images `(batch, channels, height, width)` → features for the language model, and those for the quantizer."""
+        projected, vision = image_features_of(self.base, pixel_values.to(self.base.dtype))
+        return projected, projected if self.quantizer_input == "projected" else vision
+
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `(batch, channels, height, width)` → features `(batch, n, hidden)` as the language model is given them."""
-        return image_features_of(self.base, pixel_values.to(self.base.dtype))
+        return self.see(pixel_values)[0]
 
     def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Embeddings of text ids with `features` at the places of the image token."""
@@ -218,6 +243,7 @@ class JointLFQModel(nn.Module):
         caption_ids: torch.Tensor,
         caption_mask: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        quantizer_features: torch.Tensor | None = None,
     ) -> JointLFQOutput:
         """All losses of a batch.
 
@@ -227,8 +253,11 @@ class JointLFQModel(nn.Module):
             input_ids, attention_mask, labels: `(batch, length)` questions and answers about each image.
             caption_ids, caption_mask: `(batch, caption length)`, ending with the start-of-image token.
             position_ids: of packed questions, whose `attention_mask` is `(batch, 1, length, length)`.
+            quantizer_features: `(batch, n, input_size)` that the quantizer reads; `image_features` where None. Embeddings
+                are to resemble `image_features` either way.
         """
-        quantized = self.quantizer(image_features)
+        read = image_features if quantizer_features is None else quantizer_features
+        quantized = self.quantizer(read, targets=image_features)
         text = (input_ids, attention_mask, labels, position_ids)
         quantized_kl, logits, mass = self.compare(teacher_logits, self.answer_states(quantized.embeddings, *text))
         continuous_kl, _, continuous_mass = self.compare(teacher_logits, self.answer_states(image_features, *text))

@@ -122,6 +122,12 @@ class TokenPruningTrainer(CompressionTrainer):
         if model is not None:
             self._make_trainable(model)
         super().__init__(model, args, **kwargs)
+        merger = self.unwrapped_model.token_merger
+        if merger is not None and merger.config.max_ratio is not None and self.args.merge_sparsity_weight == 0:
+            raise ValueError(
+                f"max_ratio={merger.config.max_ratio}: the sparsity loss holds the mean number of merged tokens, so that "
+                "merge_sparsity_weight 0 would leave it untrained; set --merge_sparsity_weight 0.01, for example."
+            )
         self.generation_collator = generation_collator
         if self.args.save_parts:
             self.add_callback(SaveParts(self))
