@@ -1,6 +1,7 @@
 """Evaluates a pruned VLM in every mode, or a training-free strategy on any VLM.
 
     python recipes/eval_token_pruning.py                                         # outputs/token_pruning
+    python recipes/eval_token_pruning.py --task both                             # questions: accuracy; captions: BLEU
     python recipes/eval_token_pruning.py --model outputs/small_vlm --strategy divprune --keep 16
     python recipes/eval_token_pruning.py --model llava-hf/llava-1.5-7b-hf --strategy visionzip --keep 192 \
         --eval_file val.jsonl --prompt "USER: <image>\n{question} ASSISTANT:"

@@ -3,6 +3,7 @@
     accelerate launch recipes/train_token_pruning.py                            # small VLM, procedural scenes, CPU
     accelerate launch recipes/train_token_pruning.py --config recipes/configs/base/train_token_pruning.yaml \
         --train_file train.jsonl --eval_file val.jsonl                          # LLaVA-1.5-7B, your data
+    accelerate launch recipes/train_token_pruning.py --task both    # and captions; pretrain_vlm.py --captions true before
     accelerate launch recipes/train_token_pruning.py --resume_from_checkpoint true
     accelerate launch recipes/train_token_pruning.py --mode optuna --n_trials 50    # recipes/search_token_pruning.py
 

@@ -37,7 +37,7 @@ _LAZY |= {
     "LearnableTokenMerger": "models.pruning_constructors",
     "LayerSpecificPruner": "models.pruning_constructors",
     "TokenPruningTrainer": "trainers.token_pruning",
-    "TokenPruningTrainingArguments": "trainers.token_pruning",
+    "TokenPruningTrainingArguments": "trainers.pruning_arguments",
 }
 
 __all__ = sorted(_LAZY)

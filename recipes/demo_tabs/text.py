@@ -91,7 +91,7 @@ def reconstruct(pipe: Any, text: str, noise: float, seed: int) -> tuple[Marked, 
     """
     model, (ids, count) = pipe.model, token_rows(pipe, text)
     latents = model.encode(ids)
-    # As the noise curves of `metrics/reconstruction.py`: each dimension's own deviation, where there are chunks to tell it.
+    # The unit of noise in `metrics/reconstruction.py`: each dimension's own deviation, where there are chunks to tell it.
     deviation = latents.std(dim=(0, 1)) if latents.shape[1] > 1 else latents.std()
     drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     decoded = model.decode(latents + noise * deviation * drawn)

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 import tokcom_hf.data
-from tokcom_hf import LFQProcessor, VQGANImageProcessor
+from tokcom_hf import LFQProcessor, PrunedVLMConfig, VQGANImageProcessor
 from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, PixelRows, draw_scenes
 from tokcom_hf.data.captions import JointLFQCollator, scene_caption_rows
+from tokcom_hf.data.image_limit import ImageLimit
 from tokcom_hf.data.images import FolderImages, HubImages, ImageDataset, ProceduralImages, RandomCrops
 from tokcom_hf.data.latent_rows import LatentRows
 from tokcom_hf.data.packed_vqa import PackedVQACollator
@@ -27,6 +28,7 @@ from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.text import iterate_documents
 from tokcom_hf.data.tokenizers import train_tokenizer
 from tokcom_hf.data.vqa import VQACollator, VQADataset, scene_rows
+from tokcom_hf.data.vqa_tasks import TaskCollator
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +124,11 @@ def test_every_collator_gives_the_same_batch_after_pickling():
     captions, questions = scene_caption_rows(2, 0, 1, image_size=32), scene_rows(2, 0, image_size=32)
     lfq = LFQProcessor(tiles.tokenizer, len(tiles.tokenizer), 2)
     codes = CaptionTokens([row["caption"] for row in captions.rows], torch.arange(8).view(2, 4) % 4)
+    # 16 tokens of each picture, of which a strategy keeps 4.
+    limit = ImageLimit(vlm, 24, 4, PrunedVLMConfig(strategy="uniform", keep=4).tokens_kept)
     cases = [
         (VQACollator(vlm), questions),
+        (TaskCollator(VQACollator(vlm, image_limit=limit)), questions),
         (PackedVQACollator(vlm), questions),
         (JointLFQCollator(tiles), captions),
         (CaptionImageCollator(lfq), codes),

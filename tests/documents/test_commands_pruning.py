@@ -183,6 +183,20 @@ def test_paper_configuration_is_the_document(values):
     assert "keep_ratio" not in read["pruner"] and "keep_tokens" not in read["pruner"]
 
 
+@pytest.mark.parametrize("script", ["train_token_pruning.py", "search_token_pruning.py"])
+def test_help_shows_the_documented_names(monkeypatch, capsys, script):
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, script, "--help")
+    lines = capsys.readouterr().out.splitlines()
+    for name, option in (
+        ("method_settings.merge_ratio", "merge_ratio"),
+        ("method_settings.temperature_min", "temperature_end"),
+        ("trainer_settings.optimizers.discriminator.lr", "discriminator_learning_rate"),
+        ("search_settings.n_trials", "trials"),
+    ):
+        assert any(line.startswith(f"  --{option} ") and name in line for line in lines), name
+
+
 # ---------------------------------------------------------------------- the commands
 @pytest.mark.parametrize("visible", [None, "1,2,3"])
 def test_main_runs_as_typed(llava, tmp_path, monkeypatch, capsys, visible):

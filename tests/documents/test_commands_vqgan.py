@@ -397,3 +397,16 @@ def test_documented_names_mean_options_of_their_recipe(recipe):
     shown = help_of(recipe)
     for name in ("--epochs", "--use_amp", "CODEBOOK_CONFIG.n_embed", "TRAINER_CONFIG.l1_weight"):
         assert name in shown
+
+
+def test_training_and_analysis_count_the_same(recipe, analysis, data, tmp_path):
+    # In float32: mixed precision moves features across the borders between codes.
+    output, held_out = str(tmp_path / "run"), str(data / "val")
+    command = ["--train_dir", str(data / "train"), "--val_dir", held_out, "--image_size", "16", "--epochs", "2"]
+    metrics = recipe.main([*command, "--device", "cpu", "--output_dir", output, *SMALL.split()])["metrics"]
+    summary = analysis.main(
+        ["--model_path", output, "--data_dir", held_out, "--output_dir", str(tmp_path / "seen"), "--device", "cpu"]
+    )
+    for name in ("active", "utilization", "entropy", "normalized_entropy", "perplexity"):
+        assert summary[name] == pytest.approx(metrics[name])
+    assert summary["psnr"] == pytest.approx(metrics["psnr"], abs=1e-3)

@@ -468,6 +468,29 @@ def test_evaluation_reports_accuracy_of_questions_and_bleu_of_captions_by_mode(b
         assert any(line.startswith(f"{name}: ") for line in printed), name
 
 
+def test_the_benchmark_measures_wishes_at_equal_flops(both, monkeypatch, tmp_path):
+    """On a tiny random VLM; the figures of the small one are in docs/results/pruning_wishes.json."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
+    import pruning_wishes
+
+    rows = ["fixed ratio", "hierarchical list", "attention-guided", "questions and captions"]
+    given = [
+        "--base_model", both[0] / "vlm", "--output_dir", tmp_path, "--steps", 1, "--train_images", 12, "--eval_questions", 5,
+        "--eval_captions", 2, "--threads", 1, "--per_device_train_batch_size", 4, "--rows", *rows,
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["pruning_wishes.py", *map(str, given)])
+    pruning_wishes.main()
+    small = json.loads((tmp_path / "results.json").read_text())
+    saved = json.loads((Path(__file__).parents[2] / "docs" / "results" / "pruning_wishes.json").read_text())
+    assert list(small["rows"]) == ["unpruned", *rows] and list(saved["rows"]) == ["unpruned", *pruning_wishes.WISHES]
+    assert small["setting"] == {"steps": 1, "seed": 42, "questions": 5, "captions": 2}
+    assert small["rows"]["fixed ratio"]["vision_tokens_per_layer"] == pytest.approx([12, 6, 3])
+    assert small["rows"]["hierarchical list"]["vision_tokens_per_layer"] == pytest.approx([12, 7, 2])
+    for name, row in saved["rows"].items():
+        if name != "unpruned":
+            assert row["flops_ratio"] == pytest.approx(saved["rows"]["fixed ratio"]["flops_ratio"], abs=0.03), name
+
+
 def test_bleu_is_about_captions_and_accuracy_about_questions(processor):
     """A model that always says `red`: right where red is the answer, and one word of each caption at most."""
 

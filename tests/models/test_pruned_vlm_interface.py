@@ -55,8 +55,10 @@ def test_strategies_keep_the_wanted_number_on_every_family(family, strategy):
     assert ids.shape == (2, inputs["input_ids"].shape[1] + 3)
     expected = [24.0, 24.0, 7.5, 7.5] if strategy == "fastv" else [7.5] * 4
     assert model.token_report()["vision_tokens_per_layer"] == expected
+    by_row = model.token_report()["vision_tokens_by_row"]
     beams = model.generate(**inputs, max_new_tokens=3, num_beams=3, num_return_sequences=2)
     assert beams.shape[0] == 4
+    assert model.token_report()["vision_tokens_by_row"] == by_row and len(by_row) == 2
 
 
 @pytest.mark.parametrize("name", ["tome", "visionzip", "divprune", "pool", "uniform", "random"])

@@ -133,7 +133,7 @@ def test_lfq_entropy_equals_the_dense_table_in_float64(bits):
     torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "scale"), [("ema", "dim"), ("ema", "mean"), ("lfq", "dim")])
+@pytest.mark.parametrize(("kind", "scale"), [("ema", "dim"), ("ema", "mean"), ("ema", "variance"), ("lfq", "dim")])
 def test_looking_ahead_gives_the_entropy_gradient_of_the_whole_batch(kind, scale):
     settings = {"entropy_weight": 1.0, "codebook_init": "uniform", "temperature_scale": scale}
     quantizer = make(16, 4, quantizer=kind, **settings, entropy_temperature=1.0 if scale == "dim" else 0.2)

@@ -282,7 +282,10 @@ train_tokcom.main()
     )
     assert killed.returncode == 9, killed.stderr[-2000:]
     left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - {"run.json"}
-    assert {path for path in left if not path.endswith(".py")} == set()
+    # The log is that of the killed run alone.
+    assert {path for path in left if not path.endswith(".py")} == {"vae/logs/training.log"}
+    lines = (out / "vae" / "logs" / "training.log").read_text().splitlines()
+    assert len(lines) == 1 and lines[0].endswith("training from step 0 to 4")
     assert (out / "another" / "checkpoint-9").is_dir() and (out / "vae" / "another" / "checkpoint-9").is_dir()
     marker = json.loads((out / "run.json").read_text())
     assert [stage["finished"] for stage in marker["stages"].values()] == [False, False]

@@ -223,6 +223,14 @@ def test_documented_heads_train(tmp_path):
     assert trainer.evaluate()["eval_avg_merged_tokens"] == pytest.approx(8)
 
 
+def test_pruners_train_without_a_merger(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, save_strategy="no", eval_strategy="steps", eval_steps=2)
+    trainer.model.token_merger = trainer.model.config.token_merger = None
+    trainer.train()
+    metrics = next(line for line in trainer.state.log_history if "eval_keep_ratio_merge" in line)
+    assert metrics["eval_keep_ratio_merge"] == pytest.approx(1.0) and "eval_merge_sparsity_loss" not in metrics
+
+
 def test_modes_origin_soft_and_hard():
     torch.manual_seed(0)
     sizes = {"architecture": "documented", "internal_size": 16}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,10 @@ from tokcom_hf import (
     VQGANTrainer,
     VQGANTrainingArguments,
 )
+from tokcom_hf.cli import parse_recipe
 from tokcom_hf.data.images import ProceduralImages
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
+from tokcom_hf.trainers.base import CompressionTrainingArguments
 from tokcom_hf.trainers.trackers import BestModel, TrackerName, log_table, tracker_names
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,6 +32,7 @@ from joint_lfq_run import make_trainer as joint_trainer
 from pruning_run import make_trainer as pruning_trainer
 from tokcom_runs import denoiser_trainer, distillation_trainer, vae_trainer
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 EVERY_TWO = {
     "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1,
 }  # fmt: skip
@@ -121,6 +125,20 @@ def test_the_three_sample_tables_reach_wandb_as_tables(wandb_run):
     assert [row["train/global_step"] for _, row in tables] == [3, 3, 3]
     assert [row[f"{name}.nrows"] for name, row in tables] == [2, 2, 2]
     assert [row[f"{name}.ncols"] for name, row in tables] == [3, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["train_tokcom", "train_ar_baseline", "train_vqgan", "train_token_pruning", "train_joint_lfq"]
+)
+def test_every_training_recipe_takes_tracker_project_and_run_name(recipe):
+    sections = runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="recipe")["SECTIONS"]
+    argv = ["--report_to", "wandb", "tensorboard", "--wandb_project", "mine", "--run_name", "first"]
+    values = parse_recipe("Doc.", sections, None, argv)
+    stages = [name for name, section in sections.items() if issubclass(section, CompressionTrainingArguments)]
+    assert stages
+    for name in stages:
+        wanted = {"report_to": ["wandb", "tensorboard"], "wandb_project": "mine", "run_name": "first"}
+        assert values[name].items() >= wanted.items()
 
 
 def scalars(folder: Path) -> dict[str, list[float]]:

@@ -43,9 +43,11 @@ class VQGANConfig(PreTrainedConfig):
     Loss of `forward` (reconstruction = l1_weight·L1 + mse_weight·MSE):
         commitment_weight: β; pulls features to their codes. `VQGANTrainingArguments` warms it up.
         entropy_weight: of (per-sample entropy − entropy of the batch mean)/log K of soft assignments.
+        entropy_term: `choice` (as above: sure choices and evenly used codes) or `use` (−entropy of the batch mean/log K
+            alone; `ema` only).
         entropy_temperature: of those assignments.
-        diversity_weight: of 1 − entropy of the batch mean/log K of the same assignments, the second half of the entropy term
-            alone: it asks for evenly used codes, not for sure choices. (`ema` only.)
+        diversity_weight: of 1 − entropy of the batch mean/log K of the same assignments, beside the entropy term: it asks
+            for evenly used codes, not for sure choices. (`ema` only.)
 
     Codebook (`ema`):
         codebook_similarity: `euclidean` or `cosine` (features and codes on the unit sphere).
@@ -54,8 +56,9 @@ class VQGANConfig(PreTrainedConfig):
         kmeans_iterations, codebook_seed: of the initialisation and of resets.
         ema_decay: of the codes' moving averages; `ema_bias_correction` forgets their arbitrary start.
         temperature: codes are drawn from softmax(−distance/(temperature·scale)) in training only; 0 takes the
-            nearest. The trainer may anneal it. `temperature_scale`: `dim` (√width), `mean` (mean distance) or `none`
-            (squared distances as they are, so that the features' own size tells how even the draw is).
+            nearest. The trainer may anneal it. `temperature_scale`: what squared distances are divided by, `dim` (√width),
+            `mean` (their mean), `variance` (the features' mean variance per channel: distances of features of unit
+            variance, summed over all channels) or `none`, so that the features' own size tells how even the draw is.
         gradient_estimator: `straight_through` or `rotation`; rotation excludes temperature > 0.
         dead_code_threshold: a code below it is dead; in vectors per step (`dead_code_unit="count"`, documented) or as
             a share of the mean use (`"mean"`, independent of batch and codebook size).
@@ -93,6 +96,7 @@ class VQGANConfig(PreTrainedConfig):
     mse_weight: float | int = 0.0
     commitment_weight: float | int = 10.0
     entropy_weight: float | int = 2.0
+    entropy_term: str = "choice"
     entropy_temperature: float | int = 1.0
     diversity_weight: float | int = 0.0
 
@@ -157,7 +161,8 @@ class VQGANConfig(PreTrainedConfig):
             "quantizer": QUANTIZER_NAMES,
             "codebook_similarity": ("euclidean", "cosine"),
             "codebook_init": ("uniform", "data", "kmeans"),
-            "temperature_scale": ("dim", "mean", "none"),
+            "temperature_scale": ("dim", "mean", "variance", "none"),
+            "entropy_term": ("choice", "use"),
             "gradient_estimator": ("straight_through", "rotation"),
             "dead_code_unit": ("count", "mean"),
         }
@@ -181,10 +186,10 @@ class VQGANConfig(PreTrainedConfig):
         for name in ("ema_decay", "usage_decay", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if self.diversity_weight and self.quantizer != "ema":
+        if self.quantizer != "ema" and (self.diversity_weight or self.entropy_term != "choice"):
             raise ValueError(
-                f"diversity_weight {self.diversity_weight} needs quantizer 'ema', got {self.quantizer!r}; "
-                "lfq has entropy_weight."
+                f"diversity_weight {self.diversity_weight} and entropy_term {self.entropy_term!r} need quantizer 'ema', "
+                f"got {self.quantizer!r}; lfq has entropy_weight."
             )
         if not 0.0 <= self.reset_fraction <= 1.0:
             raise ValueError(f"reset_fraction must be in [0, 1], got {self.reset_fraction}.")

@@ -18,7 +18,8 @@ class QuantizerOutput(ModelOutput):
     embeddings: `(..., input_size)`, with a gradient to the features.
     codes: `(...)` int64.
     commitment_loss: mean squared distance between projected features and their codes (scalar).
-    entropy_loss: (mean per-sample entropy − entropy of the mean assignment) / log K, in [−1, 1]; 0 where unused.
+    entropy_loss: (mean per-sample entropy − entropy of the mean assignment) / log K, in [−1, 1]; 0 where unused. Without the
+        first part where `entropy_term` is `use`.
     diversity_loss: 1 − entropy of the mean assignment / log K, in [0, 1]; 0 where unused.
     """
 

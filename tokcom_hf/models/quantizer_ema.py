@@ -92,8 +92,8 @@ class EMAQuantizer(Quantizer):
     def distance_scale(self, vectors: torch.Tensor) -> torch.Tensor:
         """What squared distances are divided by, so that a temperature means the same for any width.
 
-        √width (`temperature_scale="dim"`), the mean squared distance between vectors and codes (`"mean"`, of the whole step
-        where it was looked ahead), or 1 (`"none"`).
+        √width (`temperature_scale="dim"`), the mean squared distance between vectors and codes (`"mean"`), the vectors' mean
+        variance per channel (`"variance"`), or 1 (`"none"`); of the whole step where it was looked ahead.
         """
         if self.config.temperature_scale == "none":
             return torch.ones((), device=vectors.device)
@@ -101,10 +101,13 @@ class EMAQuantizer(Quantizer):
             return torch.tensor(math.sqrt(self.width), device=vectors.device)
         if self.training and self._step_scale is not None:
             return self._step_scale
-        return self._mean_distance(vectors)
+        return self._spread(vectors)
 
     @torch.no_grad()
-    def _mean_distance(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _spread(self, vectors: torch.Tensor) -> torch.Tensor:
+        # Without a gradient: features would otherwise shrink to nothing, which the commitment term likes best.
+        if self.config.temperature_scale == "variance":
+            return (vectors - vectors.mean(0)).square().mean().clamp_min(1e-12)
         codebook = self.codebook.float()
         squares = vectors.square().sum(1).mean() + codebook.square().sum(1).mean()
         return (squares - 2 * (vectors.mean(0) * codebook.mean(0)).sum()).clamp_min(1e-12)
@@ -153,12 +156,18 @@ class EMAQuantizer(Quantizer):
             mean_p = mean_p + (everyone - mean_p).detach()
         batch = -(mean_p * mean_p.clamp_min(1e-12).log()).sum()
         largest = math.log(self.codebook_size)
-        return (per_sample - batch) / largest, 1 - batch / largest
+        sure = per_sample if self.config.entropy_term == "choice" else torch.zeros_like(per_sample)
+        return (sure - batch) / largest, 1 - batch / largest
 
     @torch.no_grad()
     def look_ahead(self, micro_batches: list[torch.Tensor]) -> None:
-        distances = torch.stack([self._mean_distance(vectors) for vectors in micro_batches])
-        self._step_scale = all_reduce(distances.mean()) / world_size()
+        if self.config.temperature_scale == "variance":
+            moments = [torch.stack([vectors.mean(0), vectors.square().mean(0)]) for vectors in micro_batches]
+            first, second = all_reduce(torch.stack(moments).mean(0)) / world_size()
+            self._step_scale = (second - first.square()).mean().clamp_min(1e-12)
+        else:
+            distances = torch.stack([self._spread(vectors) for vectors in micro_batches])
+            self._step_scale = all_reduce(distances.mean()) / world_size()
         means = torch.stack([self.soft_assignments(vectors).exp().mean(0) for vectors in micro_batches])
         self._mean_assignment = all_reduce(means.mean(0)) / world_size()
 

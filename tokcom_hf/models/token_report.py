@@ -55,7 +55,9 @@ def token_report(
     seen = [tokens - text for tokens in per_layer]
     asked = float(question.float().mean())
     towers = vision_tower_flops(model.base.config.vision_config, *tower)
-    counts = torch.stack([(index >= 0).sum(-1) for index in kept_index], 1) - text_tokens[:, None]
+    # Beams of a row stand side by side and keep the same tokens of the prompt.
+    beams = len(kept_index[0]) // rows
+    counts = torch.stack([(index[::beams] >= 0).sum(-1) for index in kept_index], 1) - text_tokens[:, None]
     report = _report(model, vision, text, seen, asked, mode, image_tokens, rows, towers / rows, projected / rows)
     return report | {"vision_tokens_by_row": counts.tolist()}
 

@@ -9,7 +9,6 @@ number by itself, so this is two optimizers with one file to save. The discrimin
 """
 
 import contextlib
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,72 +20,14 @@ from ..models.modeling_pruned_vlm import PrunedVLM
 from ..models.modeling_pruning_discriminator import PruningDiscriminator
 from .answer_rows import answer_rows
 from .attention_guidance import attention_reader, guidance_loss, reading_scores
-from .base import CompressionTrainer, CompressionTrainingArguments
+from .base import CompressionTrainer
+from .pruning_arguments import TokenPruningTrainingArguments
 from .pruning_evaluation import evaluate_mode, named_metrics
 from .pruning_lora import adapters_disabled, add_lora, merge_lora
 from .pruning_losses import annealed_temperature, answer_kl, binarization_loss, keep_rate_loss, mask_statistics
 from .pruning_parts import SaveParts
 from .pruning_statistics import PruningStatistics, discriminator_losses, vision_masks
 from .trackers import TrackerName
-
-
-@dataclass
-class TokenPruningTrainingArguments(CompressionTrainingArguments):
-    """Arguments of `TokenPruningTrainer`; the documented numbers are the defaults, KL and budget are added."""
-
-    builds_own_optimizer = True
-
-    merger_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the token merger."})
-    pruner_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the layer pruners."})
-    discriminator_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the discriminator."})
-    lora_learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of LoRA adapters."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters in the language model; 0 freezes it."})
-    task_weight: float = field(default=25.0, metadata={"help": "Weight of the answers' cross-entropy."})
-    adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the adversarial loss; 0 = none."})
-    merge_sparsity_weight: float = field(
-        default=1e-4, metadata={"help": "Weight of (expected number of kept tokens - target)²."}
-    )
-    merge_entropy_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the entropy of each token's assignment to merged tokens."}
-    )
-    keep_rate_weight: float = field(default=10.0, metadata={"help": "Weight of the squared excess over the budget."})
-    binarization_weight: float = field(default=0.1, metadata={"help": "Weight of mask · (1 - mask)."})
-    kl_weight: float = field(default=25.0, metadata={"help": "Weight of the KL to the unpruned model's answers."})
-    guidance_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of scoring tokens as the unpruned model's text reads them; 0 = none."},
-    )
-    loss_warmup: float = field(
-        default=0.0, metadata={"help": "Share of training over which all weights but the task's rise from 0."}
-    )
-    temperature_start: float = field(default=1.0, metadata={"help": "Temperature of the masks at the start."})
-    temperature_end: float = field(default=0.1, metadata={"help": "Temperature once annealed."})
-    temperature_anneal_rate: float = field(
-        default=0.5, metadata={"help": "Share of training over which the temperature falls, linearly."}
-    )
-    discriminator_reinit_probability: float = field(
-        default=0.0, metadata={"help": "Probability per step of drawing the discriminator's weights anew."}
-    )
-    flops_budget: float = field(
-        default=1.0, metadata={"help": "Best-model choice prefers models at or below this share of the FLOPs."}
-    )
-    save_parts: bool = field(
-        default=False,
-        metadata={"help": "Also write checkpoints/{token_merger,layer_pruners,discriminator}_step_N.pt."},
-    )
-    eval_max_new_tokens: int = field(default=4, metadata={"help": "Answer length in evaluations."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.fp16:
-            raise ValueError("Token pruning trains in bf16 or fp32: one fp16 loss scaler cannot serve two optimizers.")
-        if not 0.0 < self.temperature_end <= self.temperature_start:
-            raise ValueError(
-                f"Need 0 < temperature_end <= temperature_start, got {self.temperature_end}, {self.temperature_start}."
-            )
-        for name in ("temperature_anneal_rate", "loss_warmup", "discriminator_reinit_probability"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
 
 
 class TokenPruningTrainer(CompressionTrainer):
@@ -237,8 +178,9 @@ class TokenPruningTrainer(CompressionTrainer):
             )
             weights["guidance_loss"] = ramp * args.guidance_weight
         for name in ("merge_entropy_loss", "merge_sparsity_loss"):
-            if output[name] is not None:
-                losses[name] = output[name]
+            value = getattr(output, name)
+            if value is not None:
+                losses[name] = value
                 weights[name] = ramp * getattr(args, name.replace("loss", "weight"))
         if output.soft_masks is not None:
             losses["keep_rate_loss"] = keep_rate_loss(output.keep_rates)
