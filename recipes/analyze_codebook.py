@@ -26,8 +26,8 @@ from tokcom_hf.data.images import FIRST_HELD_OUT, FolderImages, ProceduralImages
 from tokcom_hf.metrics.codebook import usage_of_counts, utilization_ceiling
 from tokcom_hf.metrics.image import psnr, ssim
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor, as_grid
-from tokcom_hf.models.quantizers import EMAQuantizer
-from tokcom_hf.plots_vqgan import NO_MATPLOTLIB, plot_usage
+from tokcom_hf.models.vqgan_quantizers import EMAQuantizer
+from tokcom_hf.plots.vqgan import NO_MATPLOTLIB, plot_usage
 from tokcom_hf.trainers.vqgan_pictures import reconstruction_grid
 
 COLUMNS = ("code", "count", "share", "rank", "norm", "nearest_code", "nearest_distance")

@@ -15,9 +15,9 @@ from pathlib import Path
 from tokcom_hf import TokComModel
 from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.tokcom_checkpoint import checkpoint_settings, convert_checkpoint, read_checkpoint
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
 from tokcom_hf.run_folders import check_new_folder
+from tokcom_hf.tokcom_checkpoint import checkpoint_settings, convert_checkpoint, read_checkpoint
 
 
 @dataclass

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from tokcom_hf import PrunedVLM
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
-from tokcom_hf.metrics.prefill import time_modes
-from tokcom_hf.plots_pruning import plot_kept_patches
-from tokcom_hf.trainers.pruning_evaluation import evaluate_mode, named_metrics
+from tokcom_hf.evaluation.pruning_answers import evaluate_mode, named_metrics
+from tokcom_hf.evaluation.pruning_prefill import time_modes
+from tokcom_hf.plots.pruning import plot_kept_patches
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "eval_token_pruning.yaml"
 

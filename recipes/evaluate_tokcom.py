@@ -28,13 +28,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text import TextRows
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
-from tokcom_hf.metrics.denoising import denoising_metrics
-from tokcom_hf.metrics.language_model_judge import LanguageModelJudge
-from tokcom_hf.metrics.latent_path import sampling_path
-from tokcom_hf.metrics.reconstruction import reconstruction_metrics
-from tokcom_hf.metrics.text import KneserNey, TextJudge, denoise_reconstruct_accuracy, detailed_reconstruction
-from tokcom_hf.metrics.text_comparison import brier_lm_differences, compare, difference_line
-from tokcom_hf.metrics.text_generation import (
+from tokcom_hf.evaluation.language_model_judge import LanguageModelJudge
+from tokcom_hf.evaluation.text_comparison import brier_lm_differences, compare, difference_line
+from tokcom_hf.evaluation.text_generation import (
     CausalSampler,
     HeadSampler,
     KneserNeySampler,
@@ -42,10 +38,14 @@ from tokcom_hf.metrics.text_generation import (
     ShuffledChunkSampler,
     TokComSampler,
 )
-from tokcom_hf.metrics.text_likelihood import head_losses, mean_next_token_loss
-from tokcom_hf.metrics.text_protocol import frontier, held_out_prefixes, measure_sampler, summarize
-from tokcom_hf.metrics.text_report import print_accuracies, print_row
-from tokcom_hf.plots_text import draw_evaluation
+from tokcom_hf.evaluation.text_likelihood import head_losses, mean_next_token_loss
+from tokcom_hf.evaluation.text_protocol import frontier, held_out_prefixes, measure_sampler, summarize
+from tokcom_hf.evaluation.text_report import print_accuracies, print_row
+from tokcom_hf.evaluation.tokcom_denoising import denoise_reconstruct_accuracy, denoising_metrics
+from tokcom_hf.evaluation.tokcom_latent_path import sampling_path
+from tokcom_hf.evaluation.tokcom_reconstruction import detailed_reconstruction, reconstruction_metrics
+from tokcom_hf.metrics.text import KneserNey, TextJudge
+from tokcom_hf.plots.text import draw_evaluation
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "evaluate_tokcom.yaml"
 LISTS = ("variants", "baselines", "seeds", "frontier_steps", "frontier_temperatures", "frontier_best_of",

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from tokcom_hf import LFQExpandedModel, LFQProcessor
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.small_internvl import build_small_internvl
-from tokcom_hf.models.lfq_expanded_files import load_base
+from tokcom_hf.models.lfq_files import load_base
 from tokcom_hf.models.lfq_tokens import check_output_dim
 from tokcom_hf.run_folders import check_new_folder
+from tokcom_hf.small_models.small_internvl import build_small_internvl
 
 SMALL_VISION = {"image_size": [64, 64], "patch_size": [8, 8], "hidden_size": 64, "intermediate_size": 128}
 SMALL_TEXT = {"hidden_size": 96, "intermediate_size": 256, "num_key_value_heads": 4}

@@ -27,14 +27,15 @@ from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, caption_of, draw_scenes
 from tokcom_hf.data.captions import read_image_text_jsonl
-from tokcom_hf.data.small_llama import train_caption_llama
+from tokcom_hf.evaluation.lfq_drawing import evaluate_drawing, tokenize_images
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import Upload, take_upload
 from tokcom_hf.models.pipeline_lfq import DECODER_FOLDER
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
+from tokcom_hf.small_models.image_tokenizer import train_image_tokenizer
+from tokcom_hf.small_models.small_llama import train_caption_llama
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments
-from tokcom_hf.trainers.caption_images import evaluate_drawing, tokenize_images, train_image_tokenizer
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "image_tokens.yaml"
 

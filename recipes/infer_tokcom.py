@@ -28,9 +28,9 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latents import load_latents, save_latents
 from tokcom_hf.data.text import read_json_lines
 from tokcom_hf.data.text_files import is_json_lines, read_text
-from tokcom_hf.data.tokcom_checkpoint import is_checkpoint_file, load_checkpoint_file
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
 from tokcom_hf.documented_names import INFER_TOKCOM
+from tokcom_hf.tokcom_checkpoint import is_checkpoint_file, load_checkpoint_file
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
 GENERATING = ("generate", "conditional")

@@ -5,7 +5,7 @@
     accelerate launch recipes/pretrain_internvl.py --resume_from_checkpoint true
 
 First the vision tower and the projector learn what every cell of a scene shows
-(`tokcom_hf.trainers.dense_pretraining`), then the language model learns to answer, many questions per image in one
+(`tokcom_hf.small_models.dense_pretraining`), then the language model learns to answer, many questions per image in one
 sequence.
 
 Leaves a folder in the format of `OpenGVLab/InternVL3-1B-hf`: model, tokenizer, image processor, model card and
@@ -27,17 +27,17 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.captions import SceneArguments
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_questions import SceneQuestionDataset
-from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.data.vqa import VQACollator, scene_rows
+from tokcom_hf.evaluation.vqa_generation import generate_answers
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
+from tokcom_hf.small_models.dense_pretraining import earlier_accuracy, pretrain_tower
+from tokcom_hf.small_models.small_internvl import build_small_internvl
+from tokcom_hf.small_models.vlm_training import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import average_files
-from tokcom_hf.trainers.dense_pretraining import earlier_accuracy, pretrain_tower
-from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
-from tokcom_hf.trainers.vqa_generation import generate_answers
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "pretrain_internvl.yaml"
 

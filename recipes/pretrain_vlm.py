@@ -4,7 +4,7 @@
     accelerate launch recipes/pretrain_vlm.py --max_steps 200 --output_dir outputs/quick_vlm
     accelerate launch recipes/pretrain_vlm.py --resume_from_checkpoint true
 
-First the vision tower learns what every patch shows (`tokcom_hf.trainers.dense_pretraining`), then the language model
+First the vision tower learns what every patch shows (`tokcom_hf.small_models.dense_pretraining`), then the language model
 learns to answer, many questions per image in one sequence.
 
 Leaves a folder in the format of `llava-hf/llava-1.5-7b-hf`: model, processor, model card and `results.json`. The other
@@ -25,17 +25,17 @@ from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_questions import SceneQuestionDataset
 from tokcom_hf.data.scenes import COLOURS, QUESTION_TYPES, SHAPES
-from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, scene_rows
+from tokcom_hf.evaluation.vqa_generation import generate_answers
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
+from tokcom_hf.small_models.dense_pretraining import earlier_accuracy, pretrain_tower
+from tokcom_hf.small_models.small_vlm import scene_processor
+from tokcom_hf.small_models.vlm_training import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import average_files
-from tokcom_hf.trainers.dense_pretraining import earlier_accuracy, pretrain_tower
-from tokcom_hf.trainers.small_vlm import SmallVLMTrainer, SmallVLMTrainingArguments
-from tokcom_hf.trainers.vqa_generation import generate_answers
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "pretrain_vlm.yaml"
 

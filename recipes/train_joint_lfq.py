@@ -30,16 +30,16 @@ from tokcom_hf import JointLFQModel, JointLFQTrainer, JointLFQTrainingArguments,
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.captions import JointLFQCollator, SceneArguments, read_image_text_jsonl, scene_caption_rows
-from tokcom_hf.data.small_internvl import TileProcessor
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.documented_names import TRAIN_JOINT_LFQ
+from tokcom_hf.evaluation.lfq_joint import evaluate_joint
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
-from tokcom_hf.plots_lfq import plot_joint_training
-from tokcom_hf.plots_vqgan import NO_MATPLOTLIB
+from tokcom_hf.plots.lfq import plot_joint_training
+from tokcom_hf.plots.vqgan import NO_MATPLOTLIB
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
+from tokcom_hf.small_models.small_internvl import TileProcessor
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.joint_lfq_evaluation import evaluate_joint
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_joint_lfq.yaml"
 SMALL_INTERNVL = "outputs/small_internvl"

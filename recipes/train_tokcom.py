@@ -43,16 +43,16 @@ from tokcom_hf.cards import EMBEDDED_TEXT, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latent_rows import encode_rows, latent_statistics
 from tokcom_hf.data.text import hub_dataset, load_text_rows
-from tokcom_hf.data.tokcom_checkpoint_writer import check_documented, save_checkpoint
 from tokcom_hf.data.tokenizers import check_tokenizer
 from tokcom_hf.documented_names import TRAIN_TOKCOM
+from tokcom_hf.evaluation.tokcom_denoising import denoising_metrics
+from tokcom_hf.evaluation.tokcom_reconstruction import reconstruction_metrics
+from tokcom_hf.evaluation.tokcom_report import measure_text, print_report
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
-from tokcom_hf.metrics.denoising import denoising_metrics
-from tokcom_hf.metrics.reconstruction import reconstruction_metrics
-from tokcom_hf.metrics.tokcom_report import measure_text, print_report
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
+from tokcom_hf.tokcom_checkpoint_writer import check_documented, save_checkpoint
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_tokcom.yaml"
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -456,7 +456,7 @@ def plot(out: Path, results: dict[str, Any]) -> str:
     """Two figures: accuracy against latent noise, and against t; returns what to say about them."""
     if find_spec("matplotlib") is None:
         return "no figures: matplotlib is not installed (pip install 'tokcom_hf[plots]')"
-    from tokcom_hf.plots_text import plot_accuracy_against_noise, plot_denoising_against_time
+    from tokcom_hf.plots.text import plot_accuracy_against_noise, plot_denoising_against_time
 
     drawn = []
     if "token_accuracy" in results.get("vae", {}):

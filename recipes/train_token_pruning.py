@@ -31,15 +31,15 @@ from tokcom_hf import (
 )
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.pruning_checkpoint import convert_discriminator, convert_merger, convert_pruners, read_parts
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options, vqa_collator
 from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
+from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.gpus import use_gpus
 from tokcom_hf.hub import take_upload
+from tokcom_hf.pruning_checkpoint import convert_discriminator, convert_merger, convert_pruners, read_parts
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_token_pruning.yaml"
 SMALL_VLM = "outputs/small_vlm"

@@ -27,7 +27,7 @@ from tokcom_hf.models.configuration_vqgan_discriminator import VQGANDiscriminato
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
 from tokcom_hf.models.modeling_vqgan import VQGAN
 from tokcom_hf.models.modeling_vqgan_discriminator import VQGANDiscriminator
-from tokcom_hf.plots_vqgan import NO_MATPLOTLIB, plot_history, plot_usage
+from tokcom_hf.plots.vqgan import NO_MATPLOTLIB, plot_history, plot_usage
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments

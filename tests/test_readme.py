@@ -132,3 +132,15 @@ def test_both_languages_say_the_same():
     assert numbers[0] == numbers[1]
     links = [set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.zh-CN.md"} for text in prose]
     assert links[0] == links[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    files = [
+        f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.py") if ".ci-venv" not in path.parts[len(ROOT.parts)]
+    ]
+    for name in re.findall(r"`([\w/]+\.py)`", PAGES[page]):
+        # Of the documents' own programs only the names are told.
+        if "NAME" in name or page.name == "documents.md":
+            continue
+        assert any(file.endswith(f"/{name}") for file in files), name

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokcom_hf import DenoisedModel, ModelArgs, TokComConfig, TokComModel, TokComVAE
-from tokcom_hf.data.tokcom_checkpoint_writer import save_checkpoint
+from tokcom_hf.tokcom_checkpoint_writer import save_checkpoint
 from tokcom_hf.tokcom_inference import decode, denoise_reconstruct, encode, generate, load_checkpoint, reconstruct
 
 SHAPE = {

@@ -24,14 +24,10 @@ class ModelRow(NamedTuple):
     """Where a model lives: `configuration_<stem>.py` and `modeling_<stem>.py` in `tokcom_hf.models`."""
 
     stem: str
+    model_type: str
     config: str
     model: str
     auto_classes: tuple[str, ...] = ("AutoModel",)
-
-    @property
-    def model_type(self) -> str:
-        """`model_type` of the configuration, known without importing it."""
-        return self.stem if self.stem.startswith("tokcom") else f"tokcom_{self.stem}"
 
 
 class PipelineRow(NamedTuple):
@@ -54,18 +50,23 @@ class ProcessorRow(NamedTuple):
 
 
 MODELS: tuple[ModelRow, ...] = (
-    ModelRow("tokcom_vae", "TokComVAEConfig", "TokComVAE"),
-    ModelRow("tokcom_denoiser", "DenoisedModelConfig", "DenoisedModel"),
-    ModelRow("tokcom", "TokComConfig", "TokComModel"),
-    ModelRow("vqgan", "VQGANConfig", "VQGAN"),
-    ModelRow("vqgan_discriminator", "VQGANDiscriminatorConfig", "VQGANDiscriminator"),
-    ModelRow("token_merger", "TokenMergerConfig", "TokenMerger"),
-    ModelRow("layer_pruner", "LayerPrunerConfig", "LayerPruner"),
-    ModelRow("pruning_discriminator", "PruningDiscriminatorConfig", "PruningDiscriminator"),
-    ModelRow("pruned_vlm", "PrunedVLMConfig", "PrunedVLM", ("AutoModel", "AutoModelForImageTextToText")),
-    ModelRow("lfq", "LFQConfig", "LFQQuantizer"),
+    ModelRow("tokcom_vae", "tokcom_vae", "TokComVAEConfig", "TokComVAE"),
+    ModelRow("tokcom_denoiser", "tokcom_denoiser", "DenoisedModelConfig", "DenoisedModel"),
+    ModelRow("tokcom", "tokcom", "TokComConfig", "TokComModel"),
+    ModelRow("vqgan", "tokcom_vqgan", "VQGANConfig", "VQGAN"),
+    ModelRow("vqgan_discriminator", "tokcom_vqgan_discriminator", "VQGANDiscriminatorConfig", "VQGANDiscriminator"),
+    ModelRow("pruning_token_merger", "tokcom_token_merger", "TokenMergerConfig", "TokenMerger"),
+    ModelRow("pruning_layer_pruner", "tokcom_layer_pruner", "LayerPrunerConfig", "LayerPruner"),
+    ModelRow(
+        "pruning_discriminator", "tokcom_pruning_discriminator", "PruningDiscriminatorConfig", "PruningDiscriminator"
+    ),
+    ModelRow(
+        "pruned_vlm", "tokcom_pruned_vlm", "PrunedVLMConfig", "PrunedVLM", ("AutoModel", "AutoModelForImageTextToText")
+    ),
+    ModelRow("lfq_quantizer", "tokcom_lfq", "LFQConfig", "LFQQuantizer"),
     ModelRow(
         "lfq_expanded",
+        "tokcom_lfq_expanded",
         "LFQExpandedConfig",
         "LFQExpandedModel",
         ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),

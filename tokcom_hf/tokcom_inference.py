@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from .data.tokcom_checkpoint import checkpoint_settings, convert_checkpoint, is_checkpoint_file, read_checkpoint
-from .data.tokcom_checkpoint_writer import undocumented
-from .data.tokcom_model_args import DOCUMENTED_SETTINGS, ModelArgs, model_arguments
 from .models.configuration_tokcom import TokComConfig
 from .models.modeling_tokcom import TokComModel
 from .models.modeling_tokcom_denoiser import DenoisedModel
 from .models.modeling_tokcom_vae import TokComVAE
+from .tokcom_checkpoint import checkpoint_settings, convert_checkpoint, is_checkpoint_file, read_checkpoint
+from .tokcom_checkpoint_writer import undocumented
+from .tokcom_model_args import DOCUMENTED_SETTINGS, ModelArgs, model_arguments
 
 __all__ = ["ModelArgs", "decode", "denoise_reconstruct", "encode", "generate", "load_checkpoint", "reconstruct"]
 

@@ -27,23 +27,23 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
-from tokcom_hf.metrics.text_brier import (
-    brier_lm_difference,
-    brier_scores,
-    brier_scores_from_log_probs,
-    brier_summary,
-)
-from tokcom_hf.metrics.text_comparison import difference_line
-from tokcom_hf.metrics.text_generation import (
+from tokcom_hf.evaluation.text_comparison import difference_line
+from tokcom_hf.evaluation.text_generation import (
     CausalSampler,
     HeadSampler,
     Sampler,
     TokComSampler,
     tokens_behind_prefix,
 )
-from tokcom_hf.metrics.text_likelihood import head_losses, mean_next_token_loss
-from tokcom_hf.metrics.text_protocol import held_out_prefixes
-from tokcom_hf.plots_text import plot_brier_lm
+from tokcom_hf.evaluation.text_likelihood import head_losses, mean_next_token_loss
+from tokcom_hf.evaluation.text_protocol import held_out_prefixes
+from tokcom_hf.metrics.text_brier import (
+    brier_lm_difference,
+    brier_scores,
+    brier_scores_from_log_probs,
+    brier_summary,
+)
+from tokcom_hf.plots.text import plot_brier_lm
 
 # Prefixes between two movements of the progress bar.
 PART = 256

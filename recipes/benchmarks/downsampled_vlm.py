@@ -1,4 +1,4 @@
-"""The simplest way to fewer vision tokens: a smaller image. Helper of `token_pruning.py`.
+"""The simplest way to fewer vision tokens: a smaller image. Helper of `pruning.py`.
 
 The tower's position embeddings are interpolated to the smaller grid, the processor shows the smaller picture; nothing
 else changes. Serves LLaVA with a CLIP tower, whose image size is fixed otherwise.

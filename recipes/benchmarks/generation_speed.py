@@ -23,11 +23,11 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
+from tokcom_hf.evaluation.text_generation import CausalSampler, TokComSampler, tokens_behind_prefix
+from tokcom_hf.evaluation.text_protocol import held_out_prefixes
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.text import TextJudge
 from tokcom_hf.metrics.text_brier import brier_scores, brier_scores_from_log_probs, brier_summary
-from tokcom_hf.metrics.text_generation import CausalSampler, TokComSampler, tokens_behind_prefix
-from tokcom_hf.metrics.text_protocol import held_out_prefixes
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "generation_speed.yaml"
 Contestant = TokComSampler | CausalSampler

@@ -21,7 +21,7 @@ import torch
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.metrics.memory import high_water_mark
-from tokcom_hf.models.lfq_entropy import factorised_entropy
+from tokcom_hf.models.shared_bit_entropy import factorised_entropy
 
 
 @dataclass

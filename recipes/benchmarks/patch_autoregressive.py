@@ -27,14 +27,14 @@ from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
+from tokcom_hf.evaluation.text_generation import Sampler
+from tokcom_hf.evaluation.text_protocol import held_out_prefixes, measure_sampler
+from tokcom_hf.evaluation.text_report import print_row
 from tokcom_hf.metrics.compute import count_training_flops
 from tokcom_hf.metrics.text import TextJudge
-from tokcom_hf.metrics.text_generation import Sampler
-from tokcom_hf.metrics.text_protocol import held_out_prefixes, measure_sampler
-from tokcom_hf.metrics.text_report import print_row
 from tokcom_hf.metrics.token_sampling import sample_tokens
-from tokcom_hf.models.cache_name import CACHE
-from tokcom_hf.models.chunked_cross_entropy import chunked_cross_entropy
+from tokcom_hf.models.shared_cache_name import CACHE
+from tokcom_hf.models.shared_cross_entropy import chunked_cross_entropy
 from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
 from tokcom_hf.trainers.tokcom_budget import tokcom_budget
 

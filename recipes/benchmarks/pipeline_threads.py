@@ -40,8 +40,8 @@ from tokcom_hf import (
     VQGANImageProcessor,
 )
 from tokcom_hf.cli import parse_recipe, run_recipe
-from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.tokenizers import train_tokenizer
+from tokcom_hf.small_models.small_vlm import scene_processor
 
 BITS = 4
 TEXTS = [

@@ -17,8 +17,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from tokcom_hf import LayerPrunerConfig, PrunedVLM, TokenMergerConfig
 from tokcom_hf.cli import parse_recipe, run_recipe
-from tokcom_hf.metrics.flops import predicted_report
-from tokcom_hf.metrics.prefill import time_modes
+from tokcom_hf.evaluation.pruning_prefill import time_modes
+from tokcom_hf.models.pruning_report import predicted_report
 
 GIB = 2**30
 

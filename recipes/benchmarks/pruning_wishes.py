@@ -28,8 +28,8 @@ from tokcom_hf import (
 )
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
+from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_pruning.yaml"
 # 64 vision tokens of the small VLM become 12, then 6 and 3.

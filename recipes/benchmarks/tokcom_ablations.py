@@ -26,12 +26,12 @@ from transformers import AutoModel
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
-from tokcom_hf.metrics.denoising import denoising_metrics
-from tokcom_hf.metrics.reconstruction import reconstruction_metrics
+from tokcom_hf.evaluation.text_generation import TokComSampler
+from tokcom_hf.evaluation.text_likelihood import head_losses
+from tokcom_hf.evaluation.text_protocol import held_out_prefixes, measure_sampler
+from tokcom_hf.evaluation.tokcom_denoising import denoising_metrics
+from tokcom_hf.evaluation.tokcom_reconstruction import reconstruction_metrics
 from tokcom_hf.metrics.text import TextJudge
-from tokcom_hf.metrics.text_generation import TokComSampler
-from tokcom_hf.metrics.text_likelihood import head_losses
-from tokcom_hf.metrics.text_protocol import held_out_prefixes, measure_sampler
 
 RECIPES = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = RECIPES / "configs" / "tiny" / "tokcom_ablations.yaml"

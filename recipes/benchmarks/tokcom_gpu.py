@@ -27,12 +27,12 @@ from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text import TextRows, load_text_rows
 from tokcom_hf.data.text_evaluation import full_rows
+from tokcom_hf.evaluation.text_generation import CausalSampler, HeadSampler, Sampler, TokComSampler
+from tokcom_hf.evaluation.text_likelihood import head_losses
+from tokcom_hf.evaluation.text_protocol import held_out_prefixes, measure_sampler, summarize
+from tokcom_hf.evaluation.text_report import print_row
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.text import TextJudge
-from tokcom_hf.metrics.text_generation import CausalSampler, HeadSampler, Sampler, TokComSampler
-from tokcom_hf.metrics.text_likelihood import head_losses
-from tokcom_hf.metrics.text_protocol import held_out_prefixes, measure_sampler, summarize
-from tokcom_hf.metrics.text_report import print_row
 from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
 
 # Shapes of the parts; `paper` is the documented system, without a context.

@@ -33,10 +33,10 @@ from tokcom_hf import (
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa import VQADataset
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
+from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.metrics.vqa import paired_bootstrap
-from tokcom_hf.models.token_selection import LAYER_STRATEGIES, STRATEGIES
+from tokcom_hf.models.pruning_strategies import LAYER_STRATEGIES, STRATEGIES
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.pruning_evaluation import evaluate_mode
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_pruning.yaml"
 OURS, RANDOM_TUNED, GREY = "merger + pruners + LoRA", "random + LoRA", "question only (other picture)"

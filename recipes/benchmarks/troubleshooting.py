@@ -27,9 +27,9 @@ from tokcom_hf import (
 )
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.image_limit import ImageLimit
-from tokcom_hf.data.scene_tokenizer import scene_tokenizer
-from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.metrics.memory import high_water_mark
+from tokcom_hf.small_models.scene_tokenizer import scene_tokenizer
+from tokcom_hf.small_models.small_internvl import build_small_internvl
 
 # ---------------------------------------------------------------------------------------------------------------- VQGAN
 VQGAN_SIZE = (

@@ -24,7 +24,7 @@ from transformers import AutoModel, set_seed
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
-from tokcom_hf.metrics.text import detailed_reconstruction
+from tokcom_hf.evaluation.tokcom_reconstruction import detailed_reconstruction
 
 RECIPES = Path(__file__).resolve().parents[1]
 SIGMAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
@@ -155,7 +155,7 @@ def draw(out: Path, table: dict[str, dict[str, Any]]) -> None:
     except ImportError:
         print('No figure: matplotlib is not installed (pip install "tokcom_hf[plots]").')
         return
-    from tokcom_hf.plots_text import plot_noise_curves
+    from tokcom_hf.plots.text import plot_noise_curves
 
     plot_noise_curves(table, out / "accuracy_against_noise.png")
     print(f"table and figure in {out}")

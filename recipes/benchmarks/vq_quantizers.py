@@ -38,7 +38,7 @@ from tokcom_hf.metrics.image import psnr
 from tokcom_hf.models.configuration_vqgan import VQGANConfig
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
 from tokcom_hf.models.modeling_vqgan import VQGAN
-from tokcom_hf.models.quantizers import EMAQuantizer
+from tokcom_hf.models.vqgan_quantizers import EMAQuantizer
 
 # What all rows of one table must share.
 COMMON = ("steps", "batch_size", "learning_rate", "num_train", "num_eval", "image_dir", "scale", "split")

@@ -6,7 +6,7 @@ from torch import nn
 
 from tokcom_hf.models.configuration_vqgan import VQGANConfig, default_fsq_levels
 from tokcom_hf.models.modeling_vqgan import VQGAN
-from tokcom_hf.models.quantizers import QuantizerOutput
+from tokcom_hf.models.vqgan_quantizers import QuantizerOutput
 
 METHODS = [
     "naive",

@@ -22,7 +22,7 @@ from torch import nn
 from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.metrics.memory import high_water_mark
 from tokcom_hf.models.configuration_vqgan import VQGANConfig
-from tokcom_hf.models.quantizers import EMAQuantizer
+from tokcom_hf.models.vqgan_quantizers import EMAQuantizer
 
 SHAPES = ((4096, 256, 64), (4096, 256, 8192), (16384, 64, 16384))
 SIDES = ("ours", "library")

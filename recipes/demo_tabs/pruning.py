@@ -7,8 +7,8 @@ from PIL import Image, ImageOps
 
 from tokcom_hf.data.vqa import VQACollator, scene_rows
 from tokcom_hf.data.vqa_sources import scene_options
-from tokcom_hf.models.image_files import read_image
-from tokcom_hf.plots_pruning import dimmed, kept_grids
+from tokcom_hf.models.shared_image_files import read_image
+from tokcom_hf.plots.pruning import dimmed, kept_grids
 
 PICTURE = 336  # pixels a side of the pictures shown
 CAPTION = 48  # pixels below them, which the page covers with the caption

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tokcom_hf.metrics.denoising import BlockDenoiser
-from tokcom_hf.models.flow_matching import denoising_steps, interpolate, sample, sampling_times
+from tokcom_hf.evaluation.tokcom_denoising import BlockDenoiser
+from tokcom_hf.models.tokcom_flow_matching import denoising_steps, interpolate, sample, sampling_times
 
 MARK = 'style="background: rgba(240, 80, 60, 0.3); color: inherit"'
 # Pieces of a text, each with "wrong" where its tokens differ from the input's, or None.
@@ -91,7 +91,7 @@ def reconstruct(pipe: Any, text: str, noise: float, seed: int) -> tuple[Marked, 
     """
     model, (ids, count) = pipe.model, token_rows(pipe, text)
     latents = model.encode(ids)
-    # The unit of noise in `metrics/reconstruction.py`: each dimension's own deviation, where there are chunks to tell it.
+    # The unit of noise in `tokcom_reconstruction.py`: each dimension's own deviation, where there are chunks to tell it.
     deviation = latents.std(dim=(0, 1)) if latents.shape[1] > 1 else latents.std()
     drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     decoded = model.decode(latents + noise * deviation * drawn)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tokcom_hf.data.captions import JointLFQCollator, SceneArguments, read_image_text_jsonl, scene_caption_rows
-from tokcom_hf.data.small_internvl import TileProcessor, build_small_internvl, scene_tile_processor
+from tokcom_hf.small_models.small_internvl import TileProcessor, build_small_internvl, scene_tile_processor
 
 VISION = {
     "image_size": 32, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

@@ -13,10 +13,10 @@ from tokcom_hf import LFQProcessor
 from tokcom_hf.data.caption_images import CaptionImageCollator
 from tokcom_hf.data.captions import JointLFQCollator, read_image_text_jsonl
 from tokcom_hf.data.packed_vqa import PackedVQACollator
-from tokcom_hf.data.small_internvl import scene_tile_processor
-from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, VQADataset, map_vqa_columns, read_vqa_jsonl, scene_rows
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows
+from tokcom_hf.small_models.small_internvl import scene_tile_processor
+from tokcom_hf.small_models.small_vlm import scene_processor
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 READERS = [read_vqa_jsonl, read_image_text_jsonl]

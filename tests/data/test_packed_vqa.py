@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_patches import ScenePatchDataset, patch_labels
 from tokcom_hf.data.scenes import COLOURS, SHAPES, Scene, SceneObject, render_scene, sample_scene
-from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, scene_rows
+from tokcom_hf.small_models.small_vlm import scene_processor
 
 
 def small_llava(processor) -> LlavaForConditionalGeneration:

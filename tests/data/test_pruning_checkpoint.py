@@ -15,7 +15,7 @@ from tokcom_hf import (
     TokenMerger,
     TokenMergerConfig,
 )
-from tokcom_hf.data.pruning_checkpoint import (
+from tokcom_hf.pruning_checkpoint import (
     convert_discriminator,
     convert_merger,
     convert_pruners,

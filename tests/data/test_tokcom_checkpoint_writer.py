@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tokcom_hf import TokComConfig, TokComModel
-from tokcom_hf.data.tokcom_checkpoint import convert_checkpoint, read_checkpoint
-from tokcom_hf.data.tokcom_checkpoint_writer import save_checkpoint
+from tokcom_hf.tokcom_checkpoint import convert_checkpoint, read_checkpoint
+from tokcom_hf.tokcom_checkpoint_writer import save_checkpoint
 
 SHAPE = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, map_vqa_columns, read_vqa_jsonl, scene_rows
+from tokcom_hf.small_models.small_vlm import scene_processor
 
 
 def test_json_lines_with_images(tmp_path):

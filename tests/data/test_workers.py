@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import tokcom_hf.data
+import tokcom_hf.small_models
 from tokcom_hf import LFQProcessor, PrunedVLMConfig, VQGANImageProcessor
 from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, PixelRows, draw_scenes
 from tokcom_hf.data.captions import JointLFQCollator, scene_caption_rows
@@ -22,13 +23,13 @@ from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.packing import PackedTextDataset, StreamedTextDataset
 from tokcom_hf.data.scene_patches import ScenePatchDataset
 from tokcom_hf.data.scene_questions import SceneQuestionDataset
-from tokcom_hf.data.small_internvl import scene_tile_processor
-from tokcom_hf.data.small_llama import _Captions
-from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.text import iterate_documents
 from tokcom_hf.data.tokenizers import train_tokenizer
 from tokcom_hf.data.vqa import VQACollator, VQADataset, scene_rows
 from tokcom_hf.data.vqa_tasks import TaskCollator
+from tokcom_hf.small_models.small_internvl import scene_tile_processor
+from tokcom_hf.small_models.small_llama import _Captions
+from tokcom_hf.small_models.small_vlm import scene_processor
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +76,12 @@ def sets(processor, folder, tmp_path_factory):
 
 
 def defined(suffix: str, base: type | None = None) -> set[type]:
-    """Classes of the modules of `tokcom_hf.data`, by the end of their name or by their base class."""
-    modules = [
-        importlib.import_module(f"tokcom_hf.data.{m.name}") for m in pkgutil.iter_modules(tokcom_hf.data.__path__)
-    ]
+    """Classes of the modules of `data` and `small_models`, by the end of their name or by their base class."""
+    rooms = (tokcom_hf.data, tokcom_hf.small_models)
+    names = [f"{room.__name__}.{m.name}" for room in rooms for m in pkgutil.iter_modules(room.__path__)]
+    modules = [importlib.import_module(name) for name in names]
     kinds = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
-    ours = {kind for kind in kinds if kind.__module__.startswith("tokcom_hf.data.")}
+    ours = {kind for kind in kinds if kind.__module__ in names}
     return {kind for kind in ours if kind.__name__.endswith(suffix) or (base is not None and issubclass(kind, base))}
 
 

@@ -16,7 +16,7 @@ def save_small_llava(folder: Path) -> Path:
     sys.path.insert(0, str(RECIPES))
     from pretrain_vlm import build_model
 
-    from tokcom_hf.data.small_vlm import scene_processor
+    from tokcom_hf.small_models.small_vlm import scene_processor
 
     set_seed(0)
     processor = scene_processor(32, 8)

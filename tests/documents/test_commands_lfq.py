@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 
 from tokcom_hf import JointLFQModel, LFQExpandedModel
 from tokcom_hf.cli import RecipeError, parse_recipe
-from tokcom_hf.data.small_internvl import build_small_internvl
+from tokcom_hf.small_models.small_internvl import build_small_internvl
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VISION = {

@@ -11,9 +11,9 @@ import torch
 
 from tokcom_hf import DenoisedModel, TokComConfig, TokComModel
 from tokcom_hf.cli import parse_recipe
-from tokcom_hf.data.tokcom_checkpoint import load_checkpoint_file
 from tokcom_hf.data.tokenizers import train_tokenizer
 from tokcom_hf.documented_names import INFER_TOKCOM, TRAIN_TOKCOM
+from tokcom_hf.tokcom_checkpoint import load_checkpoint_file
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "recipes" / "configs" / "paper" / "train_tokcom.yaml"

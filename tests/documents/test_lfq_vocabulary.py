@@ -15,8 +15,8 @@ from tokcom_hf import (
     expand_vocab_for_lfq,
     get_lfq_token_range,
 )
-from tokcom_hf.data.scene_tokenizer import scene_tokenizer
-from tokcom_hf.data.small_internvl import IMAGE_TOKENS
+from tokcom_hf.small_models.scene_tokenizer import scene_tokenizer
+from tokcom_hf.small_models.small_internvl import IMAGE_TOKENS
 
 OLD, BITS, WIDTH = 40, 4, 16
 

@@ -12,7 +12,7 @@ from tokcom_hf import VQGAN, VQGANConfig, VQGANImageProcessor
 from tokcom_hf.cli import parse_recipe, read_yaml
 from tokcom_hf.data.images import ProceduralImages
 from tokcom_hf.documented_names import TRAIN_VQGAN
-from tokcom_hf.models.quantizers import build_quantizer
+from tokcom_hf.models.vqgan_quantizers import build_quantizer
 from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments
 
 ROOT = Path(__file__).parents[2]

@@ -147,13 +147,13 @@ def vision_language_model(layers: int = 2):
 
 
 def _language_processor():
-    from tokcom_hf.data.scene_tokenizer import scene_tokenizer
+    from tokcom_hf.small_models.scene_tokenizer import scene_tokenizer
 
     return scene_tokenizer({"image_token": "<image>"})
 
 
 def _vision_language_processor():
-    from tokcom_hf.data.small_vlm import scene_processor
+    from tokcom_hf.small_models.small_vlm import scene_processor
 
     return scene_processor(16, 4)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tokcom_hf.metrics.image import _blur, _window, ms_ssim, psnr, ssim
-from tokcom_hf.trainers.perceptual import build_perceptual_loss
+from tokcom_hf.trainers.vqgan_perceptual import build_perceptual_loss
 
 
 def test_psnr_of_a_known_error():

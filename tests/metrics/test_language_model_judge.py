@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tokcom_hf.data.tokenizers import train_tokenizer
+from tokcom_hf.evaluation.language_model_judge import LanguageModelJudge, packaged_gguf
 from tokcom_hf.metrics.compute import matching_llama_config
-from tokcom_hf.metrics.language_model_judge import LanguageModelJudge, packaged_gguf
 
 TEXTS = ["the quick brown fox", "a lazy dog and the quick brown fox jumps over it", "fox"]
 

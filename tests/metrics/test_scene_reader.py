@@ -6,7 +6,7 @@ from PIL import Image
 
 from tokcom_hf.data.caption_images import draw_scenes
 from tokcom_hf.data.scenes import Scene, SceneObject, render_scene
-from tokcom_hf.metrics.scene_reader import SceneReader, score_scene
+from tokcom_hf.evaluation.scene_reader import SceneReader, score_scene
 
 
 @pytest.fixture(scope="module")

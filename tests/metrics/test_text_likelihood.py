@@ -6,12 +6,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tokcom_hf import TokComConfig, TokComModel
+from tokcom_hf.evaluation.text_generation import CausalSampler, HeadSampler, KneserNeySampler, TokComSampler
+from tokcom_hf.evaluation.text_likelihood import causal_log_probs, head_log_probs, head_losses, mean_next_token_loss
+from tokcom_hf.evaluation.text_protocol import held_out_prefixes, measure_sampler
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.text import TextJudge
-from tokcom_hf.metrics.text_generation import CausalSampler, HeadSampler, KneserNeySampler, TokComSampler
-from tokcom_hf.metrics.text_likelihood import causal_log_probs, head_log_probs, head_losses, mean_next_token_loss
 from tokcom_hf.metrics.text_ngram import KneserNey
-from tokcom_hf.metrics.text_protocol import held_out_prefixes, measure_sampler
 
 VOCABULARY = 51
 

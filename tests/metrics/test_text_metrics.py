@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tokcom_hf.evaluation.tokcom_reconstruction import rare_token_accuracy
 from tokcom_hf.metrics.text import (
     KneserNey,
     TextJudge,
@@ -19,7 +20,6 @@ from tokcom_hf.metrics.text import (
     distinct_n,
     jensen_shannon,
     memorisation,
-    rare_token_accuracy,
     self_bleu,
     two_sample_auc,
     unigram_entropy,

@@ -6,20 +6,14 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tokcom_hf import TokComConfig, TokComModel
-from tokcom_hf.metrics.compute import matching_llama_config
-from tokcom_hf.metrics.denoising import BlockDenoiser, denoising_metrics
-from tokcom_hf.metrics.latent_path import sampling_path
-from tokcom_hf.metrics.text import KneserNey, TextJudge, detailed_reconstruction
-from tokcom_hf.metrics.text_brier import brier_summary
-from tokcom_hf.metrics.text_comparison import (
+from tokcom_hf.evaluation.text_comparison import (
     brier_lm_differences,
     compare,
     difference_line,
     ratio_at_equal_entropy,
     ratios_on_frontier,
-    setting_name,
 )
-from tokcom_hf.metrics.text_generation import (
+from tokcom_hf.evaluation.text_generation import (
     CausalSampler,
     HeadSampler,
     KneserNeySampler,
@@ -27,11 +21,18 @@ from tokcom_hf.metrics.text_generation import (
     TokComSampler,
     tokens_behind_prefix,
 )
-from tokcom_hf.metrics.text_protocol import (
+from tokcom_hf.evaluation.text_protocol import (
     frontier,
     held_out_prefixes,
     measure_sampler,
 )
+from tokcom_hf.evaluation.tokcom_denoising import BlockDenoiser, denoising_metrics
+from tokcom_hf.evaluation.tokcom_latent_path import sampling_path
+from tokcom_hf.evaluation.tokcom_reconstruction import detailed_reconstruction
+from tokcom_hf.metrics.compute import matching_llama_config
+from tokcom_hf.metrics.text import KneserNey, TextJudge
+from tokcom_hf.metrics.text_brier import brier_summary
+from tokcom_hf.plots.text import setting_name
 
 VOCABULARY = 31
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokcom_hf import LFQExpandedModel, PrunedVLM
-from tokcom_hf.models.cache_name import CACHE, cache_argument
+from tokcom_hf.models.shared_cache_name import CACHE, cache_argument
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pruned_vlm_tools import TEXT, batch, tiny_vlm

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tokcom_hf.models import chunked_cross_entropy as module
-from tokcom_hf.models.chunked_cross_entropy import chunked_cross_entropy
+from tokcom_hf.models import shared_cross_entropy as module
+from tokcom_hf.models.shared_cross_entropy import chunked_cross_entropy
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from tokcom_hf.models.tokcom_context import ContextEncoder
+from tokcom_hf.models.tokcom_context_encoder import ContextEncoder
 
 from .tokcom_tools import CONTEXT, seeded, small
 

@@ -21,7 +21,7 @@ from tokcom_hf import (
     TokenMerger,
     TokenMergerConfig,
 )
-from tokcom_hf.metrics.flops import predicted_report
+from tokcom_hf.models.pruning_report import predicted_report
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pruned_vlm_tools import batch, tiny_vlm

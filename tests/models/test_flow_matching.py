@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokcom_hf.models.flow_matching import (
+from tokcom_hf.models.tokcom_flow_matching import (
     denoising_steps,
     interpolate,
     sample,

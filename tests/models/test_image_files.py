@@ -14,9 +14,9 @@ from PIL import Image
 
 import tokcom_hf
 from tokcom_hf import VQGAN, VQGANConfig, VQGANImageProcessor
-from tokcom_hf.models.image_files import check_image, load_image, open_image, read_image
-from tokcom_hf.models.image_pixels import to_mode, to_uint8
 from tokcom_hf.models.pipeline_vqgan import VQTokenizePipeline
+from tokcom_hf.models.shared_image_files import check_image, load_image, open_image, read_image
+from tokcom_hf.models.shared_image_pixels import to_mode, to_uint8
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 
@@ -62,7 +62,7 @@ def test_no_other_module_opens_images():
     package = Path(tokcom_hf.__file__).parent
     sources = [*package.rglob("*.py"), *(package.parent / "recipes").rglob("*.py")]
     openers = {path.name for path in sources if "Image.open(" in path.read_text(encoding="utf-8")}
-    assert openers == {"image_files.py"}
+    assert openers == {"shared_image_files.py"}
 
 
 def test_a_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch):

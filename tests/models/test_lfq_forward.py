@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from tokcom_hf import LFQExpandedModel
-from tokcom_hf.models.cache_name import CACHE
+from tokcom_hf.models.shared_cache_name import CACHE
 
 from .lfq_tools import OLD, language_model, vision_batch, vision_language_model
 

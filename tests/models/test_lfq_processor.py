@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from tokcom_hf import VQGAN, LFQExpandedModel, LFQProcessor, VQGANConfig, VQGANImageProcessor
-from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.tokenizers import train_tokenizer
+from tokcom_hf.small_models.small_vlm import scene_processor
 
 BITS, START = 4, 300
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from tokcom_hf import LFQConfig, LFQQuantizer
-from tokcom_hf.models.lfq_entropy import factorised_entropy
-from tokcom_hf.models.modeling_lfq import rotary_2d
+from tokcom_hf.models.modeling_lfq_quantizer import rotary_2d
+from tokcom_hf.models.shared_bit_entropy import factorised_entropy
 
 SHAPE = {
     "input_size": 24, "llm_hidden_size": 20, "num_tokens": 9, "output_dim": 6,

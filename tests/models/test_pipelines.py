@@ -23,7 +23,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 import tokcom_hf
 from tokcom_hf.models.pipeline_prompts import as_prompt, chat_prompt, pair, render
-from tokcom_hf.models.private_sampling import GumbelNoise, private_options, warpers
+from tokcom_hf.models.shared_private_sampling import GumbelNoise, private_options, warpers
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("pipeline_threads", ROOT / "recipes/benchmarks/pipeline_threads.py")

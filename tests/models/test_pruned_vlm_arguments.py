@@ -17,7 +17,7 @@ from tokcom_hf import (
     TokenMerger,
     TokenMergerConfig,
 )
-from tokcom_hf.models.cache_name import CACHE
+from tokcom_hf.models.shared_cache_name import CACHE
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pruned_vlm_tools import FAMILIES, batch, tiny_vlm

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokcom_hf import LayerPruner, LayerPrunerConfig, PrunedVLM, TokenMerger, TokenMergerConfig
-from tokcom_hf.models.vlm_flops import vision_tower_flops
+from tokcom_hf.models.pruning_flops import vision_tower_flops
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pruned_vlm_tools import FAMILIES, batch, mixed_sizes, tiny_vlm

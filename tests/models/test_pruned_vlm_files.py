@@ -22,7 +22,7 @@ from tokcom_hf import (
     TokenMerger,
     TokenMergerConfig,
 )
-from tokcom_hf.models.token_removal import PrunedCache
+from tokcom_hf.models.pruning_stream import PrunedCache
 from tokcom_hf.trainers.pruning_lora import add_lora, merge_lora
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -356,7 +356,7 @@ def test_trust_in_a_model_is_no_trust_in_its_base_and_the_base_has_a_revision(vl
         base.config.name_or_path = name
         return base
 
-    for module in ("modeling_pruned_vlm", "pruned_vlm_files"):
+    for module in ("modeling_pruned_vlm", "pruning_files"):
         monkeypatch.setattr(f"tokcom_hf.models.{module}.load_base", from_hub)
     model = with_heads("someone/vlm", revision="v1", token="secret")
     assert asked == {"name": "someone/vlm", "revision": "v1", "token": "secret"}

@@ -27,10 +27,10 @@ from tokcom_hf import (
     TokenMergerConfig,
 )
 from tokcom_hf.data.scenes import render_scene
-from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, scene_rows
-from tokcom_hf.models.token_selection import STRATEGIES
-from tokcom_hf.models.vlm_flops import decoder_layer_flops
+from tokcom_hf.models.pruning_flops import decoder_layer_flops
+from tokcom_hf.models.pruning_strategies import STRATEGIES
+from tokcom_hf.small_models.small_vlm import scene_processor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pruned_vlm_tools import FAMILIES, IMAGE, batch, tiny_vlm

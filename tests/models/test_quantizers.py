@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tokcom_hf.models.configuration_vqgan import VQGANConfig, default_fsq_levels
-from tokcom_hf.models.quantizers import EMAQuantizer, build_quantizer, rotate_to
-from tokcom_hf.models.vector_search import kmeans, nearest_codes
+from tokcom_hf.models.vqgan_code_search import kmeans, nearest_codes
+from tokcom_hf.models.vqgan_quantizers import EMAQuantizer, build_quantizer, rotate_to
 
 QUIET = {"temperature": 0.0, "entropy_weight": 0.0, "reset_fraction": 0.0}
 

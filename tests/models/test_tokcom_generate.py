@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 
 from tokcom_hf.models import tokcom_generation
-from tokcom_hf.models.flow_matching import sample, sampling_times
+from tokcom_hf.models.tokcom_flow_matching import sample, sampling_times
 
 from .tokcom_tools import SHAPE, VAE, seeded, small
 

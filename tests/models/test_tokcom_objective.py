@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokcom_hf.models.flow_matching import MIN_REMAINING
+from tokcom_hf.models.tokcom_flow_matching import MIN_REMAINING
 
 from .tokcom_tools import seeded, small
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokcom_hf.models.wrapped_base import (
+from tokcom_hf.models.shared_wrapped_base import (
     check_weights,
     locate_base,
     matches_reference,

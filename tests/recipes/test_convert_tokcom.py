@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel
 
 import tokcom_hf
-from tokcom_hf.data.tokcom_checkpoint import checkpoint_settings, convert_checkpoint, read_checkpoint
+from tokcom_hf.tokcom_checkpoint import checkpoint_settings, convert_checkpoint, read_checkpoint
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "convert_tokcom_checkpoint.py"
 ARGUMENTS = {

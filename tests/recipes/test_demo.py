@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from tokcom_hf import LFQProcessor, PrunedVLM
+from tokcom_hf.evaluation.tokcom_reconstruction import token_and_chunk_accuracy
 from tokcom_hf.metrics.codebook import codebook_usage
-from tokcom_hf.metrics.reconstruction import token_and_chunk_accuracy
 
 from .chromium import PROGRAM, Page
 

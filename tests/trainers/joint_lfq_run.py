@@ -11,9 +11,9 @@ from transformers import TrainerCallback, set_seed
 from tokcom_hf import JointLFQTrainer, JointLFQTrainingArguments, LFQConfig, LFQExpandedModel, LFQQuantizer
 from tokcom_hf.cli import leave_together
 from tokcom_hf.data.captions import JointLFQCollator, scene_caption_rows
-from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.data.vqa import VQACollator
-from tokcom_hf.trainers.joint_lfq_model import JointLFQModel
+from tokcom_hf.small_models.small_internvl import build_small_internvl
+from tokcom_hf.trainers.lfq_joint_model import JointLFQModel
 
 VISION = {
     "image_size": 32, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

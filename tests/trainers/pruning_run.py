@@ -21,8 +21,8 @@ from tokcom_hf import (
     TokenPruningTrainingArguments,
 )
 from tokcom_hf.cli import leave_together
-from tokcom_hf.data.small_vlm import scene_processor
 from tokcom_hf.data.vqa import VQACollator, scene_rows
+from tokcom_hf.small_models.small_vlm import scene_processor
 
 
 class Kill(TrainerCallback):

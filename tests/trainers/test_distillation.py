@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel
 
 from tokcom_hf import DistillationTrainer, DistillationTrainingArguments, TokComModel
-from tokcom_hf.models.flow_matching import sample, sampling_times
+from tokcom_hf.models.tokcom_flow_matching import sample, sampling_times
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tokcom_runs import Rows, block_model, denoiser_trainer, distillation_trainer, row_model, settings, vae_trainer

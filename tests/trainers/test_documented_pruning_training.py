@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers.integrations import TensorBoardCallback
 
 from tokcom_hf import LayerPrunerConfig, PrunedVLM, TokenMerger, TokenMergerConfig
-from tokcom_hf.data.pruning_checkpoint import read_parts
+from tokcom_hf.pruning_checkpoint import read_parts
 from tokcom_hf.trainers.pruning_losses import annealed_temperature
 
 sys.path.insert(0, str(Path(__file__).parent))

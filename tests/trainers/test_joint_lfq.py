@@ -11,9 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from tokcom_hf import JointLFQTrainingArguments, LFQExpandedModel
-from tokcom_hf.models import chunked_cross_entropy
-from tokcom_hf.trainers.joint_lfq_model import JointLFQModel
-from tokcom_hf.trainers.joint_lfq_normalizer import summed_log_normalizer
+from tokcom_hf.models import shared_cross_entropy as chunked_cross_entropy
+from tokcom_hf.trainers.lfq_joint_model import JointLFQModel
+from tokcom_hf.trainers.lfq_normalizer import summed_log_normalizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from joint_lfq_run import BITS, make_model, make_trainer, weights

@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTra
 
 from tokcom_hf import JointLFQModel, JointLFQTrainer, JointLFQTrainingArguments, LFQExpandedModel, equip_internvl
 from tokcom_hf.data.captions import JointLFQCollator, scene_caption_rows
-from tokcom_hf.data.small_internvl import build_small_internvl
 from tokcom_hf.data.vqa import VQACollator
+from tokcom_hf.evaluation.lfq_bases import next_id_loss
 from tokcom_hf.models import lfq_tables
-from tokcom_hf.trainers.joint_lfq_bases import next_id_loss
+from tokcom_hf.small_models.small_internvl import build_small_internvl
 
 sys.path.insert(0, str(Path(__file__).parent))
 from joint_lfq_run import TEXT, VISION

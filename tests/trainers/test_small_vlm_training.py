@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tokcom_hf.data.small_vlm import scene_processor
-from tokcom_hf.trainers.dense_pretraining import pretrain_tower
+from tokcom_hf.small_models.dense_pretraining import pretrain_tower
+from tokcom_hf.small_models.small_vlm import scene_processor
 from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokcom_hf import LayerPruner, LayerPrunerConfig, PrunedVLM, TokenMergerConfig, TokenPruningTrainingArguments
-from tokcom_hf.trainers.attention_guidance import attention_reader, guidance_loss, read_share, reading_scores
+from tokcom_hf.trainers.pruning_attention_guidance import attention_reader, guidance_loss, read_share, reading_scores
 from tokcom_hf.trainers.pruning_losses import annealed_temperature, answer_kl, binarization_loss, keep_rate_loss
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tokcom_hf import VQGAN, VQGANConfig, VQGANDiscriminator, VQGANDiscriminatorConfig, VQGANImageProcessor
 from tokcom_hf.data.images import ProceduralImages
-from tokcom_hf.trainers.adversary import LeCAM, adaptive_weight, discriminator_loss, generator_loss
 from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments
+from tokcom_hf.trainers.vqgan_adversary import LeCAM, adaptive_weight, discriminator_loss, generator_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {

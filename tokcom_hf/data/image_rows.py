@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..models.image_files import check_image
+from ..models.shared_image_files import check_image
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)
 
@@ -106,7 +106,7 @@ def image_folder(file: str | Path, image_dir: str | Path | None) -> Path:
 
 
 def check_images(images: Iterable[tuple[str, Any]], number: int | None = None) -> None:
-    """Finds broken images before a training meets them, without decoding whole ones (`image_files.check_image`).
+    """Finds broken images before a training meets them, without decoding whole ones (`shared_image_files.check_image`).
 
     Args:
         images: (where it is named, path or binary file object) of each; a path that was seen is not checked again.

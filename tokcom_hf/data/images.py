@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..models.image_files import SUFFIXES
+from ..models.shared_image_files import SUFFIXES
 from .image_columns import encoded_images, image_bytes
 
 # Procedural images from this seed on are held out of every recipe, and no setting was chosen on them.

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..models.tokenizer_size import tokenizer_size
+from ..models.shared_tokenizer_size import tokenizer_size
 
 # More ids than this without a token are not filled: the table would be empty for the most part.
 MOST_UNUSED_IDS = 1_000_000

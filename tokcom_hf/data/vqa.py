@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..models.image_files import read_image
+from ..models.shared_image_files import read_image
 from .image_columns import encoded_images, image_bytes
 from .image_rows import ImageTextRow, check_images, image_folder
 from .scenes import (

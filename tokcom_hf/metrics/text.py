@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .denoising import denoise_reconstruct_accuracy
-from .reconstruction import detailed_reconstruction, rare_token_accuracy, token_and_chunk_accuracy
 from .text_brier import brier_lm, brier_lm_difference, brier_scores, brier_scores_from_log_probs, brier_summary
 from .text_diversity import distinct_n, jensen_shannon, ngrams, self_bleu, unigram_entropy
 from .text_memorisation import TrainIndex, memorisation
@@ -25,15 +23,11 @@ __all__ = [
     "brier_scores",
     "brier_scores_from_log_probs",
     "brier_summary",
-    "denoise_reconstruct_accuracy",
-    "detailed_reconstruction",
     "distinct_n",
     "jensen_shannon",
     "memorisation",
     "ngrams",
-    "rare_token_accuracy",
     "self_bleu",
-    "token_and_chunk_accuracy",
     "two_sample_auc",
     "unigram_entropy",
 ]

@@ -6,9 +6,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_token_merger import TokenMergerConfig
+from .configuration_pruning_token_merger import TokenMergerConfig
 from .pipeline_files import PipelineTasks
-from .token_selection import LAYER_STRATEGIES
+from .pruning_strategies import LAYER_STRATEGIES
 
 MODES = ("origin", "merge_only", "soft", "hard")
 
@@ -30,7 +30,7 @@ class PrunedVLMConfig(PreTrainedConfig):
     base_included: the base's weights are in the folder's own weight files, beside the heads': it was trained or changed.
     base_config: the VLM's own configuration as a dictionary.
     token_merger, layer_pruner: configurations of the learned stages as dictionaries, or None for no such stage.
-    strategy: a training-free strategy instead of the learned stages (`token_selection.STRATEGIES` or `fastv`).
+    strategy: a training-free strategy instead of the learned stages (`pruning_strategies.STRATEGIES` or `fastv`).
     keep: vision tokens per image that the strategy keeps; an image that has fewer keeps them all.
     strategy_layer: the layer before which `fastv` removes tokens.
     strategy_seed: seed of the `random` strategy.

@@ -7,8 +7,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from .configuration_tokcom_denoiser import DenoisedModelConfig
 from .configuration_tokcom_vae import TokComVAEConfig
-from .flow_matching import SAMPLERS
 from .pipeline_files import PipelineTasks
+from .tokcom_flow_matching import SAMPLERS
 from .tokcom_removed import refuse, refuse_removed
 
 

@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .layers import check_transformer_shape
+from .shared_layers import check_transformer_shape
 from .tokcom_removed import refuse_removed
 
 

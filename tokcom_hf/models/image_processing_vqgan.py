@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from .image_files import read_image
-from .image_pixels import CHANNELS
+from .shared_image_files import read_image
+from .shared_image_pixels import CHANNELS
 
 # What saved processors hold beside their arguments.
 FILED = ("auto_map", "custom_pipelines", "feature_extractor_type", "image_processor_type", "processor_class")
@@ -19,7 +19,7 @@ class VQGANImageProcessor(BaseImageProcessor):
 
     What happens to unusual images: EXIF rotation is applied; CMYK, palette and grey images are converted; transparency
     is laid on white where the model has no alpha channel; of an animation or a file of several pages the first is taken;
-    16-bit, 32-bit and float samples are scaled to 8 bits as `image_pixels.to_uint8` says.
+    16-bit, 32-bit and float samples are scaled to 8 bits as `shared_image_pixels.to_uint8` says.
 
     Args:
         image_size: side of the square output (`resize_mode` `crop` and `squash`).
@@ -59,7 +59,7 @@ class VQGANImageProcessor(BaseImageProcessor):
 
         Args:
             images: an image, a list of images, or an array or tensor with a batch dimension. Arrays are
-                `(height, width[, channels])`, tensors `(channels, height, width)`; `image_pixels.to_uint8` lists the
+                `(height, width[, channels])`, tensors `(channels, height, width)`; `shared_image_pixels.to_uint8` lists the
                 sample types and their ranges.
             changes: arguments of the constructor that differ in this call.
 

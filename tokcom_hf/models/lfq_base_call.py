@@ -4,8 +4,8 @@ import inspect
 
 from transformers.utils import TransformersKwargs
 
-from .cache_name import cache_argument
 from .lfq_rows import text_host
+from .shared_cache_name import cache_argument
 
 
 def keywords_of(base) -> frozenset[str]:

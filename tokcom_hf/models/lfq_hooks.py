@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from .chunked_cross_entropy import split_cross_entropy
 from .lfq_rows import GradientHandover, vocabulary_of
+from .shared_cross_entropy import split_cross_entropy
 
 # `.call`: the `LossCall` of the forward that this thread is in.
 _THREAD = threading.local()

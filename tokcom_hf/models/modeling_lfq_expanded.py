@@ -13,18 +13,18 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from .cache_name import one_cache
 from .configuration_lfq_expanded import LFQExpandedConfig
 from .lfq_base_call import cache_keyword_of, keywords_of
-from .lfq_expanded_files import auto_class_of, load_base, load_lfq_expanded, reference_of, save_lfq_expanded
+from .lfq_files import auto_class_of, load_base, load_lfq_expanded, reference_of, save_lfq_expanded
 from .lfq_generation import LFQModeLogitsProcessor
 from .lfq_hooks import LFQHooks
 from .lfq_rows import LFQRows, device_of, initialize_rows, text_host, vocabulary_of, weights_at_hand
 from .lfq_tables import JoinedHead, OldHead, SplitTable, merge_rows
 from .lfq_tokens import check_output_dim
-from .strict_loading import StrictLoading, check_shapes
-from .tokenizer_size import tokenizer_size
-from .wrapped_base import check_generation_config, check_ids, computed_buffers_kept
+from .shared_cache_name import one_cache
+from .shared_strict_loading import StrictLoading, check_shapes
+from .shared_tokenizer_size import tokenizer_size
+from .shared_wrapped_base import check_generation_config, check_ids, computed_buffers_kept
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.

@@ -17,21 +17,21 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .cache_name import CACHE, one_cache
-from .configuration_layer_pruner import LayerPrunerConfig
 from .configuration_pruned_vlm import PrunedVLMConfig, checked_mode
-from .configuration_token_merger import TokenMergerConfig
-from .modeling_layer_pruner import LayerPruner
-from .modeling_token_merger import TokenMerger
-from .pruned_decoder import decode, run_layers
-from .pruned_vlm_checks import check_cached_turn, check_generation, check_stages, refuse_attentions
-from .pruned_vlm_files import load_base, load_pruned_vlm, save_pruned_vlm
-from .pruned_vlm_output import PrunedVLMOutput
-from .token_removal import Prompt, PrunedCache
-from .token_report import LastPrompt, token_report
-from .vision_reduction import VisionReduction
-from .vlm_adapters import adapter_for
-from .wrapped_base import check_ids, computed_buffers_kept
+from .configuration_pruning_layer_pruner import LayerPrunerConfig
+from .configuration_pruning_token_merger import TokenMergerConfig
+from .modeling_pruning_layer_pruner import LayerPruner
+from .modeling_pruning_token_merger import TokenMerger
+from .pruning_checks import check_cached_turn, check_generation, check_stages, refuse_attentions
+from .pruning_decoder import decode, run_layers
+from .pruning_families import adapter_for
+from .pruning_files import load_base, load_pruned_vlm, save_pruned_vlm
+from .pruning_output import PrunedVLMOutput
+from .pruning_prompt import VisionReduction
+from .pruning_report import LastPrompt, token_report
+from .pruning_stream import Prompt, PrunedCache
+from .shared_cache_name import CACHE, one_cache
+from .shared_wrapped_base import check_ids, computed_buffers_kept
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_pruning_discriminator import PruningDiscriminatorConfig
-from .strict_loading import StrictLoading
+from .shared_strict_loading import StrictLoading
 
 # As many as spectral_norm itself begins with.
 POWER_ITERATIONS = 15

@@ -18,13 +18,12 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_tokcom import TokComConfig
-from .flow_matching import denoising_steps, interpolate, sampling_times, training_times
-from .generation_settings import GenerationSettings, check_sampler
-from .layer_outputs import as_asked
 from .modeling_tokcom_denoiser import DenoisedModel
 from .modeling_tokcom_vae import TokComVAE
-from .strict_loading import StrictLoading
-from .tokcom_context import ContextEncoder
+from .shared_layer_outputs import as_asked
+from .shared_strict_loading import StrictLoading
+from .tokcom_context_encoder import ContextEncoder
+from .tokcom_flow_matching import denoising_steps, interpolate, sampling_times, training_times
 from .tokcom_generation import (
     Prompt,
     TokComGenerateOutput,
@@ -34,8 +33,9 @@ from .tokcom_generation import (
     execution_device,
     generate_blocks,
 )
+from .tokcom_generation_settings import GenerationSettings, check_sampler
 from .tokcom_objective import add_flow_losses, add_head_losses, block_shape, check_shapes, cut_blocks
-from .token_stream import TokenStream
+from .tokcom_token_stream import TokenStream
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.

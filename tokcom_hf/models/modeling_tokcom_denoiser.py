@@ -15,9 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_tokcom_denoiser import DenoisedModelConfig
-from .layer_outputs import LayerRecord, as_asked
-from .layers import Attention, SwiGLU, rotary_embeddings
-from .strict_loading import StrictLoading
+from .shared_layer_outputs import LayerRecord, as_asked
+from .shared_layers import Attention, SwiGLU, rotary_embeddings
+from .shared_strict_loading import StrictLoading
 
 
 @dataclass

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .chunked_cross_entropy import chunked_cross_entropy
 from .configuration_tokcom_vae import TokComVAEConfig
-from .layer_outputs import LayerRecord, as_asked
-from .layers import Block, rotary_embeddings
-from .strict_loading import StrictLoading
+from .shared_cross_entropy import chunked_cross_entropy
+from .shared_layer_outputs import LayerRecord, as_asked
+from .shared_layers import Block, rotary_embeddings
+from .shared_strict_loading import StrictLoading
 
 # Times of the hinted loss are σ(N(−0.7, 1)): most are where a hint decides.
 HINT_TIME_MEAN = -0.7

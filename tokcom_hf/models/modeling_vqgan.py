@@ -11,9 +11,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_vqgan import VQGANConfig
-from .layer_outputs import as_asked, refuse_layer_outputs
-from .quantizers import EMAQuantizer, Quantizer, build_quantizer
-from .strict_loading import StrictLoading
+from .shared_layer_outputs import as_asked, refuse_layer_outputs
+from .shared_strict_loading import StrictLoading
+from .vqgan_quantizers import EMAQuantizer, Quantizer, build_quantizer
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.

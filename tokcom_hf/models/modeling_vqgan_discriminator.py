@@ -8,8 +8,8 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .configuration_vqgan_discriminator import VQGANDiscriminatorConfig
-from .layer_outputs import as_asked, refuse_layer_outputs
-from .strict_loading import StrictLoading
+from .shared_layer_outputs import as_asked, refuse_layer_outputs
+from .shared_strict_loading import StrictLoading
 
 
 @dataclass

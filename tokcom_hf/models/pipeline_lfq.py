@@ -14,8 +14,8 @@ from .modeling_vqgan import VQGAN
 from .pipeline_base import TOKENIZER_LOCK
 from .pipeline_prompts import answered, render
 from .pipeline_vlm_base import PromptPipeline
-from .private_sampling import one_config
 from .processing_lfq import LFQProcessor
+from .shared_private_sampling import one_config
 
 DECODER_FOLDER = "image_decoder"
 

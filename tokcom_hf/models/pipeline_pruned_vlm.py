@@ -7,7 +7,7 @@ from transformers import AutoProcessor
 
 from .pipeline_prompts import answered, render
 from .pipeline_vlm_base import PromptPipeline
-from .private_sampling import one_config
+from .shared_private_sampling import one_config
 
 
 class PrunedImageTextToTextPipeline(PromptPipeline):

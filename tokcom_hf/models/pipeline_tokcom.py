@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, check_texts, generator_of, refuse_unknown
-from .tokenizer_size import tokenizer_size
+from .shared_tokenizer_size import tokenizer_size
 
 FORWARD_ARGUMENTS = (
     "num_chunks", "num_generate_chunks", "num_steps", "temperature", "sampler", "block_size", "guidance_scale", "best_of",

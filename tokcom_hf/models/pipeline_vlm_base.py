@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from .image_files import load_image
 from .pipeline_base import TOKENIZER_LOCK, BatchedPipeline, check_texts, generator_of, refuse_unknown
 from .pipeline_prompts import Prompt, as_prompt, is_prompt, pair
-from .private_sampling import generation_names, private_options, sampling_options
+from .shared_image_files import load_image
+from .shared_private_sampling import generation_names, private_options, sampling_options
 
 PREPROCESS = ("allow_urls", "timeout")
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_files import load_image
-from .image_pixels import CHANNELS
 from .pipeline_base import BatchedPipeline, refuse_unknown
+from .shared_image_files import load_image
+from .shared_image_pixels import CHANNELS
 
 
 class _VQPipeline(BatchedPipeline):

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from .lfq_rows_of_ids import REFUSED, finish_rows, known_options, row_lengths
 from .lfq_text_pieces import anchor_of, decode_behind, eats_spaces, encode_piece
 from .lfq_tokens import check_output_dim, decode_tokens_to_lfq_codes
-from .tokenizer_size import tokenizer_size
+from .shared_tokenizer_size import tokenizer_size
 
 MARKER = re.compile(r"<lfq:(\d+)>")
 BASE_FOLDER = "base_processor"

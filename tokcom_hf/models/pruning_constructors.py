@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from .configuration_layer_pruner import LayerPrunerConfig
-from .configuration_token_merger import TokenMergerConfig
-from .modeling_layer_pruner import LayerPruner
-from .modeling_token_merger import TokenMerger
+from .configuration_pruning_layer_pruner import LayerPrunerConfig
+from .configuration_pruning_token_merger import TokenMergerConfig
+from .modeling_pruning_layer_pruner import LayerPruner
+from .modeling_pruning_token_merger import TokenMerger
 
 
 def _check(settings: dict[str, Any], config: type) -> None:

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
-from .flow_matching import Denoise, sample, sampling_times
-from .generation_settings import GenerationSettings
-from .token_stream import TokenStream
+from .tokcom_flow_matching import Denoise, sample, sampling_times
+from .tokcom_generation_settings import GenerationSettings
+from .tokcom_token_stream import TokenStream
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .flow_matching import velocity_weight
+from .tokcom_flow_matching import velocity_weight
 
 
 def block_shape(config: Any, length: int, offset: int = 0, block_size: int = 0) -> tuple[int, int, int]:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..metrics.denoising import denoising_metrics
-from ..metrics.reconstruction import reconstruction_metrics
-from ..models.flow_matching import training_times
+from ..evaluation.tokcom_denoising import denoising_metrics
+from ..evaluation.tokcom_reconstruction import reconstruction_metrics
+from ..models.tokcom_flow_matching import training_times
 from ..models.tokcom_objective import block_shape
 from .base import CompressionTrainer, CompressionTrainingArguments
 from .epoch_losses import EpochLossCallback
-from .samples import SampleTableCallback
+from .tokcom_samples import SampleTableCallback
 
 # Name in the trackers -> column -> texts.
 Tables = dict[str, dict[str, list[str]]]

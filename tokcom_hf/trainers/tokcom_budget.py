@@ -11,8 +11,8 @@ from transformers import AutoModel
 from ..checkpoints import newest_state
 from ..data.latent_rows import encode_rows
 from ..metrics.compute import count_flops, count_training_flops
-from .distillation import DistillationTrainer, DistillationTrainingArguments
 from .tokcom import DenoiserTrainer, DenoiserTrainingArguments, TokComVAETrainer, TokComVAETrainingArguments
+from .tokcom_distillation import DistillationTrainer, DistillationTrainingArguments
 
 DISTILLED = "distilled"
 

@@ -12,12 +12,12 @@ from tokcom_hf.metrics.codebook import CodebookMonitor, usage_of_counts, utiliza
 from tokcom_hf.metrics.image import ms_ssim, psnr, ssim
 from tokcom_hf.models.modeling_vqgan import VQGAN
 from tokcom_hf.models.modeling_vqgan_discriminator import VQGANDiscriminator
-from tokcom_hf.models.quantizers import EMAQuantizer, build_quantizer
-from tokcom_hf.models.vector_search import NonFiniteFeaturesError
+from tokcom_hf.models.vqgan_code_search import NonFiniteFeaturesError
+from tokcom_hf.models.vqgan_quantizers import EMAQuantizer, build_quantizer
 
-from .adversary import Adversary, adaptive_weight
 from .base import CompressionTrainer, CompressionTrainingArguments
-from .perceptual import build_perceptual_loss
+from .vqgan_adversary import Adversary, adaptive_weight
+from .vqgan_perceptual import build_perceptual_loss
 from .vqgan_pictures import PictureCallback
 
 # What a batch of held-out images tells about its codes.

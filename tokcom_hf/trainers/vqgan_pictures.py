@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 from transformers import TrainerCallback
 
-from tokcom_hf.models.image_files import read_image
 from tokcom_hf.models.image_processing_vqgan import as_grid
-from tokcom_hf.plots_vqgan import plot_usage
+from tokcom_hf.models.shared_image_files import read_image
+from tokcom_hf.plots.vqgan import plot_usage
 
 
 class PictureCallback(TrainerCallback):

@@ -1,0 +1,1 @@
+"""Runs models to measure them: samplers, protocols, drawing, answering, denoising."""

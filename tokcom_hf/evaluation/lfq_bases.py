@@ -1,0 +1,122 @@
+"""What joint LFQ training asks of a vision-language model, of transformers or of remote code with an `llm_config`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.lfq_generation import LFQModeLogitsProcessor
+from ..models.lfq_rows import text_host, vocabulary_of
+from ..models.shared_cross_entropy import split_cross_entropy
+
+
+def image_token_of(base) -> int | None:
+    """Id that stands for an image feature in a prompt; None for a model that sees no images.
+
+    Remote code of InternVL is told its `img_context_token_id` after loading.
+    """
+    for owner, name in ((base.config, "image_token_id"), (base, "img_context_token_id")):
+        if getattr(owner, name, None) is not None:
+            return getattr(owner, name)
+    return None
+
+
+def sees_images(base) -> bool:
+    """Whether a model turns pictures into features of its language model's width."""
+    return hasattr(base, "get_image_features") or hasattr(base, "extract_feature")
+
+
+def image_tokens_of(base) -> int | None:
+    """Features per image tile, where the model says it."""
+    return getattr(base.config, "image_seq_length", None) or getattr(base, "num_image_token", None)
+
+
+def projector_of(base) -> nn.Module | None:
+    """What maps features of the vision tower to the width of the language model."""
+    for owner, name in ((getattr(base, "model", None), "multi_modal_projector"), (base, "mlp1")):
+        if isinstance(getattr(owner, name, None), nn.Module):
+            return getattr(owner, name)
+    return None
+
+
+def width_of_input(base, quantizer_input: str) -> int:
+    """Width of the features that a quantizer reads: `projected` or `vision`.
+
+    Raises:
+        ValueError: the model has no projector that is known.
+    """
+    if quantizer_input == "projected":
+        return vocabulary_of(base)[0].weight.shape[1]
+    projector = projector_of(base)
+    if projector is None:
+        raise ValueError(f"{type(base).__name__} has no projector that is known; set quantizer_input to projected.")
+    # Its first layer is a norm or a linear map over these features.
+    return next(projector.parameters()).shape[-1]
+
+
+def image_features_of(base: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images `(batch, channels, height, width)` → features behind and before the projector.
+
+    Returns:
+        `(batch, n, hidden)` as the language model is given them, and `(batch, n, vision width)`; None without a projector.
+    """
+    caught: list[torch.Tensor] = []
+    projector = projector_of(base)
+    handle: Any = projector and projector.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        if hasattr(base, "get_image_features"):
+            features = base.get_image_features(pixel_values=pixel_values)
+            features = getattr(features, "pooler_output", features)
+        else:
+            features = base.extract_feature(pixel_values)
+    finally:
+        if handle is not None:
+            handle.remove()
+    if not isinstance(features, torch.Tensor) or features.ndim != 3:
+        raise ValueError("Joint training needs images of equally many tokens, as one tile of InternVL gives them.")
+    return features, caught[0].reshape(*features.shape[:2], -1) if caught else None
+
+
+def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Final hidden states `(batch, length, hidden)` without the head."""
+    host: Any = text_host(base)
+    body = host.base_model
+    return body(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
+
+
+@torch.no_grad()
+def frozen_copy(base):
+    """A copy of a plain model that nothing trains and that knows no new ids.
+
+    Built anew and filled: the hooks with which `LFQExpandedModel` adds ids to the original would come along with a deep
+    copy, and the whole wrapper with them.
+    """
+    copy = type(base)._from_config(base.config, dtype=base.dtype)
+    copy.load_state_dict(base.state_dict())
+    copy.generation_config = base.generation_config
+    return copy.requires_grad_(False).eval()
+
+
+def next_id_loss(model, input_ids, attention_mask, labels) -> torch.Tensor:
+    """Next-token cross-entropy of an `LFQExpandedModel` over old and new ids, for texts without an image."""
+    host: Any = text_host(model.base)
+    if host is model.base:
+        return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
+    # The forward of remote code asks for a picture; its language model does not.
+    hidden = last_hidden_states(model.base, host.get_input_embeddings()(input_ids), attention_mask)
+    head = vocabulary_of(model.base)[1]
+    tables = [(head.weight, getattr(head, "bias", None)), model.lfq_rows.tables()]
+    return split_cross_entropy(hidden[:, :-1].flatten(0, 1), tables, labels[:, 1:].reshape(-1))
+
+
+def generate_text(model: Any, inputs_embeds: torch.Tensor, **options) -> torch.Tensor:
+    """New ids after prompts `(batch, length, hidden)`, none of them an LFQ id; `model` may be expanded or plain."""
+    base = getattr(model, "base", model)
+    host: Any = text_host(base)
+    if base is not model and host is base:
+        return model.generate(inputs_embeds=inputs_embeds, mode="text", **options)
+    if base is not model:
+        start, end = model.lfq_token_range
+        text = model.config.text_vocab_size or start
+        options["logits_processor"] = [LFQModeLogitsProcessor("text", (start, end), text, 1)]
+    return host.generate(inputs_embeds=inputs_embeds, **options)

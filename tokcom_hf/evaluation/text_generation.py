@@ -1,0 +1,285 @@
+"""One interface over everything that writes token ids: TokCom, its heads alone, causal language models, n-gram models.
+
+A sampler draws whole rows (`rows`) and several independent continuations of given prefixes (`continuations`). Nothing stops
+at EOS: models are trained on packed rows, where the next document follows, and equal token counts make rows comparable.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from ..metrics.text_ngram import KneserNey
+from ..metrics.token_sampling import sample_tokens
+from ..models.shared_cache_name import CACHE
+from .text_likelihood import causal_log_probs, head_log_probs
+
+# Chunks of a large block that are drawn to score its first tokens.
+MOST_CONTINUED = 16
+
+
+class Sampler(Protocol):
+    """What the evaluation asks of a generator."""
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        """Ids (count, length) from nothing."""
+        ...
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        """Ids (prefixes, draws, length) after `prefixes` (prefixes, prefix length)."""
+        ...
+
+    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
+        """log p in nats of each token of (prefixes, draws, length) that `continuations` would draw; None: not told."""
+        return None
+
+    def scored_continuations(
+        self, prefixes: np.ndarray, targets: np.ndarray, draws: int, length: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """`continuations`, and how likely they and the true ones are.
+
+        Args:
+            targets: true continuations (prefixes, target length ≤ `length`).
+
+        Returns:
+            ids (prefixes, draws, length); log p in nats of each token of the target, then of as many of each draw,
+            (prefixes, 1 + draws, target length), or None where it is not told.
+        """
+        drawn = self.continuations(prefixes, draws, length, seed)
+        compared = np.concatenate([targets[:, None], drawn[..., : targets.shape[1]]], axis=1)
+        return drawn, self.log_probs(prefixes, compared)
+
+
+@dataclass
+class TokComSampler(Sampler):
+    """`TokComModel.generate` with fixed settings (num_steps, block_size, sampler, temperature ...); None keeps the model's.
+
+    The flow does not tell how likely its draws are.
+    """
+
+    model: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 256
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        chunks = -(-length // self.model.config.vae.chunk_size)
+        generator = torch.Generator().manual_seed(seed)
+        with _without_end(self.model):
+            parts = [
+                self.model.generate(num_chunks=chunks, batch_size=size, generator=generator, **self._given())
+                for size in _batches(count, self.batch_size)
+            ]
+        return torch.cat(parts).cpu().numpy()[:, :length]
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        # Without noise there is one continuation, which `generate` does not draw twice.
+        copies = 1 if self.settings.get("temperature") == 0 else draws
+        settings: dict[str, Any] = {
+            "num_generate_chunks": -(-length // self.model.config.vae.chunk_size),
+            "generator": torch.Generator().manual_seed(seed),
+            "num_return_sequences": copies,
+            **self._given(),
+        }
+        width, given = prefixes.shape[1], torch.as_tensor(prefixes, dtype=torch.long)
+        with _without_end(self.model):
+            parts = [
+                self.model.generate(ids.to(self.model.device), **settings)[:, width : width + length]
+                for ids in given.split(max(1, self.batch_size // draws))
+            ]
+        drawn = torch.cat(parts).cpu().numpy().reshape(len(prefixes), copies, length)
+        return drawn.repeat(draws // copies, axis=1)
+
+    def block_tokens(self) -> int:
+        """Tokens of a block, of at most 16 chunks: what to draw behind a prefix, so that its first chunk is drawn as in long
+        text, beside the others of its block."""
+        size = self.settings.get("block_size")
+        size = self.model.config.block_size if size is None else size
+        return min(size or MOST_CONTINUED, MOST_CONTINUED) * self.model.config.vae.chunk_size
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in self.settings.items() if value is not None}
+
+
+def tokens_behind_prefix(sampler: Sampler, scored: int) -> int:
+    """How many tokens to draw behind a prefix of which the first `scored` are looked at."""
+    return max(scored, sampler.block_tokens()) if isinstance(sampler, TokComSampler) else scored
+
+
+@dataclass
+class HeadSampler(Sampler):
+    """The auxiliary heads of a `TokComModel` with a context, drawn independently of each other: its text without the flow.
+
+    What the flow adds to this row is the flow's worth.
+    """
+
+    model: Any
+    temperature: float = 1.0
+    batch_size: int = 256
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        return self.continuations(np.zeros((count, 0), dtype=np.int64), 1, length, seed)[:, 0]
+
+    @torch.no_grad()
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        generator, size = torch.Generator().manual_seed(seed), self.model.config.vae.chunk_size
+        parts = []
+        for ids in torch.as_tensor(prefixes, dtype=torch.long).split(max(1, self.batch_size // draws)):
+            state, cache = self._read(ids.to(self.model.device), draws)
+            drawn: list[torch.Tensor] = []
+            while len(drawn) * size < length:
+                if drawn:
+                    state = self.model.context(drawn[-1], cache=cache)[:, -1]
+                drawn.append(sample_tokens(self.model.context.head_logits(state), self.temperature, generator))
+            parts.append(torch.cat(drawn, dim=1)[:, :length].cpu().view(len(ids), draws, length))
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
+    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
+        (draws, length), size = continuations.shape[1:], self.model.config.vae.chunk_size
+        rows, device, parts = max(1, self.batch_size // draws), self.model.device, []
+        given = torch.as_tensor(prefixes, dtype=torch.long).to(device).split(rows)
+        wanted = torch.as_tensor(continuations, dtype=torch.long).to(device).split(rows)
+        for ids, tokens in zip(given, wanted):
+            state, cache = self._read(ids, draws)
+            found: list[torch.Tensor] = []
+            for chunk in tokens.flatten(0, 1).split(size, dim=1):
+                told = head_log_probs(self.model, state, self.temperature)[:, : chunk.shape[1]]
+                found.append(told.gather(-1, chunk[..., None])[..., 0])
+                if len(found) * size < length:
+                    state = self.model.context(chunk, cache=cache)[:, -1]
+            parts.append(torch.cat(found, dim=1).view(len(ids), draws, length).cpu())
+        return torch.cat(parts).numpy()
+
+    def _read(self, ids: torch.Tensor, draws: int) -> tuple[torch.Tensor, Any]:
+        """Ids (rows, n) → the state behind them, `draws` times each (rows · draws, hidden), and the cache as often."""
+        cache = DynamicCache(config=self.model.config.context)
+        states = self.model.context(ids, cache=cache)
+        cache.batch_repeat_interleave(draws)
+        return states[:, -1].repeat_interleave(draws, 0), cache
+
+
+@dataclass
+class CausalSampler(Sampler):
+    """A causal language model with KV cache, sampling from its whole distribution at a temperature (0 is greedy)."""
+
+    model: Any
+    start_id: int
+    temperature: float = 1.0
+    batch_size: int = 256
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        start = np.full((count, 1), self.start_id)
+        return self.continuations(start, 1, length, seed)[:, 0]
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        return self._draw(prefixes, None, draws, length, seed)[0]
+
+    def scored_continuations(
+        self, prefixes: np.ndarray, targets: np.ndarray, draws: int, length: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.temperature == 0:
+            return super().scored_continuations(prefixes, targets, draws, length, seed)
+        return self._draw(prefixes, targets, draws, length, seed)
+
+    @torch.no_grad()
+    def _draw(
+        self, prefixes: np.ndarray, targets: np.ndarray | None, draws: int, length: int, seed: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """What `scored_continuations` returns, each prefix read once for its draws and its target together."""
+        generator = torch.Generator().manual_seed(seed)
+        given = 0 if targets is None else targets.shape[1]
+        copies, parts, scores = draws + (given > 0), [], []
+        # A bare loop over the cache: as fast as `generate`, and seeded by a generator of its own.
+        size = max(1, self.batch_size // draws)
+        for start in range(0, len(prefixes), size):
+            rows = slice(start, start + size)
+            ids = torch.as_tensor(prefixes[rows], dtype=torch.long).to(self.model.device)
+            outputs = self.model(ids, use_cache=True, logits_to_keep=1)
+            cache = outputs[CACHE]
+            if copies > 1:
+                cache.batch_repeat_interleave(copies)
+            logits = outputs.logits[:, -1].repeat_interleave(copies, 0)
+            tokens: list[torch.Tensor] = []
+            known: list[torch.Tensor] = []
+            while len(tokens) < length:
+                if tokens:
+                    outputs = self.model(tokens[-1].flatten()[:, None], use_cache=True, **{CACHE: cache})
+                    logits = outputs.logits[:, -1]
+                # The target is the first copy; beyond its end it repeats its last token, which nothing looks at.
+                each = logits.unflatten(0, (len(ids), copies))
+                drawn = sample_tokens(each[:, copies - draws :].flatten(0, 1), self.temperature, generator)
+                now = drawn.view(len(ids), draws)
+                if targets is not None:
+                    place = min(len(tokens), given - 1)
+                    told = torch.as_tensor(targets[rows, place], dtype=torch.long).to(now.device)
+                    now = torch.cat([told[:, None], now], dim=1)
+                    if len(tokens) < given:
+                        log_probs = (each.float() / self.temperature).log_softmax(-1)
+                        known.append(log_probs.gather(-1, now[..., None])[..., 0])
+                tokens.append(now)
+            parts.append(torch.stack(tokens, dim=-1)[:, copies - draws :].cpu())
+            if known:
+                scores.append(torch.stack(known, dim=-1).cpu())
+        return torch.cat(parts).numpy(), torch.cat(scores).numpy() if scores else None
+
+    def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
+        if self.temperature == 0:
+            return None
+        return causal_log_probs(
+            self.model, torch.as_tensor(prefixes), torch.as_tensor(continuations), self.temperature
+        ).numpy()
+
+
+@dataclass
+class KneserNeySampler(Sampler):
+    """Samples of an n-gram model; order 1 is the unigram sampler."""
+
+    model: KneserNey
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        return self.model.sample(count, length, seed)
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        repeated = np.repeat(prefixes, draws, axis=0)
+        return self.model.sample(len(repeated), length, seed, repeated).reshape(len(prefixes), draws, length)
+
+
+@dataclass
+class ShuffledChunkSampler(Sampler):
+    """Training chunks in random order: every chunk is real, the text is not."""
+
+    train: np.ndarray
+    chunk_size: int = 4
+
+    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
+        chunks = -(-length // self.chunk_size)
+        usable = len(self.train) // self.chunk_size
+        pieces = self.train[: usable * self.chunk_size].reshape(usable, self.chunk_size)
+        chosen = np.random.default_rng(seed).integers(0, usable, (count, chunks))
+        return pieces[chosen].reshape(count, -1)[:, :length]
+
+    def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
+        return self.rows(len(prefixes) * draws, length, seed).reshape(len(prefixes), draws, length)
+
+
+def _batches(count: int, size: int) -> Iterator[int]:
+    for start in range(0, count, size):
+        yield min(size, count - start)
+
+
+@contextmanager
+def _without_end(model: Any) -> Iterator[None]:
+    """Inside the block TokCom does not stop at EOS."""
+    configs = (model.config, model.generation_config)
+    ends = [config.eos_token_id for config in configs]
+    try:
+        for config in configs:
+            config.eos_token_id = None
+        yield
+    finally:
+        for config, end in zip(configs, ends):
+            config.eos_token_id = end

@@ -1,0 +1,91 @@
+"""How well a denoiser knows what a noisy text says: token accuracy against t, given the text that precedes."""
+
+from typing import Any
+
+import torch
+
+from .tokcom_reconstruction import token_and_chunk_accuracy
+
+
+class BlockDenoiser:
+    """Predictions for all chunks of known rows of text at once.
+
+    With a context each block of `config.block_size` chunks (of one chunk where that does not divide the row) is told the
+    tokens that really precede it; without one the whole row is a single block.
+
+    Args:
+        model: `TokComModel`.
+        input_ids, attention_mask: (rows, length), `length` a multiple of the chunk size; 0 = padding, None: there is none.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):
+        chunk = model.config.vae.chunk_size
+        rows, chunks = len(input_ids), input_ids.shape[1] // chunk
+        size = model.config.block_size or chunks
+        self.model, self.size = model, size if chunks % size == 0 else 1
+        self.context = self.mask = None
+        if model.context is not None:
+            self.context = model.context(input_ids)[:, : chunks * chunk : self.size * chunk].flatten(0, 1)
+        if attention_mask is not None and not bool(attention_mask.all()) and self.size > 1:
+            real = attention_mask.view(rows, -1, self.size, chunk).any(dim=-1).flatten(0, 1)
+            # A block of padding alone sees itself.
+            self.mask = (real | ~real.any(dim=-1, keepdim=True)).long()
+
+    @torch.no_grad()
+    def __call__(self, x_t: torch.Tensor, t: float, self_condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Noisy latents at time t in [0, 1], (rows, chunks, latent) → predicted clean latents of the same shape."""
+        as_blocks = (-1, self.size, x_t.shape[-1])
+        earlier = None if self_condition is None else self_condition.reshape(as_blocks)
+        return self.model.denoiser(
+            x_t.reshape(as_blocks), torch.full((1,), t, device=x_t.device), context=self.context,
+            self_condition=earlier, attention_mask=self.mask, return_dict=True,
+        ).clean_latents.reshape(x_t.shape)  # fmt: skip
+
+
+@torch.no_grad()
+def denoising_metrics(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    times: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9),
+    seed: int = 0,
+) -> dict[str, float]:
+    """Token accuracy of one denoiser prediction from x_t, beside decoding x_t itself, for each t (0 noise, 1 clean).
+
+    Returns `denoised_accuracy_t_0.1`, `direct_accuracy_t_0.1`, and so on.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    ids, mask = input_ids.to(device), attention_mask.to(device)
+    denoise = BlockDenoiser(model, ids, mask)
+    clean = model.standardize(model.encode(ids))
+    generator = torch.Generator().manual_seed(seed)
+    noise = (torch.randn(clean.shape, generator=generator) * model.config.noise_std).to(clean)
+    metrics = {}
+    for t in times:
+        x_t = (1 - t) * noise + t * clean
+        for name, latents in (("denoised", denoise(x_t, t)), ("direct", x_t)):
+            decoded = model.decode(model.unstandardize(latents))
+            accuracy = token_and_chunk_accuracy(decoded, ids, mask, model.config.vae.chunk_size)["token_accuracy"]
+            metrics[f"{name}_accuracy_t_{t:g}"] = accuracy
+    return metrics
+
+
+@torch.no_grad()
+def denoise_reconstruct_accuracy(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    noise_levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    num_steps: int = 16,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Token accuracy after the whole flow from t = noise_level (0 noise, 1 clean): `reconstructed_accuracy_t_0.5` ..."""
+    result = {}
+    for level in noise_levels:
+        generator = torch.Generator().manual_seed(seed)
+        ids = model.denoise_reconstruct(input_ids.to(model.device), level, num_steps, generator=generator).cpu()
+        accuracies = token_and_chunk_accuracy(ids, input_ids, attention_mask, model.config.vae.chunk_size)
+        result[f"reconstructed_accuracy_t_{level:g}"] = accuracies["token_accuracy"]
+    return result

@@ -1,0 +1,360 @@
+"""`LFQQuantizer`: vision features to binary codes and on to embeddings of a language model, without a codebook.
+
+Bit i is 1 where sigmoid(logit_i) > 0.5. The straight-through gradient passes through the sigmoid. The embeddings are a
+function of the code alone, so that a code drawn by a language model decodes like one that was read off an image.
+
+Sources: LFQ 2310.05737 (MAGVIT-v2), 2-D rotary positions as in 2403.13298, query-key normalisation 2010.04245.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils import ModelOutput
+
+from .configuration_lfq_quantizer import LFQConfig
+from .lfq_rows import weights_at_hand
+from .shared_bit_entropy import factorised_entropy
+from .shared_layers import eager_attention
+from .shared_strict_loading import StrictLoading
+from .vqgan_code_search import all_reduce, world_size
+
+WHITENING_FLOOR = 0.3  # share of the mean variance; directions of much less variance count as noise and stay faint
+
+
+def whitening_of(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(width,)` and matrix `(width, width)` that make the directions of vectors `(n, width)` vary nearly alike.
+
+    A variance v becomes v / (v + floor), with a floor of `WHITENING_FLOOR` times the mean variance. float64, on the CPU:
+    not every accelerator has it.
+    """
+    vectors = vectors.detach().cpu().double()
+    mean = vectors.mean(0)
+    values, directions = torch.linalg.eigh((vectors - mean).t().cov(correction=0))
+    floor = WHITENING_FLOOR * values.mean().clamp_min(1e-12)
+    return mean, directions * (values.clamp_min(0) + floor).rsqrt() @ directions.t()
+
+
+@dataclass
+class LFQQuantizerOutput(ModelOutput):
+    """Result of `LFQQuantizer`.
+
+    Attributes:
+        loss: weighted sum of the two losses below, with the config's weights.
+        embeddings: `(batch, n, llm_hidden_size)`, with a straight-through gradient to the features.
+        codes: int64 `(batch, n, output_dim)` of 0 and 1.
+        entropy_loss: (mean entropy of a feature's code − entropy of the mean code) / (output_dim · ln 2), in [−1, 1];
+            −1 where every feature is sure of its code and all codes are used alike.
+        reconstruction_loss: squared distance of embeddings to targets, as a share of the targets' mean square.
+        sample_entropy, batch_entropy: the two entropies in nats.
+        logits: float32 `(batch, n, output_dim)`, of the bits.
+        hidden_states: where asked for, `(batch, n, width)` before the first block and after each; the normalised
+            features alone in the `linear` variant.
+    """
+
+    loss: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    sample_entropy: torch.Tensor | None = None
+    batch_entropy: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+def rotary_2d(grid: tuple[int, int], head_dim: int, theta: float, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `(1, rows · columns, head_dim)` for features in reading order.
+
+    The first half of the pairs turns with the row, the second with the column. Computed where it is used: a buffer would
+    come back empty from the meta device.
+    """
+    quarter = head_dim // 4
+    frequencies = theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    rows, columns = (torch.arange(size, dtype=torch.float32, device=device)[:, None] * frequencies for size in grid)
+    by_row = rows[:, None].expand(-1, grid[1], -1)
+    by_column = columns[None].expand(grid[0], -1, -1)
+    angles = torch.cat([by_row, by_column], dim=-1).reshape(1, grid[0] * grid[1], -1)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class LFQAttention(nn.Module):
+    """Bidirectional self-attention over the features of an image."""
+
+    is_causal = False
+    num_key_value_groups = 1
+
+    def __init__(self, config: LFQConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        norm = lambda: nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()  # noqa: E731
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def forward(self, hidden_states: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        batch, length, _ = hidden_states.shape
+        query, key, value = self.qkv_proj(hidden_states).view(batch, length, 3, -1, self.head_dim).unbind(2)
+        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *positions)
+        attend: Callable = eager_attention
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, _ = attend(
+            self, query, key, value.transpose(1, 2), None, scaling=self.scaling, dropout=0.0, is_causal=False
+        )
+        return self.o_proj(output.reshape(batch, length, -1))
+
+
+class LFQBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: LFQConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = LFQAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            nn.GELU(),
+            nn.Linear(config.intermediate_size, config.hidden_size),
+        )
+
+    def forward(self, hidden_states: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), positions)
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class LFQQuantizer(StrictLoading):
+    """Features `(batch, n, input_size)` ↔ codes `(batch, n, output_dim)` → embeddings `(batch, n, llm_hidden_size)`."""
+
+    config: LFQConfig
+    config_class = LFQConfig
+    base_model_prefix = "lfq"
+    main_input_name = "features"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LFQBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: LFQConfig):
+        super().__init__(config)
+        self.input_norm = nn.LayerNorm(config.input_size, eps=config.layer_norm_eps)
+        width = config.input_size
+        if config.variant == "transformer":
+            width = config.hidden_size
+            self.input_proj = nn.Linear(config.input_size, width)
+            self.blocks = nn.ModuleList(LFQBlock(config) for _ in range(config.num_hidden_layers))
+            self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.to_bits = nn.Linear(width, config.output_dim)
+        self.from_bits = nn.Sequential(
+            nn.Linear(config.output_dim, config.llm_hidden_size),
+            nn.GELU(),
+            nn.Linear(config.llm_hidden_size, config.llm_hidden_size),
+        )
+        # What training starts from is set by `match_features`: steps of an optimizer are then small beside any features.
+        self.embedding_scale = nn.Parameter(torch.ones(config.llm_hidden_size))
+        self.embedding_shift = nn.Parameter(torch.zeros(config.llm_hidden_size))
+        self.post_init()
+
+    # ---------------------------------------------------------------- features → codes → embeddings
+    def bit_logits(
+        self,
+        features: torch.Tensor,
+        grid: tuple[int, int] | None = None,
+        hidden: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Features `(batch, n, input_size)` → float32 logits `(batch, n, output_dim)`; a bit is 1 where its logit > 0.
+
+        `grid` gives (rows, columns) of n features that are not a square; `hidden` receives the hidden states.
+        """
+        hidden = [] if hidden is None else hidden
+        grid = self._check_features(features, grid)
+        hidden_states = self.input_norm(features.to(self.input_norm.weight.dtype))
+        if self.config.variant == "transformer":
+            hidden_states = self.input_proj(hidden_states)
+            head_dim = self.config.hidden_size // self.config.num_attention_heads
+            positions = rotary_2d(grid, head_dim, self.config.rope_theta, hidden_states.device, hidden_states.dtype)
+            for block in self.blocks:
+                hidden.append(hidden_states)
+                hidden_states = block(hidden_states, positions)
+            hidden.append(hidden_states)
+            hidden_states = self.output_norm(hidden_states)
+        else:
+            hidden.append(hidden_states)
+        logits = self.to_bits(hidden_states).float()
+        if self.config.group_norm:
+            with torch.autocast(logits.device.type, enabled=False):
+                groups, eps = self.config.norm_groups, self.config.layer_norm_eps
+                logits = F.group_norm(logits.transpose(1, 2), groups, eps=eps).transpose(1, 2)
+        return logits
+
+    @torch.no_grad()
+    def encode(self, features: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Features `(batch, n, input_size)` → int64 codes `(batch, n, output_dim)` of 0 and 1."""
+        return (self.bit_logits(features, grid) > 0).long()
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(..., output_dim)`, where a value above 0 is a 1, → embeddings `(..., llm_hidden_size)`.
+
+        Raises:
+            ValueError: the last dimension is not output_dim.
+        """
+        if codes.ndim < 1 or codes.shape[-1] != self.config.output_dim:
+            raise ValueError(
+                f"Codes must end in output_dim={self.config.output_dim} bits, got shape {tuple(codes.shape)}."
+            )
+        return self._embed((codes > 0).to(torch.float32))
+
+    @torch.no_grad()
+    def match_features(self, features: torch.Tensor, grid: tuple[int, int] | None = None) -> None:
+        """Fits freshly drawn weights to features `(batch, n, input_size)` at both ends; call it once, before training.
+
+        The first layer gets features of nearly equal variance in all directions but the faintest (regularised
+        whitening): a small difference that matters, such as a dot on an object, then moves bits nearly as readily as a
+        large one. Where the widths agree, embeddings get the features' scale, and the last layer becomes the ridge
+        regression of the features on what their codes give it: freshly drawn embeddings are so small that a language
+        model trained on features sees nothing in them.
+
+        Raises:
+            ValueError: features of a wrong shape.
+        """
+        self._check_features(features, grid)
+        flat = features.flatten(0, 1)
+        first = self.input_proj if self.config.variant == "transformer" else self.to_bits
+        mean, whitening = whitening_of(self.input_norm(flat.to(self.input_norm.weight.dtype)))
+        weight = first.weight.cpu().double() @ whitening
+        first.weight.copy_(weight)
+        first.bias.copy_(first.bias.cpu().double() - weight @ mean)
+        if self.config.input_size != self.config.llm_hidden_size:
+            return
+        self.embedding_scale.fill_(float(flat.float().std()))
+        self.embedding_shift.copy_(flat.float().mean(0))
+        bits = 2.0 * torch.cat([self.encode(part, grid) for part in features.split(64)]).flatten(0, 1) - 1
+        inner = F.gelu(self.from_bits[0](bits.to(self.from_bits[0].weight.dtype))).cpu().double()
+        wanted = ((flat.float() - self.embedding_shift) / self.embedding_scale).cpu().double()
+        inner_mean = inner.mean(0)
+        inner = inner - inner_mean
+        gram = inner.t() @ inner / len(inner)
+        gram.diagonal().add_(1e-2 * gram.diagonal().mean())
+        solution = torch.linalg.solve(gram, inner.t() @ wanted / len(inner)).t()
+        self.from_bits[2].weight.copy_(solution)
+        self.from_bits[2].bias.copy_(-solution @ inner_mean)
+
+    def _embed(self, bits: torch.Tensor) -> torch.Tensor:
+        # ±1 instead of 0 and 1: no bit pattern is the origin.
+        made = self.from_bits((2 * bits - 1).to(self.from_bits[0].weight.dtype))
+        # `decode` is no forward, which is where accelerate brings offloaded weights back.
+        with weights_at_hand(self):
+            return made * self.embedding_scale + self.embedding_shift
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        return_loss: bool = True,
+    ) -> LFQQuantizerOutput | tuple:
+        """Quantizes.
+
+        Args:
+            features: `(batch, n, input_size)`.
+            targets: `(batch, n, llm_hidden_size)` that the embeddings shall resemble: what the language model would be
+                given without quantization. The features themselves where the widths agree; otherwise the
+                reconstruction loss is 0.
+            grid: (rows, columns) of n features that are not a square.
+            output_hidden_states: also return the hidden states.
+            return_dict: False for a tuple without the fields that are None.
+            return_loss: False leaves the losses and entropies out. (`Trainer` evaluates a model without labels by its
+                own loss where it knows this argument.)
+
+        Raises:
+            ValueError: features or targets of a wrong shape, or attentions asked for: they are not kept.
+        """
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("LFQQuantizer keeps no attentions; leave output_attentions out.")
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden: list[torch.Tensor] | None = [] if wanted else None
+        logits = self.bit_logits(features, grid, hidden)
+        probability = logits.sigmoid()
+        codes = (logits > 0).long()
+        # In this order the sum is exactly 0 or 1, so that embeddings equal `decode(codes)` to the last digit.
+        bits = probability + (codes - probability).detach()
+        embeddings = self._embed(bits)
+        losses = self._losses(logits, embeddings, features, targets) if return_loss else {}
+        output = LFQQuantizerOutput(
+            embeddings=embeddings,
+            codes=codes,
+            logits=logits,
+            hidden_states=None if hidden is None else tuple(hidden),
+            **losses,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _losses(self, logits, embeddings, features, targets) -> dict[str, torch.Tensor]:
+        """The losses and entropies of `LFQQuantizerOutput`, by name."""
+        with torch.autocast(logits.device.type, enabled=False):
+            scaled = logits.flatten(0, 1) / self.config.entropy_temperature
+            per_sample, batch = factorised_entropy(scaled, across_ranks=self.training)
+            entropy_loss = (per_sample - batch) / (self.config.output_dim * math.log(2))
+            reconstruction_loss = self._reconstruction_loss(embeddings, features, targets)
+        return {
+            "loss": self.config.reconstruction_weight * reconstruction_loss
+            + self.config.entropy_weight * entropy_loss,
+            "entropy_loss": entropy_loss,
+            "reconstruction_loss": reconstruction_loss,
+            "sample_entropy": per_sample.detach(),
+            "batch_entropy": batch.detach(),
+        }
+
+    def _reconstruction_loss(self, embeddings, features, targets) -> torch.Tensor:
+        if targets is None:
+            if self.config.input_size != self.config.llm_hidden_size:
+                return embeddings.new_zeros((), dtype=torch.float32)
+            targets = features
+        if targets.shape != embeddings.shape:
+            raise ValueError(f"targets must have shape {tuple(embeddings.shape)}, got {tuple(targets.shape)}.")
+        targets = targets.detach().float()
+        scale = targets.square().mean()
+        if self.training:
+            # The same scale on every rank, so that ranks together compute what one process would.
+            scale = all_reduce(scale.clone()) / world_size()
+        return F.mse_loss(embeddings.float(), targets) / scale.clamp_min(1e-12)
+
+    def _check_features(self, features: torch.Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
+        config = self.config
+        if features.ndim != 3 or features.shape[-1] != config.input_size:
+            raise ValueError(
+                f"Features must be (batch, n, input_size={config.input_size}), got shape {tuple(features.shape)}."
+            )
+        length = features.shape[1]
+        if config.num_tokens is not None and length != config.num_tokens:
+            raise ValueError(
+                f"This quantizer takes num_tokens={config.num_tokens} features per image, got {length}; set num_tokens "
+                "to None for any number."
+            )
+        if grid is not None:
+            if grid[0] * grid[1] != length:
+                raise ValueError(f"grid {tuple(grid)} holds {grid[0] * grid[1]} features, got {length}.")
+            return grid
+        side = math.isqrt(length)
+        if side * side != length:
+            if config.variant == "linear":
+                return (1, length)
+            raise ValueError(f"{length} features are no square grid; name its rows and columns with grid=(…, …).")
+        return (side, side)

@@ -1,0 +1,180 @@
+"""`LayerPruner`: at chosen layers, which vision tokens may go on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .configuration_pruning_layer_pruner import LayerPrunerConfig
+from .pruning_question_attention import QuestionAttention
+from .shared_strict_loading import StrictLoading
+
+# Mask of a dropped token in straight-through training: sharp models see through 1e-6, and its inverse must be finite.
+DROPPED = 1e-30
+
+
+@dataclass
+class LayerPrunerOutput(ModelOutput):
+    """Result of `LayerPruner`.
+
+    Attributes:
+        keep_logits: `(batch, n)`; above 0 means keep, where selection is `threshold`.
+        keep_mask: bool `(batch, n)`, the hard decision.
+        soft_mask: `(batch, n)` in (0, 1), its differentiable version at the given temperature.
+        target: `(batch,)`, tokens the budget allows.
+    """
+
+    keep_logits: torch.Tensor | None = None
+    keep_mask: torch.Tensor | None = None
+    soft_mask: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+
+
+class PrunerHead(nn.Module):
+    """One layer's scorer: `(batch, n, hidden)` to `(batch, n)`."""
+
+    def __init__(self, config: LayerPrunerConfig):
+        super().__init__()
+        size, hidden = config.internal_size, config.scorer_size or config.internal_size
+        self.residual = config.architecture != "documented"
+        norm = nn.LayerNorm if self.residual else nn.Identity
+        self.vision_norm = norm(config.hidden_size)
+        self.vision_proj = nn.Linear(config.hidden_size, size)
+        if config.pruner_type == "cross_attention":
+            self.question_norm = norm(config.hidden_size)
+            self.question_proj = nn.Linear(config.hidden_size, size)
+            self.attention = QuestionAttention(config)
+        self.score = nn.Sequential(norm(size), nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, 1))
+
+    def forward(self, vision_hidden, question_embeddings=None, question_mask=None) -> torch.Tensor:
+        # A head computes in its own precision, which may be higher than the hidden states'.
+        dtype = self.vision_proj.weight.dtype
+        tokens = self.vision_proj(self.vision_norm(vision_hidden.to(dtype)))
+        if hasattr(self, "attention"):
+            if question_embeddings is None:
+                raise ValueError("pruner_type 'cross_attention' needs question_embeddings.")
+            question = self.question_proj(self.question_norm(question_embeddings.to(dtype)))
+            attended = self.attention(tokens, question, question_mask)
+            tokens = tokens + attended if self.residual else attended
+        return self.score(tokens).squeeze(-1).float()
+
+
+class LayerPruner(StrictLoading):
+    """Keep/drop heads, one per layer in `config.layers`."""
+
+    config: LayerPrunerConfig
+    config_class = LayerPrunerConfig
+    main_input_name = "vision_hidden"
+    # Its small attention to the question is torch's fused one, unless `eager` is asked for.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: LayerPrunerConfig):
+        super().__init__(config)
+        self.heads = nn.ModuleDict({str(layer): PrunerHead(config) for layer in config.layers})
+        # What `forward` takes by default; training anneals it.
+        self.temperature = 0.1
+        self.post_init()
+
+    def forward(
+        self,
+        layer_index: int,
+        vision_hidden: torch.Tensor,
+        question_embeddings: torch.Tensor | None = None,
+        question_mask: torch.Tensor | None = None,
+        vision_mask: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,
+        temperature: float | None = None,
+        return_dict: bool | None = None,
+    ) -> LayerPrunerOutput | tuple:
+        """Decides before layer `layer_index`.
+
+        Args:
+            layer_index: one of `config.layers`.
+            vision_hidden: `(batch, n, hidden_size)`.
+            question_embeddings: `(batch, q, hidden_size)`.
+            question_mask: `(batch, q)`.
+            vision_mask: bool `(batch, n)`, False on padding; padding is never kept.
+            images: `(batch, n)` image numbers; the budget holds per image. One image per row where None.
+            temperature: of the soft mask, and of the Gumbel noise while training; > 0. The module's own where None.
+            return_dict: False gives a tuple of what the output holds, in its order.
+
+        Raises:
+            ValueError: no head at that layer.
+        """
+        if str(layer_index) not in self.heads:
+            raise ValueError(f"There is no head for layer {layer_index}; heads are at {self.config.layers}.")
+        logits = self.heads[str(layer_index)](vision_hidden, question_embeddings, question_mask)
+        real = torch.ones_like(logits, dtype=torch.bool) if vision_mask is None else vision_mask.bool()
+        images = torch.zeros_like(logits, dtype=torch.long) if images is None else images
+        temperature = max(float(self.temperature if temperature is None else temperature), 1e-6)
+        noisy = logits
+        if self.training and self.config.gumbel_noise:
+            # The difference of two Gumbel variables is logistic: one per token decides keep against drop.
+            uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+            scale = 1.0 if self.config.architecture == "documented" else temperature
+            noisy = logits + scale * (uniform.log() - (-uniform).log1p())
+        keep = torch.zeros_like(real)
+        threshold = torch.zeros_like(logits)
+        target = torch.zeros_like(logits[:, 0])
+        for image in range(int(images.max()) + 1 if images.numel() else 0):
+            members = real & (images == image)
+            wanted = self._budget(layer_index, members.sum(-1))
+            target = target + wanted
+            if self.config.selection == "threshold":
+                # Above the threshold, or the image's best tokens where too few are: no image goes without any.
+                at_least = members.sum(-1).clamp(max=max(1, self.config.min_tokens))
+                chosen = members & ((noisy > 0) | _top(noisy, members, at_least)[0])
+                keep |= chosen
+                continue
+            chosen, level = _top(noisy, members, wanted)
+            keep |= chosen
+            threshold = torch.where(members, level[:, None], threshold)
+        if self.training and self.config.straight_through:
+            gate = torch.sigmoid((noisy - threshold) / max(temperature, 1.0))
+            soft = _straight_through(keep, gate) * real
+        else:
+            soft = torch.sigmoid((noisy - threshold) / temperature) * real
+        output = LayerPrunerOutput(keep_logits=logits, keep_mask=keep, soft_mask=soft, target=target)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _budget(self, layer_index: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens to keep of `tokens` (per row); a budget above what is there keeps everything."""
+        place = self.config.layers.index(layer_index)
+        if self.config.keep_tokens is None:
+            wanted = (self.config.keep_ratios[place] * tokens).round().long()
+        else:
+            wanted = torch.full_like(tokens, self.config.keep_tokens[place])
+        return torch.minimum(wanted.clamp(min=self.config.min_tokens), tokens)
+
+
+def _straight_through(keep: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """1 where kept, nearly 0 where dropped; backward the gradient of `gate`, in rows of bounded size.
+
+    The derivative of the loss by the mask of a dropped token tells what letting it in would change, but grows with
+    exp(attention logit); without a bound a few sharply attended tokens would drown all others. Without the dropped
+    tokens' part, kept tokens would only learn that they mislead where the right one is missing.
+    """
+    if gate.requires_grad:
+        bound = 1.0 / len(gate)
+        gate = gate * 1.0
+        gate.register_hook(lambda g: g * (bound / g.abs().amax(-1, keepdim=True).clamp(min=bound)))
+    return torch.where(keep, 1.0, DROPPED) + (gate - gate.detach())
+
+
+def _top(logits: torch.Tensor, members: torch.Tensor, wanted: torch.Tensor):
+    """The `wanted` (per row) highest members, and the level halfway between the last kept and the first dropped."""
+    masked = logits.detach().masked_fill(~members, float("-inf"))
+    ordered, order = masked.sort(-1, descending=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(logits.shape[1], device=logits.device).expand_as(order)
+    )
+    keep = members & (rank < wanted[:, None])
+    last = ordered.gather(-1, (wanted - 1).clamp(min=0)[:, None])
+    following = ordered.gather(-1, wanted.clamp(max=logits.shape[1] - 1)[:, None])
+    everything = (wanted >= members.sum(-1))[:, None]
+    # Where nothing is dropped the level lies far below every logit, so that soft masks are 1.
+    level = torch.where(everything, last - 1e4, (last + following) / 2)
+    return keep, torch.nan_to_num(level, nan=0.0, posinf=0.0, neginf=0.0).squeeze(-1)

@@ -1,0 +1,293 @@
+"""`TokenMerger`: N vision tokens in, M merged tokens out, chosen with the question in mind.
+
+The kept tokens are centres. Every token spreads itself over the centres by similarity, each centre becomes the weighted
+mean of what it received (weights divided by their **column** sums, so norms stay as they were). The choice of centres
+is a hard top-k; a straight-through factor on each centre's column gives the scorer its gradient. With
+`architecture="documented"` assignment and merging are the documented formulas (`TokenMergerConfig.architecture`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .configuration_pruning_token_merger import TokenMergerConfig
+from .pruning_question_attention import QuestionAttention, QuestionGuide
+from .question_ratio import confident_count, within
+from .shared_strict_loading import StrictLoading
+
+# `confidence` is this many times smaller than the logit of its probability, so that learning rates of 2e-5 (a logit in 500
+# steps) and of 2e-3 both move it.
+CONFIDENCE_SCALE = 100.0
+
+
+@dataclass
+class TokenMergerOutput(ModelOutput):
+    """Result of `TokenMerger`.
+
+    Attributes:
+        merged_features: `(batch, m, d)`.
+        merge_weights: `(batch, n, m)`, columns sum to 1.
+        keep_index: `(batch, m)`, sorted places of the centres among the n tokens.
+        keep_mask: bool `(batch, m)`, False on slots beyond a row's own m (question-dependent ratio only).
+        scores: `(batch, n)` importance.
+        kept_tokens: `(batch,)` expected number of kept tokens, differentiable: the sum of sigmoid(scores), or what the
+            question-dependent ratio gives.
+        sparsity_loss: (kept_tokens - m)², mean over the batch: the documented sparsity loss. With `max_ratio`, (mean of
+            kept_tokens - budget)²: rows may differ, their mean is held.
+        entropy_loss: mean entropy (nats) of the assignment of a token to centres, plus the predicted share kept.
+    """
+
+    merged_features: torch.Tensor | None = None
+    merge_weights: torch.Tensor | None = None
+    keep_index: torch.Tensor | None = None
+    keep_mask: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    kept_tokens: torch.Tensor | None = None
+    sparsity_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
+
+
+class TokenMerger(StrictLoading):
+    """Merges vision tokens before the language model."""
+
+    config: TokenMergerConfig
+    config_class = TokenMergerConfig
+    main_input_name = "vision_features"
+    # Its small attention to the question is torch's fused one, unless `eager` is asked for.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: TokenMergerConfig):
+        super().__init__(config)
+        size = config.internal_size
+        documented, hidden = config.architecture == "documented", config.scorer_size or size
+        # Built only where used: an unused parameter would stop distributed training.
+        if not documented:
+            self.feature_norm = nn.LayerNorm(config.feature_size)
+        if not documented or config.merger_type == "question_aware":
+            self.feature_proj = nn.Linear(config.feature_size, size)
+        guided = config.attention_guided == "question"
+        learned = config.question_dependent_ratio in (True, "learned")
+        if config.merger_type != "simple" or learned or guided:
+            self.question_proj = nn.Linear(config.question_size, size)
+            self.question_norm = nn.Identity() if documented else nn.LayerNorm(size)
+        if config.merger_type == "question_aware":
+            self.question_attention = QuestionAttention(config)
+        if config.merger_type == "fixed_pooling":
+            self.queries = nn.Parameter(torch.empty(config.max_tokens, size))
+        scored = size if hasattr(self, "feature_proj") else config.feature_size
+        if config.merger_type != "fixed_pooling":
+            self.scorer = nn.Sequential(nn.Linear(scored, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        if documented:
+            self.q_proj = nn.Linear(config.feature_size, size)
+            self.k_proj = nn.Linear(config.feature_size, size)
+        else:
+            self.similarity_proj = nn.Linear(size, size, bias=False)
+            self.log_scale = nn.Parameter(torch.empty(()))
+        self.attention_weight = nn.Parameter(torch.empty(())) if config.attention_guided else None
+        self.question_guide = QuestionGuide(config, scored) if guided else None
+        self.ratio_head = nn.Linear(size, 1) if learned else None
+        confident = config.question_dependent_ratio == "confidence"
+        self.confidence = nn.Parameter(torch.empty(())) if confident else None
+        # What `forward` takes by default; training anneals it.
+        self.temperature = 0.1
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            if self.config.architecture == "normalized":
+                self.log_scale.fill_(float(torch.tensor(float(self.config.initial_scale)).log()))
+            if self.attention_weight is not None:
+                self.attention_weight.fill_(1.0)
+            if self.confidence is not None:
+                # Tokens that hold nine tenths of the probability.
+                self.confidence.fill_(math.log(9.0) / CONFIDENCE_SCALE)
+            if self.config.merger_type == "fixed_pooling":
+                self.queries.normal_(0.0, 1.0)
+
+    def tokens_kept(self, tokens: int) -> int:
+        """M for an image of `tokens` tokens: at least 1, at most all of them."""
+        return self.config.tokens_kept(tokens)
+
+    def forward(
+        self,
+        vision_features: torch.Tensor,
+        question_embeddings: torch.Tensor | None = None,
+        question_mask: torch.Tensor | None = None,
+        attention_scores: torch.Tensor | None = None,
+        temperature: float | None = None,
+        return_dict: bool | None = None,
+        use_gumbel: bool | None = None,
+    ) -> TokenMergerOutput | tuple:
+        """Merges.
+
+        Args:
+            vision_features: `(batch, n, feature_size)`.
+            question_embeddings: `(batch, q, question_size)`, needed unless `merger_type` is `simple`.
+            question_mask: `(batch, q)`, 1 on real tokens.
+            attention_scores: `(batch, n)` received attention, for `attention_guided` by the tower.
+            temperature: of the Gumbel noise and of the straight-through factor while training, and of the assignment in the
+                documented architecture; > 0. The module's own `temperature` where None.
+            return_dict: False gives a tuple of what the output holds, in its order.
+            use_gumbel: draw the centres at random, around the scores; None: while training, where the configuration says so.
+        """
+        temperature = self.temperature if temperature is None else temperature
+        noise = self.training and self.config.gumbel_noise if use_gumbel is None else use_gumbel
+        output = self._merge(vision_features, question_embeddings, question_mask, attention_scores, temperature, noise)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The precision the merger computes in, which may be higher than the features'."""
+        return (self.q_proj if self.config.architecture == "documented" else self.similarity_proj).weight.dtype
+
+    def _merge(self, vision_features, question_embeddings, question_mask, attention_scores, temperature, noise):
+        config = self.config
+        documented = config.architecture == "documented"
+        count = self.tokens_kept(vision_features.shape[1])
+        tokens = features = vision_features.to(self.weight_dtype)
+        if not documented:
+            tokens = self.feature_proj(self.feature_norm(features))
+        question, pooled = self._question(question_embeddings, question_mask)
+        guide = self._guide(tokens, question, question_mask, attention_scores)
+        if config.merger_type == "fixed_pooling":
+            return self._pool(vision_features, tokens, pooled, count, guide)
+        if config.merger_type == "question_aware":
+            tokens = self.feature_proj(features) if documented else tokens
+            attended = self.question_attention(tokens, question, question_mask)
+            tokens = attended if documented else tokens + attended
+        scores = self.scorer(tokens).squeeze(-1).float()
+        if guide is not None:
+            scores = scores + guide
+        noisy = scores
+        if noise:
+            scale = 1.0 if documented else temperature
+            noisy = scores - scale * torch.empty_like(scores).exponential_().log()
+        ranked = noisy.argsort(-1, descending=True)
+        index, order = ranked[:, :count].sort(-1)
+
+        wanted = self._wanted(scores, pooled, count)
+        gate, alive = self._gates(noisy, ranked, order, count, wanted, temperature)
+        if documented:
+            logits = self._documented_similarity(features, index) / max(temperature, 1e-6)
+        else:
+            units = F.normalize(self.similarity_proj(tokens).float(), dim=-1)
+            centres = units.gather(1, index[..., None].expand(-1, -1, units.shape[-1]))
+            logits = self.log_scale.exp() * units @ centres.transpose(1, 2)
+        logits = logits.masked_fill(~alive[:, None], float("-inf"))
+        assignment = logits.softmax(-1)
+        entropy = -(assignment * assignment.clamp(min=1e-9).log()).sum(-1).mean()
+        weights = assignment * gate[:, None]
+        if not documented:
+            weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
+        merged = weights.transpose(1, 2).to(vision_features.dtype) @ vision_features
+        if not documented:
+            # The column sums cancel the gate in the forward value (it is 1) and in part of its gradient; this factor
+            # passes the whole of it on.
+            merged = merged * gate[..., None].to(vision_features.dtype)
+        # The hard count is always `count`: it would give the documented loss no gradient.
+        kept = scores.sigmoid().sum(-1) if wanted is None else wanted
+        sparsity = (kept - count).square().mean()
+        if config.max_ratio is not None:
+            sparsity = (kept.mean() - config.tokens_wanted(scores.shape[1])).square()
+        elif wanted is not None:
+            entropy = entropy + wanted.mean() / scores.shape[1]
+        return TokenMergerOutput(
+            merged_features=merged,
+            merge_weights=weights,
+            keep_index=index,
+            keep_mask=alive,
+            scores=scores,
+            kept_tokens=kept,
+            sparsity_loss=sparsity,
+            entropy_loss=entropy,
+        )
+
+    def _documented_similarity(self, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """QKᵀ/√d, `(batch, n, m)`: all tokens are queries, the chosen ones keys."""
+        centres = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
+        queries, keys = self.q_proj(features).float(), self.k_proj(centres).float()
+        return queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
+
+    def _question(self, embeddings, mask):
+        if embeddings is None:
+            if hasattr(self, "question_proj"):
+                raise ValueError(
+                    f"question_embeddings are needed for merger_type {self.config.merger_type!r}, attention_guided="
+                    f"{self.config.attention_guided!r}, question_dependent_ratio={self.config.question_dependent_ratio!r}."
+                )
+            return None, None
+        if not hasattr(self, "question_proj"):
+            return None, None
+        question = self.question_norm(self.question_proj(embeddings.to(self.weight_dtype)))
+        mask = torch.ones(question.shape[:2], device=question.device) if mask is None else mask
+        weight = mask[..., None].to(question.dtype)
+        return question, (question * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def _guide(self, tokens, question, question_mask, attention_scores) -> torch.Tensor | None:
+        """What `attention_guided` adds to the scores, `(batch, n)`."""
+        if self.attention_weight is None:
+            return None
+        if self.question_guide is not None:
+            attention_scores = self.question_guide(tokens, question, question_mask)
+        elif attention_scores is None:
+            raise ValueError("attention_guided=True needs attention_scores from the vision tower.")
+        return self.attention_weight * attention_scores.float().add(1e-6).log()
+
+    def _wanted(self, scores, pooled, count: int) -> torch.Tensor | None:
+        """Tokens that each row keeps, `(batch,)` with a gradient; None where all keep `count`."""
+        config, tokens = self.config, scores.shape[1]
+        if self.confidence is not None:
+            mass = torch.sigmoid(CONFIDENCE_SCALE * self.confidence.float())
+            return within(confident_count(scores, mass), min(config.min_ratio * tokens, count), count)
+        if self.ratio_head is None:
+            return None
+        low, high = config.min_ratio, config.max_ratio or config.merge_ratio
+        share = low + (high - low) * torch.sigmoid(self.ratio_head(pooled).float()).squeeze(-1)
+        return share * tokens
+
+    def _gates(self, scores, ranked, order, count, wanted, temperature):
+        """Per centre a factor that is 1 forward and differentiable backward, and whether the slot is in use."""
+        chosen = scores.gather(-1, ranked[:, :count])
+        following = ranked[:, count : count + 1] if count < scores.shape[1] else ranked[:, -1:]
+        threshold = (chosen[:, -1:] + scores.gather(-1, following)).detach() / 2
+        soft = torch.sigmoid((chosen - threshold) / max(temperature, 0.05))
+        alive = torch.ones_like(soft, dtype=torch.bool)
+        if wanted is not None:
+            rank = torch.arange(count, device=scores.device)
+            alive = rank < wanted.detach()[:, None].round().clamp(min=1)
+        if self.ratio_head is not None:
+            soft = soft * torch.sigmoid((wanted[:, None] - rank - 0.5) / max(temperature * count, 1.0))
+        gate = torch.ones_like(soft) + soft - soft.detach()
+        return gate.gather(-1, order), alive.gather(-1, order)
+
+    def _pool(self, features, tokens, pooled, count, guide):
+        if count > self.config.max_tokens:
+            raise ValueError(f"fixed_pooling holds max_tokens={self.config.max_tokens} queries, {count} are needed.")
+        queries = F.normalize((self.queries[:count] + pooled[:, None]).float(), dim=-1)
+        units = F.normalize(self.similarity_proj(tokens).float(), dim=-1)
+        logits = self.log_scale.exp() * units @ queries.transpose(1, 2)
+        if guide is not None:
+            logits = logits + guide[..., None]
+        weights = logits.softmax(1)
+        merged = weights.transpose(1, 2).to(features.dtype) @ features
+        # A pooled token has no place of its own: places are spread evenly, so that rotary positions stay in range.
+        index = ((torch.arange(count, device=features.device) + 0.5) * features.shape[1] / count).long()
+        entropy = -(weights * weights.clamp(min=1e-9).log()).sum(1).mean()
+        return TokenMergerOutput(
+            merged_features=merged,
+            merge_weights=weights,
+            keep_index=index.expand(len(features), -1),
+            keep_mask=torch.ones(len(features), count, dtype=torch.bool, device=features.device),
+            scores=logits.amax(-1),
+            kept_tokens=torch.full((len(features),), float(count), device=features.device),
+            sparsity_loss=entropy.new_zeros(()),
+            entropy_loss=entropy,
+        )

@@ -1,0 +1,59 @@
+"""What `PrunedVLM` returns."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from .pruning_stream import PrunedCache
+
+
+@dataclass
+class PrunedVLMOutput(ModelOutput):
+    """Result of `PrunedVLM`; everything with a length axis is aligned with the input, removed places are zero.
+
+    Attributes:
+        loss: mean cross-entropy over the labels.
+        logits: `(batch, length, vocab)`.
+        cache: the pruned KV cache; `past_key_values` is another name for it.
+        hidden_states: per layer `(batch, length, hidden)`, with `output_hidden_states=True`.
+        soft_masks, keep_masks, keep_logits: per pruned layer `(batch, length)` over the tokens at that layer; 1 on text.
+        merge_weights: per group of equally large images `(images, n, m)`.
+        merge_sparsity_loss: (expected number of kept tokens - target)², mean over images.
+        merge_entropy_loss: entropy of the assignment of tokens to centres, see `TokenMergerOutput.entropy_loss`.
+        merge_kept_tokens: expected number of kept tokens, mean over images.
+        keep_rates: per pruned layer, soft share kept over the budget's share, `(batch,)`.
+        kept_index: per decoder layer, original places `(batch, tokens)` (-1 on padding).
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache: PrunedCache | None = None
+    hidden_states: tuple | None = None
+    soft_masks: tuple | None = None
+    keep_masks: tuple | None = None
+    keep_logits: tuple | None = None
+    merge_weights: tuple | None = None
+    merge_sparsity_loss: torch.Tensor | None = None
+    merge_entropy_loss: torch.Tensor | None = None
+    merge_kept_tokens: torch.Tensor | None = None
+    keep_rates: tuple | None = None
+    kept_index: tuple | None = None
+
+    # Generation reads the cache under the name its transformers has, users under the name they know.
+    @property
+    def past_key_values(self) -> PrunedCache | None:
+        return self.cache
+
+    def __getitem__(self, key):
+        return super().__getitem__(_new_name(key))
+
+    def __contains__(self, key) -> bool:
+        return super().__contains__(_new_name(key))
+
+    def get(self, key, default=None):
+        return super().get(_new_name(key), default)
+
+
+def _new_name(key):
+    return "cache" if key == "past_key_values" else key

@@ -1,0 +1,204 @@
+"""Taking tokens out of hidden states, masks, positions and the KV cache of a running decoder.
+
+Removed tokens leave no trace in later layers: no query, no key, no cache entry. What stays keeps its rotary position.
+Rows may keep different numbers of tokens; the shorter rows are filled up at the end with slots that the mask hides.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+from .shared_cache_name import CACHE
+
+
+@dataclass
+class Stream:
+    """The tokens on their way through the decoder.
+
+    Attributes:
+        hidden: `(batch, length, hidden)`.
+        mask: bool `(batch, length)`, False on padding.
+        positions: rotary positions `(batch, length)` or `(3, batch, length)`.
+        vision: bool `(batch, length)`, True on vision tokens.
+        question: bool `(batch, length)`, True on the text the heads may read: no vision, no padding, no answer.
+        index: `(batch, length)`, each token's place in the original sequence.
+        images: `(batch, length)`, number of the image within its row, -1 on text.
+        removed: whether anything has been removed yet.
+    """
+
+    hidden: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    vision: torch.Tensor
+    question: torch.Tensor
+    index: torch.Tensor
+    images: torch.Tensor
+    removed: bool = False
+
+    def keep(self, keep: torch.Tensor) -> "Stream":
+        """The stream without the tokens where `keep` (bool, `(batch, length)`) is False; unchanged if all are kept."""
+        keep = keep & self.mask
+        counts = keep.sum(-1)
+        # One transfer from the device for both.
+        length, dropped = torch.stack([counts.max(), (self.mask & ~keep).sum()]).tolist()
+        if not dropped:
+            return self
+        # A stable sort puts kept tokens first, in their order.
+        order = torch.argsort((~keep).int(), dim=-1, stable=True)[:, :length]
+        pick = lambda tensor: tensor.gather(-1, order)  # noqa: E731
+        positions = self.positions.gather(-1, order.expand(*self.positions.shape[:-1], length))
+        alive = torch.arange(length, device=keep.device) < counts[:, None]
+        return Stream(
+            hidden=self.hidden.gather(1, order[..., None].expand(-1, -1, self.hidden.shape[-1])),
+            mask=alive,
+            positions=positions,
+            vision=pick(self.vision) & alive,
+            question=pick(self.question) & alive,
+            index=pick(self.index),
+            images=pick(self.images).masked_fill(~alive, -1),
+            removed=True,
+        )
+
+    def repeat(self, times: int) -> "Stream":
+        """Every row `times` times, as beam search wants it."""
+        if times == 1:
+            return self
+        rows = {name: value for name, value in vars(self).items() if name not in ("positions", "removed")}
+        repeated = {name: value.repeat_interleave(times, 0) for name, value in rows.items()}
+        return replace(self, **repeated, positions=self.positions.repeat_interleave(times, -2))
+
+    def restore(self, hidden: torch.Tensor, length: int) -> torch.Tensor:
+        """Puts `hidden` back to the original places `(batch, length, hidden)`; removed places are zero."""
+        if not self.removed:
+            return hidden
+        full = hidden.new_zeros(hidden.shape[0], length, hidden.shape[-1])
+        alive = self.mask[..., None]
+        # Hidden slots may share an index with a removed token only, never with a kept one, so adding is safe.
+        return full.scatter_add(1, self.index[..., None].expand_as(hidden), hidden * alive)
+
+
+@dataclass
+class Prompt:
+    """A prompt after stage 1, ready for the first decoder layer, and what is told about it later.
+
+    Attributes:
+        stream: its tokens.
+        mode: the pruning mode it was prepared in.
+        counts: tokens before pruning, for `token_report`.
+        merged: the merger's weights and loss, where it ran.
+    """
+
+    stream: Stream
+    mode: str
+    counts: dict
+    merged: dict
+
+    def repeat(self, rows: int) -> "Prompt":
+        """The prompt with every row repeated, so that there are `rows`, as beam search wants it."""
+        return replace(self, stream=self.stream.repeat(rows // len(self.stream.hidden)))
+
+
+@dataclass
+class Segment:
+    """From layer `start` on, the cached keys have this padding mask `(batch, keys)` and, in soft mode, this bias."""
+
+    start: int
+    mask: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+class PrunedCache(DynamicCache):
+    """A KV cache whose layers hold different tokens, with the masks needed to go on decoding.
+
+    Attributes:
+        prompt: the prepared prompt that `generate` hands to the first forward pass.
+        mode: the pruning mode of the prompt that the cache holds.
+        report: arguments of `token_report` for that prompt.
+        segments: runs of layers that hold the same tokens.
+        next_position: `(batch,)`, rotary position of the next new token.
+    """
+
+    def __init__(self):
+        # Without a configuration no layer's cache slides: within the window, which is all there is, none has to.
+        super().__init__()
+        self.prompt: Prompt | None = None
+        self.mode: str | None = None
+        self.report: dict | None = None
+        self.segments: list[Segment] = []
+        self.next_position: torch.Tensor | None = None
+
+    def _select(self, choose) -> None:
+        for segment in self.segments:
+            segment.mask = choose(segment.mask)
+            segment.bias = None if segment.bias is None else choose(segment.bias)
+        if self.next_position is not None:
+            self.next_position = choose(self.next_position)
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._select(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._select(lambda tensor: tensor[indices])
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: a generation loop that steps back must look for another way."""
+        return False
+
+    def crop(self, *args, **kwargs):
+        raise ValueError("A pruned cache cannot be cropped; assisted decoding is not supported with token pruning.")
+
+    def extend(self, mask: torch.Tensor) -> None:
+        """Makes room in every mask for new tokens; `mask` `(batch, new)` is False on padding among them."""
+        for segment in self.segments:
+            segment.mask = torch.cat([segment.mask, mask.to(segment.mask.device)], dim=-1)
+            if segment.bias is not None:
+                zeros = torch.zeros_like(segment.bias[:, :1]).expand(-1, mask.shape[1])
+                segment.bias = torch.cat([segment.bias, zeros], dim=-1)
+
+
+def attention_mask(
+    config, hidden: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None, cache, layer: int
+) -> torch.Tensor | None:
+    """The mask a decoder layer wants: causal, without padding, plus `bias` on the key columns.
+
+    Multiplying a hidden state by a number does nothing before RMSNorm; adding log(number) to a token's key column is
+    what converges to its removal. A token always sees itself in full.
+
+    Args:
+        config: the text config (its attention implementation decides the mask's form).
+        hidden: `(batch, queries, hidden)`.
+        mask: bool `(batch, keys)`.
+        bias: `(batch, keys)` of log keep probabilities, or None.
+        cache: the KV cache, or None.
+        layer: the first layer the mask is for.
+    """
+    built = create_causal_mask(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=mask,
+        position_ids=None,
+        layer_idx=layer,
+        allow_is_causal_skip=bias is None,
+        **{CACHE: cache},
+    )
+    if bias is None:
+        return built  # type: ignore[return-value]
+    if not torch.is_tensor(built) or built.dim() != 4:
+        raise ValueError(f"Soft pruning needs sdpa or eager attention, got {config._attn_implementation!r}.")
+    if built.dtype == torch.bool:
+        lowest = torch.finfo(hidden.dtype).min
+        built = torch.zeros_like(built, dtype=hidden.dtype).masked_fill(~built, lowest)
+    queries, keys = built.shape[-2:]
+    own = torch.eye(queries, keys, dtype=torch.bool, device=built.device) if queries == keys else None
+    columns = bias[:, None, None, :].to(built.dtype).expand(-1, -1, queries, -1)
+    columns = columns if own is None else columns.masked_fill(own, 0.0)
+    return (built + columns).clamp(min=torch.finfo(hidden.dtype).min)

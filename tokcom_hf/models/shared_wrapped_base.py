@@ -1,0 +1,244 @@
+"""What models around a base model share on disk: where the base is, whether it still is what it was, weight files."""
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from .shared_strict_loading import opened
+
+logger = logging.get_logger(__name__)
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def locate_base(reference: str, name: str | os.PathLike | None) -> tuple[str, str | None]:
+    """Where the base of the saved model `name` is: `(Hub name or folder, None)`, or `(name, subfolder)` for `./subfolder`.
+
+    `name` is None where a configuration and a state dict were given instead of a folder.
+
+    Raises:
+        ValueError: the reference leaves the saved folder by a relative path, is the saved model itself, or is neither
+            a Hub name nor an absolute path.
+    """
+    parts = PurePosixPath(reference.replace("\\", "/")).parts
+    if ".." in parts:
+        raise ValueError(
+            f"The base model {reference!r} of {name} lies outside its folder. A base is named by its Hub name, an "
+            "absolute path or ./subfolder."
+        )
+    own = None if name is None else os.path.realpath(name)
+    if not parts or reference == str(name) or os.path.realpath(reference) == own:
+        raise ValueError(f"{name} names itself as its base model ({reference!r}); it must name another model.")
+    if reference.startswith("./"):
+        if name is None:
+            raise ValueError(f"The base model {reference!r} is inside a folder; name that folder to from_pretrained.")
+        return str(name), "/".join(parts)
+    if not os.path.isabs(reference):
+        try:
+            validate_repo_id(reference)
+        except HFValidationError as error:
+            raise ValueError(
+                f"The base model {reference!r} of {name} is neither a Hub name nor an absolute path: {error}"
+            ) from error
+    return reference, None
+
+
+def matches_reference(weights: Mapping[str, torch.Tensor], load: Callable[[], nn.Module]) -> bool:
+    """Whether a base model's weights are bit for bit those that its reference gives.
+
+    The model at the reference is loaded and compared: nothing else sees weights that changed before they were wrapped.
+    Unmerged LoRA matrices do not count, for they are stored beside the base. Offloaded weights (on the meta device) are
+    read from the reference's own files and count as equal.
+
+    Args:
+        weights: state dict of the base model.
+        load: loads the base model anew, in the dtype it has.
+
+    Returns:
+        False also where the reference cannot be loaded: then only saving the base itself keeps it.
+    """
+    try:
+        expected = load().state_dict()
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        logger.warning(f"The base model's reference cannot be loaded, so the base itself is saved ({error}).")
+        return False
+    found = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+    return found.keys() == expected.keys() and all(_equal(value, expected[name]) for name, value in found.items())
+
+
+def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.is_meta:
+        return found.shape == expected.shape
+    same_kind = found.dtype == expected.dtype and found.shape == expected.shape
+    return same_kind and torch.equal(found.detach().to(expected.device), expected)
+
+
+def check_ids(input_ids) -> None:
+    """Refuses what cannot be prompts, without looking at the values.
+
+    Raises:
+        TypeError: no tensor of integers.
+        ValueError: not `(batch, length)`, or empty.
+    """
+    if not torch.is_tensor(input_ids) or input_ids.is_floating_point():
+        kind = input_ids.dtype if torch.is_tensor(input_ids) else type(input_ids).__name__
+        raise TypeError(f"input_ids must be a tensor of token ids (torch.long), got {kind}.")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be (batch, length), both at least 1, got {tuple(input_ids.shape)}.")
+
+
+def check_generation_config(generation_config) -> None:
+    """Raises TypeError for anything but a `GenerationConfig` or None."""
+    if not isinstance(generation_config, GenerationConfig | None):
+        raise TypeError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}.")
+
+
+def named_as_dtype(options: dict) -> dict:
+    """Options of `from_pretrained` in which `torch_dtype`, as `dtype` was called before, has its present name."""
+    options = dict(options)
+    older = options.pop("torch_dtype", None)
+    if older is not None and options.get("dtype") is None:
+        options["dtype"] = older
+    return options
+
+
+def load_generation_config(model, name: str | os.PathLike | None, given: GenerationConfig | None, **hub) -> None:
+    """Gives `model` the generation config `given`, else the one saved at `name`; its base's own where there is neither."""
+    if given is not None:
+        model.generation_config = given
+    elif name is not None:
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+
+
+def check_saving_options(options: dict) -> None:
+    """Refuses keywords of `save_pretrained` that nothing takes; transformers would pass over them.
+
+    Raises:
+        TypeError: an unknown keyword.
+        ValueError: `safe_serialization=False`.
+    """
+    known = {"commit_message", "create_pr", "private", "repo_id"}
+    # Names of older versions: files are safetensors whatever they say.
+    known |= {"safe_serialization", "save_function"}
+    known |= set(inspect.signature(PreTrainedModel.save_pretrained).parameters)
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(f"save_pretrained does not take {', '.join(map(repr, unknown))}.")
+    if options.get("safe_serialization") is False:
+        raise ValueError("Models are saved as safetensors files only; leave safe_serialization out.")
+
+
+def weight_files(name: str | os.PathLike, variant: str | None = None, **hub) -> list[str]:
+    """Paths of the safetensors files of a saved model, its shards or the one file.
+
+    Args:
+        name: Hub name or folder.
+        variant: as given to `save_pretrained`.
+        hub: `revision`, `token`, `cache_dir`, `subfolder`, ...
+
+    Raises:
+        OSError: there are none, or a shard is missing.
+    """
+    middle = "" if variant is None else f".{variant}"
+    single, index = f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"
+    path = cached_file(name, single, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is not None:
+        return [path]
+    path = cached_file(name, index, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        raise OSError(f"{name} has no weights: neither {single} nor {index} is there.")
+    shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
+    return [cached_file(name, shard, **hub) for shard in sorted(set(shards))]
+
+
+def read_weights(name: str | os.PathLike, variant: str | None = None, **hub) -> dict[str, torch.Tensor]:
+    """The weights of a saved model by name, on the CPU; arguments and errors as for `weight_files`."""
+    weights: dict[str, torch.Tensor] = {}
+    for path in weight_files(name, variant, **hub):
+        with opened(path) as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+    return weights
+
+
+def stored_dtypes(files: list[str]) -> dict[str, torch.dtype]:
+    """The dtype of every weight in safetensors files, read from their headers."""
+    dtypes = {}
+    for path in files:
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                dtypes[name] = _DTYPES.get(file.get_slice(name).get_dtype(), torch.uint8)
+    return dtypes
+
+
+def remove_weights(folder: str | os.PathLike, variant: str | None = None) -> None:
+    """Deletes the weight files of an earlier save, of which transformers would read one file before newer shards."""
+    middle = "" if variant is None else f".{variant}"
+    for name in (f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"):
+        Path(folder, name).unlink(missing_ok=True)
+
+
+def check_weights(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuses weights that cannot be those of the model.
+
+    Args:
+        weights: what was read.
+        expected: state dict of the model to be filled.
+        where: the file's name, for the message.
+
+    Raises:
+        ValueError: a weight is missing, unexpected, of another shape or kind of number, NaN or infinite; it is named.
+    """
+    missing = sorted(expected.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(f"{where} does not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}.")
+    for name, value in weights.items():
+        wanted = expected[name]
+        if value.shape != wanted.shape:
+            raise ValueError(
+                f"{name} in {where} has shape {tuple(value.shape)}; its config asks for {tuple(wanted.shape)}."
+            )
+        if value.is_floating_point() != wanted.is_floating_point():
+            raise ValueError(
+                f"{name} in {where} is stored as {value.dtype}, which cannot be its {wanted.dtype} weight."
+            )
+        check_finite(name, value, where)
+
+
+def check_finite(name: str, value: torch.Tensor, where: str) -> None:
+    """Raises ValueError where the weight `name` holds NaN or infinity."""
+    if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} in {where} holds NaN or infinite numbers: the checkpoint is damaged or diverged.")
+
+
+@contextmanager
+def computed_buffers_kept(base: nn.Module) -> Iterator[None]:
+    """Within this context a cast of `base` leaves its non-persistent buffers in their dtype, as loading in that dtype does.
+
+    `.to(torch.bfloat16)` would round the frequencies of rotary positions, which no file holds: a saved and loaded model
+    would differ from the one that was cast.
+    """
+    kept = [
+        (module, name, module._buffers[name])
+        for module in base.modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None
+    ]
+    yield
+    for module, name, before in kept:
+        now = module._buffers[name]
+        if now.dtype != before.dtype:
+            module._buffers[name] = before.to(now.device)

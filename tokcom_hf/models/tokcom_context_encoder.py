@@ -1,0 +1,106 @@
+"""ContextEncoder: what is known before a block, read from the tokens of all finished chunks.
+
+tokens → a causal Llama of transformers → a state behind each token, the condition of the flow of a block that begins there.
+Heads of its own predict the next tokens from each state: it then learns from several clean tokens, where the flow's error is
+noisy (arXiv 2404.19737). They take no part in generation.
+"""
+
+import torch
+from torch import nn
+from transformers import Cache, LlamaConfig, LlamaModel
+
+from .shared_cache_name import CACHE
+from .shared_cross_entropy import chunked_cross_entropy
+from .shared_wrapped_base import computed_buffers_kept
+
+
+class ContextEncoder(nn.Module):
+    """A causal transformer over tokens, and one linear head per token of the chunk that follows.
+
+    Args:
+        config: shape of the transformer; its `vocab_size` counts the start token too.
+        chunk_size: tokens per chunk, one head each.
+        start_token_id: stands before the first token of every text.
+    """
+
+    def __init__(self, config: LlamaConfig, chunk_size: int, start_token_id: int):
+        super().__init__()
+        self.chunk_size, self.start_token_id = chunk_size, start_token_id
+        self.model = LlamaModel(config)
+        self.heads = nn.Linear(config.hidden_size, chunk_size * config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """States of the context.
+
+        Args:
+            input_ids: tokens that follow those in `cache`, (batch, length); length may be 0 where the text begins.
+            attention_mask: of all tokens so far, (batch, cached + length), 1 = token, 0 = padding.
+            cache: keys and values of the tokens before, to which those of these tokens are added. None, or empty: the text
+                begins here.
+
+        Returns:
+            (batch, length, hidden): state i has read tokens up to i. Where the text begins, the state before its first token
+            comes first: (batch, 1 + length, hidden).
+        """
+        positions = None
+        if cache is None or cache.get_seq_length() == 0:
+            start = input_ids.new_full((len(input_ids), 1), self.start_token_id)
+            input_ids = torch.cat([start, input_ids], dim=1)
+        if attention_mask is not None:
+            # The start token is seen by all; padding takes no position.
+            attention_mask = nn.functional.pad(attention_mask, (1, 0), value=1)
+            positions = (attention_mask.cumsum(dim=1) - 1)[:, -input_ids.shape[1] :]
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=cache is not None,
+            return_dict=True, **{CACHE: cache},
+        ).last_hidden_state  # fmt: skip
+
+    def head_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """states (..., hidden) → logits (..., chunk_size, vocab) of the tokens that follow, without the start token."""
+        hidden = self.heads(states).unflatten(-1, (self.chunk_size, -1))
+        logits = nn.functional.linear(hidden, self._table(hidden.device))
+        start = torch.tensor([self.start_token_id], device=logits.device)
+        return logits.index_fill(-1, start, torch.finfo(logits.dtype).min)
+
+    def cross_entropy(self, states: torch.Tensor, labels: torch.LongTensor, first: int, last: int) -> torch.Tensor:
+        """Mean nats per token of heads first … last − 1.
+
+        Args:
+            states: (rows, hidden).
+            labels: (rows, last − first), the token that each head predicts; -100 does not count.
+        """
+        if _plain(self.heads, nn.Linear):
+            weight = self.heads.weight.unflatten(0, (self.chunk_size, -1))[first:last].flatten(0, 1)
+            hidden = nn.functional.linear(states, weight).unflatten(-1, (last - first, -1))
+        else:
+            hidden = self.heads(states).unflatten(-1, (self.chunk_size, -1))[:, first:last]
+        return chunked_cross_entropy(hidden.flatten(0, 1), self._table(hidden.device), labels.flatten())
+
+    def _table(self, device: torch.device) -> torch.Tensor:
+        """The rows of the embedding, (vocab, hidden), which are the heads' as well."""
+        embedding = self.model.embed_tokens
+        if _plain(embedding, nn.Embedding):
+            return embedding.weight
+        return embedding(torch.arange(self.model.config.vocab_size, device=device))
+
+    def _apply(self, *args, **kwargs):
+        with computed_buffers_kept(self.model):
+            return super()._apply(*args, **kwargs)
+
+    def resize(self, rows: int, start_token_id: int, mean_resizing: bool) -> None:
+        """Gives the embedding as many rows as the VAE's, and the start token the row that the VAE's omni token now has."""
+        start = self.model.embed_tokens.weight[self.start_token_id].detach().clone()
+        embedding = self.model.resize_token_embeddings(rows, None, mean_resizing)
+        with torch.no_grad():
+            embedding.weight[start_token_id] = start
+        self.start_token_id = start_token_id
+
+
+def _plain(module: nn.Module, kind: type) -> bool:
+    """Whether all of a module is its weight: offloaded, it is elsewhere outside of its forward, and adapters add to it."""
+    return type(module) is kind and not hasattr(module, "_hf_hook")

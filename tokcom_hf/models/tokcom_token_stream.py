@@ -1,0 +1,44 @@
+"""Hands generated tokens to a streamer of transformers (TextStreamer, TextIteratorStreamer …) as they are finished."""
+
+from typing import Any
+
+import torch
+
+from .tokcom_generation_settings import GenerationSettings
+
+
+class TokenStream:
+    """Puts the prompt first, then one token of every row at a time, as transformers' own `generate` does.
+
+    Tokens behind a row's end are `fill_id`; nothing follows the end of all rows. Without a streamer nothing happens.
+    """
+
+    def __init__(self, streamer: Any, settings: GenerationSettings):
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TypeError(f"A streamer has the methods put and end, as TextStreamer; got {type(streamer).__name__}.")
+        self.streamer, self.settings = streamer, settings
+        self.left = settings.new_tokens
+        self.ended: torch.Tensor | None = None
+
+    def start(self, prompt: torch.LongTensor) -> None:
+        """prompt: (rows, length), length 0 without one: a streamer that skips the prompt skips the first it gets."""
+        self.ended = torch.zeros(len(prompt), dtype=torch.bool)
+        if self.streamer is not None:
+            self.streamer.put(prompt.cpu())
+
+    def put(self, ids: torch.LongTensor) -> None:
+        """ids: (rows, tokens) of the next finished block."""
+        if self.streamer is None or self.ended is None:
+            return
+        end = torch.tensor(self.settings.eos_token_ids, dtype=torch.long)
+        for column in ids.cpu().unbind(1):
+            if self.left == 0 or bool(self.ended.all()):
+                return
+            column = column.masked_fill(self.ended, self.settings.fill_id)
+            self.ended = self.ended | torch.isin(column, end)
+            self.left -= 1
+            self.streamer.put(column)
+
+    def end(self) -> None:
+        if self.streamer is not None:
+            self.streamer.end()

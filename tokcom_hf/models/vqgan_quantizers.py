@@ -1,0 +1,32 @@
+"""Vector quantizers behind one interface: `ema` (learned codebook), `fsq` (rounding) and `lfq` (binary).
+
+Every quantizer maps features `(..., input_size)` to embeddings of the same shape and integer codes `(...)` in
+[0, codebook_size). The arithmetic is float32 whatever the autocast, so that codes do not depend on it.
+"""
+
+from .vqgan_quantizer_base import Quantizer, QuantizerOutput
+from .vqgan_quantizer_ema import EMAQuantizer, rotate_to
+from .vqgan_quantizer_fsq import FSQQuantizer
+from .vqgan_quantizer_lfq import LFQQuantizerHead
+
+QUANTIZERS: dict[str, type[EMAQuantizer] | type[FSQQuantizer] | type[LFQQuantizerHead]] = {
+    "ema": EMAQuantizer,
+    "fsq": FSQQuantizer,
+    "lfq": LFQQuantizerHead,
+}
+
+__all__ = [
+    "QUANTIZERS",
+    "EMAQuantizer",
+    "FSQQuantizer",
+    "LFQQuantizerHead",
+    "Quantizer",
+    "QuantizerOutput",
+    "build_quantizer",
+    "rotate_to",
+]
+
+
+def build_quantizer(config, input_size: int) -> Quantizer:
+    """The quantizer named by `config.quantizer`, for features of `input_size` channels."""
+    return QUANTIZERS[config.quantizer](config, input_size)

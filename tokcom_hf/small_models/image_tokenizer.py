@@ -1,0 +1,38 @@
+"""The image tokenizer of the full circle: a VQGAN trained on the images of caption rows."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.caption_images import PixelRows
+from ..trainers.vqgan import VQGANTrainer, VQGANTrainingArguments
+
+
+def train_image_tokenizer(
+    model,
+    image_processor,
+    train,
+    held_out,
+    values: dict[str, Any],
+    folder: Path,
+    seed: int,
+    choose: Callable[[Sequence[str]], str | None] = lambda required: None,
+):
+    """Trains a VQGAN on the images of caption rows and returns it with its averaged weights.
+
+    `choose` returns the checkpoint to go on from, given the files that it must hold.
+    """
+    args = VQGANTrainingArguments(**values | {"output_dir": str(folder), "seed": seed, "report_to": "none"})
+    trainer = VQGANTrainer(
+        model,
+        args,
+        None,
+        train_dataset=PixelRows(train, image_processor),
+        eval_dataset=PixelRows(held_out, image_processor),
+        processing_class=image_processor,
+    )
+    trainer.train(choose(trainer.checkpoint_files()))
+    trainer.use_averaged_weights()
+    trainer.average = None
+    trainer.evaluate()
+    return trainer.unwrapped_model.to("cpu")

@@ -1,0 +1,214 @@
+"""Reads the documented TokCom checkpoint (`best_vae.pt`, `best_diffusion.pt`) into this package's models.
+
+Such a file is a dictionary with `epoch, stage, val_loss, model_args, config, vae_model_state_dict,
+denoised_model_state_dict`. Apart from rotary tables and copies of shared tensors its weights have our names.
+"""
+
+import os
+import zipfile
+from collections import Counter
+from pathlib import Path
+from pickle import UnpicklingError
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .data.tokenizers import load_tokenizer
+from .models.modeling_tokcom import TokComModel
+from .models.modeling_tokcom_vae import TokComVAE
+from .models.shared_layers import rotary_embeddings
+from .tokcom_model_args import DOCUMENTED_SETTINGS, PRINTED_KEYS, ModelArgs, documented_config
+
+StateDict = dict[str, torch.Tensor]
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+ROTARY = ".self_attn.rope."
+# The embedding is stored once per user; the head is tied to it.
+COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.lm_head.weight")
+# Parts of weight names that DistributedDataParallel and torch.compile put around a model.
+WRAPPERS = ("module", "_orig_mod")
+
+
+def is_checkpoint_file(name: str | os.PathLike) -> bool:
+    """Whether a name is that of a documented checkpoint file, by its suffix; folders and Hub names are none."""
+    path = Path(name)
+    return path.suffix in SUFFIXES and not path.is_dir()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Loads the file with `weights_only=True` and checks that it is what the format says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, not a PyTorch file, holding code, or another kind of checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Checkpoint {str(path)!r} does not exist.")
+    try:
+        # Mapped, the full-size file (about 4.7 GB) is not held in memory beside the model it fills.
+        mapped = zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UnpicklingError as error:
+        reason = str(error).splitlines()[0][:160]
+        raise ValueError(
+            f"{path} is no PyTorch checkpoint of plain tensors, or is damaged; nothing but tensors, numbers and text is "
+            f"read from it ({reason})."
+        ) from None
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ValueError(f"{path} is truncated or no PyTorch checkpoint ({reason}); copy it again.") from None
+    needed = ("model_args", "vae_model_state_dict")
+    missing = [key for key in needed if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)]
+    if missing:
+        found = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} is no TokCom checkpoint: it lacks {' and '.join(missing)} (it has {found[:160]}).")
+    absent = [key for key in PRINTED_KEYS if key not in checkpoint["model_args"]]
+    if absent:
+        raise ValueError(f"{path} is no TokCom checkpoint: its model_args lack {', '.join(absent)}.")
+    return checkpoint
+
+
+def checkpoint_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The `config` of a file, with the documented values of keys that it leaves out."""
+    given = dict(checkpoint.get("config") or {})
+    if "max_seq_len" in given:
+        given.setdefault("max_length", given["max_seq_len"])
+    if "chunk_size" in checkpoint["model_args"]:
+        given.setdefault("chunk_size", checkpoint["model_args"]["chunk_size"])
+    return DOCUMENTED_SETTINGS | given
+
+
+def checkpoint_tokenizer(checkpoint: dict[str, Any], path: str | Path, name: str | None = None) -> Any:
+    """The tokenizer of a checkpoint file: `name` where given, else its `config['tokenizer_path']`, else the one beside it.
+
+    Raises:
+        OSError: none of them can be loaded.
+    """
+    if name is not None:
+        return load_tokenizer(name)
+    wanted, folder = str(checkpoint_settings(checkpoint)["tokenizer_path"]), Path(path).parent
+    try:
+        return load_tokenizer(wanted)
+    except OSError as error:
+        for place in (folder, folder / "vae"):
+            if (place / "tokenizer.json").is_file():
+                return load_tokenizer(place)
+        raise OSError(
+            f"{path} was trained with the tokenizer {wanted!r}, which cannot be loaded; name it, or a copy of it, with "
+            f"--tokenizer. ({error})"
+        ) from None
+
+
+def load_checkpoint_file(path: str | Path, tokenizer: str | None = None) -> tuple[TokComModel | TokComVAE, Any]:
+    """Model and tokenizer of a checkpoint file; `tokenizer` replaces the name that the file holds.
+
+    Raises:
+        OSError, ValueError: what `read_checkpoint`, `checkpoint_tokenizer` and `convert_checkpoint` raise.
+    """
+    checkpoint = read_checkpoint(path)
+    loaded = checkpoint_tokenizer(checkpoint, path, tokenizer)
+    return convert_checkpoint(checkpoint, loaded.eos_token_id), loaded
+
+
+def convert_checkpoint(checkpoint: dict[str, Any], eos_token_id: int | None = None) -> TokComModel | TokComVAE:
+    """The models of a checkpoint: a `TokComModel`, or a `TokComVAE` where it has no denoiser yet (stage one).
+
+    Raises:
+        ValueError: weights missing, left over, or of another shape than `model_args` say; a head that is not tied.
+    """
+    arguments, settings = ModelArgs.from_dict(checkpoint["model_args"]), checkpoint_settings(checkpoint)
+    vae_weights = vae_state(checkpoint["vae_model_state_dict"], arguments.shape())
+    # Some files count the omni token in vocab_size, some do not; the embedding knows.
+    rows = len(vae_weights["embed_tokens.weight"])
+    if rows - arguments.vocab_size not in (0, 1):
+        raise ValueError(f"embed_tokens.weight has {rows} rows, but model_args.vocab_size is {arguments.vocab_size}.")
+    arguments.vocab_size = rows
+    if not checkpoint.get("denoised_model_state_dict"):
+        vae = TokComVAE(arguments.vae_config(settings["chunk_size"]))
+        return fill(vae, vae_weights, "vae_model_state_dict").eval()
+    model = TokComModel(documented_config(arguments, settings, eos_token_id))
+    fill(model.vae, vae_weights, "vae_model_state_dict")
+    denoiser_weights = drop_rotary(unwrapped(checkpoint["denoised_model_state_dict"]), arguments.shape())
+    fill(model.denoiser, denoiser_weights, "denoised_model_state_dict")
+    return model.eval()
+
+
+def unwrapped(state: StateDict) -> StateDict:
+    """Weights without the prefixes `module.` and `_orig_mod.` of a wrapped model.
+
+    Raises:
+        ValueError: two weights of one name, one of them prefixed.
+    """
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in state}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise ValueError(f"The weights hold {twice[0]!r} under two prefixes of a wrapped model; keep one of them.")
+    return {names[name]: tensor for name, tensor in state.items()}
+
+
+def vae_state(state: StateDict, shape: dict[str, Any]) -> StateDict:
+    """Documented VAE weights → ours: prefixes, rotary tables and copies of the embedding left out, the head named `lm_head`.
+
+    Raises:
+        ValueError: the copies differ from the embedding.
+    """
+    state = drop_rotary(unwrapped(state), shape)
+    embedding = state.get("embed_tokens.weight", state.get("encoder.embed_tokens.weight"))
+    if embedding is None:
+        raise ValueError("vae_model_state_dict has no embed_tokens.weight; is this a TokCom checkpoint?")
+    for name in COPIES_OF_EMBEDDING:
+        copy = state.pop(name, embedding)
+        if copy is not embedding and not torch.equal(copy, embedding):
+            raise ValueError(f"{name} differs from embed_tokens.weight, but in TokCom they are one tied tensor.")
+    return state | {"embed_tokens.weight": embedding, "lm_head.weight": embedding}
+
+
+def drop_rotary(state: StateDict, shape: dict[str, Any]) -> StateDict:
+    """Leaves out the stored rotary tables, after checking that they are the ones our layers compute.
+
+    Raises:
+        ValueError: tables of another base or another order of dimensions; converted weights would give other numbers.
+    """
+    head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+    checked: set[str] = set()
+    for name, table in state.items():
+        kind = name.rpartition(ROTARY)[2]
+        if ROTARY not in name or kind in checked:
+            continue
+        checked.add(kind)
+        table = table.float().reshape(-1, table.shape[-1])
+        cos, sin = rotary_embeddings(len(table), SimpleNamespace(**shape), table)
+        frequencies = float(shape["rope_theta"]) ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+        expected = {"cos_cached": cos[0], "sin_cached": sin[0], "inv_freq": frequencies.unsqueeze(0)}.get(kind)
+        # Half tables are as good: both halves of ours are equal.
+        if expected is not None and kind != "inv_freq":
+            expected = expected[:, : table.shape[-1]]
+        if expected is not None and (expected.shape != table.shape or (expected - table).abs().max() > 1e-3):
+            raise ValueError(
+                f"{name} is not the rotary table of rope_theta={shape['rope_theta']:g} in half-and-half order; this "
+                "checkpoint was written by another architecture."
+            )
+    return {name: tensor for name, tensor in state.items() if ROTARY not in name}
+
+
+def fill(model: Any, state: StateDict, where: str) -> Any:
+    """Loads every weight into the model and returns it.
+
+    Raises:
+        ValueError: a weight missing, left over, or of another shape.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    for names, what in ((missing, "lacks"), (unexpected, "has the unknown")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{where} {what} {', '.join(names[:3])}{more}; it does not fit its model_args.")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, model_args ask for {tuple(own[name].shape)}."
+            )
+    model.load_state_dict(state)
+    return model

@@ -1,0 +1,90 @@
+"""`model_args` and `config` of the documented TokCom checkpoint, and the configurations that they stand for."""
+
+import logging
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .models.configuration_tokcom import TokComConfig
+from .models.configuration_tokcom_denoiser import DenoisedModelConfig
+from .models.configuration_tokcom_vae import TokComVAEConfig
+
+logger = logging.getLogger(__name__)
+
+# Keys of model_args that the document prints; the norm's epsilon and the RoPE base have one documented value.
+PRINTED_KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "omni_token_id",
+)  # fmt: skip
+# The config of a file that says nothing else.
+DOCUMENTED_SETTINGS: dict[str, Any] = {
+    "tokenizer_path": "meta-llama/CodeLlama-7b-hf", "max_length": 1024, "chunk_size": 4, "noise_std": 0.05,
+}  # fmt: skip
+
+
+@dataclass
+class ModelArgs:
+    """Architecture of VAE and denoiser as the documented files hold it under `model_args`; the defaults are documented.
+
+    `vocab_size` counts the omni token, whose id is the last one where it is None.
+    """
+
+    hidden_size: int = 896
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int = 2
+    intermediate_size: int = 4864
+    vocab_size: int = 32017
+    omni_token_id: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+
+    def __post_init__(self):
+        if self.omni_token_id is None:
+            self.omni_token_id = self.vocab_size - 1
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelArgs":
+        """The `model_args` of a file; keys that nothing here reads are named in a warning.
+
+        Raises:
+            ValueError: a key that the document prints is missing.
+        """
+        absent = [key for key in PRINTED_KEYS if key not in values]
+        if absent:
+            raise ValueError(f"model_args lack {', '.join(absent)}; is this a TokCom checkpoint?")
+        known = {item.name for item in fields(cls)}
+        unread = sorted(set(map(str, values)) - known - {"chunk_size"})
+        if unread:
+            logger.warning("model_args that no part of the model reads: %s.", ", ".join(unread))
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def shape(self) -> dict[str, Any]:
+        """Fields that `TokComVAEConfig` and `DenoisedModelConfig` share."""
+        return {name: value for name, value in asdict(self).items() if name not in ("vocab_size", "omni_token_id")}
+
+    def vae_config(self, chunk_size: int = 4) -> TokComVAEConfig:
+        """Configuration of the documented VAE."""
+        return TokComVAEConfig(
+            **self.shape(), vocab_size=self.vocab_size, omni_token_id=self.omni_token_id, chunk_size=chunk_size
+        )
+
+    def denoiser_config(self) -> DenoisedModelConfig:
+        """Configuration of the documented denoiser."""
+        return DenoisedModelConfig(**self.shape(), latent_size=self.hidden_size)
+
+
+def documented_config(arguments: ModelArgs, settings: dict[str, Any], eos_token_id: int | None = None) -> TokComConfig:
+    """Configuration of the whole model of a checkpoint file; `settings` are its `config`."""
+    return TokComConfig(
+        vae=arguments.vae_config(settings["chunk_size"]),
+        denoiser=arguments.denoiser_config(),
+        noise_std=settings["noise_std"],
+        max_chunks=settings["max_length"] // settings["chunk_size"],
+        eos_token_id=eos_token_id,
+    )
+
+
+def model_arguments(config: Any) -> ModelArgs:
+    """The `model_args` of a `TokComConfig` or `TokComVAEConfig`: the shape of the VAE."""
+    vae = getattr(config, "vae", config)
+    return ModelArgs(**{item.name: getattr(vae, item.name) for item in fields(ModelArgs)})

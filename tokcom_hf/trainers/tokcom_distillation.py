@@ -1,0 +1,162 @@
+"""Distils a TokCom flow to a few steps: the student predicts in one step where the teacher's flow ends."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..evaluation.tokcom_denoising import denoising_metrics
+from ..models.tokcom_flow_matching import Denoise, denoising_steps, sample, sampling_times
+from ..models.tokcom_objective import block_shape
+from .tokcom import DenoiserTrainingArguments, FlowTrainer, Tables, draw_blocks, evaluation_blocks, flow_samples
+
+
+@dataclass
+class DistillationTrainingArguments(DenoiserTrainingArguments):
+    """Arguments of the distillation stage."""
+
+    student_steps: int = field(default=2, metadata={"help": "Steps per block that the distilled model takes."})
+    teacher_steps: int = field(default=8, metadata={"help": "Steps of the teacher's whole flow."})
+    token_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the cross-entropy, in nats per token, with the teacher's tokens."}
+    )
+    sample_steps: int | None = field(
+        default=None,
+        metadata={"help": "Flow steps of the samples shown during training; student_steps where not set."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.student_steps < self.teacher_steps:
+            raise ValueError(
+                f"student_steps must be at least 1 and fewer than teacher_steps, got {self.student_steps} and "
+                f"{self.teacher_steps}."
+            )
+
+
+class DistillationTrainer(FlowTrainer):
+    """Trains `model`, a `DenoisedModel` that starts as a copy of the teacher's, to follow the flow in `student_steps` steps.
+
+    One of the student's times is drawn for each batch. The student comes there on its own, as in generation; its prediction
+    there is compared with the end of the teacher's flow from the same point: squared error of the latents, and cross-entropy
+    of their decoded tokens.
+
+    Args:
+        model: the student; None copies the teacher's denoiser.
+        teacher: `TokComModel` whose flow is followed; it stays as it is.
+    """
+
+    arguments_class = DistillationTrainingArguments
+    stage = "distillation"
+
+    def __init__(self, model=None, args=None, *positional, teacher: Any = None, **kwargs):
+        if teacher is None:
+            raise ValueError("DistillationTrainer needs the trained TokComModel to follow: pass teacher=...")
+        model = copy.deepcopy(teacher.denoiser).requires_grad_(True) if model is None else model
+        super().__init__(model, args, *positional, **kwargs)
+        self.teacher = teacher.to(self.args.device).eval()
+        # The cross-entropy goes through its decoder.
+        self.teacher.vae.requires_grad_(False)
+        self.times = sampling_times(self.args.student_steps, teacher.config.step_power)
+
+    def distilled(self) -> Any:
+        """The whole model with the student in the teacher's place; `generate` takes `student_steps` steps by default."""
+        model = copy.deepcopy(self.teacher)
+        model.denoiser.load_state_dict(self.unwrapped_model.state_dict())
+        model.config.num_steps = self.args.student_steps
+        # A number there would count before the config's.
+        model.generation_config.num_steps = None
+        return model.eval()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        teacher, ids, args = self.teacher, inputs["input_ids"], self.args
+        config, rows = teacher.config, len(ids)
+        generator = self.noise_generator(model.training)
+        blocks = evaluation_blocks(config, ids.shape[1])
+        if model.training:
+            blocks = draw_blocks(config, ids.shape[1], generator)
+        shape = block_shape(config, ids.shape[1], **blocks)
+        noise, *fresh = (
+            self.local_rows(rows, lambda n: torch.randn((n, *shape), generator=generator)).flatten(0, 1)
+            * config.noise_std
+            for _ in range(args.student_steps)
+        )
+        place = int(torch.randint(args.student_steps, (), generator=generator))
+        now = self.times[place]
+        real = self._real_chunks(inputs["attention_mask"], blocks["offset"], shape)
+        with torch.no_grad():
+            context = self._context(ids, blocks["offset"], shape)
+            student = self._denoise(model, context, real)
+            x = self._arrive(student, noise, fresh, place)
+            remaining = sampling_times(denoising_steps(args.teacher_steps, now), config.step_power, now)
+            target = sample(self._denoise(teacher.denoiser, context, real), x, remaining)
+            tokens = teacher.decode(teacher.unstandardize(target)).unflatten(1, (shape[1], -1))
+            tokens = tokens.masked_fill(~real.unsqueeze(-1), -100)
+        predicted = student(x, now)
+        error = (predicted.float() - target.float()).square().mean(dim=-1)
+        error = (error * real).sum() / real.sum().clamp(min=1)
+        latents = teacher.unstandardize(predicted).flatten(0, 1).to(teacher.vae.lm_head.weight.dtype)
+        entropy = teacher.vae.cross_entropy(teacher.vae.decode_hidden(latents), tokens)
+        loss = error + args.token_weight * entropy
+        if model.training:
+            self.log_scalars("distillation", {"batch_mse_loss": error.detach(), "batch_ce_loss": entropy.detach()})
+        return (loss, {"clean_latents": predicted}) if return_outputs else loss
+
+    def _context(self, ids: torch.LongTensor, offset: int, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """States before each block, (rows · blocks, hidden), or None."""
+        config = self.teacher.config
+        if config.context is None:
+            return None
+        span = shape[1] * config.vae.chunk_size
+        starts = torch.arange(shape[0] // config.noise_draws, device=ids.device) * span + offset
+        return self.teacher.context(ids)[:, starts].repeat(1, config.noise_draws, 1).flatten(0, 1)
+
+    def _real_chunks(self, attention_mask: torch.LongTensor, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """Which chunks of each block hold a token, (rows · blocks, chunks) bool."""
+        config = self.teacher.config
+        span, count = shape[1] * config.vae.chunk_size, shape[0] // config.noise_draws
+        blocks = attention_mask[:, offset : offset + count * span].view(len(attention_mask), count, shape[1], -1)
+        return blocks.bool().any(dim=-1).repeat(1, config.noise_draws, 1).flatten(0, 1)
+
+    def _denoise(self, denoiser: nn.Module, context: torch.Tensor | None, real: torch.Tensor) -> Denoise:
+        """(x_t, t) → predicted clean latents; with self-conditioning each call sees the prediction of the one before."""
+        # Chunks do not see padding; a block of padding alone sees itself.
+        mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
+        earlier: list[torch.Tensor | None] = [None]
+
+        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+            clean = denoiser(
+                x, torch.full((1,), t, device=x.device), context=context, self_condition=earlier[0],
+                attention_mask=mask, return_dict=True,
+            ).clean_latents  # fmt: skip
+            if self.teacher.config.denoiser.self_conditioning:
+                earlier[0] = clean
+            return clean
+
+        return denoise
+
+    def _arrive(self, student: Denoise, noise: torch.Tensor, fresh: list[torch.Tensor], place: int) -> torch.Tensor:
+        """Where the student is at its time number `place`, by the sampler that the model generates with."""
+        if self.teacher.config.sampler != "renoise":
+            return sample(student, noise, self.times[: place + 1], self.teacher.config.sampler)
+        x = noise
+        for index in range(place):
+            clean, t = student(x, self.times[index]), self.times[index + 1]
+            x = (1 - t) * fresh[index] + t * clean
+        return x
+
+    def token_logits(self, outputs, rows: int) -> torch.Tensor | None:
+        if self.compute_metrics is not None:
+            raise ValueError("The distillation stage compares latents with the teacher's; leave compute_metrics out.")
+        return None
+
+    def accuracies(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+        return denoising_metrics(self.distilled(), ids, mask, tuple(self.args.eval_times))
+
+    @torch.no_grad()
+    def sample_tables(self, decode_text: Callable[[torch.Tensor], list[str]]) -> Tables:
+        """Generations, and denoised held-out text beside the original."""
+        return flow_samples(self, self.distilled(), decode_text, self.args.sample_steps or self.args.student_steps)
