@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from transformers.integrations import TensorBoardCallback
 
 from tokcom_hf import LayerPrunerConfig, PrunedVLM, TokenMerger, TokenMergerConfig
@@ -38,6 +37,9 @@ EVALUATION = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of six steps with an evaluation and a checkpoint every three, tracked by TensorBoard."""
+    # The lowest declared versions are tested without it.
+    from torch.utils.tensorboard import SummaryWriter
+
     folder = tmp_path_factory.mktemp("run")
     trainer = make_trainer(
         folder, eval_strategy="steps", eval_steps=3, save_steps=3, save_parts=True, load_best_model_at_end=True,
