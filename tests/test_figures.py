@@ -36,5 +36,5 @@ def test_a_figure_is_the_number_in_its_file(row):
 def test_there_are_figures_of_every_kept_file():
     kept = {f"docs/results/{path.name}" for path in (ROOT / "docs" / "results").glob("*.json")}
     named = {row[3].strip("`") for row in ROWS}
-    # Two files are compared with their pages by tests of their own.
-    assert kept - named == {"docs/results/troubleshooting.json", "docs/results/vq_documented.json"}
+    # It is compared with its page by a test of its own.
+    assert kept - named == {"docs/results/troubleshooting.json"}
