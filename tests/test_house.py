@@ -106,6 +106,14 @@ def test_what_travels_imports_only_what_travels(module):
             assert not inner, "an import inside try is not copied"
 
 
+def test_every_file_that_travels_shows_its_family():
+    """By its own prefix, or by transformers' own: configuration_, modeling_, pipeline_, processing_, image_processing_."""
+    families = ("tokcom_", "vqgan_", "pruning_", "lfq_", "shared_")
+    kinds = ("configuration_", "modeling_", "pipeline_", "processing_", "image_processing_")
+    names = [name.partition(".")[2] for name in trees() if room(name) == "models"]
+    assert [name for name in names if not name.startswith(families + kinds)] == []
+
+
 def long_files(limit: int = 300) -> dict[str, int]:
     lengths = {module_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     return {name: length for name, length in lengths.items() if length > limit}

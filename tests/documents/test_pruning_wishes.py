@@ -27,7 +27,7 @@ from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_co
 from tokcom_hf.data.vqa_tasks import caption_row
 from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.metrics.vqa import bleu
-from tokcom_hf.models.question_ratio import confident_count, within
+from tokcom_hf.models.pruning_question_ratio import confident_count, within
 from tokcom_hf.small_models.scene_tokenizer import scene_tokenizer
 from tokcom_hf.small_models.small_vlm import scene_processor
 from tokcom_hf.trainers.pruning_attention_guidance import attention_reader, guidance_loss, read_share, reading_scores

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_pruning_token_merger import TokenMergerConfig
 from .pruning_question_attention import QuestionAttention, QuestionGuide
-from .question_ratio import confident_count, within
+from .pruning_question_ratio import confident_count, within
 from .shared_strict_loading import StrictLoading
 
 # `confidence` is this many times smaller than the logit of its probability, so that learning rates of 2e-5 (a logit in 500
