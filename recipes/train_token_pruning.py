@@ -105,6 +105,9 @@ def main() -> None:
     upload = take_upload(values["training"])
     folder = RunFolder(run, "train_token_pruning")
     out = folder.path
+    # Before the small model is trained, which takes minutes.
+    values["training"].pop("resume_from_checkpoint", None)
+    args = TokenPruningTrainingArguments(**values["training"] | {"output_dir": str(out), "seed": run.seed})
     use_all_cores(run.threads)
     ensure_small_vlm(run.base_model, run.threads)
     started = time.time()
@@ -117,9 +120,6 @@ def main() -> None:
     parts = read_parts(run.init_from, run.init_step) if run.init_from else {}
     model = build_model(base, run, values, parts)
 
-    values["training"].pop("resume_from_checkpoint", None)
-    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed}
-    args = TokenPruningTrainingArguments(**arguments)
     discriminator = build_discriminator(model, args, values, parts)
     info("Freezing backbone parameters..." if not args.lora_r else "Adding LoRA adapters to the frozen backbone...")
     info("Creating Trainer...")

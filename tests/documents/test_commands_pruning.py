@@ -295,3 +295,12 @@ def test_contradictions_are_named(llava, tmp_path, monkeypatch, capsys):
             run_script(monkeypatch, "train_token_pruning.py", *base, *arguments)
         assert message in capsys.readouterr().err
     assert not Path(tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_arguments_are_refused_before_a_small_model_is_trained(tmp_path, monkeypatch, capsys):
+    missing = tmp_path / "vlm"
+    arguments = ["--base_model", missing, "--output_dir", tmp_path / "out", "--temperature_anneal_rate", 1.5]
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "train_token_pruning.py", *arguments)
+    assert "temperature_anneal_rate is a share between 0 and 1, got 1.5" in capsys.readouterr().err
+    assert not missing.exists()
