@@ -6,6 +6,7 @@ trainers, data and plots are imported on first use.
 
 from importlib import import_module
 
+from .former_names import install
 from .registry import MODELS, register_all
 
 __version__ = "0.2.0"
@@ -54,3 +55,4 @@ def __dir__() -> list[str]:
 
 
 register_all()
+install()
