@@ -9,7 +9,7 @@ from .configuration_tokcom_denoiser import DenoisedModelConfig
 from .configuration_tokcom_vae import TokComVAEConfig
 from .pipeline_files import PipelineTasks
 from .tokcom_flow_matching import SAMPLERS
-from .tokcom_removed import refuse, refuse_removed
+from .tokcom_removed import refuse_block_size, refuse_removed
 
 
 def _part_field(part: str, name: str) -> property:
@@ -93,7 +93,7 @@ class TokComConfig(PreTrainedConfig):
         if refuse_removed(self.model_type, kwargs) and self.context is None:
             # Version 0.1.0 wrote block sizes into every folder; they acted with the removed kind of attention alone.
             self.block_sizes = [0]
-            refuse({"block_size": self.block_size} if self.block_size else {})
+            refuse_block_size(self.block_size)
         self.custom_pipelines = PipelineTasks("tokcom", kwargs.pop("custom_pipelines", None))
         if self.vae is None:
             self.vae = TokComVAEConfig()
