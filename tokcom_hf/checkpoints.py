@@ -17,6 +17,14 @@ from safetensors import safe_open
 
 logger = logging.getLogger(__name__)
 
+# Beginning of the name of everything that is being written and not yet in its place.
+UNFINISHED_PREFIX = ".unfinished-"
+# Folder of the run in which `checkpoint-N` is written; it exists only while a checkpoint is being written.
+UNFINISHED_CHECKPOINT = UNFINISHED_PREFIX + "checkpoint"
+# Folder inside a model's in which the final save is written; it exists only while that is being done.
+UNFINISHED_MODEL = UNFINISHED_PREFIX + "model"
+# Step, world size and every file of a checkpoint with its size and SHA-256; written last.
+MANIFEST_FILE = "manifest.json"
 STATE_FILE = "trainer_state.json"
 AVERAGE_FILE = "ema.safetensors"
 AUXILIARY_FILE = "auxiliary.pt"
