@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokcom_hf.models.configuration_vqgan import VQGANConfig, default_fsq_levels
+from tokcom_hf.models.configuration_vqgan import READ_BY, VQGANConfig, default_fsq_levels
 from tokcom_hf.models.modeling_vqgan import VQGAN
 from tokcom_hf.models.vqgan_quantizers import QuantizerOutput
 
@@ -119,8 +119,9 @@ def build(method: str, size: int) -> VQGAN:
     """The common network with the quantizer of one row."""
     ours = {"codebook_dim": size.bit_length() - 1} | OURS | (WIDE if size <= WIDE_CODES else {})
     own = {"ours": ours, "ours_cosine": ours | {"codebook_similarity": "cosine"}, "paper": PAPER}
-    own["ours_fsq"] = ours | {"quantizer": "fsq"}
-    own["ours_lfq"] = ours | {"quantizer": "lfq", "entropy_weight": 0.3, "entropy_temperature": 0.3}
+    shared = {name: value for name, value in ours.items() if name not in READ_BY}
+    own["ours_fsq"] = shared | {"quantizer": "fsq"}
+    own["ours_lfq"] = shared | {"quantizer": "lfq", "entropy_weight": 0.3, "entropy_temperature": 0.3}
     own["ours_no_warmup"] = ours
     own["paper_no_remedies"] = PAPER | NO_REMEDIES
     if method in own:

@@ -26,7 +26,8 @@ TINY = {
 
 def tiny(**settings) -> VQGAN:
     torch.manual_seed(0)
-    return VQGAN(VQGANConfig(**(TINY | settings)))
+    other = settings.get("quantizer", "ema") != "ema"
+    return VQGAN(VQGANConfig(**(TINY | ({"codebook_init": "uniform"} if other else {}) | settings)))
 
 
 def images(batch=2, channels=3, height=16, width=16) -> torch.Tensor:

@@ -23,7 +23,7 @@ VAE = {"vocab_size": 51, "latent_size": 16, **SHAPE}
 CONTEXT = SHAPE | {"hidden_size": 48, "intermediate_size": 64}
 VQ = {
     "image_size": 16, "codebook_size": 16, "codebook_dim": 8, "base_channels": 8, "channel_multipliers": [1, 2],
-    "downsample_factor": 4, "patch_size": 2, "num_res_blocks": 1, "codebook_projection": True,
+    "downsample_factor": 4, "patch_size": 2, "num_res_blocks": 1, "latent_channels": 12,
 }  # fmt: skip
 FLOW = {"vae": VAE, "denoiser": SHAPE, "noise_std": 1.0, "mse_weight": 1.0}
 MODELS = {

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tokcom_hf import VQGAN, VQGANConfig, VQGANDiscriminator, VQGANDiscriminatorConfig, VQGANImageProcessor
 from tokcom_hf.data.images import ProceduralImages
+from tokcom_hf.models.configuration_vqgan import READ_BY
 from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments
 from tokcom_hf.trainers.vqgan_adversary import LeCAM, adaptive_weight, discriminator_loss, generator_loss
 
@@ -52,7 +53,10 @@ TRAINING = {
 
 def trainer(folder, model_settings=None, **settings) -> VQGANTrainer:
     torch.manual_seed(0)
-    model = VQGAN(VQGANConfig(**(MODEL | (model_settings or {}))))
+    model_settings = MODEL | (model_settings or {})
+    if model_settings.get("quantizer") == "lfq":
+        model_settings = {name: value for name, value in model_settings.items() if "lfq" in READ_BY.get(name, ["lfq"])}
+    model = VQGAN(VQGANConfig(**model_settings))
     discriminator = VQGANDiscriminator(VQGANDiscriminatorConfig(base_channels=8, num_layers=1))
     args = VQGANTrainingArguments(output_dir=str(folder), **(TRAINING | settings))
     processor = VQGANImageProcessor(16, size_divisor=4)

@@ -1,75 +1,99 @@
 """Configuration of `VQGAN`."""
 
 import math
+from dataclasses import fields
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .pipeline_files import PipelineTasks
+from .shared_removed_fields import take_removed
 
 QUANTIZER_NAMES = ("ema", "fsq", "lfq")
+# Option → the quantizers that read it. An option that is not here is read whatever the quantizer is.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "entropy_weight": ("ema", "lfq"),
+    "entropy_temperature": ("ema", "lfq"),
+    "entropy_term": ("ema",),
+    "diversity_weight": ("ema",),
+    "codebook_similarity": ("ema",),
+    "codebook_init": ("ema",),
+    "ema_decay": ("ema",),
+    "temperature": ("ema",),
+    "temperature_scale": ("ema",),
+    "dead_code_threshold": ("ema",),
+    "dead_code_unit": ("ema",),
+    "reset_fraction": ("ema",),
+    "reset_interval": ("ema",),
+    "balance_rate": ("ema",),
+}
+# At 0 these options are off, which is true of every quantizer that does not read them.
+OFF_AT_ZERO = ("entropy_weight", "temperature", "reset_fraction")
+# Field of version 0.2.0 → its default there; `fsq_levels` followed from `codebook_size`.
+REMOVED: dict[str, Any] = {
+    "dropout": 0.0, "codebook_projection": False, "kmeans_iterations": 10, "codebook_seed": 0, "ema_bias_correction": True,
+    "gradient_estimator": "straight_through", "reset_pool": 16384, "freeze_codebook": False, "usage_decay": 0.99,
+}  # fmt: skip
 
 
 def default_fsq_levels(codebook_size: int) -> list[int]:
-    """Levels 4 and 8 whose product is `codebook_size`, a power of two ≥ 4: 64 → [4, 4, 4], 8192 → [8, 4, 4, 4, 4, 4]."""
+    """Levels of each dimension of `fsq`, 4 or 8, whose product is `codebook_size`: 64 → [4, 4, 4], 32 → [8, 4].
+
+    Raises:
+        ValueError: `codebook_size` is no power of two, or below 4.
+    """
     bits = codebook_size.bit_length() - 1
     if codebook_size < 4 or codebook_size != 1 << bits:
-        raise ValueError(
-            f"codebook_size {codebook_size} is not a power of two ≥ 4; give fsq_levels, whose product it must be."
-        )
+        raise ValueError(f"fsq needs a codebook_size that is a power of two and at least 4, got {codebook_size}.")
     return [8] * (bits % 2) + [4] * ((bits - 3 * (bits % 2)) // 2)
 
 
 @strict
 class VQGANConfig(PreTrainedConfig):
-    """Images to discrete codes and back. The defaults are the documented numbers; `recipes/configs/base` are sturdier.
+    """Shape, losses and codebook of a `VQGAN`. The defaults are the documented numbers; `recipes/configs/base` are sturdier.
 
     What you will most likely change:
-        image_size: pixels of the processor's output; the model takes any size divisible by `downsample_factor`.
-        in_channels, out_channels: 1 to 4.
-        codebook_size: number of codes K (for `lfq` a power of two, for `fsq` the product of `fsq_levels`).
-        codebook_dim: width of a code; 8–32 with `codebook_similarity="cosine"` uses large codebooks best. (`ema` only.)
-        quantizer: `ema`, `fsq` or `lfq`.
+        image_size: side in pixels of the processor's output; the model takes any size divisible by `downsample_factor`.
+        in_channels, out_channels: channels of input and output, 1 to 4.
+        codebook_size: number of codes K; a power of two for `lfq` and `fsq`.
+        codebook_dim: width of a code of `ema`; 8–32 with `codebook_similarity="cosine"` uses large codebooks best.
+        quantizer: `ema` (learned codebook), `fsq` (rounding) or `lfq` (signs).
 
     Network:
         downsample_factor: pixels per code along each side, `patch_size` times a power of two.
         patch_size: pixels folded into channels before the first convolution; above 1 it saves most of the time.
         base_channels, channel_multipliers: width of each resolution, finest first; one multiplier more than halvings.
         num_res_blocks: residual blocks per resolution.
-        latent_channels: channels of encoder output and decoder input; None means `codebook_dim`.
+        latent_channels: channels of encoder output and decoder input; None takes `codebook_dim`.
         mid_attention: self-attention at the coarsest resolution.
-        dropout: in the residual blocks.
 
-    Loss of `forward` (reconstruction = l1_weight·L1 + mse_weight·MSE):
-        commitment_weight: β; pulls features to their codes. `VQGANTrainingArguments` warms it up.
-        entropy_weight: of (per-sample entropy − entropy of the batch mean)/log K of soft assignments.
-        entropy_term: `choice` (as above: sure choices and evenly used codes) or `use` (−entropy of the batch mean/log K
-            alone; `ema` only).
-        entropy_temperature: of those assignments.
-        diversity_weight: of 1 − entropy of the batch mean/log K of the same assignments, beside the entropy term: it asks
-            for evenly used codes, not for sure choices. (`ema` only.)
+    Loss of `forward`:
+        l1_weight, mse_weight: weights of the absolute and the squared error of the reconstruction.
+        commitment_weight: weight β of the distance between features and their codes. `VQGANTrainingArguments` warms it up.
+        entropy_weight: weight of the entropy term (`ema`, `lfq`).
+        entropy_term: `choice` is (mean entropy of each vector's soft assignment − entropy of the mean assignment) / log K,
+            for sure choices and evenly used codes; `use` is its second part alone (`ema`).
+        entropy_temperature: temperature of those soft assignments (`ema`, `lfq`).
+        diversity_weight: weight of 1 − entropy of the mean assignment / log K: evenly used codes, whether or not the choices
+            are sure (`ema`).
 
-    Codebook (`ema`):
-        codebook_similarity: `euclidean` or `cosine` (features and codes on the unit sphere).
-        codebook_projection: linear maps around the codebook even where widths agree.
-        codebook_init: `uniform` ±1/K (documented; features then miss most codes), `data` or `kmeans`.
-        kmeans_iterations, codebook_seed: of the initialisation and of resets.
-        ema_decay: of the codes' moving averages; `ema_bias_correction` forgets their arbitrary start.
-        temperature: codes are drawn from softmax(−distance/(temperature·scale)) in training only; 0 takes the
-            nearest. The trainer may anneal it. `temperature_scale`: what squared distances are divided by, `dim` (√width),
-            `mean` (their mean), `variance` (the features' mean variance per channel: distances of features of unit
-            variance, summed over all channels) or `none`, so that the features' own size tells how even the draw is.
-        gradient_estimator: `straight_through` or `rotation`; rotation excludes temperature > 0.
-        dead_code_threshold: a code below it is dead; in vectors per step (`dead_code_unit="count"`, documented) or as
-            a share of the mean use (`"mean"`, independent of batch and codebook size).
-        reset_fraction: at most this share of the codes is moved onto data at a time, dead codes only; 0 is never.
-        reset_interval: optimizer steps between resets; 0 leaves the moment to the trainer (each epoch).
-        reset_pool: vectors remembered per step and rank to reset onto.
-        balance_rate: how fast codes that are chosen more often than the others become dearer, so that all are used
-            equally; 0 leaves each vector its nearest code. Per step, in units of the squared distance between vectors
-            and codes; 0.05 is usual. What was learned holds in inference as well.
-        freeze_codebook: codes never move.
-        usage_decay: of the usage statistics that are only reported.
+    Codebook of `ema`:
+        codebook_similarity: `euclidean`, or `cosine` with features and codes on the unit sphere.
+        codebook_init: `uniform` in ±1/K (documented; features then miss most codes), `data` or `kmeans`.
+        ema_decay: decay of the moving averages that the codes are.
+        temperature: in training, codes are drawn from softmax(−distance² / (temperature · scale)); 0 takes the nearest.
+        temperature_scale: that scale: `dim` (√width), `mean` (the mean squared distance), `variance` (the features' mean
+            variance per channel) or `none` (1: features far from each other then make the draw surer).
+        dead_code_threshold, dead_code_unit: a code used less is dead; in vectors per step (`count`, documented), or as a
+            share of the mean use (`mean`, independent of batch and codebook size).
+        reset_fraction: largest share of the codes, dead ones only, that a reset moves onto data; 0 never resets.
+        reset_interval: optimizer steps between resets; 0 leaves them to the trainer (each epoch).
+        balance_rate: step by which codes that are used too often become dearer, in squared distances between vectors and
+            codes; 0.05 is usual, 0 (default) lets every vector take its nearest code. Inference applies it as well.
+
+    Raises:
+        ValueError: a value out of range, or an option that the chosen quantizer does not read (`READ_BY`).
     """
 
     model_type = "tokcom_vqgan"
@@ -81,7 +105,6 @@ class VQGANConfig(PreTrainedConfig):
     codebook_size: int = 64
     codebook_dim: int = 256
     quantizer: str = "ema"
-    fsq_levels: list[int] | None = None
 
     downsample_factor: int = 8
     patch_size: int = 1
@@ -90,7 +113,6 @@ class VQGANConfig(PreTrainedConfig):
     num_res_blocks: int = 2
     latent_channels: int | None = None
     mid_attention: bool = True
-    dropout: float | int = 0.0
 
     l1_weight: float | int = 0.7
     mse_weight: float | int = 0.0
@@ -101,36 +123,31 @@ class VQGANConfig(PreTrainedConfig):
     diversity_weight: float | int = 0.0
 
     codebook_similarity: str = "euclidean"
-    codebook_projection: bool = False
     codebook_init: str = "uniform"
-    kmeans_iterations: int = 10
-    codebook_seed: int = 0
     ema_decay: float | int = 0.7
-    ema_bias_correction: bool = True
     temperature: float | int = 2.5
     temperature_scale: str = "dim"
-    gradient_estimator: str = "straight_through"
     dead_code_threshold: float | int = 1.0
     dead_code_unit: str = "count"
     reset_fraction: float | int = 0.3
     reset_interval: int = 0
-    reset_pool: int = 16384
     balance_rate: float | int = 0.0
-    freeze_codebook: bool = False
-    usage_decay: float | int = 0.99
 
     def __post_init__(self, **kwargs):
         self.custom_pipelines = PipelineTasks("vqgan", kwargs.pop("custom_pipelines", None))
-        # Set before the checks; the base class would set them behind.
+        # The base class would set these after the checks.
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
         self.channel_multipliers = list(self.channel_multipliers)
-        if self.quantizer == "fsq" and self.fsq_levels is None:
-            self.fsq_levels = default_fsq_levels(self.codebook_size)
         if self.latent_channels is None:
             self.latent_channels = self.codebook_dim
         self._check_network()
         self._check_codebook()
+        self._check_options_of_quantizer()
+        levels = (
+            default_fsq_levels(self.codebook_size) if self.quantizer == "fsq" and kwargs.get("fsq_levels") else None
+        )
+        take_removed(kwargs, REMOVED | {"fsq_levels": levels})
         super().__post_init__(**kwargs)
 
     def _check_network(self) -> None:
@@ -163,7 +180,6 @@ class VQGANConfig(PreTrainedConfig):
             "codebook_init": ("uniform", "data", "kmeans"),
             "temperature_scale": ("dim", "mean", "variance", "none"),
             "entropy_term": ("choice", "use"),
-            "gradient_estimator": ("straight_through", "rotation"),
             "dead_code_unit": ("count", "mean"),
         }
         for name, allowed in choices.items():
@@ -173,24 +189,10 @@ class VQGANConfig(PreTrainedConfig):
             raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}.")
         if self.quantizer == "lfq" and self.codebook_size & (self.codebook_size - 1):
             raise ValueError(f"lfq needs a codebook_size that is a power of two, got {self.codebook_size}.")
-        if self.quantizer == "fsq" and math.prod(self.fsq_levels) != self.codebook_size:
-            raise ValueError(
-                f"The product of fsq_levels {self.fsq_levels} is {math.prod(self.fsq_levels)}, "
-                f"not codebook_size {self.codebook_size}."
-            )
-        if self.gradient_estimator == "rotation" and self.temperature > 0:
-            raise ValueError(
-                "gradient_estimator='rotation' needs temperature=0 (a drawn code can point away from its feature), "
-                f"got temperature {self.temperature}."
-            )
-        for name in ("ema_decay", "usage_decay", "dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if self.quantizer != "ema" and (self.diversity_weight or self.entropy_term != "choice"):
-            raise ValueError(
-                f"diversity_weight {self.diversity_weight} and entropy_term {self.entropy_term!r} need quantizer 'ema', "
-                f"got {self.quantizer!r}; lfq has entropy_weight."
-            )
+        if self.quantizer == "fsq":
+            default_fsq_levels(self.codebook_size)
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if not 0.0 <= self.reset_fraction <= 1.0:
             raise ValueError(f"reset_fraction must be in [0, 1], got {self.reset_fraction}.")
         for name in (
@@ -201,3 +203,24 @@ class VQGANConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.entropy_temperature <= 0:
             raise ValueError(f"entropy_temperature must be positive, got {self.entropy_temperature}.")
+
+    def _check_options_of_quantizer(self) -> None:
+        """Raises ValueError for options of other quantizers; in a saved folder they never acted and get their defaults."""
+        defaults = {item.name: item.default for item in fields(self)}
+        idle = {
+            name: getattr(self, name)
+            for name, quantizers in READ_BY.items()
+            if self.quantizer not in quantizers
+            and getattr(self, name) != defaults[name]
+            and not (name in OFF_AT_ZERO and getattr(self, name) == 0)
+        }
+        if self.transformers_version is not None:
+            for name in idle:
+                setattr(self, name, defaults[name])
+        elif idle:
+            given = ", ".join(
+                f"{name}={value!r} (read by {' and '.join(READ_BY[name])})" for name, value in idle.items()
+            )
+            raise ValueError(
+                f"The quantizer {self.quantizer!r} does not read {given}; leave out what it does not read."
+            )

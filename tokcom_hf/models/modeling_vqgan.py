@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_vqgan import VQGANConfig
 from .shared_layer_outputs import as_asked, refuse_layer_outputs
 from .shared_strict_loading import StrictLoading
+from .vqgan_network import Decoder, Encoder, ResidualBlock, SpatialAttention  # noqa: F401 (importable from here, too)
 from .vqgan_quantizers import EMAQuantizer, Quantizer, build_quantizer
 
 if TYPE_CHECKING:
@@ -39,108 +38,8 @@ class VQGANOutput(ModelOutput):
     diversity_loss: torch.Tensor | None = None
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at most 32 groups that divide `channels`."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
-
-
-class ResidualBlock(GradientCheckpointingLayer):
-    """Two normalised 3×3 convolutions beside a shortcut."""
-
-    def __init__(self, channels: int, out_channels: int, dropout: float):
-        super().__init__()
-        self.norm1 = group_norm(channels)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.shortcut(x) + h
-
-
-class SpatialAttention(GradientCheckpointingLayer):
-    """Single-head self-attention over the positions of a feature map."""
-
-    def __init__(self, channels: int, config: VQGANConfig):
-        super().__init__()
-        self.config = config
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.flatten(2).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=1))
-        if self.config._attn_implementation == "eager":
-            scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-            h = scores.float().softmax(-1).to(v.dtype) @ v
-        else:
-            h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(1, 2).reshape(x.shape))
-
-
-def middle(channels: int, config: VQGANConfig) -> list[nn.Module]:
-    """Residual block, attention and residual block at the coarsest resolution."""
-    attention = [SpatialAttention(channels, config), ResidualBlock(channels, channels, config.dropout)]
-    return [ResidualBlock(channels, channels, config.dropout), *(attention if config.mid_attention else [])]
-
-
-class Encoder(nn.Module):
-    """`(batch, in_channels, height, width)` → `(batch, latent_channels, height / f, width / f)`."""
-
-    def __init__(self, config: VQGANConfig):
-        super().__init__()
-        widths = [config.base_channels * factor for factor in config.channel_multipliers]
-        channels = widths[0]
-        layers: list[nn.Module] = [
-            nn.PixelUnshuffle(config.patch_size),
-            nn.Conv2d(config.in_channels * config.patch_size**2, channels, 3, padding=1),
-        ]
-        for level, width in enumerate(widths):
-            for _ in range(config.num_res_blocks):
-                layers.append(ResidualBlock(channels, width, config.dropout))
-                channels = width
-            if level < len(widths) - 1:
-                layers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
-        layers += [*middle(channels, config), group_norm(channels), nn.SiLU()]
-        self.layers = nn.Sequential(*layers)
-        self.conv_out = nn.Conv2d(channels, config.latent_channels, 1)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.conv_out(self.layers(pixel_values))
-
-
-class Decoder(nn.Module):
-    """`(batch, latent_channels, h, w)` → `(batch, out_channels, h · f, w · f)`."""
-
-    def __init__(self, config: VQGANConfig):
-        super().__init__()
-        widths = [config.base_channels * factor for factor in reversed(config.channel_multipliers)]
-        channels = widths[0]
-        layers: list[nn.Module] = [
-            nn.Conv2d(config.latent_channels, channels, 3, padding=1),
-            *middle(channels, config),
-        ]
-        for level, width in enumerate(widths):
-            for _ in range(config.num_res_blocks):
-                layers.append(ResidualBlock(channels, width, config.dropout))
-                channels = width
-            if level < len(widths) - 1:
-                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1)]
-        layers += [group_norm(channels), nn.SiLU()]
-        self.layers = nn.Sequential(*layers)
-        self.conv_out = nn.Conv2d(channels, config.out_channels * config.patch_size**2, 3, padding=1)
-        self.unfold = nn.PixelShuffle(config.patch_size)
-
-    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return self.unfold(self.conv_out(self.layers(embeddings)))
-
-
 class VQGAN(StrictLoading):
-    """Image ↔ grid of discrete codes; see `VQGANConfig` for every setting."""
+    """Encoder, quantizer and decoder: images to a grid of discrete codes and back. `VQGANConfig` describes every setting."""
 
     config_class = VQGANConfig
     base_model_prefix = "vqgan"
@@ -151,7 +50,7 @@ class VQGAN(StrictLoading):
     _no_split_modules = ["ResidualBlock", "SpatialAttention", "EMAQuantizer", "FSQQuantizer", "LFQQuantizerHead"]
     # Codes depend on distances that bf16 cannot resolve.
     _keep_in_fp32_modules_strict = [r"quantizer\.(?!initialized|num_updates)"]
-    # A folder trained without balancing lacks the penalties that `balance_rate` starts at zero.
+    # A folder saved with balance_rate=0 has no penalties; where it is loaded with another rate they start at zero.
     _keys_to_ignore_on_load_missing = [r"^quantizer\.penalty$"]
 
     def __init__(self, config: VQGANConfig):
@@ -159,21 +58,21 @@ class VQGAN(StrictLoading):
         self.encoder = Encoder(config)
         self.quantizer = build_quantizer(config, config.latent_channels)
         self.decoder = Decoder(config)
-        # Written by the trainer's warm-up; 1 is the full `commitment_weight`.
+        # Factor of `commitment_weight`, below 1 while the trainer warms it up.
         self.commitment_scale = 1.0
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Quantizer):
-            # One buffer that the folder lacks (`balance_rate` switched on) must not cost those that it has.
+            # transformers calls this where one buffer is missing from the folder; those that were loaded must stay.
             buffers = [b for b in module.buffers(recurse=False) if getattr(b, "_is_hf_initialized", False)]
             loaded = [buffer.clone() for buffer in buffers]
             module.reset_buffers()
             for buffer, value in zip(buffers, loaded):
                 buffer.copy_(value)
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            # Looked up through the module, where transformers skips weights that came from a checkpoint.
+            # As `nn.init.…` in full: transformers replaces these functions by ones that skip loaded weights.
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -198,12 +97,12 @@ class VQGAN(StrictLoading):
 
         Args:
             pixel_values: `(batch, in_channels, height, width)` in [-1, 1]; sides divisible by `downsample_factor`.
-            labels: target images where they differ from the input, for example another number of channels.
+            labels: target images, `(batch, out_channels, height, width)`; None takes `pixel_values`.
+            output_hidden_states, output_attentions: refused, because the model returns no outputs of its layers.
             return_dict: False returns a tuple; None takes the config's.
 
         Raises:
-            ValueError: wrong rank, number of channels or size; hidden states or attentions, which there are not; in
-                training, features that are NaN or infinite.
+            ValueError: a wrong rank, number of channels or size, or, in training, features that are NaN or infinite.
         """
         refuse_layer_outputs(
             self.config,
@@ -211,7 +110,7 @@ class VQGAN(StrictLoading):
             output_attentions,
             "a VQGAN returns no outputs of its layers; features(pixel_values) are the encoder's.",
         )
-        # Another quantizer in this place needs to know nothing of adapters.
+        # Passed only where it matters: a quantizer that a user puts here need not have this argument.
         options = {} if self._codebook_learns() else {"learns": False}
         quantized = self.quantizer(self.features(pixel_values), **options)
         reconstruction = self.decoder(quantized.embeddings.permute(0, 3, 1, 2))
@@ -220,23 +119,23 @@ class VQGAN(StrictLoading):
         return as_asked(output, self.config, return_dict)
 
     def _codebook_learns(self) -> bool:
-        """False where an adapter (peft) is trained that does not save the codebook, which then is frozen as all weights are.
+        """Whether training moves the codebook: not while an adapter (peft) is trained that does not save it.
 
         Raises:
-            ValueError: that codebook has not been placed on data yet.
+            ValueError: such an adapter is trained before the codebook was placed on data.
         """
         # peft sets `peft_config` on the model, and wraps what is in `modules_to_save`.
         if not (hasattr(self, "peft_config") and isinstance(self.quantizer, Quantizer)):
             return True
         if self.training and isinstance(self.quantizer, EMAQuantizer) and not self.quantizer.initialized:
             raise ValueError(
-                "An adapter does not save the codebook, and this one has not been placed on data: adapt a trained VQGAN, or "
-                "name 'quantizer' in modules_to_save."
+                "An adapter does not save the codebook, and this one has not been placed on data yet; adapt a trained "
+                "VQGAN, or name 'quantizer' in modules_to_save."
             )
         return False
 
     def losses(self, reconstruction: torch.Tensor, target: torch.Tensor, quantized) -> dict[str, torch.Tensor]:
-        """`loss` and its unweighted terms, in float32."""
+        """The loss of `forward` and its unweighted terms, float32 scalars by their names in `VQGANOutput`."""
         config = self.config
         difference = reconstruction.float() - target.float()
         reconstruction_loss = config.l1_weight * difference.abs().mean()
@@ -257,12 +156,10 @@ class VQGAN(StrictLoading):
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images `(batch, in_channels, height, width)` in [-1, 1] → codes `(batch, height / f, width / f)`.
-
-        The nearest codes, also in training mode.
+        """Images `(batch, in_channels, height, width)` in [-1, 1] → their nearest codes `(batch, height / f, width / f)`.
 
         Raises:
-            ValueError: wrong rank, number of channels or size, or features that are NaN or infinite.
+            ValueError: a wrong rank, number of channels or size, or features that are NaN or infinite.
         """
         return self.quantizer.encode(self.features(pixel_values))
 
@@ -270,7 +167,8 @@ class VQGAN(StrictLoading):
         """Codes `(batch, h, w)` → images `(batch, out_channels, h · f, w · f)`, nominally in [-1, 1].
 
         Raises:
-            TypeError, ValueError: codes that are not integers in [0, codebook_size), or not three-dimensional.
+            TypeError: codes are not integers.
+            ValueError: codes are not three-dimensional, or outside [0, codebook_size).
         """
         if codes.ndim != 3:
             raise ValueError(f"codes must have shape (batch, h, w), got {tuple(codes.shape)}.")
@@ -278,14 +176,14 @@ class VQGAN(StrictLoading):
         return self.decoder(embeddings.permute(0, 3, 1, 2))
 
     def update_codebook(self, allow_reset: bool = True) -> None:
-        """One codebook update per optimizer step, for trainers that set `quantizer.update_in_forward = False`."""
+        """Moves the codebook once per optimizer step, for trainers that set `quantizer.update_in_forward = False`."""
         self.quantizer.update(allow_reset)
 
     def expand_codebook(self, codebook_size: int) -> None:
-        """Grows an `ema` codebook; old codes keep ids and vectors.
+        """Grows an `ema` codebook; the old codes keep their ids and vectors.
 
         Raises:
-            ValueError: another quantizer, or a size that is not larger than the present one.
+            ValueError: the quantizer is not `ema`, or the new size is not larger.
         """
         if not isinstance(self.quantizer, EMAQuantizer):
             raise ValueError(f"Only the ema quantizer can expand its codebook, not {self.config.quantizer!r}.")

@@ -10,6 +10,9 @@ from transformers.utils import ModelOutput
 
 from .vqgan_code_search import all_reduce, check_finite
 
+# Decay of the reported usage of each code: about the last hundred optimizer steps.
+USAGE_DECAY = 0.99
+
 
 @dataclass
 class QuantizerOutput(ModelOutput):
@@ -49,12 +52,11 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         self.codebook_size = config.codebook_size
         self.width = width
-        project = width != input_size or config.codebook_projection
+        project = width != input_size
         self.project_in = Float32Linear(input_size, width) if project else nn.Identity()
         self.project_out = Float32Linear(width, input_size) if project else nn.Identity()
         # Whether the assignments' entropies are asked for at all: they cost a table of vectors × codes.
         self.measures_entropy = bool(config.entropy_weight or config.diversity_weight)
-        self.usage_decay = config.usage_decay
         self.enabled = True
         self.update_in_forward = True
         self.temperature = 0.0
@@ -176,8 +178,8 @@ class Quantizer(nn.Module, ABC):
         self.last_count = all_reduce(self._pending)
         self._pending = None
         share = self.last_count / self.last_count.sum().clamp_min(1)
-        self.usage.lerp_(share, 1 - self.usage_decay)
-        self.usage_weight.lerp_(torch.ones_like(self.usage_weight), 1 - self.usage_decay)
+        self.usage.lerp_(share, 1 - USAGE_DECAY)
+        self.usage_weight.lerp_(torch.ones_like(self.usage_weight), 1 - USAGE_DECAY)
 
     def usage_share(self) -> torch.Tensor:
         """Bias-corrected moving average of each code's share of the vectors, `(codebook_size,)`."""

@@ -2,18 +2,20 @@
 
 import torch
 
+from .configuration_vqgan import default_fsq_levels
 from .vqgan_quantizer_base import Quantizer
 
 
 class FSQQuantizer(Quantizer):
     """Finite scalar quantization: each of a few bounded dimensions is rounded to one of `levels` values.
 
-    It has no entropy term: `entropy_weight` is without effect.
+    It has no entropy term, as in the paper.
     """
 
     def __init__(self, config, input_size: int):
-        super().__init__(config, input_size, len(config.fsq_levels))
-        self.levels = tuple(config.fsq_levels)
+        levels = default_fsq_levels(config.codebook_size)
+        super().__init__(config, input_size, len(levels))
+        self.levels = tuple(levels)
         self.measures_entropy = False
 
     def prepare(self, vectors: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Every quantizer maps features `(..., input_size)` to embeddings of the same shap
 """
 
 from .vqgan_quantizer_base import Quantizer, QuantizerOutput
-from .vqgan_quantizer_ema import EMAQuantizer, rotate_to
+from .vqgan_quantizer_ema import EMAQuantizer
 from .vqgan_quantizer_fsq import FSQQuantizer
 from .vqgan_quantizer_lfq import LFQQuantizerHead
 
@@ -23,7 +23,6 @@ __all__ = [
     "Quantizer",
     "QuantizerOutput",
     "build_quantizer",
-    "rotate_to",
 ]
 
 

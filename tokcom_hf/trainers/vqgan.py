@@ -225,7 +225,7 @@ class VQGANTrainer(CompressionTrainer):
     def _look_ahead(self, batches: list) -> None:
         """Shows the quantizer every micro-batch, so that the entropy term is that of the whole batch.
 
-        It costs one more pass of the encoder, and is exact as long as `dropout` is 0.
+        It costs one more pass of the encoder.
         """
         model = self.unwrapped_model
         self._set_schedules(model)
