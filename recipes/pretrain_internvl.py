@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not trainer.is_world_process_zero():
         return {}
     processor.save_pretrained(out)
-    held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, **scenes.options())
+    held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, scenes)
     answers = generate_answers(trainer.unwrapped_model, VQACollator(processor, answers=False), held_out)
     scores = vqa_accuracy(answers, [row["answers"][0] for row in held_out])
     accuracy = accuracy_by_type(scores, [row["types"][0] for row in held_out])

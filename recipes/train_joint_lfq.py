@@ -198,9 +198,9 @@ def load_rows(run: RunArguments):
     scenes, path = {"image_size": 448}, Path(run.base) / "results.json"
     if path.is_file():
         scenes = json.loads(path.read_text(encoding="utf-8")).get("scenes", scenes)
-    options = SceneArguments(**scenes).options()
-    train = scene_caption_rows(run.train_images, run.seed + 17, run.questions_per_image, **options)
-    return train, scene_caption_rows(run.eval_images, run.seed + 3_000_017, 1, **options)
+    drawn = SceneArguments(**scenes)
+    train = scene_caption_rows(run.train_images, run.seed + 17, run.questions_per_image, drawn)
+    return train, scene_caption_rows(run.eval_images, run.seed + 3_000_017, 1, drawn)
 
 
 def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, Any], run, repo_id: str | None) -> None:

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from tokcom_hf import (
 from tokcom_hf.cards import EMBEDDED_TEXT, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.latent_rows import encode_rows, latent_statistics
-from tokcom_hf.data.text import hub_dataset, load_text_rows
+from tokcom_hf.data.text import Corpus, hub_dataset, load_text_rows
 from tokcom_hf.data.tokenizers import check_tokenizer
 from tokcom_hf.documented_names import TRAIN_TOKCOM
 from tokcom_hf.evaluation.tokcom_denoising import denoising_metrics
@@ -127,6 +127,11 @@ class RunArguments(RunFolderArguments):
     def __post_init__(self):
         self.dataset_name, self.dataset_config = hub_dataset(self.dataset_name, self.dataset_config)
 
+    def corpus(self) -> Corpus:
+        """The text of these arguments; --split_seed or else --seed decides which part is held out."""
+        shared = {item.name: getattr(self, item.name) for item in fields(Corpus) if item.name != "seed"}
+        return Corpus(**shared, seed=self.seed if self.split_seed is None else self.split_seed)
+
 
 # --stage -> the stages that it trains, and those that it takes from the output folder. A stage is called as its folder.
 STAGES = {
@@ -173,20 +178,12 @@ def main(argv: list[str] | None = None) -> None:
 
     chunk_size = values["vae"].get("chunk_size", 4)
     data = load_text_rows(
-        train_file=run.train_file,
-        dataset_name=run.dataset_name,
-        dataset_config=run.dataset_config,
-        text_column=run.text_column,
-        streaming=run.streaming,
-        max_documents=run.max_documents,
-        tokenizer=folder.begun_with("vae", "tokenizer.json") or run.tokenizer or given_tokenizer(out, given),
-        vocab_size=run.tokenizer_vocab_size,
-        length=run.length,
-        chunk_size=chunk_size,
-        validation_share=run.validation_share,
-        validation_file=run.validation_file,
-        offset_copies=run.offset_copies,
-        seed=run.seed if run.split_seed is None else run.split_seed,
+        run.corpus(),
+        folder.begun_with("vae", "tokenizer.json") or run.tokenizer or given_tokenizer(out, given),
+        run.tokenizer_vocab_size,
+        run.length,
+        chunk_size,
+        run.offset_copies,
     )
     print_once(state, f"{len(data.train):,} training rows and {len(data.validation):,} held-out rows of {run.length} "
                f"tokens; vocabulary {len(data.tokenizer):,} + omni token")  # fmt: skip

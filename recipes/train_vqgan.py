@@ -11,14 +11,14 @@ Writes the model with its image processor and model card, `results.json`, `recon
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from transformers import set_seed
 
 from tokcom_hf.cards import IMAGES, CardDataset, card_dataset, write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
-from tokcom_hf.data.images import image_datasets
+from tokcom_hf.data.images import ImageSource, image_datasets
 from tokcom_hf.documented_names import TRAIN_VQGAN
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
@@ -107,16 +107,9 @@ def main(argv: list[str] | None = None) -> dict:
         discriminator = VQGANDiscriminator(VQGANDiscriminatorConfig(**settings))
     processor = VQGANImageProcessor(config.image_size, config.in_channels, size_divisor=config.downsample_factor)
     target = VQGANImageProcessor(config.image_size, config.out_channels, size_divisor=config.downsample_factor)
+    source = ImageSource(**{item.name: getattr(run, item.name) for item in fields(ImageSource)})
     train_set, eval_set = image_datasets(
-        processor,
-        run.image_dir,
-        run.dataset_name,
-        run.num_train,
-        run.num_eval,
-        run.image_column,
-        run.dataset_config,
-        run.val_dir,
-        target if config.out_channels != config.in_channels else None,
+        processor, source, target if config.out_channels != config.in_channels else None
     )
     trainer = VQGANTrainer(
         model,

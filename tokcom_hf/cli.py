@@ -12,51 +12,19 @@ those that only the file has set.
 import dataclasses
 import difflib
 import gc
-import inspect
-import re
 import sys
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
+from .cli_values import RecipeError, field_value, fields_of, read_yaml
 from .data.text_files import read_text
 from .documented_names import Alias, Aliases, options_of
 from .suggestions import suggestion
 
-
-class RecipeError(ValueError):
-    """A command line or configuration file that cannot be used; its message is meant for the user."""
-
-
-class _Loader(yaml.SafeLoader):
-    pass
-
-
-# PyYAML follows YAML 1.1, where 5e-4 is a string.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-# Nor is `no` a boolean to anybody who writes `--eval_strategy no`.
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-
-
-def read_yaml(text: str) -> Any:
-    """Parses YAML, reading `5e-4` as a float."""
-    return yaml.load(text, Loader=_Loader)
+__all__ = ["RecipeError", "leave_together", "parse_recipe", "read_yaml", "run_recipe"]
 
 
 def parse_recipe(
@@ -95,7 +63,10 @@ def parse_recipe(
             if section not in sections:
                 documented = list(_leaves({section: mapping}, aliases or {}))
                 # The documents write options without a section, too.
-                known = {*(aliases or {}), *(field for cls in sections.values() for field in _fields(cls) if aliases)}
+                known = {
+                    *(aliases or {}),
+                    *(field for cls in sections.values() for field in fields_of(cls) if aliases),
+                }
                 if not any(path in known for path, _ in documented):
                     raise RecipeError(
                         f"{config_path}: unknown section {section!r}; this recipe has {', '.join(sections)}."
@@ -155,14 +126,16 @@ def _split(argv: list[str], config: str | Path | None) -> tuple[str | Path | Non
 def _set(values, sections, flag: str, value, origin: str, aliases: Aliases | None = None) -> None:
     section, dot, field = flag.partition(".")
     field = (field if dot else section).replace("-", "_")
-    targets = [section] if dot else [name for name, cls in sections.items() if field in _fields(cls)]
-    targets = [name for name in targets if name in sections and field in _fields(sections[name])]
+    targets = [section] if dot else [name for name, cls in sections.items() if field in fields_of(cls)]
+    targets = [name for name in targets if name in sections and field in fields_of(sections[name])]
     own = None if dot else _documented(field, aliases or {})
     # Of an option that several sections have, or that others belong to, the document's name means these.
     meant = own is not None and any(option.rpartition(".")[2] == field for option in options_of(own))
     if targets and not meant:
         for name in targets:
-            values[name][field] = _convert(value, _fields(sections[name])[field], f"{origin}{flag}", origin == "--")
+            values[name][field] = field_value(
+                value, fields_of(sections[name])[field], f"{origin}{flag}", origin == "--"
+            )
         return
     alias = _documented(flag.replace("-", "_"), aliases or {})
     if alias is not None:
@@ -172,7 +145,7 @@ def _set(values, sections, flag: str, value, origin: str, aliases: Aliases | Non
         paths = difflib.get_close_matches(flag, list(aliases or {}), n=1)
         hint = f" Did you mean {paths[0]}?" if paths else ""
         raise RecipeError(f"{origin}{flag}: unknown section {section!r}; this recipe has {', '.join(sections)}.{hint}")
-    known = [key for cls in sections.values() for key in _fields(cls)]
+    known = [key for cls in sections.values() for key in fields_of(cls)]
     near = suggestion(field, sorted({*known, *(name.rpartition(".")[2] for name in aliases or {})}))
     hint = f" Did you mean {near}?" if near else " See --help."
     raise RecipeError(f"{origin}{flag}: no such option.{hint}")
@@ -202,53 +175,7 @@ def _set_documented(values, sections, alias: str | Alias, value, origin: str, fl
     for option, result in zip(options, results, strict=True):
         name, _, field = option.partition(".")
         typed = origin == "--" and convert is None
-        values[name][field] = _convert(result, _fields(sections[name])[field], f"{origin}{flag}", typed)
-
-
-def _fields(cls: type) -> dict[str, Any]:
-    return {field.name: _annotation(cls, field) for field in dataclasses.fields(cls) if field.init}
-
-
-def _annotation(cls: type, field: dataclasses.Field) -> Any:
-    """The field's type; Any where its annotation names something that only type checkers import."""
-    if not isinstance(field.type, str):
-        return field.type
-    owner = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
-    try:
-        return eval(field.type, vars(sys.modules[owner.__module__]))
-    except (NameError, AttributeError, TypeError):
-        return Any
-
-
-def _convert(value, annotation, where: str, from_command_line: bool):
-    """Checks plain scalar annotations; anything richer is left to the dataclass itself."""
-    kinds = set(typing.get_args(annotation)) if _is_union(annotation) else {annotation}
-    if from_command_line:
-        words = value if isinstance(value, list) else [value]
-        # Beside other types a string may mean something else: --report_to none.
-        optional = type(None) in kinds and (str not in kinds or kinds <= {str, type(None)})
-        if optional and words in (["none"], ["null"]):
-            return None
-        if kinds <= {str, type(None)} and len(words) == 1:
-            return words[0]
-        parsed = [read_yaml(word) for word in words]
-        value = parsed if len(parsed) > 1 else parsed[0]
-    if isinstance(value, str) and kinds <= {int, float, type(None)}:
-        # The documents put numbers in quotation marks: lr: "2e-05".
-        value = read_yaml(value)
-    plain = {int, float, bool, str, type(None)}
-    if not kinds <= plain or type(value) in kinds:
-        return value
-    if float in kinds and type(value) is int:
-        return float(value)
-    if str in kinds and not isinstance(value, (list, dict)):
-        return str(value)
-    names = " or ".join(sorted("none" if kind is type(None) else kind.__name__ for kind in kinds))
-    raise RecipeError(f"{where}: expected {names}, got {value!r}.")
-
-
-def _is_union(annotation) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        values[name][field] = field_value(result, fields_of(sections[name])[field], f"{origin}{flag}", typed)
 
 
 def _help(doc: str, sections: dict[str, type], aliases: Aliases) -> str:

@@ -20,8 +20,8 @@ TEXT = {
 
 
 def test_scene_rows_are_seeded_and_captioned_with_words_the_tokenizer_knows():
-    options = SceneArguments(image_size=32, num_shapes=4, num_colours=4).options()
-    rows, again, other = (scene_caption_rows(30, seed, 3, **options) for seed in (5, 5, 6))
+    scenes = SceneArguments(image_size=32, num_shapes=4, num_colours=4)
+    rows, again, other = (scene_caption_rows(30, seed, 3, scenes) for seed in (5, 5, 6))
     assert [r["caption"] for r in rows] == [r["caption"] for r in again] != [r["caption"] for r in other]
     assert all(1 <= len(r["questions"]) == len(r["answers"]) == len(r["types"]) <= 3 for r in rows)
     assert rows[0]["image"].size == (32, 32)

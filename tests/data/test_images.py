@@ -8,6 +8,7 @@ from PIL import Image
 from tokcom_hf.data.images import (
     FolderImages,
     HubImages,
+    ImageSource,
     ProceduralImages,
     RandomCrops,
     image_datasets,
@@ -128,7 +129,7 @@ def test_empty_and_missing_folders_are_errors(tmp_path, processor):
 def test_folder_is_split_without_overlap(tmp_path, processor):
     for number in range(12):
         save(tmp_path / f"{number:02d}.png", (number * 20, 0, 0))
-    train, held_out = image_datasets(processor, str(tmp_path))
+    train, held_out = image_datasets(processor, ImageSource(image_dir=str(tmp_path)))
     assert len(train) == 10 and len(held_out) == 2 and not set(train.indices) & set(held_out.indices)
     crops = RandomCrops(tmp_path, processor, 3)
     assert len(crops) == 36 and crops[35]["pixel_values"].shape == (3, 16, 16)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tokcom_hf.cli import _fields, run_recipe
+from tokcom_hf.cli import run_recipe
+from tokcom_hf.cli_values import fields_of
 from tokcom_hf.run_folders import RunFolderArguments
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def advised_flags(path: Path) -> set[str]:
 
 
 def flags_of(wanted: dict[str, type]) -> set[str]:
-    names = {(section, name) for section, cls in wanted.items() for name in _fields(cls)}
+    names = {(section, name) for section, cls in wanted.items() for name in fields_of(cls)}
     return (
         {name for _, name in names}
         | {f"{section}.{name}" for section, name in names}

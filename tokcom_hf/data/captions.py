@@ -1,11 +1,9 @@
-"""Images with a caption and questions: from procedural scenes, or from JSON lines beside image files.
+"""Images with a caption and a question, read from JSON lines, and the model inputs of joint LFQ training.
 
-A row is a row of `vqa.py` (`image`, `questions`, `answers`, `types`) with one more entry, `caption`.
+A row is one of `vqa_dataset.py` with a `caption`. `scene_rows.py` draws such rows; its names can be imported from here, too.
 """
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +11,12 @@ import torch
 
 from .image_rows import ImageTextRow, check_images, image_folder
 from .packed_vqa import PackedVQACollator
-from .scenes import COLOURS, QUESTION_TYPES, SHAPES, render_scene, sample_scene, scene_caption, scene_questions
+from .scene_rows import SceneArguments, scene_caption_rows
 from .text_files import read_json_objects
-from .vqa import CAPTION_REQUEST, VQACollator, VQADataset, _pad, require_placeholder
+from .vqa_collator import VQACollator, pad_rows, require_placeholder
+from .vqa_dataset import CAPTION_REQUEST, VQADataset
 
-
-@dataclass
-class SceneArguments:
-    """Which procedural scenes are drawn."""
-
-    image_size: int = field(default=64, metadata={"help": "Pixels per side."})
-    num_shapes: int = field(default=len(SHAPES), metadata={"help": "Different shapes in the scenes."})
-    num_colours: int = field(default=len(COLOURS), metadata={"help": "Different colours in the scenes."})
-    min_objects: int = field(default=2, metadata={"help": "Fewest objects of a scene."})
-    max_objects: int = field(default=6, metadata={"help": "Most objects of a scene."})
-    grid: int = field(default=4, metadata={"help": "Cells per side of a scene."})
-    types: list[str] = field(
-        default_factory=lambda: list(QUESTION_TYPES), metadata={"help": "Which types of questions are asked."}
-    )
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of `vqa.scene_rows` and of `scene_caption_rows`."""
-        return dict(vars(self))
-
-    def sampling(self) -> dict[str, Any]:
-        """Arguments of `scenes.sample_scene`."""
-        return {
-            "min_objects": self.min_objects,
-            "max_objects": self.max_objects,
-            "grid": self.grid,
-            "shapes": SHAPES[: self.num_shapes],
-            "colours": tuple(COLOURS)[: self.num_colours],
-        }
-
-
-def scene_caption_rows(
-    count: int,
-    seed: int,
-    questions_per_image: int = 5,
-    image_size: int = 64,
-    num_shapes: int = len(SHAPES),
-    num_colours: int = len(COLOURS),
-    min_objects: int = 2,
-    max_objects: int = 6,
-    grid: int = 4,
-    types: Sequence[str] = QUESTION_TYPES,
-) -> VQADataset:
-    """Seeded procedural scenes, each with its caption and up to `questions_per_image` questions of different types."""
-    rng = random.Random(seed)
-    rows: list[dict[str, Any]] = []
-    while len(rows) < count:
-        scene = sample_scene(
-            rng, min_objects, max_objects, grid, shapes=SHAPES[:num_shapes], colours=tuple(COLOURS)[:num_colours]
-        )
-        questions = scene_questions(scene, rng, types, per_type=-(-questions_per_image // len(types)))
-        questions = questions[:questions_per_image]
-        rows.append(
-            {
-                "image": render_scene(scene, image_size),
-                "caption": scene_caption(scene).replace(",", " ,"),
-                "questions": [q.question for q in questions],
-                "answers": [[q.answer] for q in questions],
-                "types": [q.type for q in questions],
-            }
-        )
-    return VQADataset(rows)
+__all__ = ["JointLFQCollator", "SceneArguments", "read_image_text_jsonl", "scene_caption_rows"]
 
 
 def read_image_text_jsonl(
@@ -159,6 +98,6 @@ class JointLFQCollator:
             ids = tokenizer(text, add_special_tokens=False).input_ids
             captions.append(torch.tensor([*ids, start]))
         length = max(len(ids) for ids in captions)
-        batch["caption_ids"] = _pad(captions, length, tokenizer.pad_token_id or 0, left=True)
-        batch["caption_mask"] = _pad([torch.ones_like(ids) for ids in captions], length, 0, left=True)
+        batch["caption_ids"] = pad_rows(captions, length, tokenizer.pad_token_id or 0, left=True)
+        batch["caption_mask"] = pad_rows([torch.ones_like(ids) for ids in captions], length, 0, left=True)
         return batch

@@ -1,87 +1,37 @@
 """Images to learn codes from: seeded procedural scenes, a folder, or a Hub data set."""
 
 import io
-import os
 import warnings
-from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..models.shared_image_files import SUFFIXES
 from .image_columns import encoded_images, image_bytes
+from .image_files import image_files
+from .procedural_scene import procedural_scene
+
+__all__ = [
+    "FIRST_HELD_OUT",
+    "FolderImages",
+    "HubImages",
+    "ImageDataset",
+    "ImageSource",
+    "ProceduralImages",
+    "RandomCrops",
+    "hub_images",
+    "image_datasets",
+    "image_files",
+    "procedural_scene",
+]
 
 # Procedural images from this seed on are held out of every recipe, and no setting was chosen on them.
 FIRST_HELD_OUT = 30_000_000
-GLYPHS = "ABCDEFGHKLMNPRSTUVXYZabdefghkmnpqrstuy0123456789&?#%"
-
-
-def procedural_scene(seed: int, size: int = 64) -> Image.Image:
-    """Draws one RGB scene: a gradient or texture, some shapes, perhaps text; equal seeds draw equal pixels."""
-    random = np.random.default_rng((20_240, seed))
-    canvas = 2 * size
-    image = Image.fromarray(_background(random, canvas))
-    draw = ImageDraw.Draw(image)
-    for _ in range(random.integers(2, 7)):
-        _shape(draw, random, canvas)
-    if random.random() < 0.5:
-        text = "".join(random.choice(list(GLYPHS), random.integers(1, 5)))
-        font = ImageFont.load_default(size=float(random.uniform(0.15, 0.45) * canvas))
-        place = tuple(random.uniform(0.0, 0.7, 2) * canvas)
-        draw.text(place, text, fill=_colour(random), font=font)
-    if random.random() < 0.2:
-        image = image.filter(ImageFilter.GaussianBlur(float(random.uniform(0.5, 2.0))))
-    return image.resize((size, size), Image.Resampling.BOX)
-
-
-def _colour(random: np.random.Generator) -> tuple[int, ...]:
-    return tuple(int(value) for value in random.integers(0, 256, 3))
-
-
-def _background(random: np.random.Generator, size: int) -> np.ndarray:
-    y, x = np.mgrid[0:size, 0:size] / size
-    angle, first, second = random.uniform(0, 2 * np.pi), random.integers(0, 256, 3), random.integers(0, 256, 3)
-    along = np.cos(angle) * x + np.sin(angle) * y
-    kind = random.integers(5)
-    if kind == 0:  # linear gradient
-        level = (along - along.min()) / (np.ptp(along) + 1e-9)
-    elif kind == 1:  # stripes
-        level = (np.sin(along * random.uniform(8, 60)) > random.uniform(-0.5, 0.5)).astype(float)
-    elif kind == 2:  # checkerboard
-        squares = random.integers(2, 10)
-        level = ((x * squares).astype(int) + (y * squares).astype(int)) % 2
-    elif kind == 3:  # radial gradient
-        level = np.clip(np.hypot(x - random.random(), y - random.random()) * random.uniform(0.8, 2.0), 0, 1)
-    else:  # clouds: octaves of interpolated noise
-        level = np.zeros((size, size))
-        for octave in range(1, 5):
-            cells = (random.random((2**octave + 1, 2**octave + 1)) * 255).astype(np.uint8)
-            smooth = Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC)
-            level += np.asarray(smooth) / 255.0 / 2**octave
-        level = (level - level.min()) / (np.ptp(level) + 1e-9)
-    pixels = first + (second - first) * np.asarray(level, dtype=float)[..., None]
-    return (pixels + random.normal(0, random.uniform(0, 6), pixels.shape)).clip(0, 255).astype(np.uint8)
-
-
-def _shape(draw: ImageDraw.ImageDraw, random: np.random.Generator, size: int) -> None:
-    centre, radius = random.uniform(0, 1, 2) * size, random.uniform(0.05, 0.35) * size
-    fill, kind = _colour(random), random.integers(4)
-    if kind == 0:
-        draw.ellipse([*(centre - radius), *(centre + radius)], fill=fill)
-    elif kind == 3:
-        ends = [tuple(centre), tuple(random.uniform(0, 1, 2) * size)]
-        draw.line(ends, fill=fill, width=int(random.uniform(0.01, 0.08) * size) + 1)
-    else:
-        corners = int(random.integers(3, 7)) if kind == 1 else 4
-        turn = random.uniform(0, 2 * np.pi)
-        angles = turn + np.arange(corners) * 2 * np.pi / corners
-        points = [tuple(centre + radius * np.array([np.cos(angle), np.sin(angle)])) for angle in angles]
-        draw.polygon(points, fill=fill)
 
 
 class ImageDataset(Dataset):
@@ -180,54 +130,6 @@ class FolderImages(ImageDataset):
         return str(self.files[index])
 
 
-def image_files(folder: str | Path) -> list[Path]:
-    """The image files of a folder and its subfolders (by their suffix, in any case), sorted.
-
-    Symbolic links to folders are followed; a real folder that is reached twice, through a circle of links for example,
-    counts once. Names that begin with a dot are left out: previews, checkpoints of notebooks, the `._` files of macOS.
-
-    Raises:
-        NotADirectoryError: no such folder, or a file.
-        PermissionError: a subfolder that cannot be read.
-        ValueError: no image in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        state = "is a file, not a folder" if folder.exists() else "does not exist or is not a folder"
-        raise NotADirectoryError(f"Image folder {str(folder)!r} {state}.")
-    files, others, dangling, seen = [], Counter[str](), [], set()
-    for root, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        # Real folders before links, so that a folder keeps its own name where a link beside it leads to it.
-        folders[:] = sorted(
-            (name for name in folders if name[0] != "."), key=lambda name: (os.path.islink(Path(root, name)), name)
-        )
-        for name in names:
-            path, suffix = Path(root, name), Path(name).suffix.lower()
-            if name[0] == ".":
-                continue
-            if not path.exists():
-                dangling.append(str(path))
-            elif path.is_file() and suffix in SUFFIXES:
-                files.append(path)
-            else:
-                others[suffix or "no suffix"] += 1
-    if dangling:
-        warnings.warn(f"{len(dangling)} links in {str(folder)!r} lead nowhere: {sorted(dangling)[:5]}.", stacklevel=2)
-    if not files:
-        found = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common(5)) or "no files"
-        raise ValueError(f"No images in {str(folder)!r}; looked for {', '.join(SUFFIXES)}, found {found}.")
-    return sorted(files)
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
 class RandomCrops(Dataset):
     """Seeded crops of `size` from larger images: item i is crop i mod per_image of image i div per_image.
 
@@ -298,54 +200,79 @@ def hub_images(
     return HubImages(load_dataset(dataset_name, config, split=split), processor, image_column, dataset_name)
 
 
-def image_datasets(
-    processor,
-    image_dir: str | None = None,
-    dataset_name: str | None = None,
-    num_train: int = 4096,
-    num_eval: int = 512,
-    image_column: str = "image",
-    dataset_config: str | None = None,
-    val_dir: str | None = None,
-    target_processor=None,
-) -> tuple[Dataset, Dataset]:
-    """Training and held-out images that share none: procedural by default, else a folder or a Hub data set.
+@dataclass(frozen=True)
+class ImageSource:
+    """Where images to train on and to hold out come from: procedural scenes where neither a folder nor a data set is named.
 
-    Held out are the images of `val_dir`, or else every tenth image of the folder or data set; at most `num_eval` of them.
+    Args:
+        image_dir: folder, as for `FolderImages`.
+        val_dir: folder of held-out images; without it every tenth image of `image_dir` or of the data set.
+        dataset_name, dataset_config, image_column: a Hub data set, its configuration, its column of images.
+        num_train: procedural training images.
+        num_eval: held-out images, at most.
 
     Raises:
-        ValueError: both sources are named, `val_dir` is the training folder, lies in it or holds it, or fewer than two
-            images are there.
+        ValueError: both a folder and a data set, `val_dir` that is the training folder, lies in it or holds it, or a
+            number of images below 1.
     """
-    if image_dir and dataset_name:
-        raise ValueError("Give image_dir or dataset_name, not both.")
+
+    image_dir: str | None = None
+    val_dir: str | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    image_column: str = "image"
+    num_train: int = 4096
+    num_eval: int = 512
+
+    def __post_init__(self):
+        if self.image_dir and self.dataset_name:
+            raise ValueError("Give image_dir or dataset_name, not both.")
+        for name in ("num_train", "num_eval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.image_dir and self.val_dir:
+            _check_apart(self.image_dir, self.val_dir)
+
+
+def image_datasets(processor, source: ImageSource | None = None, target_processor=None) -> tuple[Dataset, Dataset]:
+    """Training and held-out images that share none.
+
+    Args:
+        processor: `VQGANImageProcessor` of the model's input.
+        source: where the images come from; procedural ones where None.
+        target_processor: of the model's output, where that has other channels.
+
+    Raises:
+        ValueError: fewer than two images to divide, or none that can be read.
+        OSError: a folder or data set that cannot be read.
+    """
+    source = ImageSource() if source is None else source
     held_out: ImageDataset | None = None
-    if val_dir:
-        _check_apart(image_dir, val_dir)
-        held_out = FolderImages(val_dir, processor, cache=True)
-        held_out.length = min(len(held_out), num_eval)
-    if image_dir:
-        images: ImageDataset = FolderImages(image_dir, processor, cache=True)
-    elif dataset_name:
-        images = hub_images(dataset_name, processor, image_column=image_column, config=dataset_config)
+    if source.val_dir:
+        held_out = FolderImages(source.val_dir, processor, cache=True)
+        held_out.length = min(len(held_out), source.num_eval)
+    if source.image_dir:
+        images: ImageDataset = FolderImages(source.image_dir, processor, cache=True)
+    elif source.dataset_name:
+        column, config = source.image_column, source.dataset_config
+        images = hub_images(source.dataset_name, processor, image_column=column, config=config)
     else:
-        images = ProceduralImages(num_train, processor)
-        held_out = ProceduralImages(num_eval, processor, first=FIRST_HELD_OUT) if held_out is None else held_out
+        images = ProceduralImages(source.num_train, processor)
+        if held_out is None:
+            held_out = ProceduralImages(source.num_eval, processor, first=FIRST_HELD_OUT)
     images.target_processor = target_processor
     if held_out is not None:
         held_out.target_processor = target_processor
         return images, held_out
     if len(images) < 2:
         raise ValueError(f"At least two images are needed, to train on and to hold out; got {len(images)}.")
-    held = set(range(0, len(images), 10)[:num_eval]) if len(images) > 10 else {0}
+    held = set(range(0, len(images), 10)[: source.num_eval]) if len(images) > 10 else {0}
     kept = [index for index in range(len(images)) if index not in held]
     return torch.utils.data.Subset(images, kept), torch.utils.data.Subset(images, sorted(held))
 
 
-def _check_apart(image_dir: str | None, val_dir: str) -> None:
+def _check_apart(image_dir: str, val_dir: str) -> None:
     """Raises where one of two folders is or holds the other, so that images would be trained on and held out."""
-    if image_dir is None:
-        return
     train, held_out = Path(image_dir).resolve(), Path(val_dir).resolve()
     if train == held_out or train in held_out.parents or held_out in train.parents:
         raise ValueError(

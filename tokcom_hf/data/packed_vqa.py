@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .vqa import IGNORED, require_placeholder
+from .vqa_collator import IGNORED, require_placeholder
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .scenes import QUESTION_TYPES, SceneQuestion, render_scene, sample_scene, scene_caption, scene_questions
-from .vqa import CAPTION_REQUEST
+from .vqa_dataset import CAPTION_REQUEST
 
 
 class SceneQuestionDataset(torch.utils.data.Dataset):

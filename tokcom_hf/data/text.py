@@ -1,85 +1,28 @@
 """Text in, packed rows of token ids out: the embedded corpus, the user's files, or a Hub data set."""
 
-import ast
 import os
 import random
-import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .embedded_text import embedded_documents
 from .packing import PackedTextDataset, pack, spread_offsets
 from .text_files import is_json_lines, read_json_objects, read_text
 from .tokenizers import load_tokenizer, train_tokenizer
 
-# About as much English as the smallest common Python carries; enough to train the tiny recipe on.
-EMBEDDED_BYTES = 2_000_000
-FALLBACK_PACKAGES = ("torch", "transformers", "numpy", "accelerate", "datasets", "huggingface_hub")
 # Configurations of WikiText on the Hub, by whose names it is known.
 WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 # Documents of a stream that a new tokenizer is trained on.
 TOKENIZER_DOCUMENTS = 20_000
 
 
-def embedded_documents(max_bytes: int = EMBEDDED_BYTES) -> list[str]:
-    """English prose that every Python installation carries: the language reference, then docstrings.
-
-    `pydoc_data.topics` comes first, then the docstrings of the standard library, file by file in a fixed order, then, where
-    a trimmed Python lacks those, docstrings of the installed dependencies. Sources are parsed, never imported.
-    """
-    documents: list[str] = []
-    try:
-        from pydoc_data.topics import topics
-
-        documents += [text.strip() for _, text in sorted(topics.items())]
-    except ImportError:
-        pass
-    size = sum(map(len, documents))
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    for package in FALLBACK_PACKAGES:
-        spec = find_spec(package)
-        roots += [Path(location) for location in (spec.submodule_search_locations or [])] if spec else []
-    with tqdm(total=max_bytes, initial=size, desc="reading docstrings", unit="B", unit_scale=True, delay=2) as bar:
-        for file in chain.from_iterable(map(_source_files, roots)):
-            if size >= max_bytes:
-                break
-            text = "\n\n".join(_docstrings(file))
-            if len(text) > 200:
-                documents.append(text)
-                size += len(text)
-                bar.update(len(text))
-    return documents
-
-
-def _source_files(root: Path) -> list[Path]:
-    """Python files below `root` in a fixed order, without tests and installed packages."""
-    found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in ("site-packages", "test", "tests")]
-        found += [Path(folder, name) for name in files if name.endswith(".py")]
-    return sorted(found)
-
-
-def _docstrings(file: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node)
-            if text and len(text) > 80:
-                yield text
-
-
 def iterate_documents(
-    train_file: str | None = None,
+    train_file: str | os.PathLike | None = None,
     dataset_name: str | None = None,
     dataset_config: str | None = None,
     text_column: str = "text",
@@ -113,7 +56,9 @@ def iterate_documents(
     return (text for text in islice(documents, max_documents) if text.strip())
 
 
-def load_documents(train_file: str | None = None, dataset_name: str | None = None, **options: Any) -> list[str]:
+def load_documents(
+    train_file: str | os.PathLike | None = None, dataset_name: str | None = None, **options: Any
+) -> list[str]:
     """The documents of `iterate_documents` (same arguments, same errors) as a list.
 
     Raises:
@@ -223,52 +168,65 @@ def _check_share(validation_share: float) -> None:
         raise ValueError(f"validation_share must be in (0, 1), got {validation_share}.")
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """Where text comes from and which part of it is held out.
+
+    Args:
+        train_file, dataset_name, dataset_config, text_column, streaming, max_documents: see `iterate_documents`.
+        validation_file: held-out text of its own; nothing is then split off.
+        validation_share: of the documents, held out otherwise.
+        seed: of that split.
+    """
+
+    train_file: str | os.PathLike | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    text_column: str = "text"
+    streaming: bool = False
+    max_documents: int | None = None
+    validation_file: str | os.PathLike | None = None
+    validation_share: float = 0.05
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `iterate_documents` beside the file and the data set."""
+        names = ("dataset_config", "text_column", "streaming", "max_documents")
+        return {name: getattr(self, name) for name in names}
+
+
 def load_text_rows(
-    train_file: str | None = None,
-    dataset_name: str | None = None,
-    dataset_config: str | None = None,
-    text_column: str = "text",
-    streaming: bool = False,
-    max_documents: int | None = None,
+    corpus: Corpus | str | os.PathLike | None = None,
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     vocab_size: int = 2048,
     length: int = 1024,
     chunk_size: int = 4,
-    validation_share: float = 0.05,
-    seed: int = 0,
     offset_copies: int = 1,
-    validation_file: str | None = None,
+    **changes: Any,
 ) -> TextRows:
     """Documents → tokenizer (loaded by name, or trained on the training documents) → packed rows.
 
     With `streaming` the documents are tokenized as they arrive and only their ids (4 bytes per token) and the held-out
     documents are kept; `max_documents` ends the stream. A new tokenizer is then trained on its first 20,000 documents.
-    `offset_copies` > 1 gives the training text that many times, cut at other places (`packing.spread_offsets`).
-    `validation_file` is held-out text of its own; nothing is then split off.
+
+    Args:
+        corpus: where text comes from, or its `train_file`; the embedded documents where None.
+        tokenizer: folder, Hub name or tokenizer; None trains one of at most `vocab_size` tokens.
+        length: tokens per row, a multiple of `chunk_size`.
+        offset_copies: times the training text is given, each cut at other places (`packing.spread_offsets`).
+        changes: fields of `corpus` that differ, for example `train_file="corpus.txt"`.
 
     Raises:
+        TypeError: a name in `changes` that is no field of `Corpus`.
         ValueError: `chunk_size` does not divide `length`, empty corpus, or less text than one chunk.
         OSError: unknown tokenizer, unreadable file.
     """
+    corpus = _changed(corpus, changes)
     if chunk_size < 1 or length < 1 or length % chunk_size:
         raise ValueError(f"The row length must be a positive multiple of chunk_size={chunk_size}, got {length}.")
-    options: dict[str, Any] = {"dataset_config": dataset_config, "text_column": text_column}
-    options |= {"streaming": streaming, "max_documents": max_documents}
-    offsets = spread_offsets(offset_copies, length, chunk_size, seed)
-    held_out: list[str]
-    train: Iterable[str]
-    if validation_file is not None:
-        train = sample = load_documents(train_file, dataset_name, **options)
-        held_out = load_documents(validation_file, text_column=text_column)
-    elif streaming and dataset_name:
-        held_out = []
-        train = split_stream(iterate_documents(train_file, dataset_name, **options), validation_share, seed, held_out)
-        sample = [] if tokenizer else list(islice(train, TOKENIZER_DOCUMENTS))
-        train = chain(sample, train)
-    else:
-        sample, held_out = split_documents(load_documents(train_file, dataset_name, **options), validation_share, seed)
-        train = sample
-    loaded = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(sample, vocab_size)
+    offsets = spread_offsets(offset_copies, length, chunk_size, corpus.seed)
+    sample, train, held_out = _divided(corpus, tokenizer is None)
+    loaded = train_tokenizer(sample, vocab_size) if tokenizer is None else load_tokenizer(tokenizer)
     rows = TextRows(
         pack(train, loaded, length, "tokenizing training text", offsets),
         pack(held_out, loaded, length, "tokenizing held-out text"),
@@ -280,3 +238,30 @@ def load_text_rows(
                 f"The {name} text is shorter than a chunk: {len(part.token_ids)} tokens, {chunk_size} needed."
             )
     return rows
+
+
+def _changed(corpus: Corpus | str | os.PathLike | None, changes: dict[str, Any]) -> Corpus:
+    if not isinstance(corpus, Corpus):
+        corpus = Corpus(train_file=corpus)
+    unknown = set(changes) - set(vars(corpus))
+    if unknown:
+        raise TypeError(f"A corpus has no {', '.join(sorted(unknown))}; its fields are {', '.join(vars(corpus))}.")
+    return replace(corpus, **changes)
+
+
+def _divided(corpus: Corpus, sampled: bool) -> tuple[Iterable[str], Iterable[str], list[str]]:
+    """Documents for a new tokenizer (needed where `sampled`), training documents, and held-out documents.
+
+    Of a stream the held-out ones are complete when the training ones have been read.
+    """
+    sources, options = (corpus.train_file, corpus.dataset_name), corpus.options()
+    if corpus.streaming and corpus.dataset_name and corpus.validation_file is None:
+        held_out: list[str] = []
+        stream = split_stream(iterate_documents(*sources, **options), corpus.validation_share, corpus.seed, held_out)
+        sample = list(islice(stream, TOKENIZER_DOCUMENTS)) if sampled else []
+        return sample, chain(sample, stream), held_out
+    documents = load_documents(*sources, **options)
+    if corpus.validation_file is not None:
+        return documents, documents, load_documents(corpus.validation_file, text_column=corpus.text_column)
+    train, held_out = split_documents(documents, corpus.validation_share, corpus.seed)
+    return train, train, held_out

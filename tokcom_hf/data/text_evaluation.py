@@ -1,11 +1,11 @@
 """The text an evaluation needs: training tokens for the scorers, held-out rows as the reference."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from .text import TextRows, load_text_rows
+from .text import Corpus, TextRows, load_text_rows
 
 
 @dataclass
@@ -29,21 +29,9 @@ def load_source(source: TextSource, length: int, tokenizer: str | None, vocab_si
     """Packed training and held-out rows of `length` tokens under a tokenizer (folder or name; None trains one)."""
     if source.validation_file is not None and tokenizer is None:
         raise ValueError("With validation_file name a tokenizer too (a folder or a Hub name).")
-    return load_text_rows(
-        train_file=source.train_file,
-        validation_file=source.validation_file,
-        dataset_name=source.dataset_name,
-        dataset_config=source.dataset_config,
-        text_column=source.text_column,
-        streaming=source.streaming,
-        max_documents=source.max_documents,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        length=length,
-        chunk_size=1,
-        validation_share=source.validation_share,
-        seed=source.split_seed,
-    )
+    shared = {item.name: getattr(source, item.name) for item in fields(source) if item.name != "split_seed"}
+    corpus = Corpus(**shared, seed=source.split_seed)
+    return load_text_rows(corpus, tokenizer, vocab_size, length, chunk_size=1)
 
 
 def full_rows(dataset: Any) -> np.ndarray:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .image_limit import ImageLimit
-from .vqa import CAPTION_REQUEST, VQACollator, VQADataset, load_hub_vqa, read_vqa_jsonl, scene_rows
+from .scene_rows import scene_rows
+from .vqa import load_hub_vqa, read_vqa_jsonl
+from .vqa_collator import VQACollator
+from .vqa_dataset import CAPTION_REQUEST, VQADataset
 from .vqa_tasks import TaskCollator, check_rows, check_task, evaluation_rows
 
 

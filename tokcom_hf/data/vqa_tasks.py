@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from .vqa import CAPTION_REQUEST, EXPECTED, VQACollator, VQADataset
+from .vqa import EXPECTED
+from .vqa_collator import VQACollator
+from .vqa_dataset import CAPTION_REQUEST, VQADataset
 
 TASKS = tuple(EXPECTED)
 
