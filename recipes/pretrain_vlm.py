@@ -16,9 +16,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
+from transformers import CLIPVisionConfig, LlamaConfig, set_seed
 
 from tokcom_hf.cards import SCENES, write_model_card
 from tokcom_hf.cli import parse_recipe, run_recipe
@@ -32,7 +31,7 @@ from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.small_models.dense_pretraining import earlier_accuracy, pretrain_tower
-from tokcom_hf.small_models.small_vlm import scene_processor
+from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
 from tokcom_hf.small_models.vlm_training import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import average_files
@@ -96,7 +95,7 @@ def main() -> None:
     started = time.time()
     vision = CLIPVisionConfig(**values["vision"])
     processor = scene_processor(vision.image_size, vision.patch_size)
-    model = build_model(vision, values["text"], processor)
+    model = build_small_llava(vision, values["text"], processor)
     state.print(f"{model.num_parameters():,} parameters", flush=True)
     values["training"].pop("resume_from_checkpoint", None)
     arguments = values["training"] | {"output_dir": str(out), "seed": run.seed}
@@ -190,30 +189,6 @@ def report(
     print(f"  {'':10s} {'':>7s} with another question's picture")
     for kind, value in accuracy["accuracy"].items():
         print(f"  {kind:10s} {100 * value:5.1f} % {100 * accuracy['accuracy_other_picture'][kind]:5.1f} %")
-
-
-def build_model(vision: CLIPVisionConfig, text: dict, processor) -> LlavaForConditionalGeneration:
-    """A LLaVA of the given shape whose vocabulary is the processor's."""
-    tokenizer = processor.tokenizer
-    special = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**text | special),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=-1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlavaForConditionalGeneration(config).to(torch.float32)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model
 
 
 if __name__ == "__main__":

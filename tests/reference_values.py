@@ -1,7 +1,7 @@
 """What every model, sampler and trainer computes from fixed seeds, as hashes: shows that moving code changed no bit.
 
-    python tests/reference_values.py values.json            # writes
-    python tests/reference_values.py values.json --compare  # exit code 1 where a bit differs, and says which
+    python -m tests.reference_values values.json            # writes
+    python -m tests.reference_values values.json --compare  # exit code 1 where a bit differs, and says which
 
 Hashes hold on one machine and one version of torch only; sums beside them hold to rounding elsewhere.
 """
@@ -16,9 +16,6 @@ from pathlib import Path
 
 import torch
 
-TESTS = Path(__file__).parent
-for folder in ("hub", "trainers"):
-    sys.path.insert(0, str(TESTS / folder))
 STEPS = 8
 
 
@@ -39,7 +36,7 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 
 def models() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Forward and generation of every row of the matrix."""
-    from rows import ROWS, outputs, tensors
+    from tests.hub.rows import ROWS, outputs, tensors
 
     for row in ROWS:
         model = row.build()
@@ -51,7 +48,7 @@ def models() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
 
 def samplers() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Every sampler of TokCom, in blocks and in whole rows."""
-    from tokcom_runs import block_model, row_model
+    from tests.helpers.tokcom_runs import block_model, row_model
 
     for name, model in (("blocks", block_model()), ("rows", row_model())):
         for sampler in ("euler", "heun", "renoise"):
@@ -62,11 +59,8 @@ def samplers() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
 
 def trainers(work: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Weights after eight steps of every trainer."""
-    import joint_lfq_run
-    import pruning_run
-    import tokcom_runs
-
     import tokcom_hf
+    from tests.helpers import joint_lfq_run, pruning_run, tokcom_runs
 
     steps = {"max_steps": STEPS}
     yield "TokComVAETrainer", weights(trained(tokcom_runs.vae_trainer(work / "vae", **steps)))

@@ -2,18 +2,15 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.helpers.pruning_documents import RECIPES, run_script, save_small_llava
 from tokcom_hf import LayerPrunerConfig, TokenMergerConfig, TokenPruningTrainingArguments
 from tokcom_hf.cli import parse_recipe
 from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruning_documents import RECIPES, run_script, save_small_llava
 
 TRAINING_SETTINGS = """\
 trainer_settings:

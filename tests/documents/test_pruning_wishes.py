@@ -12,6 +12,8 @@ from transformers import AutoModel, CLIPVisionConfig, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tests.helpers.pruned_vlm_tools import FAMILIES, batch, mixed_sizes, tiny_vlm
+from tests.helpers.small_families import OTHER_FAMILIES
 from tokcom_hf import (
     LayerPruner,
     LayerPrunerConfig,
@@ -29,13 +31,8 @@ from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.metrics.vqa import bleu
 from tokcom_hf.models.pruning_question_ratio import confident_count, within
 from tokcom_hf.small_models.scene_tokenizer import scene_tokenizer
-from tokcom_hf.small_models.small_vlm import scene_processor
+from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
 from tokcom_hf.trainers.pruning_attention_guidance import attention_reader, guidance_loss, read_share, reading_scores
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-from pruned_vlm_tools import FAMILIES, batch, mixed_sizes, tiny_vlm
-from small_families import OTHER_FAMILIES
 
 PRUNER = {"hidden_size": 32, "layers": [1, 2], "keep_tokens": [5, 2], "internal_size": 16}
 
@@ -386,7 +383,6 @@ def both(tmp_path_factory):
     """A run of the training recipe with every wish, on questions and captions, and its evaluation."""
     import eval_token_pruning
     import train_token_pruning
-    from pretrain_vlm import build_model
 
     folder = tmp_path_factory.mktemp("wishes")
     processor = scene_processor(32, 8)
@@ -395,7 +391,7 @@ def both(tmp_path_factory):
     )
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     torch.manual_seed(0)
-    build_model(vision, text | {"num_key_value_heads": 2}, processor).save_pretrained(folder / "vlm")
+    build_small_llava(vision, text | {"num_key_value_heads": 2}, processor).save_pretrained(folder / "vlm")
     processor.save_pretrained(folder / "vlm")
     (folder / "vlm" / "results.json").write_text(json.dumps({"scenes": {"image_size": 32, "grid": 3}}))
     config = folder / "vision_token_pruning.yaml"

@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,11 +35,7 @@ PROBLEMS = {
 
 @pytest.fixture(scope="module")
 def benchmark():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield runpy.run_path(str(BENCHMARKS / "troubleshooting.py"), run_name="recipe")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return runpy.run_path(str(BENCHMARKS / "troubleshooting.py"), run_name="recipe")
 
 
 def section(heading: str, level: int) -> str:

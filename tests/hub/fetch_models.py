@@ -2,9 +2,7 @@
 
 import sys
 import traceback
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import transformers
 from loopback import only_loopback

@@ -14,8 +14,6 @@ import tempfile
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import columns_files  # noqa: F401
 import columns_forward  # noqa: F401
 import columns_training  # noqa: F401

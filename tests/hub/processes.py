@@ -1,5 +1,6 @@
 """Scripts of this folder in processes of their own that know nothing but the hub on loopback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def run_on_hub(hub: Hub, cache: Path, script: str, *arguments, package: bool = T
     """
     environment = hub.environment("hf_ada", cache=cache)
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
-    environment["PYTHONPATH"] = str(ROOT) if package else ""
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "recipes"))) if package else ""
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, cwd=cache.parent, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,7 +8,6 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from huggingface_hub import HfApi
 from loopback import only_loopback

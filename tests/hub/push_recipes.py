@@ -10,8 +10,6 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import torch
 from loopback import only_loopback
 

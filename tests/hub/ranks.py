@@ -7,9 +7,7 @@ after a training step both must hold the same weights and buffers.
 import copy
 import sys
 import traceback
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import torch.distributed as dist
 from rows import ROWS, tensors

@@ -5,17 +5,14 @@ Version 0.2.0 wrote them in November 2026, one for each row of the matrix, befor
 A new row gets its folder by `python tests/hub/test_former_folders.py`; existing folders are never written again.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
+from rows import ROWS, Row, difference, outputs, slug
 from safetensors.torch import load_file, save_file
 
 import tokcom_hf  # noqa: F401
-
-sys.path.insert(0, str(Path(__file__).parent))
-from rows import ROWS, Row, difference, outputs, slug
 
 FOLDERS = Path(__file__).parents[1] / "data" / "former"
 

@@ -15,8 +15,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
 from loopback import Hub, User
 
 TOKENS = {

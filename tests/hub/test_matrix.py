@@ -1,11 +1,6 @@
 """The Hub matrix (matrix.py), cell by cell; with `-s` the table is printed at the end."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cells import COLUMNS, Bench, run_cell
 from matrix import table
 from rows import ROWS

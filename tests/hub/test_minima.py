@@ -1,13 +1,8 @@
 """What every declared version of the libraries must do: import, and for every model save, load, remote code, forward,
 generate and two training steps. It runs on the declared minima as well, where the whole suite is too long."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cells import Bench
 from rows import ROWS, difference
 

@@ -1,13 +1,10 @@
 """Every model pushed to the hub on loopback, and loaded from there by name and revision without the package."""
 
 import filecmp
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from loopback import Hub, User
 from parts import use_part
 from processes import run_on_hub

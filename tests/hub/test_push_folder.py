@@ -1,17 +1,13 @@
 """Pushing a model folder to the hub on loopback: what is uploaded, where to, and what is refused."""
 
 import os
-import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
+from loopback import Hub, User
 
 from tokcom_hf import hub
-
-sys.path.insert(0, str(Path(__file__).parent))
-from loopback import Hub, User
 
 FILES = [
     "config.json", "model.safetensors", "README.md", "vae/model.safetensors", "modeling_tokcom.py",

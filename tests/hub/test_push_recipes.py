@@ -2,16 +2,13 @@
 
 import filecmp
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fetch_recipes import REPOSITORIES
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fetch_recipes import REPOSITORIES
 from loopback import Hub, User
 from processes import run_on_hub
 from push_recipes import COMMANDS

@@ -1,7 +1,6 @@
 """A causal language model as judge: perplexity per token, in pieces and batches, whatever the padding."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -59,7 +58,7 @@ def test_a_judge_is_a_folder_or_a_package_that_carries_a_gguf_file(parts, tmp_pa
     assert loaded.perplexity(TEXTS) == pytest.approx(LanguageModelJudge(model, tokenizer).perplexity(TEXTS), rel=1e-5)
     (tmp_path / "llm_toy").mkdir()
     (tmp_path / "llm_toy" / "__init__.py").write_text("")
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.syspath_prepend(str(tmp_path))
     assert packaged_gguf("llm-toy") is None
     (tmp_path / "llm_toy" / "toy.gguf").write_bytes(b"GGUF")
     assert packaged_gguf("llm-toy") == tmp_path / "llm_toy" / "toy.gguf"

@@ -1,18 +1,14 @@
 """The KV cache goes by `cache` and by `past_key_values`, whatever this version of transformers calls it."""
 
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.pruned_vlm_tools import TEXT, batch, tiny_vlm
 from tokcom_hf import LFQExpandedModel, PrunedVLM
 from tokcom_hf.models.shared_cache_name import CACHE, cache_argument
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruned_vlm_tools import TEXT, batch, tiny_vlm
 
 
 def test_the_name_is_the_one_that_models_of_transformers_take():

@@ -4,9 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
+from tests.helpers.tokcom_tools import CONTEXT, seeded, small
 from tokcom_hf.models.tokcom_context_encoder import ContextEncoder
-
-from .tokcom_tools import CONTEXT, seeded, small
 
 START = 50
 

@@ -1,8 +1,5 @@
 """The documented formulas of merger and pruner by hand, documented constructors, debugging snippets, token numbers."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +7,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from tests.helpers.pruned_vlm_tools import batch, tiny_vlm
 from tokcom_hf import (
     LayerPruner,
     LayerPrunerConfig,
@@ -22,9 +20,6 @@ from tokcom_hf import (
     TokenMergerConfig,
 )
 from tokcom_hf.models.pruning_report import predicted_report
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruned_vlm_tools import batch, tiny_vlm
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
+from tests.helpers.lfq_tools import OLD, language_model, vision_batch, vision_language_model
 from tokcom_hf import LFQExpandedModel
-
-from .lfq_tools import OLD, language_model, vision_batch, vision_language_model
 
 BITS = 6
 

@@ -7,11 +7,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from tests.helpers.lfq_tools import LANGUAGE, OLD, VISION_LANGUAGE, language_model, vision_batch, vision_language_model
 from tokcom_hf import LFQExpandedModel
 from tokcom_hf.data.tokenizers import train_tokenizer
 from tokcom_hf.models.lfq_rows import vocabulary_of
-
-from .lfq_tools import LANGUAGE, OLD, VISION_LANGUAGE, language_model, vision_batch, vision_language_model
 
 BITS = 6
 END = OLD + 2**BITS

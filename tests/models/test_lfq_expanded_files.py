@@ -19,9 +19,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from tests.helpers.lfq_tools import OLD, language_model, vision_batch, vision_language_model
 from tokcom_hf import LFQExpandedModel
-
-from .lfq_tools import OLD, language_model, vision_batch, vision_language_model
 
 BITS = 6
 IDS = torch.tensor([[5, 6, 7, OLD + 3, OLD + 40], [8, 9, 10, OLD + 1, OLD + 63]])

@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from tests.helpers.lfq_tools import OLD, language_model, vision_batch, vision_language_model
 from tokcom_hf import LFQExpandedModel
 from tokcom_hf.models.shared_cache_name import CACHE
-
-from .lfq_tools import OLD, language_model, vision_batch, vision_language_model
 
 BITS = 6
 END = OLD + 2**BITS

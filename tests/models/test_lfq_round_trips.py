@@ -13,9 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+from tests.helpers.lfq_tools import OLD, language_model, vision_batch, vision_language_model
 from tokcom_hf import LFQExpandedConfig, LFQExpandedModel
-
-from .lfq_tools import OLD, language_model, vision_batch, vision_language_model
 
 BITS = 6
 IDS = torch.tensor([[5, 6, 7, OLD + 3, OLD + 40], [8, 9, 10, OLD + 1, OLD + 63]])

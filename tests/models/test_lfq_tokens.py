@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.helpers.lfq_tools import OLD, language_model
 from tokcom_hf import (
     LFQExpandedConfig,
     LFQExpandedModel,
@@ -12,8 +13,6 @@ from tokcom_hf import (
     get_lfq_token_range,
 )
 from tokcom_hf.models.lfq_rows import initialize_rows
-
-from .lfq_tools import OLD, language_model
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8)
 

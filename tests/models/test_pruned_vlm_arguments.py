@@ -1,13 +1,12 @@
 """Every argument of PrunedVLM and its parts acts or raises."""
 
 import inspect
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from tests.helpers.pruned_vlm_tools import FAMILIES, batch, tiny_vlm
 from tokcom_hf import (
     LayerPruner,
     LayerPrunerConfig,
@@ -18,9 +17,6 @@ from tokcom_hf import (
     TokenMergerConfig,
 )
 from tokcom_hf.models.shared_cache_name import CACHE
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruned_vlm_tools import FAMILIES, batch, tiny_vlm
 
 MERGER = {"feature_size": 16, "question_size": 32, "target_merge_tokens": 8, "internal_size": 16}
 PRUNER = {"hidden_size": 32, "layers": [1, 2], "keep_tokens": [5, 2], "internal_size": 16}

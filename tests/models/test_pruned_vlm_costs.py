@@ -1,17 +1,12 @@
 """Reported FLOPs against those that torch counts, and budgets where images have several sizes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.pruned_vlm_tools import FAMILIES, batch, mixed_sizes, tiny_vlm
 from tokcom_hf import LayerPruner, LayerPrunerConfig, PrunedVLM, TokenMerger, TokenMergerConfig
 from tokcom_hf.models.pruning_flops import vision_tower_flops
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruned_vlm_tools import FAMILIES, batch, mixed_sizes, tiny_vlm
 
 SIZES = {"llava": 16, "internvl": 64, "qwen2_5_vl": 32}
 

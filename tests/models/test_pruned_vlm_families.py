@@ -1,8 +1,5 @@
 """The families whose tokens come projected: in `origin` mode they are the base, whatever tiles and windows they have."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import (
@@ -25,10 +22,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from tests.helpers.pruned_vlm_tools import IMAGE, TEXT, batch
 from tokcom_hf import LayerPrunerConfig, PrunedVLM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruned_vlm_tools import IMAGE, TEXT, batch
 
 PRUNER = {"hidden_size": 32, "layers": [1, 2], "keep_tokens": [6, 3], "internal_size": 16}
 

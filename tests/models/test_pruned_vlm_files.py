@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig, LlavaModel, Trainer, TrainingArguments
 
+from tests.helpers.pruned_vlm_tools import batch, tiny_vlm
 from tokcom_hf import (
     LayerPruner,
     LayerPrunerConfig,
@@ -24,9 +24,6 @@ from tokcom_hf import (
 )
 from tokcom_hf.models.pruning_stream import PrunedCache
 from tokcom_hf.trainers.pruning_lora import add_lora, merge_lora
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruned_vlm_tools import batch, tiny_vlm
 
 MERGER = {"feature_size": 16, "question_size": 32, "target_merge_tokens": 8, "internal_size": 16}
 PRUNER = {"hidden_size": 32, "layers": [1], "keep_tokens": [5], "internal_size": 16}

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from transformers import (
     pipeline,
 )
 
+from tests.helpers.pruned_vlm_tools import FAMILIES, IMAGE, batch, tiny_vlm
 from tokcom_hf import (
     LayerPruner,
     LayerPrunerConfig,
@@ -30,10 +30,7 @@ from tokcom_hf.data.scenes import render_scene
 from tokcom_hf.data.vqa import VQACollator, scene_rows
 from tokcom_hf.models.pruning_flops import decoder_layer_flops
 from tokcom_hf.models.pruning_strategies import STRATEGIES
-from tokcom_hf.small_models.small_vlm import scene_processor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruned_vlm_tools import FAMILIES, IMAGE, batch, tiny_vlm
+from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
 
 MERGER = {"feature_size": 16, "question_size": 32, "target_merge_tokens": 8, "internal_size": 16}
 PRUNER = {"hidden_size": 32, "layers": [1, 2], "keep_tokens": [5, 2], "internal_size": 16}
@@ -215,15 +212,12 @@ def checkpoint(tmp_path_factory):
     """A folder in the format of llava-hf/llava-1.5-7b-hf: model and processor of the small VLM, tiny."""
     folder = tmp_path_factory.mktemp("llava")
     processor = scene_processor(32, 8)
-    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-    from pretrain_vlm import build_model
-
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    model = build_model(vision, text | {"num_key_value_heads": 2}, processor)
+    model = build_small_llava(vision, text | {"num_key_value_heads": 2}, processor)
     assert isinstance(model, LlavaForConditionalGeneration)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,15 +1,10 @@
 """Hard mode removes tokens: it equals an uncached model in which the removed tokens are masked out."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.helpers.pruned_vlm_tools import FAMILIES, TOKENS, batch, tiny_vlm
 from tokcom_hf import LayerPrunerConfig, PrunedVLM, TokenMergerConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruned_vlm_tools import FAMILIES, TOKENS, batch, tiny_vlm
 
 
 @pytest.fixture(autouse=True)

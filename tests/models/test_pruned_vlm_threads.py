@@ -2,17 +2,13 @@
 
 import copy
 import pickle
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.pruned_vlm_tools import batch, tiny_vlm
 from tokcom_hf import LayerPrunerConfig, PrunedVLM, TokenMergerConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pruned_vlm_tools import batch, tiny_vlm
 
 MERGER = {"feature_size": 16, "question_size": 32, "target_merge_tokens": 8, "internal_size": 16}
 PRUNER = {"hidden_size": 32, "layers": [1, 2], "keep_tokens": [5, 2], "internal_size": 16}

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from tests.helpers.tokcom_tools import VAE, small
 from tokcom_hf import TokComVAE, TokComVAEConfig
-
-from .tokcom_tools import VAE, small
 
 TENSORS = {
     "vae": "decoder.norm.weight", "denoiser": "layers.0.mlp.up_proj.weight", "tokcom": "denoiser.norm.weight",

@@ -4,9 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from tests.helpers.tokcom_tools import CONTEXT, VAE, inputs, seeded, small
 from tokcom_hf import DenoisedModel, DenoisedModelConfig, TokComConfig, TokComModel, TokComVAE, TokComVAEConfig
-
-from .tokcom_tools import CONTEXT, VAE, inputs, seeded, small
 
 SHAPE = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -11,9 +11,8 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModel, Trainer, TrainingArguments
 
+from tests.helpers.tokcom_tools import CONTEXT, MODELS, SHAPE, VAE, inputs, main_output, seeded, small
 from tokcom_hf import VQGAN, TokComConfig, TokComModel, TokComVAE, VQGANConfig
-
-from .tokcom_tools import CONTEXT, MODELS, SHAPE, VAE, inputs, main_output, seeded, small
 
 WITH_LAYERS = ("vae", "denoiser")
 WHOLE = ("tokcom", "context")

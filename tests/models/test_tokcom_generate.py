@@ -8,10 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 
+from tests.helpers.tokcom_tools import SHAPE, VAE, seeded, small
 from tokcom_hf.models import tokcom_generation
 from tokcom_hf.models.tokcom_flow_matching import sample, sampling_times
-
-from .tokcom_tools import SHAPE, VAE, seeded, small
 
 STILL = {"num_steps": 3, "do_sample": False}
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
+from tests.helpers.tokcom_tools import seeded, small
 from tokcom_hf.models.tokcom_flow_matching import MIN_REMAINING
-
-from .tokcom_tools import seeded, small
 
 WEIGHTS = {"mse_weight": 0.7, "cross_entropy_weight": 0.3}
 BLOCKED = {"noise_draws": 2, "head_weight": 0.6, "context_dropout": 0.2, "block_sizes": [1, 2]}

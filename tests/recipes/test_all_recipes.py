@@ -27,8 +27,7 @@ TRAINING = (
 @pytest.fixture(scope="module")
 def recipes():
     """Path -> module, each loaded once."""
-    before, modules = list(sys.path), {}
-    sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "recipes" / "benchmarks")]
+    modules = {}
     for path in RECIPES:
         name = f"any_recipe_{path.parent.name}_{path.stem}"
         spec = importlib.util.spec_from_file_location(name, path)
@@ -36,7 +35,6 @@ def recipes():
         spec.loader.exec_module(modules[path])
     # A benchmark's model is a file of its own, and no recipe.
     yield {path: module for path, module in modules.items() if hasattr(module, "main")}
-    sys.path[:] = before
     for path in RECIPES:
         del sys.modules[f"any_recipe_{path.parent.name}_{path.stem}"]
 

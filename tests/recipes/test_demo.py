@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.chromium import PROGRAM, Page
 from tokcom_hf import LFQProcessor, PrunedVLM
 from tokcom_hf.evaluation.tokcom_reconstruction import token_and_chunk_accuracy
 from tokcom_hf.metrics.codebook import codebook_usage
-
-from .chromium import PROGRAM, Page
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TEXT = "how many red squares are there ?"

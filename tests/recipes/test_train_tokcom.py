@@ -44,6 +44,7 @@ def launch(*arguments: str, code: str | None = None, accelerate: bool = False) -
         command += ["-m", "accelerate.commands.launch"]
     command += ["-c", code] if code else [str(RECIPE), *arguments]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(RECIPE.parents[1]), str(RECIPE.parent)))
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -273,7 +274,6 @@ def test_an_overwritten_run_that_was_killed_does_not_go_on_with_the_one_before(t
     killed = launch(
         code=f"""
 import os, sys
-sys.path.insert(0, {str(RECIPE.parent)!r})
 sys.argv = ["train_tokcom.py", *{[*TINY, *other, "--overwrite"]!r}]
 import train_tokcom
 train_tokcom.TokComVAETrainer.training_step = lambda *arguments: os._exit(9)

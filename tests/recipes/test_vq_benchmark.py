@@ -16,8 +16,6 @@ SMALL = ["--steps", "3", "--num_train", "32", "--num_eval", "16", "--batch_size"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    # As Python does for a script: its rows stand in the file beside it.
-    sys.path.insert(0, str(RECIPE.parent))
     spec = importlib.util.spec_from_file_location("vq_quantizers_benchmark", RECIPE)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up there.
@@ -25,7 +23,6 @@ def benchmark():
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
-    sys.path.remove(str(RECIPE.parent))
 
 
 @pytest.mark.slow

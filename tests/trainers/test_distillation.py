@@ -1,17 +1,20 @@
 """Distillation: a student of two steps comes close to where eight steps of the teacher end, and is saved as such."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModel
 
+from tests.helpers.tokcom_runs import (
+    Rows,
+    block_model,
+    denoiser_trainer,
+    distillation_trainer,
+    row_model,
+    settings,
+    vae_trainer,
+)
 from tokcom_hf import DistillationTrainer, DistillationTrainingArguments, TokComModel
 from tokcom_hf.models.tokcom_flow_matching import sample, sampling_times
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tokcom_runs import Rows, block_model, denoiser_trainer, distillation_trainer, row_model, settings, vae_trainer
 
 
 @pytest.fixture(scope="module")

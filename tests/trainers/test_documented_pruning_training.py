@@ -1,21 +1,17 @@
 """Training as the pruning documents describe it: schedules, losses, three optimizers, names, evaluations, files."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers.integrations import TensorBoardCallback
 
+from tests.helpers.pruned_vlm_tools import batch, tiny_vlm
+from tests.helpers.pruning_run import make_trainer
 from tokcom_hf import LayerPrunerConfig, PrunedVLM, TokenMerger, TokenMergerConfig
 from tokcom_hf.pruning_checkpoint import read_parts
 from tokcom_hf.trainers.pruning_losses import annealed_temperature
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from pruned_vlm_tools import batch, tiny_vlm
-from pruning_run import make_trainer
 
 STEP = [
     "token_merger/merge_sparsity_loss",

@@ -1,24 +1,17 @@
 """JointLFQTrainer: the loss as documented, what moves and at which rate, resume, two ranks."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from tests.helpers.joint_lfq_run import BITS, make_model, make_trainer, weights
+from tests.helpers.processes import TWO_RANKS, start
 from tokcom_hf import JointLFQTrainingArguments, LFQExpandedModel
 from tokcom_hf.models import shared_cross_entropy as chunked_cross_entropy
 from tokcom_hf.trainers.lfq_joint_model import JointLFQModel
 from tokcom_hf.trainers.lfq_normalizer import summed_log_normalizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from joint_lfq_run import BITS, make_model, make_trainer, weights
-
-SCRIPT = Path(__file__).parent / "joint_lfq_run.py"
 
 
 def batch_of(trainer, count=4):
@@ -380,13 +373,6 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def launch(*command, check=True):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done.returncode
-
-
 @pytest.mark.slow
 def test_resume_after_a_stop_or_a_kill_ends_bitwise_where_an_undisturbed_run_does(tmp_path):
     whole = make_trainer(tmp_path / "whole", tune_llm=True)
@@ -395,7 +381,7 @@ def test_resume_after_a_stop_or_a_kill_ends_bitwise_where_an_undisturbed_run_doe
     stopped = make_trainer(tmp_path / "stopped")
     stopped.add_callback(StopAt(4))
     stopped.train()
-    assert launch(SCRIPT, tmp_path / "killed", "--kill", check=False) == -9
+    assert start("joint_lfq_run", tmp_path / "killed", "--kill", check=False) == -9
     for name in ("stopped", "killed"):
         assert not (tmp_path / name / "checkpoint-6").exists()
         resumed = make_trainer(tmp_path / name)
@@ -410,8 +396,7 @@ def test_resume_after_a_stop_or_a_kill_ends_bitwise_where_an_undisturbed_run_doe
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_process_learns_from_the_same_rows(tmp_path):
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    launch(*two, SCRIPT, tmp_path / "two")
+    start("joint_lfq_run", tmp_path / "two", launcher=TWO_RANKS)
     one = make_trainer(tmp_path / "one")
     one.train()
     ranks = torch.load(tmp_path / "two" / "end.pt")

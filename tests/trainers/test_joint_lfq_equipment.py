@@ -1,22 +1,18 @@
 """equip_internvl: what every key of the configuration does, on transformers' InternVL and on remote code."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tests.helpers.joint_lfq_run import TEXT, VISION
 from tokcom_hf import JointLFQModel, JointLFQTrainer, JointLFQTrainingArguments, LFQExpandedModel, equip_internvl
 from tokcom_hf.data.captions import JointLFQCollator, scene_caption_rows
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.evaluation.lfq_bases import next_id_loss
 from tokcom_hf.models import lfq_tables
 from tokcom_hf.small_models.small_internvl import build_small_internvl
-
-sys.path.insert(0, str(Path(__file__).parent))
-from joint_lfq_run import TEXT, VISION
 
 QUANTIZER = {
     "output_dim": 6, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,

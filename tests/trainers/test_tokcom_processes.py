@@ -1,14 +1,13 @@
 """TokCom stages in other processes: two ranks are one process, and a killed run ends where an undisturbed one does."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.helpers.processes import start
 
 STAGES = ("vae", "denoiser", "rows", "distill")
 pytestmark = pytest.mark.slow
@@ -16,12 +15,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """What tokcom_worker.py leaves."""
+    """What tests/helpers/tokcom_worker.py leaves."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, str(Path(__file__).parent / "tokcom_worker.py"), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    start("tokcom_worker", folder)
     return folder
 
 

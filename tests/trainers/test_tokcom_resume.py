@@ -1,16 +1,11 @@
 """What a TokCom run keeps: exact resume of every stage, averaged weights, whole checkpoints, the best model."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from tests.helpers.tokcom_runs import STAGES, losses, vae_trainer
 from tokcom_hf.trainers.base import check_output_dir, last_complete_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tokcom_runs import STAGES, losses, vae_trainer
 
 
 def test_averaged_weights_follow_the_formula_and_are_used_for_evaluation(tmp_path):

@@ -2,20 +2,13 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokcom_hf.data.latent_rows import encode_rows
-from tokcom_hf.models.modeling_tokcom import TokComOutput
-from tokcom_hf.models.tokcom_objective import Blocks, add_flow_losses
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tokcom_runs import (
+from tests.helpers.tokcom_runs import (
     STAGES,
     Rows,
     block_model,
@@ -26,6 +19,9 @@ from tokcom_runs import (
     row_trainer,
     vae_trainer,
 )
+from tokcom_hf.data.latent_rows import encode_rows
+from tokcom_hf.models.modeling_tokcom import TokComOutput
+from tokcom_hf.models.tokcom_objective import Blocks, add_flow_losses
 
 
 def lines(trainer, name: str) -> list[float]:

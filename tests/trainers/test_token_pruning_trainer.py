@@ -1,23 +1,15 @@
 """TokenPruningTrainer: what moves, what is logged, resume after kill -9, two ranks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.helpers.processes import TWO_RANKS, start
+from tests.helpers.pruned_vlm_tools import mixed_sizes, tiny_vlm
+from tests.helpers.pruning_run import fingerprint, make_trainer
 from tokcom_hf import LayerPruner, LayerPrunerConfig, PrunedVLM, TokenMergerConfig, TokenPruningTrainingArguments
 from tokcom_hf.trainers.pruning_attention_guidance import attention_reader, guidance_loss, read_share, reading_scores
 from tokcom_hf.trainers.pruning_losses import annealed_temperature, answer_kl, binarization_loss, keep_rate_loss
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from pruned_vlm_tools import mixed_sizes, tiny_vlm
-from pruning_run import fingerprint, make_trainer
-
-SCRIPT = Path(__file__).parent / "pruning_run.py"
 LOGGED = [
     "token_merger/merge_sparsity_loss",
     "layer_pruners/adv_loss",
@@ -171,18 +163,11 @@ def test_bad_arguments_are_refused(tmp_path):
         arguments.__post_init__()
 
 
-def launch(*command, check=True):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done.returncode
-
-
 @pytest.mark.slow
 def test_resume_after_kill_ends_where_an_undisturbed_run_does(tmp_path):
-    launch(SCRIPT, tmp_path / "whole")
-    assert launch(SCRIPT, tmp_path / "killed", "--kill", check=False) == -9
-    launch(SCRIPT, tmp_path / "killed", "resume")
+    start("pruning_run", tmp_path / "whole")
+    assert start("pruning_run", tmp_path / "killed", "--kill", check=False) == -9
+    start("pruning_run", tmp_path / "killed", "resume")
     whole, killed = (torch.load(tmp_path / name / "end.pt") for name in ("whole", "killed"))
     for name, value in whole["weights"].items():
         assert torch.equal(value, killed["weights"][name]), name
@@ -191,9 +176,8 @@ def test_resume_after_kill_ends_where_an_undisturbed_run_does(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_process_learns_from_the_same_rows(tmp_path):
     """Without random masks: noise is drawn per rank, the gradient of the same rows is not."""
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    launch(*two, SCRIPT, tmp_path / "two", "quiet")
-    launch(SCRIPT, tmp_path / "one", "quiet")
+    start("pruning_run", tmp_path / "two", "quiet", launcher=TWO_RANKS)
+    start("pruning_run", tmp_path / "one", "quiet")
     one, ranks = (torch.load(tmp_path / name / "end.pt") for name in ("one", "two"))
     assert one["world"] == 1 and ranks["world"] == 2
     for name, value in one["weights"].items():

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,9 @@ import pytest
 import torch
 from transformers.integrations.integration_utils import rewrite_logs
 
+from tests.helpers.joint_lfq_run import make_trainer as joint_trainer
+from tests.helpers.pruning_run import make_trainer as pruning_trainer
+from tests.helpers.tokcom_runs import denoiser_trainer, distillation_trainer, vae_trainer
 from tokcom_hf import (
     VQGAN,
     VQGANConfig,
@@ -26,11 +28,6 @@ from tokcom_hf.data.images import ProceduralImages
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.trainers.base import CompressionTrainingArguments
 from tokcom_hf.trainers.trackers import BestModel, TrackerName, log_table, tracker_names
-
-sys.path.insert(0, str(Path(__file__).parent))
-from joint_lfq_run import make_trainer as joint_trainer
-from pruning_run import make_trainer as pruning_trainer
-from tokcom_runs import denoiser_trainer, distillation_trainer, vae_trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 EVERY_TWO = {
@@ -68,7 +65,7 @@ TRAINERS = {
 def wandb_run(tmp_path_factory):
     """Both stages of TokCom in one offline run, as the recipe trains them, read back from wandb's own file."""
     wandb = pytest.importorskip("wandb")
-    from wandb_file import read_run
+    from tests.helpers.wandb_file import read_run
 
     folder = tmp_path_factory.mktemp("wandb")
     settings = {

@@ -1,11 +1,10 @@
 """All trainers keep what `Trainer` promises: its defaults work, metrics see predictions, the best model is chosen."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.helpers.joint_lfq_run import make_trainer as joint_trainer
+from tests.helpers.pruning_run import make_trainer as pruning_trainer
 from tokcom_hf import (
     VQGAN,
     DenoiserTrainer,
@@ -28,10 +27,6 @@ from tokcom_hf.data.images import ProceduralImages
 from tokcom_hf.data.latent_rows import encode_rows
 from tokcom_hf.trainers.base import CompressionTrainingArguments
 from tokcom_hf.trainers.vqgan import VQGANTrainer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from joint_lfq_run import make_trainer as joint_trainer
-from pruning_run import make_trainer as pruning_trainer
 
 SHAPE = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 1,

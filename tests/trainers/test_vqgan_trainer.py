@@ -12,66 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokcom_hf import VQGAN, VQGANConfig, VQGANDiscriminator, VQGANDiscriminatorConfig, VQGANImageProcessor
-from tokcom_hf.data.images import ProceduralImages
-from tokcom_hf.models.configuration_vqgan import READ_BY
-from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments
+from tests.helpers.vqgan_run import state, trainer
+from tokcom_hf.trainers.vqgan import VQGANTrainingArguments
 from tokcom_hf.trainers.vqgan_adversary import LeCAM, adaptive_weight, discriminator_loss, generator_loss
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = {
-    "image_size": 16,
-    "codebook_size": 16,
-    "codebook_dim": 8,
-    "base_channels": 8,
-    "channel_multipliers": [1, 2],
-    "downsample_factor": 4,
-    "patch_size": 2,
-    "num_res_blocks": 1,
-    "mid_attention": False,
-    "temperature": 0.0,
-    "entropy_weight": 0.0,
-    "codebook_init": "kmeans",
-    "reset_interval": 2,
-    "dead_code_unit": "mean",
-    "balance_rate": 0.05,
-}
-TRAINING = {
-    "max_steps": 4,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
-    "perceptual": "random",
-    "adversarial_start": 0.25,
-    "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "num_pictures": 4,
-    "init_images": 16,
-}
-
-
-def trainer(folder, model_settings=None, **settings) -> VQGANTrainer:
-    torch.manual_seed(0)
-    model_settings = MODEL | (model_settings or {})
-    if model_settings.get("quantizer") == "lfq":
-        model_settings = {name: value for name, value in model_settings.items() if "lfq" in READ_BY.get(name, ["lfq"])}
-    model = VQGAN(VQGANConfig(**model_settings))
-    discriminator = VQGANDiscriminator(VQGANDiscriminatorConfig(base_channels=8, num_layers=1))
-    args = VQGANTrainingArguments(output_dir=str(folder), **(TRAINING | settings))
-    processor = VQGANImageProcessor(16, size_divisor=4)
-    return VQGANTrainer(
-        model,
-        args,
-        discriminator,
-        train_dataset=ProceduralImages(32, processor),
-        eval_dataset=ProceduralImages(8, processor, first=1000),
-        processing_class=processor,
-    )
-
-
-def state(network) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
 def assert_close(first: dict, second: dict, tolerance: float) -> None:
@@ -208,8 +153,7 @@ def test_bf16_trains_and_fp16_is_refused(tmp_path):
 
 TWO_RANKS = """
 import sys, torch
-sys.path.insert(0, {tests!r})
-from test_vqgan_trainer import trainer, state
+from tests.helpers.vqgan_run import trainer, state
 from tokcom_hf.cli import leave_together
 run = trainer({folder!r}, {{"entropy_weight": 0.1, "dead_code_threshold": 0.5}}, max_steps=50, logging_steps=25,
               ddp_find_unused_parameters=False, per_device_train_batch_size=4, ema_decay=0.9)
@@ -228,7 +172,7 @@ leave_together()
 @pytest.mark.slow
 def test_fifty_two_rank_steps_leave_equal_codebooks(tmp_path):
     script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    script.write_text(TWO_RANKS.format(folder=str(tmp_path)))
     command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=environment)

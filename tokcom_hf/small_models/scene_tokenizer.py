@@ -1,5 +1,7 @@
 """Word-level tokenizer of the procedural scenes' questions, answers and captions."""
 
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -20,8 +22,24 @@ def scene_words() -> list[str]:
     return list(dict.fromkeys(words))
 
 
+def text_fields(tokenizer) -> dict[str, Any]:
+    """Fields of a language model's config that a tokenizer decides: the vocabulary's size and the special tokens."""
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+
+
+def end_generation_like(model, tokenizer) -> None:
+    """Lets `model.generate` stop at the tokenizer's end token and pad with its padding token."""
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
 def scene_tokenizer(image_tokens: dict[str, str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of those words. `image_tokens`: attribute → special token, what the model's processor asks for."""
+    """A tokenizer of `scene_words()`. `image_tokens`: the special tokens of the model's processor, by attribute name."""
     special = ["<pad>", "</s>", "<unk>", *image_tokens.values()]
     vocabulary = {word: index for index, word in enumerate([*special, *scene_words()])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from .scene_tokenizer import scene_tokenizer
+from .scene_tokenizer import end_generation_like, scene_tokenizer, text_fields
 
 IMAGE_TOKENS = {
     "start_image_token": "<img>",
@@ -106,19 +106,12 @@ def build_small_internvl(
     length = tokens_per_tile(vision_config)
     processor = scene_tile_processor(vision["image_size"], length)
     tokenizer = processor.tokenizer
-    special = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
     config = InternVLConfig(
         vision_config=vision_config,
-        text_config=Qwen2Config(**text | special),
+        text_config=Qwen2Config(**text | text_fields(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids(processor.image_token),
         image_seq_length=length,
     )
     model = InternVLForConditionalGeneration(config).float()
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    end_generation_like(model, tokenizer)
     return model, processor

@@ -1,8 +1,17 @@
-"""The processor of the small LLaVA that `recipes/pretrain_vlm.py` trains: CLIP images and the scenes' tokenizer."""
+"""The small LLaVA that `recipes/pretrain_vlm.py` trains: CLIP images, the scenes' tokenizer, a Llama."""
 
-from transformers import CLIPImageProcessor, LlavaProcessor
+from typing import Any
 
-from .scene_tokenizer import scene_tokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from .scene_tokenizer import end_generation_like, scene_tokenizer, text_fields
 
 
 def scene_processor(image_size: int, patch_size: int) -> LlavaProcessor:
@@ -18,3 +27,28 @@ def scene_processor(image_size: int, patch_size: int) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
+
+
+def build_small_llava(
+    vision: CLIPVisionConfig, text: dict[str, Any], processor: LlavaProcessor
+) -> LlavaForConditionalGeneration:
+    """An untrained LLaVA of the given shape, in float32, with the processor's vocabulary.
+
+    Args:
+        vision: of the CLIP tower; images are square.
+        text: fields of `LlamaConfig` except those that the vocabulary decides.
+        processor: from `scene_processor`, of the same image and patch size.
+    """
+    tokenizer = processor.tokenizer
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**text | text_fields(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids(processor.image_token),
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlavaForConditionalGeneration(config).float()
+    end_generation_like(model, tokenizer)
+    return model

@@ -1,15 +1,11 @@
-"""A tiny pruning run for the trainer's tests: `python pruning_run.py OUTPUT [resume] [--stop-after N]`."""
+"""A tiny pruning run for the trainer's tests: `python -m tests.helpers.pruning_run OUTPUT [resume] [quiet] [--kill]`."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig, TrainerCallback, set_seed
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-from pretrain_vlm import build_model
+from transformers import CLIPVisionConfig, set_seed
 
 from tokcom_hf import (
     LayerPrunerConfig,
@@ -22,18 +18,9 @@ from tokcom_hf import (
 )
 from tokcom_hf.cli import leave_together
 from tokcom_hf.data.vqa import VQACollator, scene_rows
-from tokcom_hf.small_models.small_vlm import scene_processor
+from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
 
-
-class Kill(TrainerCallback):
-    """Ends the process without a goodbye once so many steps are done."""
-
-    def __init__(self, after):
-        self.after = after
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step >= self.after:
-            os.kill(os.getpid(), signal.SIGKILL)
+from .processes import Kill
 
 
 def make_trainer(output, noise=True, **changes):
@@ -44,7 +31,7 @@ def make_trainer(output, noise=True, **changes):
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
     )
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2}
-    base = build_model(vision, text | {"num_key_value_heads": 2}, processor)
+    base = build_small_llava(vision, text | {"num_key_value_heads": 2}, processor)
     merger = TokenMergerConfig(
         feature_size=16, question_size=32, target_merge_tokens=10, internal_size=16, gumbel_noise=noise
     )

@@ -1,7 +1,6 @@
 """Tiny random VLMs of the families with tiles, windows and images of any size, each with a prompt of several images."""
 
 import torch
-from pruned_vlm_tools import IMAGE, TEXT, batch
 from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
@@ -21,6 +20,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
 )
+
+from tests.helpers.pruned_vlm_tools import IMAGE, TEXT, batch
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]

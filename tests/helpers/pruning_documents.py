@@ -13,10 +13,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 def save_small_llava(folder: Path) -> Path:
     """32 layers of width 16 and images of 4 x 4 vision tokens: every documented layer number exists."""
-    sys.path.insert(0, str(RECIPES))
-    from pretrain_vlm import build_model
-
-    from tokcom_hf.small_models.small_vlm import scene_processor
+    from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
 
     set_seed(0)
     processor = scene_processor(32, 8)
@@ -24,7 +21,7 @@ def save_small_llava(folder: Path) -> Path:
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
     )
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 32, "num_attention_heads": 2}
-    build_model(vision, text | {"num_key_value_heads": 2}, processor).save_pretrained(folder)
+    build_small_llava(vision, text | {"num_key_value_heads": 2}, processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "results.json").write_text(json.dumps({"scenes": {"image_size": 32}}))
     return folder

@@ -1,12 +1,11 @@
-"""A tiny joint LFQ run for the trainer's tests: `python joint_lfq_run.py OUTPUT [--kill]`, alone or under torchrun."""
+"""A tiny joint LFQ run for the trainer's tests: `python -m tests.helpers.joint_lfq_run OUTPUT [--kill]`."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from tokcom_hf import JointLFQTrainer, JointLFQTrainingArguments, LFQConfig, LFQExpandedModel, LFQQuantizer
 from tokcom_hf.cli import leave_together
@@ -14,6 +13,8 @@ from tokcom_hf.data.captions import JointLFQCollator, scene_caption_rows
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.small_models.small_internvl import build_small_internvl
 from tokcom_hf.trainers.lfq_joint_model import JointLFQModel
+
+from .processes import Kill
 
 VISION = {
     "image_size": 32, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -24,17 +25,6 @@ TEXT = {
     "num_key_value_heads": 2, "initializer_range": 0.2,
 }  # fmt: skip
 BITS = 6
-
-
-class Kill(TrainerCallback):
-    """Ends the process without a goodbye once so many steps are done."""
-
-    def __init__(self, after):
-        self.after = after
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step >= self.after:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def make_model(**quantizer):

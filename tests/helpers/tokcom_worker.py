@@ -1,4 +1,4 @@
-"""Trains every TokCom stage in processes of their own; started by test_tokcom_processes: `tokcom_worker.py FOLDER`.
+"""Trains every TokCom stage in processes of their own: `python -m tests.helpers.tokcom_worker FOLDER`.
 
 FOLDER/whole: one process, undisturbed. FOLDER/two: two ranks with the same global batch. FOLDER/cut: killed in each stage,
 and gone on with. All are forks of this process, which has loaded the packages once and computed nothing.
@@ -15,9 +15,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tokcom_runs import STAGES, block_model, losses
-
+from tests.helpers.tokcom_runs import STAGES, block_model, losses
 from tokcom_hf.cli import leave_together
 from tokcom_hf.trainers.base import last_complete_checkpoint
 
