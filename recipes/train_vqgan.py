@@ -154,7 +154,7 @@ def write_results(
     pair = trainer.held_out_pictures()
     if pair is not None:
         reconstruction_grid(*pair).save(output / "reconstructions.png")
-    drawn = plot_usage(trainer._sums["counts"], output / "codebook.png", "held-out codes")
+    drawn = plot_usage(trainer.held_out.counts, output / "codebook.png", "held-out codes")
     if not (drawn and plot_history(trainer.state.log_history, output / "history.png")):
         print(NO_MATPLOTLIB)
     (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")

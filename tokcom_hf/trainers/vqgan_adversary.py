@@ -1,4 +1,4 @@
-"""The second player of VQGAN training: a discriminator with its own optimizer, losses and regularisers."""
+"""The discriminator's side of VQGAN training: its losses, regularisers, optimizer and step."""
 
 import contextlib
 
@@ -29,7 +29,7 @@ def adaptive_weight(
 
 
 class LeCAM:
-    """LeCAM regulariser (2104.03310): keeps outputs near the moving averages of the other side's outputs."""
+    """LeCAM regulariser (2104.03310): pulls D(x) and D(x̂) towards each other's moving averages."""
 
     def __init__(self, decay: float = 0.99):
         self.decay = decay
@@ -37,7 +37,7 @@ class LeCAM:
         self.started = False
 
     def update(self, real: float, fake: float) -> None:
-        """Takes the mean outputs of one optimizer step."""
+        """Takes the mean D(x) and D(x̂) of one optimizer step."""
         keep = self.decay if self.started else 0.0
         self.real = keep * self.real + (1 - keep) * real
         self.fake = keep * self.fake + (1 - keep) * fake
@@ -55,12 +55,12 @@ class LeCAM:
 
 
 class Adversary:
-    """Discriminator, optimizer and regulariser state; one `step` per generator micro-batch.
+    """A discriminator with its optimizer and regulariser; `step` runs once per micro-batch of the generator.
 
     Args:
         discriminator: `VQGANDiscriminator`.
         args: `VQGANTrainingArguments`.
-        accelerator: of the trainer; wraps the discriminator for distributed training.
+        accelerator: the trainer's; it wraps the discriminator for distributed training.
     """
 
     def __init__(self, discriminator: nn.Module, args, accelerator):
@@ -73,20 +73,28 @@ class Adversary:
         self._means: list[torch.Tensor] = []
 
     def generator_loss(self, fake: torch.Tensor) -> torch.Tensor:
-        """Adversarial loss of reconstructions through the frozen, unwrapped discriminator."""
+        """Adversarial loss of reconstructions; the discriminator is frozen and unwrapped meanwhile."""
         self.network.requires_grad_(False)
         loss = generator_loss(self.network(fake).logits.float(), self.args.gan_loss)
         self.network.requires_grad_(True)
         return loss
 
     def step(self, real: torch.Tensor, fake: torch.Tensor, rate_scale: float) -> dict[str, torch.Tensor]:
-        """One micro-batch: backward always, optimizer step when gradients are synchronised."""
+        """One micro-batch: always a backward pass, an optimizer step at the last micro-batch.
+
+        Args:
+            real, fake: targets and reconstructions, `(batch, channels, height, width)`.
+            rate_scale: factor of the learning rate at this step.
+
+        Returns:
+            losses and mean outputs, for the log.
+        """
         args, synchronise = self.args, self.accelerator.sync_gradients
         context = contextlib.nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped)
         real = real.detach().requires_grad_(args.gan_regularizer == "r1")
         with context:
             with self.accelerator.autocast():
-                # One forward: two would break DDP's bookkeeping.
+                # DDP allows one forward pass before a backward pass.
                 logits = self.wrapped(torch.cat([real, fake.detach()])).logits.float()
             real_logits, fake_logits = logits.split([len(real), len(fake)])
             loss = discriminator_loss(real_logits, fake_logits, args.gan_loss)

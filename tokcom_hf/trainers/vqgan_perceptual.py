@@ -1,4 +1,4 @@
-"""Perceptual distances for image reconstruction that need no download, and any backbone by name.
+"""Perceptual losses of reconstructed images; `pyramid` and `random` need no download.
 
 `pyramid`: 1 − MS-SSIM plus gradients over a Laplacian-like pyramid. `random`: distance of seeded random convolution
 features at three scales. `backbone:<name or folder>`: feature distance of a vision model loaded by transformers
@@ -28,7 +28,7 @@ class PyramidLoss(nn.Module):
 
 
 class RandomFeatureLoss(nn.Module):
-    """Mean squared distance of unit-length features of a fixed, seeded random convolution network."""
+    """Mean squared distance of unit-length features of a random convolution network with fixed weights."""
 
     def __init__(self, channels: int = 3, width: int = 32, seed: int = 0):
         super().__init__()
@@ -73,7 +73,7 @@ class BackboneLoss(nn.Module):
         self.model.eval().requires_grad_(False)
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Hidden states of every layer, images resized to the backbone's own size where it has one."""
+        """Hidden states of every layer; images are first resized to the backbone's `image_size` if it has one."""
         if self.size is not None:
             size = self.size if isinstance(self.size, int) else tuple(self.size)
             x = F.interpolate(x, size=size, mode="bilinear", antialias=True)

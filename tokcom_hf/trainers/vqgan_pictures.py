@@ -15,7 +15,7 @@ from tokcom_hf.plots.vqgan import plot_usage
 class PictureCallback(TrainerCallback):
     """Writes `<output_dir>/pictures/step-N-reconstructions.png` and `step-N-codebook.png` on the main process.
 
-    Where `sample_dir` is set, `<sample_dir>/epoch-N-reconstructions.png`, too.
+    With `sample_dir` it also writes `<sample_dir>/epoch-N-reconstructions.png` after each epoch.
     """
 
     def __init__(self, trainer):
@@ -42,7 +42,7 @@ class PictureCallback(TrainerCallback):
         reconstruction_grid(*pair).save(grid)
         self._send("reconstructions", grid, state.global_step)
         usage = folder / f"step-{state.global_step}-codebook.png"
-        counts = self.trainer._sums.get("counts")
+        counts = self.trainer.held_out.counts
         if counts is not None and plot_usage(counts, usage, "held-out codes"):
             self._send("codebook", usage, state.global_step)
 
@@ -58,7 +58,7 @@ class PictureCallback(TrainerCallback):
 
 
 def reconstruction_grid(images, reconstructions, columns: int = 8) -> Image.Image:
-    """Rows of originals, each above its row of reconstructions; tensors `(batch, channels, height, width)`."""
+    """Each row of originals above the row of its reconstructions; tensors `(batch, channels, height, width)` in [-1, 1]."""
     tiles: list[Image.Image] = []
     originals, copies = _pictures(images), _pictures(reconstructions)
     for start in range(0, len(originals), columns):
