@@ -123,10 +123,10 @@ def test_three_optimizers_with_rates_of_their_own(run):
     assert set(groups) == {"merger", "pruners"}
     assert {id(p) for p in groups["merger"]["params"]} == {id(p) for p in trainer.model.token_merger.parameters()}
     assert {id(p) for p in groups["pruners"]["params"]} == {id(p) for p in trainer.model.layer_pruner.parameters()}
-    own = {id(p) for group in trainer.discriminator_optimizer.param_groups for p in group["params"]}
+    own = {id(p) for group in trainer.adversary.optimizer.param_groups for p in group["params"]}
     assert own == {id(p) for p in trainer.discriminator.parameters()}
     assert groups["merger"]["initial_lr"] == 1e-3
-    assert trainer.discriminator_optimizer.param_groups[0]["initial_lr"] == 5e-4
+    assert trainer.adversary.optimizer.param_groups[0]["initial_lr"] == 5e-4
 
 
 def test_temperature_follows_the_documented_formula():
@@ -150,7 +150,7 @@ def test_losses_are_the_documented_ones(tmp_path):
     trainer.discriminator.eval()
     torch.manual_seed(0)
     loss, output = trainer.compute_loss(trainer.model, rows, return_outputs=True)
-    states, answers = trainer._pair
+    states, answers = trainer.adversary.pair
     with torch.no_grad():
         probability = trainer.discriminator(states, answers).sigmoid()
     real, fake = probability[:4], probability[4:]
@@ -163,7 +163,7 @@ def test_losses_are_the_documented_ones(tmp_path):
     whole += 1e-4 * logged["token_merger/merge_sparsity_loss"]
     assert loss.item() == pytest.approx(whole, rel=1e-5)
     trainer.create_optimizer_and_scheduler(1)
-    trainer._discriminator_step()
+    trainer.log_scalars("discriminator", trainer.adversary.step(0))
     assert logged["discriminator/real_loss"] == pytest.approx(entropy(real, torch.ones(4)).item(), rel=1e-4)
     assert logged["discriminator/fake_loss"] == pytest.approx(entropy(fake, torch.zeros(4)).item(), rel=1e-4)
 
@@ -173,7 +173,7 @@ def test_discriminator_reads_layers_from_the_end(tmp_path):
     rows = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
     output = trainer.model(**rows, pruning_mode="soft", output_hidden_states=True)
     assert trainer.discriminator.config.layers == [-1, -3, -5]
-    states = trainer._states(output)
+    states = trainer.adversary.states(output)
     assert all(torch.equal(state, output.hidden_states[layer]) for state, layer in zip(states, (-1, -3, -5)))
 
 
@@ -181,7 +181,7 @@ def test_discriminator_reads_layers_from_the_end(tmp_path):
 def test_discriminator_is_drawn_anew_with_the_documented_probability(tmp_path, probability):
     trainer = make_trainer(tmp_path, max_steps=3, save_strategy="no", discriminator_reinit_probability=probability)
     drawn = []
-    trainer._reinitialize_discriminator = lambda: drawn.append(trainer.state.global_step)
+    trainer.adversary.reinitialize = drawn.append
     trainer.train()
     assert len(drawn) == 3 * probability
 
@@ -190,9 +190,9 @@ def test_a_new_discriminator_forgets(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, save_strategy="no", discriminator_reinit_probability=0.0)
     trainer.train()
     before = {name: value.clone() for name, value in trainer.discriminator.state_dict().items() if value.dim() == 2}
-    assert trainer.discriminator_optimizer.state
-    trainer._reinitialize_discriminator()
-    assert not trainer.discriminator_optimizer.state
+    assert trainer.adversary.optimizer.state
+    trainer.adversary.reinitialize(0)
+    assert not trainer.adversary.optimizer.state
     after = trainer.discriminator.state_dict()
     assert before and all(not torch.equal(value, after[name]) for name, value in before.items())
     # The new weights are bounded like the old ones.

@@ -1,16 +1,15 @@
 """Joint training of a quantizer, LFQ token rows and, where asked for, the language model.
 
-Three passes over a batch: a frozen teacher answers questions from continuous image features; the student answers them from
-quantized features, and once more from continuous ones. Both stay close to the teacher (KL, weight 25), while the student
-learns to draw the image, as LFQ ids, after its caption (cross-entropy, weight 1).
+Each batch takes three passes. A frozen teacher answers questions from continuous image features; the student answers them
+from quantized features, and again from continuous ones. A KL (weight 25) keeps both answers close to the teacher's, and the
+student learns to generate the image, as LFQ ids, after its caption (cross-entropy, weight 1).
 
-One AdamW with one group per part: AdamW acts on every number by itself, so these are separate optimizers in one file.
+Each part is a group of one AdamW. AdamW treats every number separately, so this equals one optimizer per part, in one file.
 """
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -21,57 +20,12 @@ from ..metrics.codebook import utilization_ceiling
 from ..metrics.lfq import code_indices
 from ..models.lfq_rows import text_host
 from .answer_rows import answer_rows
-from .base import CompressionTrainer, CompressionTrainingArguments
+from .base import CompressionTrainer
+from .lfq_joint_arguments import JointLFQTrainingArguments
 from .lfq_joint_model import JointLFQModel
 from .lfq_quantizer_start import fit_quantizer
 
-
-@dataclass
-class JointLFQTrainingArguments(CompressionTrainingArguments):
-    """Arguments of `JointLFQTrainer`; the documented numbers are the defaults."""
-
-    builds_own_optimizer = True
-
-    learning_rate: float = field(default=1e-4, metadata={"help": "Rate of every part that names none of its own."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "First beta of AdamW."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices; vectors have none."})
-    quantizer_learning_rate: float | None = field(default=None, metadata={"help": "Rate of the quantizer."})
-    new_rows_learning_rate: float | None = field(default=None, metadata={"help": "Rate of the LFQ token rows."})
-    llm_learning_rate: float | None = field(
-        default=None, metadata={"help": "Rate of the language model's layers and old rows."}
-    )
-    tune_llm: bool = field(default=True, metadata={"help": "Train the language model's layers too."})
-    generation_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy of image tokens."})
-    understanding_weight: float = field(default=25.0, metadata={"help": "Weight of the two KLs to the teacher."})
-    reconstruction_weight: float = field(default=1.0, metadata={"help": "Weight of the features' reconstruction."})
-    entropy_weight: float = field(default=1.0, metadata={"help": "Weight of the entropy loss at the start."})
-    entropy_weight_end: float = field(default=0.1, metadata={"help": "Its weight once annealed."})
-    entropy_anneal: float = field(default=0.5, metadata={"help": "Share of training over which it falls, linearly."})
-    quantizer_start_steps: int = field(
-        default=400, metadata={"help": "Steps in which the quantizer learns to reconstruct features before all else."}
-    )
-    quantizer_start_images: int = field(
-        default=1024,
-        metadata={"help": "Training images whose features it sees then; 0 leaves its weights as they were drawn."},
-    )
-    quantizer_start_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate then."})
-    caption_drop: float = field(
-        default=0.1, metadata={"help": "Share of captions left out, so that generation can be guided."}
-    )
-    eval_max_new_tokens: int = field(default=4, metadata={"help": "Answer length in evaluations."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.fp16:
-            raise ValueError("Joint LFQ training runs in bf16 or fp32; fp16 overflows in the KL. Set bf16 instead.")
-        for name in ("caption_drop", "entropy_anneal"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
-        weights = ["generation_weight", "understanding_weight", "reconstruction_weight", "entropy_weight"]
-        for name in [*weights, "entropy_weight_end", "quantizer_start_steps", "quantizer_start_images"]:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+__all__ = ["JointLFQTrainer", "JointLFQTrainingArguments"]
 
 
 class JointLFQTrainer(CompressionTrainer):
@@ -79,8 +33,8 @@ class JointLFQTrainer(CompressionTrainer):
 
     Args:
         model: a `JointLFQModel`.
-        teacher: the frozen vision-language model; a copy of the model's base as it is now by default. Not needed, and
-            not copied, where nothing of the base trains (`tune_llm` off, old rows frozen): it then stays what it was.
+        teacher: the frozen vision-language model; by default a copy of the model's base as it is now. If nothing of the
+            base trains (`tune_llm` off, old rows frozen), the base itself is the teacher and nothing is copied.
         generation_collator: a `VQACollator` with `answers=False`, for answers in evaluations.
         other arguments: as for `Trainer`; rows come from `data.captions`, `data_collator` is a `JointLFQCollator`.
     """
@@ -99,17 +53,17 @@ class JointLFQTrainer(CompressionTrainer):
         generation_collator=None,
         **kwargs,
     ):
-        args = self.checked_arguments(args)
-        if args.generation_weight and not model.draws:
+        checked = cast(JointLFQTrainingArguments, self.checked_arguments(args))
+        if checked.generation_weight and not model.draws:
             raise ValueError(
                 f"This model has no LFQ ids, so that there is no cross-entropy of image tokens for generation_weight "
-                f"{args.generation_weight} to weigh; set it to 0, or expand the vocabulary."
+                f"{checked.generation_weight} to weigh; set it to 0, or expand the vocabulary."
             )
-        model.set_trainable(args.tune_llm)
-        super().__init__(model, args, **kwargs)
+        model.set_trainable(checked.tune_llm)
+        super().__init__(model, checked, **kwargs)
         self.generation_collator = generation_collator
         self.teacher: Any = None
-        if args.tune_llm or model.old_rows_train:
+        if checked.tune_llm or model.old_rows_train:
             teacher = frozen_copy(model.base) if teacher is None else teacher.requires_grad_(False).eval()
             self.teacher = teacher.to(self.args.device)
         self._draws = (-1, 0)
@@ -118,10 +72,10 @@ class JointLFQTrainer(CompressionTrainer):
         """Fits a fresh quantizer to the features of the first training images (`lfq_quantizer_start.fit_quantizer`).
 
         Returns:
-            its error, as a share of the features' variance; NaN where it saw none.
+            the quantizer's error as a share of the features' variance; NaN if `quantizer_start_images` is 0.
 
         Raises:
-            ValueError: the quantizer does not read the features that it is to reconstruct.
+            ValueError: the quantizer reads other features than those it would reconstruct.
         """
         if self.args.quantizer_start_images == 0:
             return math.nan
@@ -130,7 +84,8 @@ class JointLFQTrainer(CompressionTrainer):
                 "A quantizer of vision features cannot first learn to reconstruct its input; set quantizer_start_images to "
                 "0."
             )
-        rows, model, features = self.train_dataset, self.unwrapped_model, []
+        rows: Any = self.train_dataset
+        model, features = self.unwrapped_model, []
         count, size = min(self.args.quantizer_start_images, len(rows)), self.args.eval_batch_size
         for start in range(0, count, size):
             batch = self.data_collator([rows[index] for index in range(start, min(start + size, count))])
@@ -146,7 +101,7 @@ class JointLFQTrainer(CompressionTrainer):
 
     # ------------------------------------------------------------------ optimizer
     def create_optimizer(self, *args, **kwargs):
-        """One AdamW; quantizer, new rows and language model each have their rate, vectors no decay."""
+        """One AdamW; each part has its learning rate, and vectors have no weight decay."""
         if self.optimizer is None:
             model, rate = self.unwrapped_model, self.args.learning_rate
             parts = {
@@ -171,7 +126,7 @@ class JointLFQTrainer(CompressionTrainer):
     # ------------------------------------------------------------------ one step
     @property
     def entropy_scale(self) -> float:
-        """Weight of the entropy loss now: falls linearly over the first `entropy_anneal` of training."""
+        """Weight of the entropy loss at this step; it falls linearly over the first `entropy_anneal` of training."""
         args = self.args
         done = self.state.global_step / max(self.state.max_steps, 1)
         share = 1.0 if args.entropy_anneal == 0 else min(1.0, done / args.entropy_anneal)
@@ -179,7 +134,7 @@ class JointLFQTrainer(CompressionTrainer):
 
     @torch.no_grad()
     def teacher_logits(self, features, inputs) -> torch.Tensor:
-        """The teacher's logits where an answer token is predicted, `(answer tokens, old vocabulary)`."""
+        """The teacher's logits at the positions that predict an answer token, `(answer tokens, old vocabulary)`."""
         model = self.unwrapped_model
         text = {
             name: inputs[name] for name in ("input_ids", "attention_mask", "labels", "position_ids") if name in inputs
@@ -191,10 +146,9 @@ class JointLFQTrainer(CompressionTrainer):
         return text_host(self.teacher).get_output_embeddings()(hidden[:, :-1][labels[:, 1:] != -100])
 
     def drop_captions(self, mask: torch.Tensor) -> torch.Tensor:
-        """Hides whole captions, but not the start-of-image token that ends them, with probability `caption_drop`.
+        """Masks whole captions, except the start-of-image token that ends each, with probability `caption_drop`.
 
-        Drawn from the step number for the global batch, so that ranks draw what one process would and a resumed run
-        what an undisturbed one would.
+        The draws depend on seed, step and row of the global batch, so that several ranks and a resumed run draw the same.
         """
         step, micro = self._draws
         self._draws = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 1)
@@ -229,7 +183,7 @@ class JointLFQTrainer(CompressionTrainer):
 
     def _log_losses(self, output, understanding: torch.Tensor, entropy_scale: float) -> None:
         joint = {"understanding_loss": understanding, "entropy_weight": entropy_scale}
-        # A model without LFQ ids has no generation loss.
+        # Without LFQ ids there is no generation loss.
         joint |= {
             name: output[name] for name in ("generation_loss", "quantized_kl", "continuous_kl") if name in output
         }
@@ -249,7 +203,7 @@ class JointLFQTrainer(CompressionTrainer):
 
     # ------------------------------------------------------------------ checkpoints
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # What trains, and nothing of the frozen rest: the base is where it came from.
+        # Only what trains: the frozen base is loaded from where it came from.
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -265,7 +219,7 @@ class JointLFQTrainer(CompressionTrainer):
 
     # ------------------------------------------------------------------ evaluation
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss, and for `compute_metrics` the logits of answers from quantized features, as `answer_rows` has them."""
+        """The loss, and for `compute_metrics` answers from quantized features as `answer_rows` returns them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
@@ -274,7 +228,7 @@ class JointLFQTrainer(CompressionTrainer):
         return loss.detach(), *answer_rows(output.quantized_logits.float(), inputs["labels"])
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
-        """Held-out losses, agreement of generated answers with the teacher's, and the state of the bits.
+        """Held-out losses, agreement of generated answers with the teacher's, and statistics of the bits.
 
         Returns:
             the scalars of `evaluate_joint`, with the prefix.

@@ -1,4 +1,4 @@
-"""`equip_internvl`: a vision-language model gets a quantizer and LFQ ids, as a configuration says."""
+"""`equip_internvl` adds a quantizer and LFQ ids to a vision-language model, as a configuration says."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ QUANTIZER_SECTIONS = ("quantizer", "lfq")
 
 
 def equip_internvl(model, config, tokenizer=None) -> JointLFQModel:
-    """A model that `JointLFQTrainer` trains, made from an InternVL.
+    """Makes the model that `JointLFQTrainer` trains from an InternVL.
 
     model:
       internvl_path: OpenGVLab/InternVL3-1B-hf
@@ -30,11 +30,11 @@ def equip_internvl(model, config, tokenizer=None) -> JointLFQModel:
     Args:
         model: a loaded model of transformers, or of remote code with an `llm_config` and a `language_model`; its Hub name or
             folder; or None for `config.model.internvl_path`.
-        config: a mapping as above, or an object of OmegaConf; other sections are those of other programs. `quantizer` (or
-            `lfq`, also below `model`) holds fields of `LFQConfig`; widths and number of features are the model's where
-            they are not named. `model.quantizer_input` is `projected` or `vision`; see `JointLFQModel`. With `enabled:
-            false` the vocabulary stays as it is: the model learns to read quantized images, not to draw them.
-        tokenizer: the model's; generated text then never holds a padding row of a padded vocabulary.
+        config: a mapping as above, or an object of OmegaConf; sections of other names are ignored. `quantizer` (or `lfq`,
+            also below `model`) holds fields of `LFQConfig`; widths and number of features default to the model's.
+            `model.quantizer_input` is `projected` or `vision`; see `JointLFQModel`. With `enabled: false` the vocabulary
+            is not expanded: the model learns to read quantized images, not to generate them.
+        tokenizer: the model's; with it, generation never chooses the unused rows of a padded vocabulary.
 
     Raises:
         ValueError: an unknown key, two sections of the quantizer, no model, or parts that do not fit.
@@ -68,7 +68,7 @@ def equip_internvl(model, config, tokenizer=None) -> JointLFQModel:
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
-    """A mapping (OmegaConf's objects are mappings) as a dictionary; nested ones stay as they are."""
+    """A mapping, such as an object of OmegaConf, as a dictionary; nested mappings are not converted."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -83,7 +83,7 @@ def _quantizer_settings(sections: Mapping[str, Any], settings: Mapping[str, Any]
         raise ValueError(f"The quantizer's settings are given twice, in {' and '.join(places)}; keep one of them.")
     for name, value in places.items():
         quantizer = _mapping(value, name)
-        # Fields that every configuration of transformers has (dtype, …) are accepted, too.
+        # Fields of every transformers configuration (dtype, ...) are accepted, too.
         inherited = {field.name for field in fields(PreTrainedConfig)}
         _check_keys([key for key in quantizer if key not in inherited], tuple(LFQConfig.__annotations__), name)
         return quantizer

@@ -1,6 +1,7 @@
 """What `JointLFQTrainer` trains: a language model with LFQ tokens and a quantizer, as one module with one forward."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,10 +35,10 @@ class JointLFQOutput(ModelOutput):
             model without LFQ ids.
         quantized_kl, continuous_kl: KL(teacher ‖ student) in nats per answer token, over old and new ids; the teacher
             gives new ids no probability.
-        lfq_mass, continuous_lfq_mass: `(answer tokens,)`, the probability that the student gives to LFQ ids where an
-            answer token follows, from quantized and from continuous features.
+        lfq_mass, continuous_lfq_mass: `(answer tokens,)`, the student's total probability of LFQ ids at positions that
+            predict an answer token, from quantized and from continuous features.
         quantized_logits: `(answer tokens, old vocabulary)`.
-        quantizer: everything that the quantizer returned.
+        quantizer: the quantizer's output.
     """
 
     generation_loss: torch.Tensor | None = None
@@ -50,14 +51,14 @@ class JointLFQOutput(ModelOutput):
 
 
 class JointLFQModel(nn.Module):
-    """A VLM with LFQ tokens beside the quantizer that makes them.
+    """A vision-language model with LFQ tokens, and the quantizer whose codes the tokens stand for.
 
     Args:
         language_model: an `LFQExpandedModel` around a vision-language model; or a plain one, which learns to read
-            quantized features and has no ids to draw with.
-        quantizer: takes that model's image features and gives embeddings of its width.
-        quantizer_input: `projected`, the features as the language model is given them; or `vision`, those of the vision
-            tower before its projector (4,096 numbers each in InternVL).
+            quantized features and cannot generate images.
+        quantizer: maps the model's image features to embeddings of the model's width.
+        quantizer_input: `projected`, the features that the language model reads; or `vision`, those of the vision tower
+            before the projector (of width 4,096 in InternVL).
 
     Raises:
         ValueError: the base sees no images, or widths and numbers of bits do not fit.
@@ -97,7 +98,7 @@ class JointLFQModel(nn.Module):
     # ---------------------------------------------------------------- parts
     @property
     def draws(self) -> bool:
-        """Whether the vocabulary holds LFQ ids, with which an image can be drawn."""
+        """Whether the vocabulary has LFQ ids, so that the model can generate images."""
         return isinstance(self.language_model, LFQExpandedModel)
 
     @property
@@ -107,7 +108,7 @@ class JointLFQModel(nn.Module):
 
     @property
     def old_rows_train(self) -> bool:
-        """Whether the old embedding table and head train (`freeze_original` is off)."""
+        """Whether the old embedding table and head train, that is `freeze_original` is off."""
         return self.draws and not self.language_model.config.freeze_original
 
     def tables(self) -> list[nn.Parameter]:
@@ -125,11 +126,10 @@ class JointLFQModel(nn.Module):
         return [p for p in text_host(self.base).get_decoder().parameters() if id(p) not in tables]
 
     def set_trainable(self, tune_llm: bool) -> None:
-        """Quantizer and new rows train, the language model's layers where asked for, old rows where `freeze_original`
-        is off, nothing else.
+        """Lets quantizer and new rows train, the language model's layers if `tune_llm`, and old rows unless frozen.
 
-        What trains is float32, and with any of the base's weights the whole base: in bfloat16 most small updates round
-        to nothing. `bf16=True` in the training arguments computes in bfloat16 all the same.
+        What trains becomes float32, and the whole base if any of it trains: in bfloat16 most small updates round to
+        nothing. With `bf16=True` in the training arguments the computation is in bfloat16 all the same.
         """
         self.requires_grad_(False)
         self.quantizer.float().requires_grad_(True)
@@ -145,23 +145,26 @@ class JointLFQModel(nn.Module):
             self.language_model.freeze_original_rows(False)
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
-        """For `TrainingArguments.gradient_checkpointing`; takes what the parts' own methods take."""
+        """As the method of `PreTrainedModel`, for base and quantizer; `Trainer` calls it for `gradient_checkpointing`."""
         for part in (self.base, self.quantizer):
             part.gradient_checkpointing_enable(*args, **kwargs)
 
     # ---------------------------------------------------------------- pieces of a step
     @torch.no_grad()
     def see(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images `(batch, channels, height, width)` → features for the language model, and those for the quantizer."""
+        """Images `(batch, channels, height, width)` → features for the language model and features for the quantizer."""
         projected, vision = image_features_of(self.base, pixel_values.to(self.base.dtype))
-        return projected, projected if self.quantizer_input == "projected" else vision
+        if self.quantizer_input == "projected":
+            return projected, projected
+        assert vision is not None
+        return projected, vision
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images `(batch, channels, height, width)` → features `(batch, n, hidden)` as the language model is given them."""
+        """Images `(batch, channels, height, width)` → features `(batch, n, hidden)` that the language model reads."""
         return self.see(pixel_values)[0]
 
     def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Embeddings of text ids with `features` at the places of the image token."""
+        """Embeddings of text ids, with `features` at the positions of the image token."""
         image_token = image_token_of(self.base)
         if image_token is None:
             raise ValueError(
@@ -178,13 +181,13 @@ class JointLFQModel(nn.Module):
         return embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
 
     def answer_states(self, features, input_ids, attention_mask, labels, position_ids=None) -> torch.Tensor:
-        """The head's input `(answer tokens, hidden)` where a label is predicted."""
+        """The head's input `(answer tokens, hidden)` at the positions that predict a label."""
         where = {} if position_ids is None else {"position_ids": position_ids}
         hidden = last_hidden_states(self.base, self.embed(input_ids, features), attention_mask, **where)
         return hidden[:, :-1][labels[:, 1:] != -100]
 
     def answer_logits(self, features, **text) -> torch.Tensor:
-        """Logits over old ids `(answer tokens, old vocabulary)` where a label is predicted; `text` as `answer_states`."""
+        """Logits `(answer tokens, old vocabulary)` at the positions that predict a label; `text` as `answer_states`."""
         return self.original_logits(self.answer_states(features, **text))
 
     def original_logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -194,7 +197,8 @@ class JointLFQModel(nn.Module):
 
     def codes_to_ids(self, codes: torch.Tensor) -> torch.Tensor:
         """Bits `(batch, n, output_dim)` → LFQ ids `(batch, n)`."""
-        return self.language_model.lfq_token_range[0] + code_indices(codes)
+        expanded: Any = self.language_model
+        return expanded.lfq_token_range[0] + code_indices(codes)
 
     def generation_loss(self, codes, caption_ids, caption_mask) -> torch.Tensor:
         """Next-token cross-entropy of the image's ids after its caption."""
@@ -204,10 +208,10 @@ class JointLFQModel(nn.Module):
         return next_id_loss(self.language_model, torch.cat([caption_ids, ids], dim=1), mask, labels)
 
     def compare(self, teacher_logits: torch.Tensor, states: torch.Tensor):
-        """Student's answers `states` `(answer tokens, hidden)` beside the teacher's logits over old ids.
+        """Compares the student's `states` `(answer tokens, hidden)` with the teacher's logits over old ids.
 
         Returns:
-            KL(teacher ‖ student) over all ids, the student's logits of old ids, and the probability of LFQ ids per token.
+            KL(teacher ‖ student) over all ids, the student's logits of old ids, and its probability of LFQ ids per token.
         """
         logits = self.original_logits(states)
         old = logits.float().logsumexp(-1)
@@ -223,14 +227,14 @@ class JointLFQModel(nn.Module):
         Args:
             teacher_logits: `(answer tokens, old vocabulary)`; the teacher gives new ids no probability.
             student: log-probabilities of old ids, normalised over old and new ones; the normaliser has no gradient here.
-            total: sum of the rows' log-normalisers, which carries their gradient.
+            total: sum of the rows' log-normalisers; their gradient flows through it.
         """
         teacher = teacher_logits.float().log_softmax(-1)
         count = torch.tensor(float(max(1, len(teacher))), device=teacher.device)
         if self.training:
-            # Ranks hold different numbers of answer tokens; DDP averages over ranks.
+            # DDP averages over ranks, which hold different numbers of answer tokens.
             count = all_reduce(count) / world_size()
-        # The teacher's probabilities sum to 1, so that each row's normaliser counts once.
+        # The teacher's probabilities sum to 1, so that each row's normaliser enters once.
         return ((teacher.exp() * (teacher - student)).sum() + (total - total.detach())) / count
 
     def forward(
@@ -253,8 +257,8 @@ class JointLFQModel(nn.Module):
             input_ids, attention_mask, labels: `(batch, length)` questions and answers about each image.
             caption_ids, caption_mask: `(batch, caption length)`, ending with the start-of-image token.
             position_ids: of packed questions, whose `attention_mask` is `(batch, 1, length, length)`.
-            quantizer_features: `(batch, n, input_size)` that the quantizer reads; `image_features` where None. Embeddings
-                are to resemble `image_features` either way.
+            quantizer_features: `(batch, n, input_size)`, the quantizer's input; None for `image_features`, which are its
+                target in either case.
         """
         read = image_features if quantizer_features is None else quantizer_features
         quantized = self.quantizer(read, targets=image_features)

@@ -1,4 +1,4 @@
-"""Normaliser of a softmax over old and new ids, whose gradients are computed in the forward."""
+"""Log-normaliser of a softmax over old and new ids; it computes its gradients in the forward pass, to save memory."""
 
 import torch
 
@@ -13,7 +13,7 @@ class _LogNormalizer(torch.autograd.Function):
         needs_hidden, _, _, needs_weight, needs_bias = ctx.needs_input_grad
         head = weight.to(dtype)
         count = len(hidden_states)
-        # Parts of equal size: a small last one would cost nearly as much as a full one.
+        # Parts of equal size: a small last part would cost nearly as much as a full one.
         parts = -(-count // max(1, chunked_cross_entropy.LOGITS_AT_ONCE // len(weight)))
         rows = -(-count // max(1, parts))
         logits = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden_states.device)
@@ -36,8 +36,8 @@ class _LogNormalizer(torch.autograd.Function):
             new = largest + part.sum(1).log()
             whole[place] = torch.logaddexp(old[place], new)
             mass[place] = (new - whole[place]).exp()
-            # The probability of a new id is part · scale. The factor is applied to hidden states and their gradients,
-            # never to a tensor of vocabulary width.
+            # The probability of a new id is part · scale. Scaling hidden states and their gradients instead of `part` is
+            # cheaper: they are narrower than the vocabulary.
             scale = (largest - whole[place]).exp()[:, None]
             grad = part.to(dtype)
             if needs_hidden:
@@ -56,7 +56,7 @@ class _LogNormalizer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, *_):
         if ctx.grads is None:
-            raise RuntimeError("summed_log_normalizer can be differentiated once; its gradients were given away.")
+            raise RuntimeError("summed_log_normalizer can be differentiated only once; its gradients are freed then.")
         grads, ctx.grads = ctx.grads, None
         return tuple(
             None if grad is None or not needed else grad.mul_(grad_total.to(grad.dtype)).to(dtype)
@@ -67,10 +67,10 @@ class _LogNormalizer(torch.autograd.Function):
 def summed_log_normalizer(
     hidden_states: torch.Tensor, old: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log(exp(old) + Σ exp(logits of new ids)) of every row, from part of those logits at a time.
+    """log(exp(old) + Σ exp(logits of new ids)) of every row, with a part of the logits in memory at a time.
 
-    Gradients are computed in the forward, while the logits are at hand. Only the sum over rows has one: the gradient of a
-    row's value by itself would have to be known in the forward.
+    Gradients are computed in the forward pass, while the logits are at hand. Therefore only the sum over rows has a
+    gradient: that of a single row would need a weight per row, which the forward pass does not know.
 
     Args:
         hidden_states: `(n, hidden)`, the head's input.
@@ -84,7 +84,7 @@ def summed_log_normalizer(
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     if not torch.is_grad_enabled():
-        # `needs_input_grad` says that a parameter trains even where no gradient is recorded.
+        # Under no_grad, `needs_input_grad` is still true for parameters.
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(device, enabled=False):
         return _LogNormalizer.apply(hidden_states, old, dtype, weight, bias)

@@ -1,7 +1,7 @@
-"""A quantizer that already resembles the features it is given, before joint training begins.
+"""Pre-training of a quantizer as an autoencoder of image features, before joint training.
 
-Answers tell a fresh quantizer little about which of an image's features its 16 bits should keep: it has to find out by trial
-behind a language model. Reconstructing the features themselves tells it everything, and takes seconds.
+The loss of answers tells a new quantizer little about which features its 16 bits should keep, because its gradient passes a
+whole language model. Reconstructing the features trains it directly, within seconds.
 """
 
 import math
@@ -22,15 +22,15 @@ def fit_quantizer(
 ) -> float:
     """Trains a quantizer in place as an autoencoder of features, with AdamW and a rate that falls to zero.
 
-    The error is measured after whitening: faint directions of the features, such as the colour of a dot, count as much as
-    strong ones. Every process that is given the same features ends with the same weights.
+    The error is measured after whitening, so that directions of small variance, such as the colour of a dot, count as much
+    as those of large variance. Processes with the same features end with the same weights.
 
     Args:
         quantizer: with input_size = llm_hidden_size.
         features: `(images, n, input_size)`.
-        steps: optimizer steps; with 0 only the ends are matched (`LFQQuantizer.match_features`).
+        steps: optimizer steps; 0 only matches mean and scale (`LFQQuantizer.match_features`).
         batch_size: images per step.
-        learning_rate: at the start, after a short warm-up.
+        learning_rate: the highest, after a short warm-up.
         entropy_weight: of the quantizer's entropy loss.
         seed: of the batches.
 
@@ -45,7 +45,7 @@ def fit_quantizer(
     scale = shifted.square().mean()
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup, generator, errors = max(1, steps // 20), torch.Generator().manual_seed(seed), []
-    # In evaluation mode nothing is summed over ranks: each fits alone, on the same features, to the same weights.
+    # In evaluation mode the quantizer sums nothing over ranks: each rank fits the same features alone.
     quantizer.eval()
     for step in range(steps):
         rate = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))

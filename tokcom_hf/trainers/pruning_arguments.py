@@ -7,7 +7,7 @@ from .base import CompressionTrainingArguments
 
 @dataclass
 class TokenPruningTrainingArguments(CompressionTrainingArguments):
-    """Arguments of `TokenPruningTrainer`; the documented numbers are the defaults, KL and budget are added."""
+    """Arguments of `TokenPruningTrainer`. Defaults are the documented numbers; KL and FLOPs budget are additions."""
 
     builds_own_optimizer = True
 
@@ -29,10 +29,13 @@ class TokenPruningTrainingArguments(CompressionTrainingArguments):
     kl_weight: float = field(default=25.0, metadata={"help": "Weight of the KL to the unpruned model's answers."})
     guidance_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of scoring tokens as the unpruned model's text reads them; 0 = none."},
+        metadata={
+            "help": "Weight of the loss that scores tokens as the unpruned model's text attends to them; 0 = none."
+        },
     )
     loss_warmup: float = field(
-        default=0.0, metadata={"help": "Share of training over which all weights but the task's rise from 0."}
+        default=0.0,
+        metadata={"help": "Share of training over which the weights of all losses but the task's grow from 0."},
     )
     temperature_start: float = field(default=1.0, metadata={"help": "Temperature of the masks at the start."})
     temperature_end: float = field(default=0.1, metadata={"help": "Temperature once annealed."})
@@ -43,7 +46,7 @@ class TokenPruningTrainingArguments(CompressionTrainingArguments):
         default=0.0, metadata={"help": "Probability per step of drawing the discriminator's weights anew."}
     )
     flops_budget: float = field(
-        default=1.0, metadata={"help": "Best-model choice prefers models at or below this share of the FLOPs."}
+        default=1.0, metadata={"help": "Share of the unpruned FLOPs above which accuracy_under_budget is negative."}
     )
     save_parts: bool = field(
         default=False,

@@ -1,7 +1,7 @@
-"""Which vision tokens does the unpruned model read? Its attention, as a target for the scores of merger and pruners.
+"""Attention guidance: merger and pruners learn to score tokens as the unpruned model's text attends to them.
 
-The gradient of the answers' loss reaches a token's score only while the token is kept, so heads trained by it alone
-learn late, or wrongly, what they have dropped. The unpruned model's attention speaks of all tokens at once.
+The gradient of the answers' loss reaches the score of a token only while the token is kept, so that heads trained by it
+alone learn late, or wrongly, which dropped tokens matter. The unpruned model's attention covers all tokens.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from ..models.pruning_eager_copy import eager_copy
 
 
 def attention_reader(model) -> tuple[PrunedVLM, list[torch.Tensor]]:
-    """A copy of a `PrunedVLM` with the same weights, and a list that its next pass fills.
+    """A view of a `PrunedVLM` that shares its weights, and a list that the view's next pass fills.
 
-    The list gets the attention `(batch, heads, queries, keys)` of every decoder layer; the model itself is unchanged.
+    The list receives the attention `(batch, heads, queries, keys)` of every decoder layer. The model is not changed.
     """
     weights: list[torch.Tensor] = []
     reader = _same_parts(model)
@@ -33,7 +33,7 @@ def attention_reader(model) -> tuple[PrunedVLM, list[torch.Tensor]]:
 
 
 def _same_parts(module):
-    """A copy of `module` whose children may be replaced without changing it."""
+    """A shallow copy of `module`: replacing a child of the copy leaves `module` as it was."""
     view = copy.copy(module)
     view._modules = dict(module._modules)
     return view
@@ -41,35 +41,37 @@ def _same_parts(module):
 
 @contextlib.contextmanager
 def reading_scores(model) -> Iterator[dict]:
-    """Collects what the heads of a `PrunedVLM` say: `{"merger": [scores], "pruners": [(layer, logits, mask)]}`."""
-    said: dict = {"merger": [], "pruners": []}
+    """Collects the scores of a `PrunedVLM`'s heads: `{"merger": [scores], "pruners": [(layer, logits, mask)]}`."""
+    scores: dict = {"merger": [], "pruners": []}
     handles = []
     if model.token_merger is not None:
         handles.append(
-            model.token_merger.register_forward_hook(lambda module, args, output: said["merger"].append(output.scores))
+            model.token_merger.register_forward_hook(
+                lambda module, args, output: scores["merger"].append(output.scores)
+            )
         )
     if model.layer_pruner is not None:
         handles.append(
             model.layer_pruner.register_forward_hook(
-                lambda module, args, kwargs, output: said["pruners"].append(
+                lambda module, args, kwargs, output: scores["pruners"].append(
                     (args[0], output.keep_logits, kwargs["vision_mask"])
                 ),
                 with_kwargs=True,
             )
         )
     try:
-        yield said
+        yield scores
     finally:
         for handle in handles:
             handle.remove()
 
 
 def read_share(attention: list[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
-    """How much each position is read by the text: the largest weight over layers, heads and text positions.
+    """How much the text attends to each position: the largest weight over layers, heads and text positions.
 
     Args:
         attention: per layer `(batch, heads, length, length)`.
-        text: bool `(batch, length)`, the queries that count.
+        text: bool `(batch, length)`, True for the queries to look at.
 
     Returns:
         `(batch, length)` in [0, 1].
@@ -78,40 +80,40 @@ def read_share(attention: list[torch.Tensor], text: torch.Tensor) -> torch.Tenso
     return largest.masked_fill(~text[:, :, None], 0.0).amax(1).float()
 
 
-def guidance_loss(model, attention, said: dict, kept_index, input_ids, attention_mask) -> torch.Tensor:
-    """Mean cross-entropy (nats) between the shares that the text reads and the heads' scores, over heads.
+def guidance_loss(model, attention, scores: dict, kept_index, input_ids, attention_mask) -> torch.Tensor:
+    """Cross-entropy in nats between the text's attention to tokens and the heads' scores, mean over heads.
 
-    Pruners before layer k learn what is read from layer k on. The merger's is a mean over images.
+    The pruner before layer k learns from the attention of layers k and later. The merger's loss is a mean over images.
 
     Args:
-        model: the `PrunedVLM`, whose last prompt is the one the heads spoke about.
+        model: the `PrunedVLM`; its last prompt is the one that was scored.
         attention: per layer `(batch, heads, length, length)` of the unpruned model.
-        said: what `reading_scores` collected.
+        scores: what `reading_scores` collected.
         kept_index: of the model's output.
         input_ids, attention_mask: `(batch, length)`.
     """
     vision = input_ids == model.adapter.image_token_id
     text = attention_mask.bool() & ~vision
     losses = []
-    if said["merger"]:
-        # The merger takes images of one size together, in their order.
+    if scores["merger"]:
+        # The merger scores images of equal size together, in order.
         shares = read_share(attention, text)[vision].split(model.image_tokens)
         parts = []
-        for scores in said["merger"]:
-            target = torch.stack([share for share in shares if len(share) == scores.shape[1]])
-            mean = _cross_entropy(scores, target, torch.ones_like(target, dtype=torch.bool))
+        for logits in scores["merger"]:
+            target = torch.stack([share for share in shares if len(share) == logits.shape[1]])
+            mean = _cross_entropy(logits, target, torch.ones_like(target, dtype=torch.bool))
             parts.append(mean * len(target) / len(shares))
         losses.append(torch.stack(parts).sum())
-    for layer, logits, mask in said["pruners"]:
+    for layer, logits, mask in scores["pruners"]:
         target = read_share(attention[layer:], text)
         target = target.gather(1, kept_index[layer].clamp(min=0))
         losses.append(_cross_entropy(logits, target, mask))
     return torch.stack(losses).mean() if losses else attention[0].new_zeros(())
 
 
-def _cross_entropy(scores, target, mask) -> torch.Tensor:
+def _cross_entropy(logits, target, mask) -> torch.Tensor:
     rows = mask.any(-1)
     target = (target * mask)[rows]
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-9)
-    logs = F.log_softmax(scores.float().masked_fill(~mask, -1e9)[rows], dim=-1)
+    logs = F.log_softmax(logits.float().masked_fill(~mask, -1e9)[rows], dim=-1)
     return -(target * logs).sum(-1).mean()

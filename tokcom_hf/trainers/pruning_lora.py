@@ -1,4 +1,4 @@
-"""LoRA inside the language model of a `PrunedVLM`, without changing the model's class."""
+"""LoRA adapters in the language model of a `PrunedVLM`; the model keeps its class."""
 
 import contextlib
 
@@ -14,17 +14,18 @@ def add_lora(model, rank: int) -> None:
     inject_adapter_in_model(config, model.adapter.text_model)
     for name, parameter in model.adapter.text_model.named_parameters():
         if ".lora_" in name:
-            # Injected in the base's precision; bfloat16 would round most small steps away.
+            # peft creates them in the base's dtype; bfloat16 would round most small updates away.
             parameter.data = parameter.data.float()
 
 
 def lora_layers(model) -> list[tuple[str, BaseTunerLayer]]:
+    """The layers with adapters, by their names in the language model."""
     return [(n, m) for n, m in model.adapter.text_model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
 @contextlib.contextmanager
 def adapters_disabled(model):
-    """Inside the block the base model is what it was before training."""
+    """Inside the block the adapters are off: the base computes what it did before training."""
     layers = lora_layers(model)
     for _, layer in layers:
         layer._disable_adapters = True
@@ -36,7 +37,7 @@ def adapters_disabled(model):
 
 
 def merge_lora(model) -> None:
-    """Adds the adapters to the weights and puts the plain layers back."""
+    """Adds the adapters to the weights and puts plain layers in their place."""
     for name, layer in lora_layers(model):
         layer.merge()
         parent, _, child = name.rpartition(".")

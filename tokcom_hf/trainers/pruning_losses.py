@@ -25,12 +25,12 @@ def answer_kl(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
 
 
 def keep_rate_loss(keep_rates: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Squared excess of the soft keep rate over the budget, mean over layers and rows."""
+    """Squared excess of the soft keep rate over the budget, mean over rows and layers; each rate `(batch,)`."""
     return torch.stack([rate.clamp(min=0).square().mean() for rate in keep_rates]).mean()
 
 
 def binarization_loss(masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean of mask · (1 - mask) over the tokens in question (mask below 1): zero where every mask is 0 or 1."""
+    """Mean of mask · (1 − mask) over tokens with a mask below 1, then over rows and layers; 0 for binary masks."""
     per_row = [(mask * (1.0 - mask)).sum(-1) / (mask < 1).sum(-1).clamp(min=1) for mask in masks]
     return torch.stack([values.mean() for values in per_row]).mean()
 

@@ -1,4 +1,4 @@
-"""Writes the parts of a pruning run as the documents name them: `checkpoints/token_merger_step_N.pt` and its like."""
+"""Writes each part of a pruning run under its documented name, such as `checkpoints/token_merger_step_N.pt`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ FOLDER = "checkpoints"
 
 
 class SaveParts(TrainerCallback):
-    """At every checkpoint, one state dict per part; `part.load_state_dict(torch.load(file))` reads it back."""
+    """Writes one state dict per part at every checkpoint; `part.load_state_dict(torch.load(file))` reads it."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer

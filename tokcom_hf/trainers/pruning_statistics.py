@@ -1,4 +1,4 @@
-"""What an evaluation of token pruning reports beside answers: masks of vision tokens, the discriminator's verdicts."""
+"""Statistics of an evaluation of token pruning: soft masks of vision tokens, losses, the discriminator's outputs."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from .pruning_losses import mask_statistics
 
 
 def vision_masks(model, output, input_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Per pruned layer its number, the soft masks of the vision tokens `(tokens,)` and how many are kept `(batch,)`.
+    """Yields for each pruned layer its number, the soft masks `(tokens,)` of vision tokens and how many stay `(batch,)`.
 
-    Text and padding, whose masks are 1 because nobody prunes them, are left out.
+    Text and padding are left out: they are never pruned, so that their masks are always 1.
 
     Args:
         model: the `PrunedVLM`.
-        output: of its pass in soft mode.
-        input_ids: of that pass, `(batch, length)`.
+        output: of a pass in soft mode.
+        input_ids: `(batch, length)` of that pass.
     """
     vision = input_ids == model.adapter.image_token_id
     for place, mask in enumerate(output.soft_masks or ()):
@@ -25,6 +25,31 @@ def vision_masks(model, output, input_ids: torch.Tensor) -> Iterator[tuple[int, 
         index = output.kept_index[layer]
         pruned = vision.gather(1, index.clamp(min=0)) & (index >= 0)
         yield layer, mask[pruned], (output.keep_masks[place] & pruned).sum(-1).float()
+
+
+def step_scalars(
+    model, output, losses: dict[str, torch.Tensor], input_ids: torch.Tensor
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """What the log of a training step holds: pairs of a prefix and scalars by name.
+
+    Args:
+        model: the `PrunedVLM`.
+        output: of the step's pass in soft mode.
+        losses: of the step, by name.
+        input_ids: `(batch, length)`.
+    """
+    merger = {name: value for name, value in losses.items() if name.startswith("merge_")}
+    others = {name: value for name, value in losses.items() if name not in merger}
+    if output.merge_kept_tokens is not None:
+        merger["kept_tokens"] = output.merge_kept_tokens
+    yield "token_merger", merger
+    yield "layer_pruners", others
+    counts = [(index >= 0).sum(-1).float().mean() for index in output.kept_index]
+    yield "pruning", {f"tokens_layer_{number}": count for number, count in enumerate(counts)}
+    for layer, mask, kept in vision_masks(model, output, input_ids):
+        yield "pruning", {f"kept_from_layer_{layer}": kept.mean()}
+        if len(mask):
+            yield f"mask_layer_{layer}", mask_statistics(mask)
 
 
 def discriminator_losses(real: torch.Tensor, fake: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -38,7 +63,7 @@ def discriminator_losses(real: torch.Tensor, fake: torch.Tensor) -> dict[str, to
 
 
 class PruningStatistics:
-    """Collects soft passes over evaluation rows; `metrics` sums them up."""
+    """Collects batches of an evaluation in soft mode; `metrics` summarises them."""
 
     def __init__(self):
         self._masks: dict[int, list[torch.Tensor]] = defaultdict(list)
@@ -49,8 +74,8 @@ class PruningStatistics:
         """Takes one batch.
 
         Args:
-            losses: scalars of the batch by name.
-            verdicts: the discriminator's logits of the unpruned and of the pruned states, both `(batch,)`.
+            losses: means over the batch by name.
+            verdicts: the discriminator's logits for the unpruned and for the pruned states, both `(batch,)`.
         """
         ids = inputs["input_ids"]
         for layer, mask, _ in vision_masks(model, output, ids):
@@ -69,7 +94,8 @@ class PruningStatistics:
         for layer, mask in layers.items():
             values |= {f"mask_layer_{layer}_{k}": v for k, v in mask_statistics(mask).items()}
         for name, parts in self._losses.items():
-            values[name] = sum(rows * value for rows, value in parts) / sum(rows for rows, _ in parts)
+            total = torch.stack([rows * value for rows, value in parts]).sum()
+            values[name] = total / sum(rows for rows, _ in parts)
         if self._verdicts:
             real, fake = torch.cat(self._verdicts["real"]), torch.cat(self._verdicts["fake"])
             verdict = discriminator_losses(real, fake)

@@ -1,7 +1,6 @@
 """Trainers of the two TokCom stages: the VAE, then the denoiser on its latents."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,68 +9,38 @@ from ..evaluation.tokcom_denoising import denoising_metrics
 from ..evaluation.tokcom_reconstruction import reconstruction_metrics
 from ..models.tokcom_flow_matching import training_times
 from ..models.tokcom_objective import block_shape
-from .base import CompressionTrainer, CompressionTrainingArguments
+from .base import CompressionTrainer
 from .epoch_losses import EpochLossCallback
-from .tokcom_samples import SampleTableCallback
+from .tokcom_arguments import DenoiserTrainingArguments, TokComTrainingArguments, TokComVAETrainingArguments
+from .tokcom_samples import SampleTableCallback, Tables, flow_samples, reconstruction_samples
 
-# Name in the trackers -> column -> texts.
-Tables = dict[str, dict[str, list[str]]]
+__all__ = [
+    "DenoiserTrainer",
+    "DenoiserTrainingArguments",
+    "FlowTrainer",
+    "TokComTrainer",
+    "TokComTrainingArguments",
+    "TokComVAETrainer",
+    "TokComVAETrainingArguments",
+]
 
-
-@dataclass
-class TokComTrainingArguments(CompressionTrainingArguments):
-    """Arguments of every TokCom stage."""
-
-    sample_every: float = field(
-        default=1.0,
-        metadata={"help": "Print and log a table of samples every so many epochs; 0 never."},
-    )
-    num_samples: int = field(default=2, metadata={"help": "Rows of the sample tables."})
-    metric_rows: int = field(
-        default=64, metadata={"help": "Held-out rows on which accuracies are measured at every evaluation."}
-    )
-
-
-@dataclass
-class TokComVAETrainingArguments(TokComTrainingArguments):
-    """Arguments of the VAE stage. Documented: 5 epochs, learning rate 1e-4."""
-
-    eval_noise_levels: list[float] = field(
-        default_factory=lambda: [0.0, 0.5],
-        metadata={"help": "Latent noise (in standard deviations) at which held-out accuracy is measured."},
-    )
-    random_chunks: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the training chunks that are replaced by uniformly random tokens, drawn anew in each step: "
-            "so tokens that the text hardly holds are learned too."
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0.0 <= self.random_chunks <= 1.0:
-            raise ValueError(f"random_chunks is a share in [0, 1], got {self.random_chunks}.")
-
-
-@dataclass
-class DenoiserTrainingArguments(TokComTrainingArguments):
-    """Arguments of the denoiser stage. Documented: 10 epochs, learning rate 3e-5, batch 8."""
-
-    eval_times: list[float] = field(
-        default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9],
-        metadata={"help": "Times t (0 noise, 1 clean) at which held-out denoising accuracy is measured."},
-    )
-    sample_steps: int = field(default=8, metadata={"help": "Flow steps of the samples shown during training."})
+# Name in the trackers -> field of `TokComOutput`. The documents name the first two.
+LOSS_PARTS = {
+    "batch_ce_loss": "cross_entropy_loss", "batch_mse_loss": "mse_loss", "batch_flow_loss": "flow_loss",
+    "batch_next_token_loss": "next_token_loss", "batch_later_token_loss": "later_token_loss",
+}  # fmt: skip
 
 
 class TokComTrainer(CompressionTrainer):
-    """Evaluation adds accuracies on a fixed part of the held-out rows, and sample tables.
+    """What the trainers of both stages share: accuracies on the first held-out rows, tables of samples, losses per epoch.
 
-    The trackers get, under the name of the stage: `train_loss` and `learning_rate` after each epoch, `val_loss` and
-    `best_val_loss` after each evaluation, and the batch losses.
+    The trackers get these under the name of the stage: `train_loss` and `learning_rate` after each epoch, `val_loss` and
+    `best_val_loss` after each evaluation, and the batch losses. A subclass says what it predicts (`token_logits`) and
+    which accuracies it measures (`accuracies`).
     """
 
+    args: TokComTrainingArguments
+    arguments_class: type[TokComTrainingArguments] = TokComTrainingArguments
     data_columns = ("input_ids", "attention_mask", "latents")
 
     def __init__(self, *args, **kwargs):
@@ -98,11 +67,13 @@ class TokComTrainer(CompressionTrainer):
         return loss.detach(), logits.float(), labels
 
     def token_logits(self, outputs, rows: int) -> torch.Tensor | None:
-        """Predictions for `compute_metrics`, `(rows, length, vocab)`, of what `compute_loss` returned."""
+        """Logits `(rows, length, vocab)` for `compute_metrics`, from the outputs that `compute_loss` returned."""
         raise TypeError(f"{type(self).__name__} must say what it predicts.")
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         rows = [dataloader.dataset[i] for i in range(min(self.args.metric_rows, len(dataloader.dataset)))]
         ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows])
         mask = torch.stack([torch.as_tensor(row["attention_mask"]) for row in rows])
@@ -111,12 +82,14 @@ class TokComTrainer(CompressionTrainer):
         return output
 
     def accuracies(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+        """Held-out accuracies by name, from ids and attention mask `(rows, length)`."""
         raise TypeError(f"{type(self).__name__} must say which accuracies it measures.")
 
 
 class TokComVAETrainer(TokComTrainer):
     """Trains a `TokComVAE` on rows of `input_ids` and `attention_mask`; padding is not part of the loss."""
 
+    args: TokComVAETrainingArguments
     arguments_class = TokComVAETrainingArguments
     stage = "vae"
 
@@ -132,8 +105,8 @@ class TokComVAETrainer(TokComTrainer):
             self.log_scalars("vae", values)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def with_random_chunks(self, ids: torch.LongTensor) -> torch.LongTensor:
-        """Ids (rows, length) with `random_chunks` of their chunks replaced by random tokens, never the omni token."""
+    def with_random_chunks(self, ids: torch.Tensor) -> torch.Tensor:
+        """Replaces a share `random_chunks` of the chunks of ids `(rows, length)` by random tokens, never the omni token."""
         config = self.unwrapped_model.config
         drawn = torch.randint(config.vocab_size - 1, ids.shape, device=ids.device)
         drawn += drawn >= config.omni_token_id
@@ -149,18 +122,13 @@ class TokComVAETrainer(TokComTrainer):
     @torch.no_grad()
     def sample_tables(self, decode_text: Callable[[torch.Tensor], list[str]]) -> Tables:
         """Held-out text beside its reconstruction."""
-        rows = [self.eval_dataset[i] for i in range(min(self.args.num_samples, len(self.eval_dataset)))]
-        ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows]).to(self.args.device)
-        back = self.unwrapped_model.decode(self.unwrapped_model.encode(ids))
-        columns = {"text": decode_text(ids), "reconstruction": decode_text(back)}
-        return {"vae/reconstructions": columns | {"token accuracy": accuracy_column(back, ids)}}
+        return reconstruction_samples(self, self.unwrapped_model, decode_text)
 
 
 class FlowTrainer(TokComTrainer):
-    """Draws the noise of a stage that trains a flow.
+    """What the trainers of a flow share: noise and times that depend on seed, step and row of the global batch alone.
 
-    Noise and times of a batch depend only on seed, step and position in the global batch: a resumed run and a run on more
-    processes see the same ones.
+    A resumed run and a run on several processes therefore draw the same ones.
     """
 
     def __init__(self, *args, **kwargs):
@@ -168,14 +136,14 @@ class FlowTrainer(TokComTrainer):
         self._draw = (-1, 0)
 
     def noise_generator(self, training: bool) -> torch.Generator:
-        """Seeded by (seed, optimizer step, micro-batch); evaluation repeats the same draws every time."""
+        """A generator seeded by (seed, optimizer step, micro-batch); every evaluation repeats the same draws."""
         step = self.state.global_step if training else -2
         self._draw = (step, self._draw[1] + 1 if self._draw[0] == step else 0)
         seed = (self.args.seed * 1_000_003 + (step + 2)) * 1_009 + self._draw[1]
         return torch.Generator().manual_seed(seed % 2**63)
 
     def local_rows(self, rows: int, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """Draws for the rows of the global batch and returns this process's, (rows, ...)."""
+        """Calls `draw` with the number of rows of the global batch and returns the `(rows, ...)` of this process."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         return draw(rows * world)[rank * rows : (rank + 1) * rows].to(self.args.device)
 
@@ -185,13 +153,13 @@ class FlowTrainer(TokComTrainer):
 
 
 def draw_blocks(config: Any, length: int, generator: torch.Generator) -> dict[str, int]:
-    """Where the blocks of a batch start and how long they are: `offset` and `block_size` of `TokComModel.forward`."""
+    """Draws `offset` and `block_size` of `TokComModel.forward`: where the blocks of a batch start and how long they are."""
     if config.context is None:
         return {"offset": 0, "block_size": 0}
     chunk, chunks = config.vae.chunk_size, length // config.vae.chunk_size
     size = config.block_sizes[int(torch.randint(len(config.block_sizes), (), generator=generator))]
-    # Blocks start at any token, so that a prompt of any length is one seen in training. The block of all that is left also
-    # follows prompts of any length up to half of the row.
+    # Blocks start at any token, so that training sees prompts of every length. A block of size 0, all that is left of the
+    # row, starts in its first half.
     room = length // 2 if size == 0 else min(size, chunks) * chunk
     offset = int(torch.randint(room, (), generator=generator))
     if size and length - offset < size * chunk:
@@ -200,19 +168,20 @@ def draw_blocks(config: Any, length: int, generator: torch.Generator) -> dict[st
 
 
 def evaluation_blocks(config: Any, length: int) -> dict[str, int]:
-    """Blocks of the size that is generated, which cover a whole row: of one chunk where they would leave some out."""
+    """Blocks that cover a whole row: of the size that `generate` uses, or of one chunk if that size does not divide it."""
     chunks = length // config.vae.chunk_size
     size = min(config.block_size, chunks)
     return {"offset": 0, "block_size": 1 if size and chunks % size else size}
 
 
 class DenoiserTrainer(FlowTrainer):
-    """Trains denoiser and context of a `TokComModel`, whose VAE stays frozen.
+    """Trains denoiser and context encoder of a `TokComModel`; its VAE stays frozen.
 
-    Rows hold `input_ids` and `attention_mask`; `latents` (`LatentRows`) save encoding them at every step, which only a model
-    without a context can use: the blocks of the other start anywhere.
+    Rows hold `input_ids` and `attention_mask`. A model without context encoder may also be given `latents` (`LatentRows`),
+    which saves encoding the rows in every step; with one the blocks start at any token, so that latents differ each time.
     """
 
+    args: DenoiserTrainingArguments
     arguments_class = DenoiserTrainingArguments
     stage = "diffusion"
 
@@ -254,7 +223,7 @@ class DenoiserTrainer(FlowTrainer):
             self.log_scalars("diffusion", parts)
         else:
             for name, value in parts.items():
-                # As Trainer's own loss: each batch counts by its rows.
+                # Trainer's own eval_loss weighs batches by their rows, too.
                 counted = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)]) * rows
                 self._parts.setdefault(name, []).append(counted)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -268,7 +237,7 @@ class DenoiserTrainer(FlowTrainer):
         return output
 
     def token_logits(self, outputs, rows: int) -> torch.Tensor | None:
-        """The tokens of the clean latents that were predicted from the batch's noisy ones, of the first noise draw."""
+        """Logits of the clean latents predicted from noisy ones; of several noise draws, the first."""
         model = self.unwrapped_model
         blocks = outputs.clean_latents.shape[1] // model.config.noise_draws
         return model.vae.decode_logits(model.unstandardize(outputs.clean_latents[:, :blocks].flatten(1, 2)))
@@ -280,31 +249,3 @@ class DenoiserTrainer(FlowTrainer):
     def sample_tables(self, decode_text: Callable[[torch.Tensor], list[str]]) -> Tables:
         """Generations, and denoised held-out text beside the original."""
         return flow_samples(self, self.unwrapped_model, decode_text, self.args.sample_steps)
-
-
-# Name in the trackers -> field of `TokComOutput`. The documents name the first two.
-LOSS_PARTS = {
-    "batch_ce_loss": "cross_entropy_loss", "batch_mse_loss": "mse_loss", "batch_flow_loss": "flow_loss",
-    "batch_next_token_loss": "next_token_loss", "batch_later_token_loss": "later_token_loss",
-}  # fmt: skip
-
-
-def flow_samples(trainer: Any, model: Any, decode_text: Callable[[torch.Tensor], list[str]], num_steps: int) -> Tables:
-    """Sample tables of a `TokComModel`: text from nothing, and held-out text beside the same denoised."""
-    args = trainer.args
-    rows = [trainer.eval_dataset[i] for i in range(min(args.num_samples, len(trainer.eval_dataset)))]
-    ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows]).to(args.device)
-    generator = torch.Generator().manual_seed(args.seed)
-    chunks = ids.shape[1] // model.config.vae.chunk_size
-    generated = model.generate(num_chunks=chunks, num_steps=num_steps, batch_size=len(rows), generator=generator)
-    denoised = model.denoise_reconstruct(ids, 0.5, num_steps, generator=generator)
-    compared = {"text": decode_text(ids), "denoised from t=0.5": decode_text(denoised)}
-    return {
-        f"{trainer.stage}/samples": {"generated": decode_text(generated)},
-        f"{trainer.stage}/denoising": compared | {"token accuracy": accuracy_column(denoised, ids)},
-    }
-
-
-def accuracy_column(found: torch.LongTensor, ids: torch.LongTensor) -> list[str]:
-    """Share of the tokens of each row that are right."""
-    return [f"{value:.4f}" for value in (found == ids).float().mean(dim=1).tolist()]

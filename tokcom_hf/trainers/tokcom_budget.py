@@ -1,4 +1,4 @@
-"""What training a TokCom folder cost, counted from its checkpoints and measured steps of each stage."""
+"""Training cost of a TokCom folder: epochs from its checkpoints times the FLOPs of measured steps of each stage."""
 
 import json
 import tempfile
@@ -18,15 +18,15 @@ DISTILLED = "distilled"
 
 
 def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, batch_size: int = 4) -> dict[str, float]:
-    """Tokens and floating-point operations of all training stages of a model, encoding of the corpus included.
+    """Tokens and floating-point operations of all training stages of a model, with the encoding of the corpus.
 
     Args:
-        folder: output folder of recipes/train_tokcom.py with the checkpoints of its stages, or its subfolder `distilled`,
-            whose budget counts the stages before it too.
+        folder: output folder of recipes/train_tokcom.py with the checkpoints of its stages; or its subfolder `distilled`,
+            whose budget includes the stages before it.
         model: the `TokComModel` of that folder.
-        rows: its training rows (items `input_ids`, `attention_mask`), all of one length. An epoch is as many rows as
-            `results.json` of the folder says: more than these where the text was given several times (`offset_copies`).
-        draws: steps averaged over in the stages that draw block sizes, self-conditioning or a time of the student.
+        rows: its training rows (items `input_ids`, `attention_mask`), all of one length. The number of rows of an epoch is
+            read from the folder's `results.json`; with `offset_copies` it is larger than `len(rows)`.
+        draws: steps to average over in stages that draw block sizes, self-conditioning or a time of the student.
 
     Returns:
         parameters (of everything: VAE, denoiser, context), vae_tokens, denoiser_tokens, distilled_tokens, tokens (their
@@ -48,7 +48,7 @@ def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, ba
     if DISTILLED in stages:
         per_token[DISTILLED] = steps.distilled(folder)
     flops = {f"{stage}_flops": tokens[stage] * cost / (len(batch) * length) for stage, cost in per_token.items()}
-    # With a context the blocks start anywhere, and each step encodes its own rows.
+    # With a context encoder blocks start at any token, so that each step encodes its own rows.
     whole_rows = model.context is None
     flops["encode_flops"] = count * length * steps.encode() / (len(batch) * length) if whole_rows else 0.0
     named = {f"{stage}_tokens": value for stage, value in tokens.items()}
@@ -79,14 +79,14 @@ def _epochs(folder: Path) -> float:
 
 
 class _StepFlops:
-    """Operations of one step on `rows`, of each stage; the model comes back in evaluation mode."""
+    """Floating-point operations of one step of each stage on `rows`; leaves the model in evaluation mode."""
 
     def __init__(self, model: Any, rows: list[Any], draws: int):
         self.model, self.rows, self.draws = model, rows, draws
         self.inputs = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
     def vae(self, folder: Path) -> float:
-        """`folder`: where stage 1 left its VAE, which may have parts for that stage alone."""
+        """`folder` holds the VAE of stage 1, which may have parts that the whole model has not."""
         vae = (
             AutoModel.from_pretrained(folder / "vae") if (folder / "vae" / "config.json").is_file() else self.model.vae
         )
@@ -100,7 +100,8 @@ class _StepFlops:
             return float(count_flops(lambda: self.model.vae.encode(self.inputs["input_ids"])))
 
     def denoiser(self) -> float:
-        model, inputs, rows = self.model, self.inputs, self.rows
+        model, inputs = self.model, self.inputs
+        rows: Any = self.rows
         with tempfile.TemporaryDirectory() as scratch:
             if model.context is None:
                 rows = encode_rows(model.vae, rows, Path(scratch) / "latents.npy")
@@ -111,7 +112,7 @@ class _StepFlops:
             return self._mean(trainer, model, inputs, self.draws)
 
     def distilled(self, folder: Path) -> float:
-        """`folder`: the teacher's, whose own number of steps the student learned to do without."""
+        """`folder` is the teacher's, whose number of steps the student replaces by fewer."""
         file, student = folder / "config.json", self.model.config.num_steps
         teacher = json.loads(file.read_text(encoding="utf-8")).get("num_steps") if file.is_file() else None
         with tempfile.TemporaryDirectory() as scratch:

@@ -11,7 +11,9 @@ from torch import nn
 from ..evaluation.tokcom_denoising import denoising_metrics
 from ..models.tokcom_flow_matching import Denoise, denoising_steps, sample, sampling_times
 from ..models.tokcom_objective import block_shape
-from .tokcom import DenoiserTrainingArguments, FlowTrainer, Tables, draw_blocks, evaluation_blocks, flow_samples
+from .tokcom import FlowTrainer, draw_blocks, evaluation_blocks
+from .tokcom_arguments import DenoiserTrainingArguments
+from .tokcom_samples import Tables, flow_samples
 
 
 @dataclass
@@ -23,9 +25,9 @@ class DistillationTrainingArguments(DenoiserTrainingArguments):
     token_weight: float = field(
         default=1.0, metadata={"help": "Weight of the cross-entropy, in nats per token, with the teacher's tokens."}
     )
-    sample_steps: int | None = field(
+    sample_steps: int | None = field(  # type: ignore[assignment] # The denoiser's default is a number.
         default=None,
-        metadata={"help": "Flow steps of the samples shown during training; student_steps where not set."},
+        metadata={"help": "Flow steps of the samples shown during training; by default student_steps."},
     )
 
     def __post_init__(self):
@@ -38,17 +40,21 @@ class DistillationTrainingArguments(DenoiserTrainingArguments):
 
 
 class DistillationTrainer(FlowTrainer):
-    """Trains `model`, a `DenoisedModel` that starts as a copy of the teacher's, to follow the flow in `student_steps` steps.
+    """Trains a student denoiser to do in `student_steps` steps what the teacher's flow does in `teacher_steps`.
 
-    One of the student's times is drawn for each batch. The student comes there on its own, as in generation; its prediction
-    there is compared with the end of the teacher's flow from the same point: squared error of the latents, and cross-entropy
-    of their decoded tokens.
+    Each batch draws one of the student's times. The student samples up to that time itself, as in generation. Its prediction
+    of the clean latents there is compared with the end of the teacher's flow from the same point, by the squared error of
+    the latents and the cross-entropy of the tokens that the teacher's latents decode to.
 
     Args:
-        model: the student; None copies the teacher's denoiser.
-        teacher: `TokComModel` whose flow is followed; it stays as it is.
+        model: the student denoiser; None copies the teacher's.
+        teacher: `TokComModel` to follow; it is not changed.
+
+    Raises:
+        ValueError: no teacher.
     """
 
+    args: DistillationTrainingArguments
     arguments_class = DistillationTrainingArguments
     stage = "distillation"
 
@@ -58,16 +64,16 @@ class DistillationTrainer(FlowTrainer):
         model = copy.deepcopy(teacher.denoiser).requires_grad_(True) if model is None else model
         super().__init__(model, args, *positional, **kwargs)
         self.teacher = teacher.to(self.args.device).eval()
-        # The cross-entropy goes through its decoder.
+        # Gradients of the cross-entropy pass through the decoder, which stays frozen.
         self.teacher.vae.requires_grad_(False)
         self.times = sampling_times(self.args.student_steps, teacher.config.step_power)
 
     def distilled(self) -> Any:
-        """The whole model with the student in the teacher's place; `generate` takes `student_steps` steps by default."""
+        """A copy of the teacher with the student as its denoiser; `generate` takes `student_steps` steps by default."""
         model = copy.deepcopy(self.teacher)
         model.denoiser.load_state_dict(self.unwrapped_model.state_dict())
         model.config.num_steps = self.args.student_steps
-        # A number there would count before the config's.
+        # A number in generation_config would take precedence over config.num_steps.
         model.generation_config.num_steps = None
         return model.eval()
 
@@ -105,8 +111,8 @@ class DistillationTrainer(FlowTrainer):
             self.log_scalars("distillation", {"batch_mse_loss": error.detach(), "batch_ce_loss": entropy.detach()})
         return (loss, {"clean_latents": predicted}) if return_outputs else loss
 
-    def _context(self, ids: torch.LongTensor, offset: int, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """States before each block, (rows · blocks, hidden), or None."""
+    def _context(self, ids: torch.Tensor, offset: int, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """Context states before each block, `(rows · blocks, hidden)`; None for a model without context encoder."""
         config = self.teacher.config
         if config.context is None:
             return None
@@ -114,16 +120,16 @@ class DistillationTrainer(FlowTrainer):
         starts = torch.arange(shape[0] // config.noise_draws, device=ids.device) * span + offset
         return self.teacher.context(ids)[:, starts].repeat(1, config.noise_draws, 1).flatten(0, 1)
 
-    def _real_chunks(self, attention_mask: torch.LongTensor, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """Which chunks of each block hold a token, (rows · blocks, chunks) bool."""
+    def _real_chunks(self, attention_mask: torch.Tensor, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """True for chunks that hold a token and not padding alone, `(rows · blocks, chunks)`."""
         config = self.teacher.config
         span, count = shape[1] * config.vae.chunk_size, shape[0] // config.noise_draws
         blocks = attention_mask[:, offset : offset + count * span].view(len(attention_mask), count, shape[1], -1)
         return blocks.bool().any(dim=-1).repeat(1, config.noise_draws, 1).flatten(0, 1)
 
     def _denoise(self, denoiser: nn.Module, context: torch.Tensor | None, real: torch.Tensor) -> Denoise:
-        """(x_t, t) → predicted clean latents; with self-conditioning each call sees the prediction of the one before."""
-        # Chunks do not see padding; a block of padding alone sees itself.
+        """The function (x_t, t) → clean latents; with self-conditioning each call is given the prediction of the last."""
+        # Chunks do not attend to padding. A block of padding alone attends to itself: softmax needs one key.
         mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
         earlier: list[torch.Tensor | None] = [None]
 
@@ -139,7 +145,7 @@ class DistillationTrainer(FlowTrainer):
         return denoise
 
     def _arrive(self, student: Denoise, noise: torch.Tensor, fresh: list[torch.Tensor], place: int) -> torch.Tensor:
-        """Where the student is at its time number `place`, by the sampler that the model generates with."""
+        """The student's latents at its time number `place`, reached by the sampler that `generate` uses."""
         if self.teacher.config.sampler != "renoise":
             return sample(student, noise, self.times[: place + 1], self.teacher.config.sampler)
         x = noise

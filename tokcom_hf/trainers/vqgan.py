@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.utils.data import Dataset
@@ -43,7 +44,7 @@ class VQGANTrainer(CompressionTrainer):
         discriminator: VQGANDiscriminator | None = None,
         **kw,
     ):
-        checked = self.checked_arguments(args)
+        checked = cast(VQGANTrainingArguments, self.checked_arguments(args))
         # Buffers are equal on all ranks by construction; broadcasting would only hide a fault.
         checked.ddp_broadcast_buffers = False
         # Refused before training begins; a run counted in epochs has no max_steps yet and is checked at its start.
