@@ -1,95 +1,42 @@
-"""The house: which folder may import which, no circles, and files and functions that fit a screen.
+"""The house: which folder may import which, and what is too long, too wide, unused or written twice.
 
-`python tests/test_house.py` prints the counts.
+`python -m tests.test_house` prints the counts; `tests/helpers/house.py`, `config_fields.py` and `repeated_lines.py` count.
 """
 
 import ast
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "tokcom_hf"
-# A folder imports those below it only. Beside them: cli.py and others at the top, which any of them may import.
-ROOMS = ("small_models", "trainers", "evaluation", "plots", "metrics", "data", "models")
-LEAVES = frozenset(("metrics", "data", "models"))
-# Image files and tokenizer sizes are read in the same way by data sets and by what travels to the Hub.
-SHARED = frozenset(("models.shared_image_files", "models.shared_tokenizer_size"))
+from tests.helpers import house
+from tests.helpers.config_fields import fields, unneeded_fields
+from tests.helpers.house import PACKAGE, RECIPES, ROOT, room, sources, trees
+from tests.helpers.repeated_lines import repeated_runs
+
+TESTS = Path(__file__).parent
+# What is counted, how, and the bound: a ratchet that falls with the count.
+COUNTS: dict[str, tuple[Callable, int]] = {
+    "imports that run up": (house.arrows_up, 0),
+    "import circles": (house.circles, 0),
+    "files over 300 lines, package": (lambda: house.long_files(PACKAGE), 13),
+    "files over 300 lines, recipes": (lambda: house.long_files(RECIPES), 8),
+    "functions over 60 lines, package": (lambda: house.long_functions(PACKAGE), 5),
+    "functions over 60 lines, recipes": (lambda: house.long_functions(RECIPES), 12),
+    "public functions with more than 8 parameters, package": (lambda: house.wide_functions(PACKAGE), 5),
+    "public functions with more than 8 parameters, recipes": (lambda: house.wide_functions(RECIPES), 2),
+    "arguments that public functions pop from their keywords": (lambda: house.popped_keywords(PACKAGE), 14),
+    "classes that only cut another to pieces": (lambda: house.cut_classes(PACKAGE), 1),
+    "configuration fields that no recipe, document or run needs": (unneeded_fields, 19),
+    "runs of 6 or more lines that stand twice": (lambda: repeated_runs(sources(PACKAGE, RECIPES)), 8),
+}
 
 
-def module_of(path: Path) -> str:
-    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    return name.removesuffix(".__init__") if name != "__init__" else ""
-
-
-@cache
-def trees() -> dict[str, ast.Module]:
-    return {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
-
-
-def imports(module: str) -> Iterator[str]:
-    """Modules of the package that `module` imports anywhere, functions included; without `tokcom_hf.`."""
-    for node in ast.walk(trees()[module]):
-        if isinstance(node, ast.ImportFrom):
-            if node.level:
-                parts = module.split(".")[: -node.level] if "." in module else []
-                base = ".".join([*parts, *([node.module] if node.module else [])])
-            elif (node.module or "").split(".")[0] == PACKAGE.name:
-                base = node.module.partition(".")[2]
-            else:
-                continue
-            inner = [f"{base}.{alias.name}".strip(".") for alias in node.names]
-            yield from [name for name in inner if name in trees()] or ([base] if base in trees() else [])
-
-
-def room(module: str) -> str | None:
-    return module.split(".")[0] if "." in module else None
-
-
-def arrows_up() -> list[str]:
-    found = []
-    for module in trees():
-        for target in imports(module):
-            here, there = room(module), room(target)
-            if here is None or there is None or here == there or (here == "data" and target in SHARED):
-                continue
-            if ROOMS.index(there) < ROOMS.index(here) or here in LEAVES:
-                found.append(f"{module} -> {target}")
-    return found
-
-
-def circles() -> list[set[str]]:
-    """Sets of modules that reach each other (Tarjan's strongly connected components)."""
-    graph = {module: sorted(set(imports(module))) for module in trees()}
-    order: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[set[str]] = []
-
-    def visit(module: str) -> None:
-        order[module] = low[module] = len(order)
-        stack.append(module)
-        for target in graph[module]:
-            if target not in order:
-                visit(target)
-            if target in stack:
-                low[module] = min(low[module], low[target])
-        if low[module] == order[module]:
-            members = set(stack[stack.index(module) :])
-            del stack[stack.index(module) :]
-            if len(members) > 1:
-                found.append(members)
-
-    for module in graph:
-        if module not in order:
-            visit(module)
-    return found
-
-
-def test_imports_run_downward_and_never_in_circles():
-    assert arrows_up() == []
-    assert circles() == []
+@pytest.mark.parametrize("title", COUNTS)
+def test_what_the_house_counts_only_becomes_less(title):
+    count, bound = COUNTS[title]
+    found = count()
+    assert len(found) <= bound, found
 
 
 @pytest.mark.parametrize("module", [name for name in trees() if room(name) == "models"])
@@ -114,55 +61,51 @@ def test_every_file_that_travels_shows_its_family():
     assert [name for name in names if not name.startswith(families + kinds)] == []
 
 
-def long_files(limit: int = 300) -> dict[str, int]:
-    lengths = {module_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
-    return {name: length for name, length in lengths.items() if length > limit}
+def test_tests_import_helpers_and_never_each_other():
+    """What test files share is in tests/helpers (those of the loopback hub: in tests/hub), and no file edits `sys.path`."""
+    wrong = []
+    for path in sources(TESTS):
+        for node in ast.walk(house.parsed(path)):
+            names: list[str] = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("sys.path."):
+                names = ["test_path"]
+            if any(name.rpartition(".")[2].startswith("test_") for name in names):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert wrong == []
 
 
-def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
-    for module, tree in trees().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                yield f"{module}.{node.name}", node
+def test_the_counts_see_what_they_count(tmp_path, monkeypatch):
+    """A class cut in two, a popped keyword, a wide and long function and lines that stand twice are found."""
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    monkeypatch.setattr("tests.helpers.repeated_lines.ROOT", tmp_path)
+    lines = "\n".join(f"    value_{number} = {number}" for number in range(70))
+    wide = ", ".join(f"a{number}" for number in range(9))
+    (tmp_path / "part.py").write_text("class Part:\n    pass\n")
+    (tmp_path / "whole.py").write_text("from part import Part\n\n\nclass Whole(Part):\n    pass\n\n\nprint(Whole)\n")
+    (tmp_path / "one.py").write_text(f"def one(self, {wide}, **more):\n    more.pop('hidden')\n{lines}\n")
+    (tmp_path / "two.py").write_text(f"def two():\n    # none of the first function's\n{lines}\n")
+    assert house.cut_classes(tmp_path) == ["part.Part: of Whole alone"]
+    assert house.popped_keywords(tmp_path) == ["one.one: more.pop('hidden')"]
+    assert house.wide_functions(tmp_path) == {"one.one": 9}
+    assert set(house.long_functions(tmp_path)) == {"one.one", "two.two"}
+    assert repeated_runs(sources(tmp_path)) == ["one.py:3 ~ two.py:3: 70 lines"]
 
 
-def long_functions(limit: int = 60) -> dict[str, int]:
-    """Lines without docstring."""
-    found = {}
-    for name, node in functions():
-        text = node.body[0] if ast.get_docstring(node) else None
-        length = node.end_lineno - node.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
-        if length > limit:
-            found[name] = length
-    return found
-
-
-def wide_functions(limit: int = 8) -> dict[str, int]:
-    """Public functions with more parameters than `limit`; `forward`, `generate` and `__call__` name every argument."""
-    found = {}
-    for name, node in functions():
-        function = name.rpartition(".")[2]
-        count = len([a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg != "self"])
-        if not function.startswith("_") and function not in ("forward", "generate") and count > limit:
-            found[name] = count
-    return found
-
-
-def test_what_is_too_long_or_too_wide_only_becomes_less():
-    """The house wants at most 3 files, 5 functions and no wide one; the numbers here are what is left."""
-    assert len(long_files()) <= 14
-    assert len(long_functions()) <= 5
-    assert len(wide_functions()) <= 5
+def test_a_field_that_nobody_needs_is_found_and_one_that_a_recipe_sets_is_not(tmp_path, monkeypatch):
+    assert {"TokComConfig.noise_std", "VQGANConfig.codebook_size", "LFQConfig.output_dim"} <= set(fields())
+    path = tmp_path / "configuration_toy.py"
+    path.write_text("class ToyConfig:\n    noise_std: float = 1.0\n    set_by_none: int = 0\n    model_type = 'toy'\n")
+    monkeypatch.setattr("tests.helpers.config_fields.CONFIGURATIONS", [path])
+    assert unneeded_fields() == ["ToyConfig.set_by_none"]
 
 
 if __name__ == "__main__":
-    for title, found in (
-        ("imports that run up", arrows_up()),
-        ("circles", circles()),
-        ("files over 300 lines", long_files()),
-        ("functions over 60 lines", long_functions()),
-        ("public functions with more than 8 parameters", wide_functions()),
-    ):
-        print(f"{len(found):3d} {title}")
+    for title, (count, bound) in COUNTS.items():
+        found = count()
+        print(f"{len(found):3d} {title} (bound {bound})")
         for item in found.items() if isinstance(found, dict) else found:
             print(f"      {item}")
