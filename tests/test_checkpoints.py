@@ -15,18 +15,31 @@ from tokcom_hf.checkpoints import (
     last_finite_checkpoint,
     newest_state,
 )
+from tokcom_hf.manifests import write_manifest
 
 
-@pytest.fixture
-def run(tmp_path):
+def written(tmp_path, manifest=False):
+    """A run with two checkpoints of two ranks, without manifests as older releases left them, or with."""
     for step in (2, 10):
         folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
+        folder.mkdir(parents=True)
         save_file({"weight": torch.full((2,), float(step)), "bias": torch.zeros(3)}, folder / "model.safetensors")
         for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
             torch.save({"step": step}, folder / name)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": step / 10}))
+        if manifest:
+            write_manifest(folder, step=step, world_size=2, resumable=True, settings={"training.seed": 1})
     return tmp_path
+
+
+@pytest.fixture
+def run(tmp_path):
+    return written(tmp_path)
+
+
+@pytest.fixture
+def listed(tmp_path):
+    return written(tmp_path, manifest=True)
 
 
 def test_the_newest_by_number_and_nothing_else_counts(run):
@@ -68,6 +81,93 @@ def test_harmed_checkpoints_are_passed_over_and_refused_by_name(run, harm, fault
     with pytest.raises(ValueError, match="Training cannot go on from") as error:
         choose_checkpoint(run, str(newest))
     assert fault in str(error.value)
+
+
+# What can be done to each file of a checkpoint, with what then is told. `other` is the run's checkpoint before it.
+DAMAGE = {
+    "missing": lambda file, other: file.unlink(),
+    "emptied": lambda file, other: file.write_bytes(b""),
+    "cut short": lambda file, other: file.write_bytes(file.read_bytes()[:-1]),
+    "longer": lambda file, other: file.write_bytes(file.read_bytes() + b"\n"),
+    "one bit": lambda file, other: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "swapped": lambda file, other: shutil.copy2(other / file.name, file),
+    "a folder": lambda file, other: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_manifest_tells_every_damage_of_every_file(tmp_path, damage):
+    names = {path.name for path in (written(tmp_path / "whole", manifest=True) / "checkpoint-10").iterdir()}
+    assert len(names) == 7
+    for name in sorted(names):
+        run = written(tmp_path / name, manifest=True)
+        newest = run / "checkpoint-10"
+        assert choose_checkpoint(run, True) == str(newest)
+        DAMAGE[damage](newest / name, run / "checkpoint-2")
+        if (name, damage) == ("manifest.json", "missing"):
+            # The rest is whole, as checkpoints were before there were manifests.
+            assert choose_checkpoint(run, True) == str(newest)
+            continue
+        fault = checkpoint_fault(newest)
+        assert fault is not None and (name in fault or "saved at step 2" in fault), (name, fault)
+        assert choose_checkpoint(run, True) == str(run / "checkpoint-2")
+        with pytest.raises(ValueError, match="Training cannot go on from"):
+            choose_checkpoint(run, str(newest))
+
+
+def test_same_size_and_other_content_is_told(listed):
+    ours, other = listed / "checkpoint-10" / "model.safetensors", listed / "checkpoint-2" / "model.safetensors"
+    assert ours.stat().st_size == other.stat().st_size
+    shutil.copy2(other, ours)
+    assert "model.safetensors does not hold what was written" in checkpoint_fault(listed / "checkpoint-10")
+
+
+def test_what_does_not_belong_to_a_checkpoint_is_told_where_it_would_be_read(listed):
+    newest = listed / "checkpoint-10"
+    (newest / "notes.txt").write_text("mine")
+    assert checkpoint_fault(newest) is None
+    for name in ("adapter_model.safetensors", "pytorch_model.bin", "rng_state_2.pth", "auxiliary.pt"):
+        shutil.copy(newest / "scheduler.pt", newest / name)
+        assert checkpoint_fault(newest) == f"{name} is not of this checkpoint"
+        (newest / name).unlink()
+
+
+def test_a_renamed_checkpoint_is_another_step_s(listed):
+    (listed / "checkpoint-10").rename(listed / "checkpoint-30")
+    assert checkpoint_fault(listed / "checkpoint-30") == "it was saved at step 10"
+    assert choose_checkpoint(listed, True) == str(listed / "checkpoint-2")
+
+
+def test_another_run_s_checkpoint_is_passed_over(listed):
+    same, other = {"training.seed": 1, "new": 3}, {"training.seed": 4}
+    assert choose_checkpoint(listed, True, settings=same) == str(listed / "checkpoint-10")
+    assert "another run saved it, with other data or settings: training.seed 1 -> 4" in checkpoint_fault(
+        listed / "checkpoint-10", settings=other
+    )
+    with pytest.raises(ValueError, match=r"training\.seed 1 -> 4"):
+        choose_checkpoint(listed, True, settings=other)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda text: "[]", "lists no files"),
+        (lambda text: '{"files": 3}', "lists no files"),
+        (lambda text: text.replace('"format": 1', '"format": 2'), "has format 2, and this release reads 1"),
+        (lambda text: text.replace('"world_size": 2', '"world_size": 1'), "is not as it was written"),
+        (lambda text: text[:-1], "is not as it was written"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_told(listed, change, fault):
+    file = listed / "checkpoint-10" / "manifest.json"
+    file.write_text(change(file.read_text()))
+    assert checkpoint_fault(listed / "checkpoint-10") == f"manifest.json {fault}"
+
+
+def test_weights_alone_are_not_gone_on_from(listed):
+    newest = listed / "checkpoint-10"
+    write_manifest(newest, step=10, world_size=2, resumable=False, settings=None)
+    assert checkpoint_fault(newest) == "it holds weights only (save_only_model)"
 
 
 def test_shards_and_files_that_only_some_runs_need(run):

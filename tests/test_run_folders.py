@@ -25,7 +25,9 @@ def whole_checkpoint(folder: Path) -> Path:
     save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({}, folder / name)
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3, "epoch": 0.5}))
+    step = folder.name.removeprefix("checkpoint-")
+    state = {"global_step": int(step) if step.isdigit() else 3, "epoch": 0.5}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
     return folder
 
 

@@ -1,30 +1,44 @@
 """What a checkpoint of training is, whether it is whole, and which one is the newest whole one.
 
-A killed run leaves unfinished folders, a full disk truncated files. Everything that resumes asks here, so that one rule
-decides: every file that training needs is there, can be opened, and is as long as it says.
+A checkpoint is written under a temporary name, gets a manifest of its files, and is renamed last. Disks and people damage
+folders afterwards, too. Everything that resumes asks here, so that one rule decides: the files are those of the manifest,
+byte for byte. In a checkpoint without a manifest, as older releases wrote it, every file that training needs is there, can
+be opened, and is as long as it says.
 """
 
 import json
 import logging
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.utils._pytree import tree_leaves
+
+from .manifests import MANIFEST_FILE, files_fault, read_manifest, settings_difference
+from .whole_files import UNFINISHED_MODEL, UNFINISHED_PREFIX
+
+__all__ = [
+    "MANIFEST_FILE",
+    "UNFINISHED_CHECKPOINT",
+    "UNFINISHED_MODEL",
+    "UNFINISHED_PREFIX",
+    "checkpoint_fault",
+    "checkpoints",
+    "choose_checkpoint",
+    "content_fault",
+    "last_complete_checkpoint",
+    "last_finite_checkpoint",
+    "newest_state",
+]
 
 logger = logging.getLogger(__name__)
 
-# Beginning of the name of everything that is being written and not yet in its place.
-UNFINISHED_PREFIX = ".unfinished-"
 # Folder of the run in which `checkpoint-N` is written; it exists only while a checkpoint is being written.
 UNFINISHED_CHECKPOINT = UNFINISHED_PREFIX + "checkpoint"
-# Folder inside a model's in which the final save is written; it exists only while that is being done.
-UNFINISHED_MODEL = UNFINISHED_PREFIX + "model"
-# Step, world size and every file of a checkpoint with its size and SHA-256; written last.
-MANIFEST_FILE = "manifest.json"
 STATE_FILE = "trainer_state.json"
 AVERAGE_FILE = "ema.safetensors"
 AUXILIARY_FILE = "auxiliary.pt"
@@ -37,23 +51,33 @@ def checkpoints(output_dir: str | Path | None) -> Iterator[Path]:
     """The folders `checkpoint-N` directly in `output_dir`, newest (largest N) first, whole or not."""
     found = []
     for folder in Path(output_dir or ".").glob("checkpoint-*"):
-        step = folder.name.removeprefix("checkpoint-")
-        if step.isascii() and step.isdigit() and folder.is_dir():
-            found.append((int(step), folder))
+        step = step_of(folder)
+        if step is not None and folder.is_dir():
+            found.append((step, folder))
     yield from (folder for _, folder in sorted(found, reverse=True))
 
 
-def checkpoint_fault(folder: str | Path, required: Iterable[str] = ()) -> str | None:
+def step_of(folder: str | Path) -> int | None:
+    """N where the folder is called `checkpoint-N`, else None."""
+    name = Path(folder).name
+    step = name.removeprefix("checkpoint-")
+    return int(step) if name != step and step.isascii() and step.isdigit() else None
+
+
+def checkpoint_fault(
+    folder: str | Path, required: Iterable[str] = (), settings: Mapping[str, Any] | None = None
+) -> str | None:
     """Says what keeps training from going on from `folder`, or None where it is whole.
 
     Args:
         folder: a `checkpoint-N`.
         required: names of files that this run needs beside weights, optimizer, scheduler and state.
+        settings: of the run that is to go on; None goes on with any.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
-    # The state is written last: without it saving was cut short.
+    # The state is written behind weights and optimizer: without it saving was cut short.
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,6 +86,42 @@ def checkpoint_fault(folder: str | Path, required: Iterable[str] = ()) -> str | 
         return f"{STATE_FILE} cannot be read"
     if not isinstance(state, dict) or "global_step" not in state:
         return f"{STATE_FILE} does not say at which step it was saved"
+    step = step_of(folder)
+    if step is not None and step != state["global_step"]:
+        return f"it was saved at step {state['global_step']}"
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    if manifest is None:
+        return _fault_without_manifest(folder, required)
+    return _manifest_fault(folder, manifest, required, settings)
+
+
+def content_fault(folder: str | Path) -> str | None:
+    """Says in what the files of a checkpoint are not those that were written, or None; for one without a manifest, too."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    return None if manifest is None else files_fault(Path(folder), manifest["files"])
+
+
+def _manifest_fault(folder: Path, manifest: dict[str, Any], required: Iterable[str], settings) -> str | None:
+    step = step_of(folder)
+    if step is not None and step != manifest.get("step"):
+        return f"its {MANIFEST_FILE} is that of step {manifest.get('step')}"
+    lacking = next((name for name in required if name not in manifest["files"]), None)
+    if lacking is not None:
+        return f"{lacking} is missing"
+    if not manifest.get("resumable", True):
+        return "it holds weights only (save_only_model)"
+    if settings is not None and (difference := settings_difference(manifest.get("settings") or {}, settings)):
+        return f"another run saved it, with other data or settings: {difference}"
+    return files_fault(folder, manifest["files"])
+
+
+def _fault_without_manifest(folder: Path, required: Iterable[str]) -> str | None:
     weights = [name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not weights:
         return "model.safetensors is missing"
@@ -106,16 +166,18 @@ def _whole_safetensors(path: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def last_complete_checkpoint(output_dir: str | Path | None, required: Iterable[str] = ()) -> str | None:
+def last_complete_checkpoint(
+    output_dir: str | Path | None, required: Iterable[str] = (), settings: Mapping[str, Any] | None = None
+) -> str | None:
     """The newest whole `checkpoint-N` directly in `output_dir`, or None; says which newer ones are passed over.
 
     Args:
         output_dir: folder of the run.
-        required: see `checkpoint_fault`.
+        required, settings: see `checkpoint_fault`.
     """
     required = tuple(required)
     for folder in checkpoints(output_dir):
-        fault = checkpoint_fault(folder, required)
+        fault = checkpoint_fault(folder, required, settings)
         if fault is None:
             return str(folder)
         logger.warning("%s is passed over: %s.", folder, fault)
@@ -123,10 +185,14 @@ def last_complete_checkpoint(output_dir: str | Path | None, required: Iterable[s
 
 
 def last_finite_checkpoint(output_dir: str | Path | None, required: Iterable[str] = ()) -> str | None:
-    """The newest whole `checkpoint-N` directly in `output_dir` whose weights hold no NaN and no infinity, or None."""
+    """The newest whole `checkpoint-N` directly in `output_dir` that holds no NaN and no infinity, or None.
+
+    Trainers look at every tensor before they save it and write the manifest, which shows that nothing has changed since; a
+    checkpoint without a manifest is looked through here.
+    """
     required = tuple(required)
     for folder in checkpoints(output_dir):
-        if checkpoint_fault(folder, required) is None and _finite(folder):
+        if checkpoint_fault(folder, required) is None and ((folder / MANIFEST_FILE).is_file() or _finite(folder)):
             return str(folder)
     return None
 
@@ -134,14 +200,25 @@ def last_finite_checkpoint(output_dir: str | Path | None, required: Iterable[str
 def _finite(folder: Path) -> bool:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            tensors = (file.get_tensor(name) for name in file.keys())  # noqa: SIM118 (no dictionary)
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point()):
+            if not all(_is_finite(file.get_tensor(name)) for name in file.keys()):  # noqa: SIM118 (no dictionary)
+                return False
+    for name in ("optimizer.pt", AUXILIARY_FILE):
+        if (folder / name).is_file():
+            state = torch.load(folder / name, map_location="cpu", weights_only=True)
+            if not all(_is_finite(tensor) for tensor in tree_leaves(state) if isinstance(tensor, torch.Tensor)):
                 return False
     return True
 
 
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
 def choose_checkpoint(
-    output_dir: str | Path | None, wanted: str | bool | None, required: Iterable[str] = ()
+    output_dir: str | Path | None,
+    wanted: str | bool | None,
+    required: Iterable[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> str | None:
     """The one rule by which training goes on.
 
@@ -149,7 +226,7 @@ def choose_checkpoint(
         output_dir: folder of the run.
         wanted: None or False starts at the beginning; True goes on from the newest whole checkpoint of `output_dir`, and
             starts at the beginning where there is no checkpoint yet; a path goes on from that checkpoint.
-        required: see `checkpoint_fault`.
+        required, settings: see `checkpoint_fault`.
 
     Returns:
         a whole checkpoint, or None to start at the beginning.
@@ -161,17 +238,19 @@ def choose_checkpoint(
     if wanted is None or wanted is False:
         return None
     if wanted is not True:
-        fault = checkpoint_fault(wanted, required)
+        fault = checkpoint_fault(wanted, required, settings)
         if fault is not None:
             raise ValueError(
                 f"Training cannot go on from {str(wanted)!r}: {fault}. Name a whole folder checkpoint-N, or use "
                 "--resume_from_checkpoint true for the newest one."
             )
         return str(wanted)
-    last = last_complete_checkpoint(output_dir, required)
-    if last is None and (faults := [(f.name, checkpoint_fault(f, required)) for f in checkpoints(output_dir)]):
-        told = "; ".join(f"{name}: {fault}" for name, fault in faults[:3])
-        raise ValueError(f"No checkpoint in {str(output_dir)!r} is whole ({told}). Start over with --overwrite.")
+    last = last_complete_checkpoint(output_dir, required, settings)
+    if last is None:
+        faults = [(folder.name, checkpoint_fault(folder, required, settings)) for folder in checkpoints(output_dir)]
+        if faults:
+            told = "; ".join(f"{name}: {fault}" for name, fault in faults[:3])
+            raise ValueError(f"No checkpoint in {str(output_dir)!r} is whole ({told}). Start over with --overwrite.")
     return last
 
 

@@ -1,7 +1,12 @@
-"""Which of a module's trained numbers are no longer finite."""
+"""Which of the numbers that a run keeps are no longer finite."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -10,8 +15,42 @@ def nonfinite_names(module: nn.Module) -> list[str]:
     tensors = {
         name: tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
-        if tensor.is_floating_point() and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
     }
     if isinstance(module, AveragedModel):
         tensors = module.state_dict()
-    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
+    return nonfinite(tensors)
+
+
+def nonfinite_state(state: Any) -> list[str]:
+    """Names, as paths with dots, of the tensors in nested dictionaries and lists that hold NaN or infinity."""
+    return nonfinite(dict(_leaves(state)))
+
+
+def _leaves(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(state, torch.Tensor):
+        yield path, state
+    elif isinstance(state, (Mapping, list, tuple)):
+        items = state.items() if isinstance(state, Mapping) else enumerate(state)
+        for name, value in items:
+            yield from _leaves(value, f"{path}.{name}" if path else str(name))
+
+
+def nonfinite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the floating-point tensors that hold NaN or infinity; of a sharded one this rank's part counts."""
+    flags: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        part = tensor.detach()
+        part = part.to_local() if isinstance(part, DTensor) else part
+        # Formats of 8 bits have no test of their own.
+        part = part.float() if part.element_size() == 1 else part
+        flags[part.device][name] = torch.isfinite(part).all()
+    # One transfer for each device, not one for each tensor.
+    return [
+        name
+        for found in flags.values()
+        for name, finite in zip(found, torch.stack(list(found.values())).tolist())
+        if not finite
+    ]

@@ -63,3 +63,22 @@ def split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     }
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in matrices]
     return list(matrices.values()), others
+
+
+def muon_optimizer(model: nn.Module, args: Any) -> MuonWithAdamW:
+    """The optimizer of a run with `muon_learning_rate`.
+
+    Args:
+        model: without its wrappers.
+        args: `CompressionTrainingArguments`.
+    """
+    matrices, others = split_for_muon(model)
+    return MuonWithAdamW(
+        matrices,
+        others,
+        muon_learning_rate=args.muon_learning_rate,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )

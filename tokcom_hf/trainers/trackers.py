@@ -15,6 +15,8 @@ from accelerate.utils import patch_environment
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from ..whole_files import told_faults, write_text
+
 LOG_FILE = "logs/training.log"
 TENSORBOARD_FOLDER = "logs/tensorboard"
 BEST_FILE = "best.json"
@@ -90,9 +92,11 @@ class TrainingLog(TrainerCallback):
     def write(self, text: str) -> None:
         """Appends a line with its time; does nothing outside training and on ranks but the first."""
         if self._writes:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [INFO] {text}\n")
+            # The run's folder itself is not made anew: where it is gone the run must end.
+            with told_faults(self.path):
+                self.path.parent.mkdir(exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [INFO] {text}\n")
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._writes = state.is_world_process_zero
@@ -174,5 +178,4 @@ class BestModel(TrainerCallback):
 
     def _write(self, state) -> None:
         if state.is_world_process_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / BEST_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+            write_text(self.folder / BEST_FILE, json.dumps(self.record, indent=2) + "\n")

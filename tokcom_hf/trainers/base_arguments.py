@@ -1,0 +1,86 @@
+"""Training arguments that every trainer of the package has."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from ..checkpoints import AVERAGE_FILE
+
+
+@dataclass
+class CompressionTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the fields shared by every stage of the package."""
+
+    builds_own_optimizer: ClassVar[bool] = False
+
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay of the averaged weights in [0, 1); 0 turns averaging off."},
+    )
+    ema_warmup: bool = field(
+        default=True,
+        metadata={"help": "Use min(ema_decay, (1 + step) / (10 + step)), so that short runs forget their start."},
+    )
+    stop_on_nonfinite_loss: bool = field(
+        default=True,
+        metadata={"help": "Stop at the first NaN or infinite loss or gradient norm instead of training on."},
+    )
+    early_stopping_patience: int = field(
+        default=0, metadata={"help": "Stop after so many evaluations without improvement; 0 never stops early."}
+    )
+    wandb_project: str | None = field(
+        default=None,
+        metadata={"help": "Project of `--report_to wandb`; by default the environment's WANDB_PROJECT."},
+    )
+    muon_learning_rate: float = field(
+        default=0.0,
+        metadata={"help": "Muon for the matrices of hidden layers, at this rate; 0 trains everything with `optim`."},
+    )
+
+    def __post_init__(self):
+        if self.early_stopping_patience and self.metric_for_best_model is None:
+            # Trainer sets its default, the loss, for `load_best_model_at_end` alone.
+            self.metric_for_best_model = "loss"
+        if self.bf16 and not torch.accelerator.is_available():
+            # Without an accelerator transformers asks for this by name; bfloat16 works on the CPU, too.
+            self.use_cpu = True
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            # Every parameter of the package's models takes part in every step; the search costs a pass over the graph.
+            self.ddp_find_unused_parameters = False
+        if not torch.accelerator.is_available():
+            # Pinned memory is for copies to an accelerator; without one torch only warns.
+            self.dataloader_pin_memory = False
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        own_optimizer = self.muon_learning_rate > 0 or self.builds_own_optimizer
+        if own_optimizer and (self.optim != _default(TrainingArguments, "optim") or self.optim_args):
+            advice = "leave it out" if self.builds_own_optimizer else "leave it out, or set --muon_learning_rate 0"
+            name = getattr(self.optim, "value", self.optim)
+            raise ValueError(
+                f"This training builds its own optimizer, so that --optim {name} would do nothing; {advice}."
+            )
+        if self.builds_own_optimizer and self.muon_learning_rate > 0:
+            raise ValueError(
+                f"muon_learning_rate {self.muon_learning_rate} would do nothing: this training has an AdamW with one "
+                "group per part; leave it out."
+            )
+        if self.early_stopping_patience < 0:
+            raise ValueError(f"early_stopping_patience must not be negative, got {self.early_stopping_patience}.")
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            raise ValueError(
+                f"early_stopping_patience {self.early_stopping_patience} counts evaluations, and eval_strategy is 'no'; "
+                "set --eval_strategy steps (and --eval_steps) or epoch."
+            )
+
+
+def average_files(args: CompressionTrainingArguments) -> tuple[str, ...]:
+    """Names of the files of averaged weights in a checkpoint of a run with these arguments."""
+    return (AVERAGE_FILE,) if args.ema_decay > 0 else ()
+
+
+def _default(cls: type, name: str) -> Any:
+    item = next(item for item in fields(cls) if item.name == name)
+    return item.default if item.default_factory is MISSING else item.default_factory()
