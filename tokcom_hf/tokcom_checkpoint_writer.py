@@ -18,7 +18,7 @@ DECIDING = {
     "vae": ("latent_size", "num_decoder_layers", "chunk_projection", "variational", "fixed_norm"),
     "denoiser": (
         "latent_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-        "rms_norm_eps", "rope_theta", "time_scale", "time_max_period", "context_size", "self_conditioning",
+        "rms_norm_eps", "rope_theta", "time_scale", "context_size", "self_conditioning",
     ),
     "flow": ("standardize_latents", "clean_prefix", "num_steps", "step_power", "sampler"),
 }  # fmt: skip

@@ -33,7 +33,7 @@ def test_defaults_are_the_documented_numbers():
         0,
         1,
     )
-    assert (denoiser.time_scale, denoiser.time_max_period, denoiser.self_conditioning) == (1.0, 10000.0, False)
+    assert (denoiser.time_scale, denoiser.self_conditioning) == (1.0, False)
     assert (flow.context, flow.block_size, flow.num_steps, flow.step_power, flow.sampler) == (None, 0, 50, 1, "euler")
     assert (flow.standardize_latents, flow.clean_prefix, flow.noise_draws, flow.context_dropout) == (
         False,
@@ -62,7 +62,6 @@ def test_defaults_are_the_documented_numbers():
         (lambda: TokComConfig(context=CONTEXT, block_sizes=[2, -1]), "none may be negative"),
         (lambda: TokComConfig(context=CONTEXT, block_size=-1), "none may be negative"),
         (lambda: TokComConfig(context=CONTEXT, context_dropout=1.0), r"context_dropout must be in \[0, 1\)"),
-        (lambda: TokComConfig(prefix_dropout=1.5), "prefix_dropout in"),
         (lambda: TokComConfig(block_sizes=[1, 2]), "the whole row is one block"),
         (lambda: TokComConfig(block_size=2), "the whole row is one block"),
         (lambda: TokComConfig(noise_draws=2), "the whole row is one block"),

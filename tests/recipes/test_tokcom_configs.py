@@ -128,7 +128,7 @@ def test_the_configurations_defaults_and_paper_are_the_documented_system(recipe)
     vae = {"vocab_size": 32017, "omni_token_id": 32016, "chunk_size": 4, "chunk_projection": "last", "variational": False,
            "fixed_norm": False, "latent_noise": 0.0, "num_decoder_layers": 24, "tie_word_embeddings": True}  # fmt: skip
     assert {name: getattr(config.vae, name) for name in vae} == vae
-    assert config.denoiser.time_scale == 1 and config.denoiser.time_max_period == 10000
+    assert config.denoiser.time_scale == 1 and config.denoiser.context_size is None
     flow = {"context": None, "standardize_latents": False, "noise_std": 0.05, "time_distribution": "uniform",
             "mse_weight": 0.0, "cross_entropy_weight": 1.0, "clean_prefix": False, "max_chunks": 256, "num_steps": 50,
             "step_power": 1.0, "sampler": "euler", "block_size": 0}  # fmt: skip

@@ -11,39 +11,38 @@ from .tokcom_removed import refuse_removed
 
 @strict
 class TokComVAEConfig(PreTrainedConfig):
-    """Four text tokens in, one latent vector out, and back. The defaults are the documented numbers.
+    """Shape and losses of `TokComVAE`: a chunk of tokens to one latent and back. The defaults are the documented numbers.
 
     What you will most likely change:
         vocab_size: number of token ids **including** the omni token: `len(tokenizer) + 1`.
-        omni_token_id: id that fills the decoder's query positions; `vocab_size - 1` where not given.
+        omni_token_id: id that fills the decoder's query positions; None takes `vocab_size - 1`.
         chunk_size: tokens per latent.
-        latent_size: width of a latent; None means `hidden_size` and no projection (documented). 64–128 is sturdier.
+        latent_size: width of a latent; None (documented) takes `hidden_size`, without projections. 64–128 is sturdier.
 
     Shape:
-        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, rms_norm_eps, rope_theta: as in Llama.
+        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, rms_norm_eps: as in Llama.
         num_hidden_layers: layers of the encoder, and of the decoder where `num_decoder_layers` is None.
         num_decoder_layers: layers of the decoder.
-
-    chunk_projection: "last" (documented): the latent is read off the last position, and the decoder gets it at the first,
-        its other positions being omni tokens. "all": one linear map reads all positions, one writes all of them; learns
-        about ten times faster, because no attention head has to find out which position is which.
+        rope_theta: RoPE base for token positions; the denoiser's counts chunks.
+        chunk_projection: "last" (documented) reads the latent off the last position and gives it to the decoder's first,
+            the other positions being omni tokens; "all" maps all positions to the latent and back, which learns about ten
+            times faster because no attention head has to learn which position is which.
 
     Latent space (off by default, as documented):
-        variational: predict mean and log-variance and sample in training (adds the KL term).
-        kl_weight: weight of Σ_d max(KL_d, kl_free_nats).
-        kl_free_nats: nats per dimension that cost nothing.
+        variational: predict mean and log-variance, sample in training, and add the KL term.
+        kl_weight: weight of Σ_d max(KL_d, 0.5 nats).
         fixed_norm: scale every latent to root-mean-square 1.
-        latent_noise: in training add noise of standard deviation U(0, latent_noise) × the latents' own.
-        token_dropout: in training replace this share of encoder inputs by the omni token.
-        hint_tokens: in training a chunk's noisy latent is also decoded with a hint added to it, a small network's reading of
-            so many tokens before it. Latents then lie so that what precedes a chunk moves them along straight lines,
-            which a flow can follow; 0: no hint. A multiple of chunk_size.
-        hint_weight: weight of that cross-entropy.
-        zero_init_residual: attention and MLP of every block start at zero. What is known of one token's embedding then
-            holds for all: the first steps learn a linear map for the whole vocabulary, tokens never seen included.
-        initializer_range: standard deviation of the initial weights.
-        embedding_initializer_range: that of the embedding, which is the head, too; None takes initializer_range. A latent
-            holds a part of each token's embedding: 0.3 lets that part alone tell tens of thousands of tokens apart.
+        latent_noise: in training, add noise of standard deviation U(0, latent_noise) × the latents' own.
+        token_dropout: in training, replace this share of the encoder's inputs by the omni token.
+        hint_tokens: tokens before a chunk that `Hint` reads to shift its noisy latent, a second loss; 0: none. A multiple
+            of chunk_size.
+
+    Initial weights:
+        initializer_range: standard deviation of all but the embedding.
+        embedding_initializer_range: standard deviation of the embedding and of the head tied to it; None takes
+            `initializer_range`. At 0.3 the share of an embedding in a latent tells tens of thousands of tokens apart.
+        zero_init_residual: attention and MLP start at zero, so that the first steps learn one linear map for the whole
+            vocabulary, rare tokens included.
     """
 
     model_type = "tokcom_vae"
@@ -63,12 +62,10 @@ class TokComVAEConfig(PreTrainedConfig):
     chunk_projection: Literal["last", "all"] = "last"
     variational: bool = False
     kl_weight: float | int = 1e-3
-    kl_free_nats: float | int = 0.5
     fixed_norm: bool = False
     latent_noise: float | int = 0.0
     token_dropout: float | int = 0.0
     hint_tokens: int = 0
-    hint_weight: float | int = 0.3
     zero_init_residual: bool = False
     initializer_range: float = 0.02
     embedding_initializer_range: float | int | None = None

@@ -1,8 +1,8 @@
 """DenoisedModel: a flow-matching transformer over text latents with adaLN-Zero time conditioning.
 
-latents x_t, t → per block: attention and SwiGLU, each behind RMSNorm·(1 + scale) + shift with scale and shift from the
-condition → norm → linear → predicted clean latents x1. The condition is the embedded time; with `context_size` also a vector
-that tells what stands before the block, and each chunk's place in it (arXiv 2212.09748).
+x_t, t → layers of attention and SwiGLU, each after RMSNorm · (1 + scale) + shift → norm → linear → clean latents x1.
+Scale and shift are computed from a condition (arXiv 2212.09748): the embedded time, and with `context_size` also the
+context's state before the block and the position of each chunk in it.
 """
 
 import math
@@ -19,44 +19,51 @@ from .shared_layer_outputs import LayerRecord, as_asked
 from .shared_layers import Attention, SwiGLU, rotary_embeddings
 from .shared_strict_loading import StrictLoading
 
+# Longest period of the sinusoids of time and position.
+MAX_PERIOD = 10000.0
+
 
 @dataclass
 class DenoisedModelOutput(ModelOutput):
-    """clean_latents: (batch, chunks, latent); hidden_states: with `output_hidden_states`, (batch, chunks, hidden) before the
-    first layer and behind each, the last one normalised; attentions: with `output_attentions`, of each layer (batch, heads,
-    chunks, chunks)."""
+    """Output of `DenoisedModel`.
+
+    clean_latents: (batch, chunks, latent).
+    hidden_states: with `output_hidden_states`, (batch, chunks, hidden) before the first layer and after each layer, the last
+        one normalised.
+    attentions: with `output_attentions`, (batch, heads, chunks, chunks) of each layer.
+    """
 
     clean_latents: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-def sinusoid(values: torch.Tensor, size: int, max_period: float) -> torch.Tensor:
-    """values (…) → (…, size) float32: cosines first, then sines, frequencies max_period^(−i / half)."""
+def sinusoid(values: torch.Tensor, size: int) -> torch.Tensor:
+    """values (…) → (…, size) float32: cosines, then sines, at frequencies MAX_PERIOD^(−i / half)."""
     half = size // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=values.device) / half)
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=values.device) / half)
     angles = values.float().unsqueeze(-1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class AdaptiveNorm(nn.Module):
-    """RMSNorm(h) · (1 + scale) + shift with scale and shift from SiLU → Linear of the condition."""
+    """RMSNorm(h) · (1 + scale) + shift, with (scale, shift) = Linear(SiLU(condition))."""
 
     def __init__(self, config: DenoisedModelConfig):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.scale_shift_mlp = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
-        # adaLN-Zero: a new block normalises as if unconditioned.
+        # adaLN-Zero: scale and shift start at zero.
         self.scale_shift_mlp[1].zero_init = True
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """hidden_states: (batch, chunks, hidden); condition: the same, or 1 for either of the first two."""
+        """hidden_states: (batch, chunks, hidden); condition: a shape that broadcasts to it, batch or chunks being 1."""
         scale, shift = self.scale_shift_mlp(condition).chunk(2, dim=-1)
         return self.norm(hidden_states) * (1 + scale) + shift
 
 
 class DenoiserBlock(GradientCheckpointingLayer):
-    """Attention and SwiGLU, each behind an adaptive norm."""
+    """Attention and SwiGLU, each after an adaptive norm."""
 
     def __init__(self, config: DenoisedModelConfig):
         super().__init__()
@@ -121,18 +128,18 @@ class DenoisedModel(StrictLoading):
 
         Args:
             latents: noisy x_t, (batch, chunks, latent).
-            timesteps: 0 = noise, 1 = clean; (batch,), (batch, chunks), or (1,) where it is one for the whole batch.
-            context: what stands before each block, (batch, context_size); None: nothing is known of it. Only with
-                `context_size`.
-            self_condition: earlier prediction of the clean latents, same shape as `latents`; None means zeros. Only with
-                `self_conditioning`.
+            timesteps: t in [0, 1], 0 = noise, 1 = clean; (batch,), (batch, chunks), or (1,) for the whole batch.
+            context: the context's state before each block, (batch, context_size); None predicts without it. Models with
+                `context_size` only.
+            self_condition: earlier prediction of the clean latents, shaped like `latents`; None means zeros. Models with
+                `self_conditioning` only.
             attention_mask: (batch, chunks), 1 = real, 0 = padding.
-            output_hidden_states, output_attentions: also return those of all layers; None takes the config's.
+            output_hidden_states, output_attentions: whether to return those of all layers; None takes the config's.
             return_dict: False returns a tuple; None takes the config's.
 
         Raises:
-            ValueError: shapes that do not fit, an argument that this configuration cannot use, or attention weights that are
-                not computed.
+            ValueError: shapes do not fit, this configuration cannot use an argument, or the attention implementation does
+                not compute the weights that are wanted.
         """
         record = LayerRecord.asked(self.config, output_hidden_states, output_attentions)
         self._check(latents, timesteps, context, self_condition)
@@ -155,13 +162,13 @@ class DenoisedModel(StrictLoading):
         return as_asked(output, self.config, return_dict)
 
     def _condition(self, timesteps, context, chunks: int, dtype: torch.dtype) -> torch.Tensor:
-        """What the adaptive norms are told, (batch or 1, chunks or 1, hidden)."""
-        size, period = self.config.hidden_size, float(self.config.time_max_period)
-        time = sinusoid(timesteps.view(len(timesteps), -1) * self.config.time_scale, size, period)
+        """The condition of the adaptive norms, (batch or 1, chunks or 1, hidden)."""
+        size = self.config.hidden_size
+        time = sinusoid(timesteps.view(len(timesteps), -1) * self.config.time_scale, size)
         condition = self.time_mlp(time.to(dtype))
         if self.context_proj is None or self.place_proj is None:
             return condition
-        place = sinusoid(torch.arange(chunks, device=timesteps.device), size, period)
+        place = sinusoid(torch.arange(chunks, device=timesteps.device), size)
         condition = condition + self.place_proj(place.to(dtype))
         return condition if context is None else condition + self.context_proj(context.to(dtype)).unsqueeze(1)
 
@@ -178,4 +185,4 @@ class DenoisedModel(StrictLoading):
                 f"{tuple(context.shape)}; with context_size=None leave it out."
             )
         if self_condition is not None and not self.config.self_conditioning:
-            raise ValueError("self_condition is an input of models with self_conditioning=True; leave it out.")
+            raise ValueError("self_condition is an input of models with self_conditioning=True; leave it out here.")

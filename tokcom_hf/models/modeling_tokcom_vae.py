@@ -1,10 +1,9 @@
 """TokComVAE: chunks of text tokens to latent vectors and back.
 
-encoder:  ids (batch, chunk) → bidirectional transformer → last position, final norm → z (batch, latent)
-decoder:  [z, omni × (chunk − 1)] → bidirectional transformer → tied head → logits (batch, chunk, vocab)
+encoder: ids (batch, chunk) → bidirectional transformer → last position → z (batch, latent)
+decoder: [z, omni × (chunk − 1)] → bidirectional transformer → tied head → logits (batch, chunk, vocab)
 
-A sequence of many chunks is folded into the batch dimension: attention stays dense chunk × chunk, and the loss is the
-chunked cross-entropy, which never holds all logits at once.
+The chunks of a sequence are rows of the batch, so attention is chunk × chunk. The loss never holds all logits at once.
 """
 
 from dataclasses import dataclass
@@ -19,21 +18,22 @@ from .shared_cross_entropy import chunked_cross_entropy
 from .shared_layer_outputs import LayerRecord, as_asked
 from .shared_layers import Block, rotary_embeddings
 from .shared_strict_loading import StrictLoading
+from .tokcom_hint import HINT_WEIGHT, Hint
 
-# Times of the hinted loss are σ(N(−0.7, 1)): most are where a hint decides.
-HINT_TIME_MEAN = -0.7
+# KL below this per latent dimension costs nothing.
+FREE_NATS = 0.5
 
 
 @dataclass
 class TokComVAEOutput(ModelOutput):
     """Output of `TokComVAE`.
 
-    loss: scalar, with `labels`: reconstruction plus weighted KL.
-    logits: (batch, chunk, vocab); None where a loss was computed and `return_logits` is False.
+    loss: with `labels`, the reconstruction loss plus the weighted KL, and in training the hinted loss (scalar).
+    logits: (batch, chunk, vocab), where `return_logits` asks for them.
     latents: (batch, latent).
-    reconstruction_loss, kl_loss: the parts of `loss`, nats per token and nats per chunk.
-    hidden_states: with `output_hidden_states`, (batch, chunk, hidden) before the encoder's first layer and behind each, the
-        last one normalised, then the same of the decoder.
+    reconstruction_loss, kl_loss: nats per token and nats per chunk.
+    hidden_states: with `output_hidden_states`, (batch, chunk, hidden) before the encoder's first layer and after each layer,
+        the last one normalised, then those of the decoder.
     attentions: with `output_attentions`, (batch, heads, chunk, chunk) of the encoder's layers, then of the decoder's.
     """
 
@@ -47,7 +47,7 @@ class TokComVAEOutput(ModelOutput):
 
 
 class ChunkTransformer(nn.Module):
-    """Blocks and final norm over the positions of one chunk."""
+    """Transformer over the positions of one chunk, with a final norm."""
 
     def __init__(self, config: TokComVAEConfig, num_layers: int):
         super().__init__()
@@ -55,11 +55,11 @@ class ChunkTransformer(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(num_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         for block in self.layers:
-            # Read by `_init_weights`, which transformers calls for modules that have weights of their own.
+            # Read by `_init_weights`, which transformers calls for each module that holds weights.
             block.self_attn.o_proj.zero_init = block.mlp.down_proj.zero_init = config.zero_init_residual
 
     def forward(self, hidden_states: torch.Tensor, record: LayerRecord | None = None) -> torch.Tensor:
-        """(batch, chunk, hidden) → the same behind all layers; `record` is filled with what the layers saw."""
+        """(batch, chunk, hidden) → the same after all layers and the norm; `record` keeps what each layer sees."""
         rotary = rotary_embeddings(hidden_states.shape[1], self.config, hidden_states)
         for layer in self.layers:
             before = hidden_states
@@ -73,7 +73,7 @@ class ChunkTransformer(nn.Module):
 
 
 class TokComVAE(StrictLoading):
-    """Variational (or plain) autoencoder of token chunks."""
+    """Autoencoder of token chunks, variational with `variational=True`."""
 
     config_class = TokComVAEConfig
     base_model_prefix = "vae"
@@ -90,19 +90,13 @@ class TokComVAE(StrictLoading):
         self.encoder = ChunkTransformer(config, config.num_hidden_layers)
         self.decoder = ChunkTransformer(config, config.num_decoder_layers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        every = config.chunk_projection == "all"
-        width = config.hidden_size * config.chunk_size if every else config.hidden_size
-        projected = every or config.latent_size != config.hidden_size or config.variational
+        all_positions = config.chunk_projection == "all"
+        width = config.hidden_size * (config.chunk_size if all_positions else 1)
+        projected = all_positions or config.latent_size != config.hidden_size or config.variational
         self.latent_proj = nn.Linear(width, config.latent_size) if projected else nn.Identity()
         self.log_variance_proj = nn.Linear(width, config.latent_size) if config.variational else None
         self.decoder_proj = nn.Linear(config.latent_size, width) if projected else nn.Identity()
-        self.hint = None
-        if config.hint_tokens:
-            size = config.hidden_size
-            self.hint = nn.Sequential(
-                nn.RMSNorm(config.hint_tokens * size, eps=config.rms_norm_eps),
-                nn.Linear(config.hint_tokens * size, 2 * size), nn.SiLU(), nn.Linear(2 * size, config.latent_size),
-            )  # fmt: skip
+        self.hint = Hint(config) if config.hint_tokens else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -124,14 +118,14 @@ class TokComVAE(StrictLoading):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in transformers; `new_num_tokens` counts all rows, the omni token's included: `len(tokenizer) + 1`.
+        """As in transformers; `new_num_tokens` counts the omni token's row, too: `len(tokenizer) + 1`.
 
         An omni token in the last row moves to the new last row, so that the rows before it are the tokenizer's; the token
-        that gets its old row starts as a copy of it. The tied head is resized with the embedding, and the config follows.
+        that gets its former row starts as a copy of it. The tied head and the config follow.
 
         Raises:
-            ValueError: fewer than two rows, an omni token elsewhere whose row would be dropped, or offloaded weights.
-                Nothing is changed then.
+            ValueError: fewer than two rows, a row of the omni token that would be dropped, or offloaded weights; nothing
+                is changed.
         """
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.get_input_embeddings()
@@ -173,26 +167,27 @@ class TokComVAE(StrictLoading):
         """Reconstructs chunks.
 
         Args:
-            input_ids: (batch, chunk) or (batch, length) with `length` a multiple of the chunk size, folded to chunks.
-            labels: same shape; -100 positions do not count.
-            return_logits: default True without labels, False with labels outside training logs (memory).
-            output_hidden_states, output_attentions: also return those of all layers; None takes the config's.
+            input_ids: (batch, length), a multiple of the chunk size; each chunk becomes a row of the output.
+            labels: same shape; -100 does not count.
+            return_logits: whether to compute logits; None computes them where there are no labels.
+            output_hidden_states, output_attentions: whether to return those of all layers; None takes the config's.
             return_dict: False returns a tuple; None takes the config's.
 
         Raises:
-            ValueError: the length is no multiple of the chunk size, or attention weights that are not computed.
+            ValueError: the length is no multiple of the chunk size, or the attention implementation does not compute the
+                weights that are wanted.
         """
         record = LayerRecord.asked(self.config, output_hidden_states, output_attentions)
         chunks = self.fold(input_ids)
-        noisy_ids = chunks
+        seen = chunks
         if self.training and self.config.token_dropout > 0:
             dropped = torch.rand(chunks.shape, device=chunks.device) < self.config.token_dropout
-            noisy_ids = chunks.masked_fill(dropped, self.config.omni_token_id)
-        mean, log_variance = self.posterior(noisy_ids, record)
+            seen = chunks.masked_fill(dropped, self.config.omni_token_id)
+        mean, log_variance = self.posterior(seen, record)
         latents, kl_loss = mean, None
         if log_variance is not None:
             kl = 0.5 * (mean.float() ** 2 + log_variance.exp() - 1.0 - log_variance)
-            kl_loss = kl.mean(dim=0).clamp(min=self.config.kl_free_nats).sum()
+            kl_loss = kl.mean(dim=0).clamp(min=FREE_NATS).sum()
             if self.training:
                 latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp().to(mean.dtype)
         hidden_states = self.decode_hidden(self._perturb(latents), record)
@@ -203,7 +198,9 @@ class TokComVAE(StrictLoading):
             if kl_loss is not None:
                 loss = loss + self.config.kl_weight * kl_loss
             if self.training and self.hint is not None:
-                loss = loss + self.config.hint_weight * self._hinted_cross_entropy(input_ids, latents, labels)
+                shifted = self.hint.noisy_latents(input_ids, latents, self.embed_tokens)
+                hinted = self.cross_entropy(self.decode_hidden(shifted), labels[:, self.config.hint_tokens :])
+                loss = loss + HINT_WEIGHT * hinted
         if return_logits or (return_logits is None and labels is None):
             logits = self.lm_head(hidden_states)
         output = TokComVAEOutput(
@@ -228,7 +225,7 @@ class TokComVAE(StrictLoading):
     def posterior(
         self, chunks: torch.LongTensor, record: LayerRecord | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """ids (batch, chunk) → mean (batch, latent) and, if variational, log-variance (batch, latent) in float32."""
+        """ids (batch, chunk) → mean (batch, latent) and, if `variational`, the float32 log-variance (batch, latent)."""
         hidden_states = self.encoder(self.embed_tokens(chunks), record)
         last = hidden_states.flatten(1) if self.config.chunk_projection == "all" else hidden_states[:, -1]
         mean = self.latent_proj(last)
@@ -239,61 +236,40 @@ class TokComVAE(StrictLoading):
         return mean, self.log_variance_proj(last).float().clamp(-10.0, 4.0)
 
     def _perturb(self, latents: torch.Tensor) -> torch.Tensor:
-        if not self.training:
+        """Latents with `latent_noise` in training."""
+        if not self.training or self.config.latent_noise == 0:
             return latents
-        if self.config.latent_noise > 0:
-            scale = latents.detach().float().std(dim=0, unbiased=False) if len(latents) > 1 else latents.new_ones(())
-            level = torch.rand(len(latents), 1, device=latents.device) * self.config.latent_noise
-            latents = latents + (torch.randn_like(latents, dtype=torch.float32) * level * scale).to(latents.dtype)
-        return latents
-
-    def _hinted_cross_entropy(
-        self, input_ids: torch.LongTensor, latents: torch.Tensor, labels: torch.LongTensor
-    ) -> torch.Tensor:
-        """Nats per token of chunks read from x_t = t · z + (1 − t) · noise, each with a hint of the tokens before it.
-
-        For latents of unit scale the best linear estimate of z is t · x_t / (t² + (1 − t)²). What a Gaussian prior knows of
-        z adds a term that does not depend on x_t: the hint.
-        """
-        chunk, tokens = self.config.chunk_size, self.config.hint_tokens
-        if input_ids.shape[1] <= tokens:
-            raise ValueError(
-                f"hint_tokens={tokens} needs longer rows of text to train on, got {input_ids.shape[1]} tokens."
-            )
-        before = input_ids.unfold(1, tokens, chunk)[:, :-1].reshape(-1, tokens)
-        z = latents.view(len(input_ids), -1, latents.shape[-1])[:, tokens // chunk :].flatten(0, 1)
-        t = torch.sigmoid(HINT_TIME_MEAN + torch.randn(len(z), 1, device=z.device)).to(z.dtype)
-        x_t = t * z + (1 - t) * torch.randn_like(z)
-        shifted = t * x_t / (t**2 + (1 - t) ** 2) + self.hint(self.embed_tokens(before).flatten(1))
-        return self.cross_entropy(self.decode_hidden(shifted), labels[:, tokens:])
+        scale = latents.detach().float().std(dim=0, unbiased=False) if len(latents) > 1 else latents.new_ones(())
+        level = torch.rand(len(latents), 1, device=latents.device) * self.config.latent_noise
+        return latents + (torch.randn_like(latents, dtype=torch.float32) * level * scale).to(latents.dtype)
 
     def decode_hidden(self, latents: torch.Tensor, record: LayerRecord | None = None) -> torch.Tensor:
         """latents (batch, latent) → hidden states before the head (batch, chunk, hidden)."""
         if self.config.chunk_projection == "all":
             shape = (len(latents), self.config.chunk_size, self.config.hidden_size)
             return self.decoder(self.decoder_proj(latents).view(shape), record)
-        # Looked up through the module: under offloading its weight is elsewhere outside of its own forward.
+        # Through the module, because an offloaded weight is on its device during the module's forward only.
         omni = self.embed_tokens(torch.tensor([self.config.omni_token_id], device=latents.device))
         query = omni.expand(len(latents), self.config.chunk_size - 1, -1)
         return self.decoder(torch.cat([self.decoder_proj(latents).unsqueeze(1), query], dim=1), record)
 
     def cross_entropy(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        """Mean cross-entropy in nats per token of hidden states (..., hidden) with as many labels; -100 does not count."""
+        """Mean cross-entropy in nats per token: hidden states (…, hidden), labels (…) of which -100 does not count."""
         hidden_states, labels = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1)
         if type(self.lm_head) is not nn.Linear or hasattr(self.lm_head, "_hf_hook"):
-            # An offloaded head has no weight outside of its forward, and that of an adapter is not all of it.
+            # Through the head's forward: an offloaded weight is on its device only there, and an adapter adds to it there.
             counted = labels != -100
             logits = self.lm_head(hidden_states[counted]).float()
             return nn.functional.cross_entropy(logits, labels[counted], reduction="sum") / counted.sum().clamp(min=1)
         return chunked_cross_entropy(hidden_states, self.lm_head.weight, labels)
 
     def encode(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """ids (batch, length) → latents (batch, length / chunk, latent): the posterior mean, nothing random."""
+        """ids (batch, length) → latents (batch, length / chunk, latent), the posterior means."""
         mean, _ = self.posterior(self.fold(input_ids))
         return mean.view(len(input_ids), -1, mean.shape[-1])
 
     def decode_logits(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents (batch, chunks, latent) → logits (batch, chunks · chunk_size, vocab), the omni token excluded."""
+        """latents (batch, chunks, latent) → logits (batch, chunks · chunk_size, vocab); the omni token has the least."""
         hidden_states = self.decode_hidden(latents.flatten(0, 1).to(self.lm_head.weight.dtype))
         logits = self.lm_head(hidden_states.reshape(len(latents), -1, hidden_states.shape[-1]))
         omni = torch.tensor([self.config.omni_token_id], device=logits.device)
@@ -301,6 +277,6 @@ class TokComVAE(StrictLoading):
 
     def decode(self, latents: torch.Tensor) -> torch.LongTensor:
         """latents (batch, chunks, latent) → the likeliest ids (batch, chunks · chunk_size), never the omni token."""
-        # 1024 tokens at a time bound the logits to a few hundred megabytes at a 50k vocabulary.
+        # Logits of 1024 tokens at a time take 200 MB at a vocabulary of 50,000.
         at_once = max(1, 1024 // (self.config.chunk_size * max(1, len(latents))))
         return torch.cat([self.decode_logits(part).argmax(dim=-1) for part in latents.split(at_once, dim=1)], dim=1)

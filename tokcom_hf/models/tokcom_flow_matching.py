@@ -10,16 +10,31 @@ from itertools import pairwise
 import torch
 
 SAMPLERS = ("euler", "heun", "renoise")
-# 1 − t is kept at least this large in divisions: the velocity weight would be 1e8 at t = 1 − 1e-4.
+# Least 1 − t in the velocity weight, which would be 1e8 at t = 1 − 1e-4.
 MIN_REMAINING = 0.05
-# Training times keep this far from 0 and 1.
+# Least distance of a training time from 0 and 1.
 EARLIEST = 1e-4
 
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 
 
+def self_conditioned(
+    predict: Callable[[torch.Tensor, float, torch.Tensor | None], torch.Tensor], active: bool
+) -> Denoise:
+    """(x_t, t) → predict(x_t, t, earlier), where `earlier` is the prediction of the call before if `active`, else None."""
+    earlier = None
+
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        nonlocal earlier
+        clean = predict(x, t, earlier)
+        earlier = clean if active else None
+        return clean
+
+    return denoise
+
+
 def expand_time(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """t (batch,) or (batch, chunks) → same number of dimensions as `like`."""
+    """t (batch,) or (batch, chunks) → t with as many dimensions as `like`."""
     return t.reshape(*t.shape, *[1] * (like.dim() - t.dim()))
 
 
@@ -35,14 +50,14 @@ def velocity(clean: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def velocity_weight(t: torch.Tensor) -> torch.Tensor:
-    """1 / max(1 − t, 0.05)²: a squared error of x1 with this weight is the squared error of the velocity."""
+    """1 / max(1 − t, 0.05)²: times the squared error of x1 it is the squared error of the velocity."""
     return (1 - t).clamp(min=MIN_REMAINING) ** -2
 
 
 def training_times(
     shape: tuple[int, ...], distribution: str, mean: float, std: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Times in [EARLIEST, 1 − EARLIEST]: "uniform", or "logit_normal" σ(N(mean, std²)) (arXiv 2403.03206)."""
+    """Random times in [EARLIEST, 1 − EARLIEST]: "uniform", or "logit_normal" σ(N(mean, std²)) (arXiv 2403.03206)."""
     if distribution == "uniform":
         t = torch.rand(shape, generator=generator)
     else:
@@ -51,14 +66,14 @@ def training_times(
 
 
 def sampling_times(num_steps: int, power: float = 1.0, start: float = 0.0) -> list[float]:
-    """num_steps + 1 times start + (1 − start) · u^power, u = 0 … 1 in equal steps; power > 1 makes early steps small."""
+    """The num_steps + 1 times start + (1 − start) · u^power for u = 0 … 1 in equal steps; power > 1 shortens early steps."""
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) ** power
     return (start + (1 - start) * u).tolist()
 
 
 def denoising_steps(num_steps: int, start: float) -> int:
-    """Steps from t = `start` on, as documented: max(1, int(num_steps · (1 − start))), 5 of 50 from 0.9."""
-    # 50 · (1 − 0.9) is 4.999… in binary floating point.
+    """Steps that are left of num_steps from t = `start`: max(1, int(num_steps · (1 − start))), 5 of 50 from 0.9."""
+    # Rounded first, because 50 · (1 − 0.9) is 4.999… in binary floating point.
     return max(1, int(round(num_steps * (1 - start), 9)))
 
 
@@ -73,21 +88,21 @@ def sample(
     """Follows the flow from x at times[0] to t = 1.
 
     Args:
-        denoise: (x_t, t) → predicted clean latents, same shape; one forward of the network.
-        x: (batch, chunks, latent) at times[0].
-        times: rising; the last is 1.
-        sampler: "euler": x += Δt · v. "heun": second order, velocity averaged over both ends (two forwards per step, one
-            for the last). "renoise": x_t' = (1 − t') · fresh noise + t' · x1, stochastic.
-        noise_std: standard deviation of the fresh noise; only "renoise" draws any.
+        denoise: (x_t, t) → predicted clean latents of the same shape.
+        x: latents at times[0], (batch, chunks, latent).
+        times: rising times, at most 1.
+        sampler: "euler": x += Δt · v. "heun": the same with the mean of the velocities at both ends, two calls of `denoise`
+            per step. "renoise": x_t' = (1 − t') · fresh noise + t' · x1, stochastic.
+        noise_std: standard deviation of the fresh noise of "renoise".
         generator: CPU generator of the fresh noise.
 
     Returns:
-        The clean latents, (batch, chunks, latent).
+        Latents at times[-1], (batch, chunks, latent).
     """
     for now, following in pairwise(times):
         clean = denoise(x, now)
         if following == 1:
-            # At t = 1 each of the three rules lands on the predicted clean latents.
+            # At t = 1 all three samplers arrive at the predicted clean latents.
             return clean
         if sampler == "renoise":
             noise = torch.randn(x.shape, generator=generator).to(x) * noise_std

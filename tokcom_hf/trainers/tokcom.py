@@ -23,6 +23,9 @@ __all__ = [
     "TokComVAETrainer",
     "TokComVAETrainingArguments",
 ]
+# Share of the batches without a clean prefix (with clean_prefix), and of those in which the denoiser sees its own first
+# prediction (with self_conditioning).
+PREFIX_DROPOUT, SELF_CONDITIONING_RATE = 0.1, 0.5
 
 # Name in the trackers -> field of `TokComOutput`. The documents name the first two.
 LOSS_PARTS = {
@@ -210,13 +213,13 @@ class DenoiserTrainer(FlowTrainer):
             arguments["context_mask"] = self.local_rows(
                 rows, lambda n: torch.rand((n, shape[0]), generator=generator) >= config.context_dropout
             )
-        if config.clean_prefix and torch.rand((), generator=generator).item() >= config.prefix_dropout:
+        if config.clean_prefix and torch.rand((), generator=generator).item() >= PREFIX_DROPOUT:
             prefix = int(torch.randint(shape[1], (), generator=generator))
             times = arguments["timesteps"].unsqueeze(-1).repeat(1, 1, shape[1])
             arguments["timesteps"] = times.index_fill(-1, torch.arange(prefix, device=times.device), 1.0)
         if config.denoiser.self_conditioning:
             draw = torch.rand((), generator=generator).item()
-            arguments["self_conditioned"] = draw < config.self_conditioning_rate
+            arguments["self_conditioned"] = draw < SELF_CONDITIONING_RATE
         outputs = model(ids, inputs["attention_mask"], **blocks, **arguments)
         parts = {name: outputs[key].detach() for name, key in LOSS_PARTS.items() if outputs.get(key) is not None}
         if model.training:
