@@ -33,7 +33,7 @@ from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
-from tokcom_hf.small_models.dense_pretraining import earlier_accuracy, pretrain_tower
+from tokcom_hf.small_models.dense_pretraining import TowerLesson, earlier_accuracy, pretrain_tower
 from tokcom_hf.small_models.small_internvl import build_small_internvl
 from tokcom_hf.small_models.vlm_training import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.threads import use_all_cores
@@ -144,14 +144,16 @@ def teach_tower(model, processor, run: RunArguments, scenes: SceneArguments, arg
         inner.vision_tower,
         lambda pixels: inner.get_image_features(pixel_values=pixels).pooler_output,
         processor.image_processor,
-        image_size=scenes.image_size,
-        side=math.isqrt(processor.image_seq_length),
-        output_dir=str(Path(args.output_dir) / "tower"),
-        steps=run.tower_steps,
-        seed=run.seed,
+        TowerLesson(
+            scenes.image_size,
+            math.isqrt(processor.image_seq_length),
+            run.tower_steps,
+            seed=run.seed,
+            scenes=scenes.sampling(),
+        ),
+        Path(args.output_dir) / "tower",
         extra_modules=(inner.multi_modal_projector,),
         trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
-        **scenes.sampling(),
     )
     PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))
     return seen

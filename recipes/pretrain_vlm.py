@@ -30,7 +30,7 @@ from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
-from tokcom_hf.small_models.dense_pretraining import earlier_accuracy, pretrain_tower
+from tokcom_hf.small_models.dense_pretraining import TowerLesson, earlier_accuracy, pretrain_tower
 from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
 from tokcom_hf.small_models.vlm_training import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.threads import use_all_cores
@@ -141,13 +141,15 @@ def teach_tower(model, processor, run: RunArguments, args: SmallVLMTrainingArgum
         tower,
         lambda pixels: tower(pixels).last_hidden_state[:, 1:],
         processor.image_processor,
-        image_size=vision.image_size,
-        side=vision.image_size // vision.patch_size,
-        output_dir=str(Path(args.output_dir) / "tower"),
-        steps=run.tower_steps,
-        seed=run.seed,
+        TowerLesson(
+            vision.image_size,
+            vision.image_size // vision.patch_size,
+            run.tower_steps,
+            seed=run.seed,
+            scenes=run.sampling(),
+        ),
+        Path(args.output_dir) / "tower",
         trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
-        **run.sampling(),
     )
     PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))
     return seen

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tokcom_hf.small_models.dense_pretraining import pretrain_tower
+from tokcom_hf.small_models.dense_pretraining import TowerLesson, pretrain_tower
 from tokcom_hf.small_models.small_vlm import scene_processor
 from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
 
@@ -65,13 +65,9 @@ def test_tower_learns_what_patches_show(tmp_path):
         tower,
         lambda pixels: tower(pixels).last_hidden_state[:, 1:],
         scene_processor(32, 8).image_processor,
-        image_size=32,
-        side=4,
-        output_dir=str(tmp_path),
-        steps=60,
-        batch_size=32,
+        TowerLesson(image_size=32, side=4, steps=60, batch_size=32, scenes={"colours": ("red", "blue", "yellow")}),
+        tmp_path,
         trainer_arguments={"report_to": "none", "disable_tqdm": True, "use_cpu": True},
-        colours=("red", "blue", "yellow"),
     )
     # Chance is 1/3 for colours and 1/2 for sizes.
     assert correct["colour"] > 0.8 and correct["size"] > 0.7

@@ -7,8 +7,10 @@ The probe is thrown away; the tower is an ordinary tower afterwards.
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,21 +54,38 @@ class PatchProbe(nn.Module):
         return {"loss": loss, "correct": torch.stack(correct).detach()}
 
 
+@dataclass(frozen=True)
+class TowerLesson:
+    """What a tower is taught on, and for how long.
+
+    Args:
+        image_size: pixels per side of the drawn scenes.
+        side: features per side that the tower returns.
+        steps, batch_size, learning_rate, seed: of the training.
+        scenes: arguments of `data.scenes.sample_scene`.
+    """
+
+    image_size: int
+    side: int
+    steps: int = 600
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    seed: int = 0
+    scenes: Mapping[str, Any] = field(default_factory=dict)
+
+    def drawn(self, count: int, seed: int, image_processor) -> ScenePatchDataset:
+        """`count` scenes as the tower's processor would give them."""
+        return ScenePatchDataset(count, seed, image_processor, self.image_size, self.side, **self.scenes)
+
+
 def pretrain_tower(
     tower: nn.Module,
     features: Callable[[torch.Tensor], torch.Tensor],
     image_processor,
-    *,
-    image_size: int,
-    side: int,
-    output_dir: str,
-    steps: int = 600,
-    batch_size: int = 64,
-    learning_rate: float = 4e-3,
-    seed: int = 0,
-    trainer_arguments: dict | None = None,
+    lesson: TowerLesson,
+    output_dir: str | Path,
     extra_modules: Sequence[nn.Module] = (),
-    **scene_options,
+    trainer_arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Trains `tower` in place on scenes drawn on the fly.
 
@@ -74,46 +93,44 @@ def pretrain_tower(
         tower: module whose parameters learn.
         features: pixel values → features `(batch, side², size)`, one per patch in reading order.
         image_processor: of the VLM.
-        image_size: pixels per side; side: features per side.
-        output_dir: where `Trainer` may put its files, and `results.json` goes.
-        extra_modules: further modules that `features` passes through and that should learn, too.
+        lesson: scenes, steps and learning rate.
+        output_dir: folder of `Trainer`'s files and of `results.json`.
+        extra_modules: further modules that `features` passes through and that learn, too.
         trainer_arguments: more fields of `CompressionTrainingArguments`.
-        **scene_options: of `sample_scene`.
 
     Returns:
         Share of patches with an object whose label the probe reads, per label, on scenes that were not trained on.
     """
-    data = ScenePatchDataset(steps * batch_size, seed, image_processor, image_size, side, **scene_options)
+    data = lesson.drawn(lesson.steps * lesson.batch_size, lesson.seed, image_processor)
     with torch.no_grad():
         size = features(data[0]["pixel_values"][None]).shape[-1]
     part = nn.ModuleList([tower, *extra_modules]) if extra_modules else tower
-    probe = PatchProbe(part, features, size, side)
-    arguments = {
-        "output_dir": output_dir,
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": learning_rate,
+    probe = PatchProbe(part, features, size, lesson.side)
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_steps": lesson.steps,
+        "per_device_train_batch_size": lesson.batch_size,
+        "learning_rate": lesson.learning_rate,
         "adam_beta2": 0.98,
         "weight_decay": 0.01,
-        "warmup_steps": min(50, steps // 4),
+        "warmup_steps": min(50, lesson.steps // 4),
         "lr_scheduler_type": "cosine",
         "logging_steps": 100,
         "save_strategy": "no",
         "remove_unused_columns": False,
-        "seed": seed,
+        "seed": lesson.seed,
     }
-    args = CompressionTrainingArguments(**arguments | (trainer_arguments or {}))
+    args = CompressionTrainingArguments(**arguments | dict(trainer_arguments or {}))
     with _only_what_is_used(probe, data):
         CompressionTrainer(model=probe, args=args, train_dataset=data).train()
-    held_out = ScenePatchDataset(128, seed + 1, image_processor, image_size, side, **scene_options)
-    correct = probe_accuracy(probe, held_out)
+    correct = probe_accuracy(probe, lesson.drawn(128, lesson.seed + 1, image_processor))
     if PartialState().is_main_process:
         (Path(output_dir) / "results.json").write_text(json.dumps(correct) + "\n", encoding="utf-8")
     return correct
 
 
 def earlier_accuracy(output_dir: str | Path) -> dict[str, float]:
-    """What `pretrain_tower` returned when it trained into `output_dir`; nothing where it did not."""
+    """What `pretrain_tower` returned when it trained into `output_dir`; empty if it never did."""
     file = Path(output_dir) / "results.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
