@@ -43,10 +43,10 @@ def settings_of(training, values) -> dict:
 
     for section in ("vae_training", "denoiser_training", "distillation_training"):
         values[section] |= {"use_cpu": True}
-    run, data = training.RunArguments(**values["run"]), SimpleNamespace(tokenizer=Tokenizer(eos_token_id=2))
-    vae, vae_arguments = training.vae_settings(values, run, data)
-    config, denoiser_arguments = training.denoiser_settings(values, run, data, vae)
-    return {"run": run, "config": config, "vae": vae_arguments, "diffusion": denoiser_arguments}
+    run, data = training.RunArguments(**values["run"]), SimpleNamespace(tokenizer=Tokenizer(eos_token_id=2), train=[])
+    _, config, *_ = training.build_configs(values, run, SimpleNamespace(given=()), data)
+    arguments = training.training_arguments(values, run)
+    return {"run": run, "config": config, "vae": arguments["vae"], "diffusion": arguments["denoiser"]}
 
 
 def as_documented(parts: dict) -> dict:

@@ -47,18 +47,16 @@ def test_every_configuration_builds_its_models(recipe, values, tmp_path):
     run, data = recipe.RunArguments(**values["run"]), data_of(values["run"].get("tokenizer_vocab_size", 32016), 8)
     for name in TRAINING:
         values[name] |= {"use_cpu": True, "bf16": False}
-    vae, arguments = recipe.vae_settings(values, run, data)
-    config, denoiser_arguments = recipe.denoiser_settings(values, run, data, vae)
+    vae, config, *_ = recipe.build_configs(values, run, SimpleNamespace(given=()), data)
+    arguments = recipe.training_arguments(values, run)
     with torch.device("meta"):
         model = recipe.TokComModel(config)
     assert run.length % vae.chunk_size == 0 and model.num_parameters() > 1e6
-    assert arguments.learning_rate > 0 and denoiser_arguments.learning_rate > 0
+    assert arguments["vae"].learning_rate > 0 and arguments["denoiser"].learning_rate > 0
     if values["context"]:
         # What a chunk becomes is smaller than what a table of embeddings would need.
         assert vae.latent_size <= 128 and vae.chunk_size == 4
-        assert recipe.DistillationTrainingArguments(
-            **recipe.training_values(values, "distillation_training", "distilled", run)
-        ).student_steps in (1, 2)
+        assert arguments["distilled"].student_steps in (1, 2)
 
 
 def test_every_configuration_trains_each_stage(recipe, values, tmp_path):
@@ -76,20 +74,18 @@ def test_every_configuration_trains_each_stage(recipe, values, tmp_path):
             "gradient_accumulation_steps": 1,
         }  # fmt: skip
     run, data = recipe.RunArguments(**values["run"]), data_of(50, 64)
-    vae_config, arguments = recipe.vae_settings(values, run, data)
+    vae_config, config, *_ = recipe.build_configs(values, run, SimpleNamespace(given=()), data)
+    arguments = recipe.training_arguments(values, run)
     vae = recipe.TokComVAE(vae_config)
-    config, denoiser_arguments = recipe.denoiser_settings(values, run, data, vae_config)
     model = recipe.TokComModel(config)
     model.vae = vae
     builders = [
-        lambda: recipe.TokComVAETrainer(vae, arguments, train_dataset=data.train),
-        lambda: recipe.DenoiserTrainer(model, denoiser_arguments, train_dataset=data.train),
+        lambda: recipe.TokComVAETrainer(vae, arguments["vae"], train_dataset=data.train),
+        lambda: recipe.DenoiserTrainer(model, arguments["denoiser"], train_dataset=data.train),
     ]
     if not documented:
-        distillation = recipe.DistillationTrainingArguments(
-            **recipe.training_values(values, "distillation_training", "distilled", run)
-        )
-        builders.append(lambda: recipe.DistillationTrainer(args=distillation, teacher=model, train_dataset=data.train))
+        distillation = {"args": arguments["distilled"], "teacher": model}
+        builders.append(lambda: recipe.DistillationTrainer(**distillation, train_dataset=data.train))
     for build in builders:
         trainer = build()
         before = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
@@ -115,10 +111,7 @@ def test_the_configurations_defaults_and_paper_are_the_documented_system(recipe)
     run = recipe.RunArguments(**values["run"])
     assert (run.tokenizer, run.length) == ("meta-llama/CodeLlama-7b-hf", 1024)
     assert (run.dataset_name, run.dataset_config) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
-    config, _ = recipe.denoiser_settings(
-        {"denoiser": {}, "context": {}, "flow": {}, "denoiser_training": {"use_cpu": True}},
-        run, data_of(32016, 8), recipe.TokComVAEConfig(),
-    )  # fmt: skip
+    _, config, *_ = recipe.build_configs(values, run, SimpleNamespace(given=()), data_of(32016, 8))
     shape = {
         "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
         "intermediate_size": 4864, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "latent_size": 896,

@@ -1,0 +1,138 @@
+"""The stages of TokCom's training: which of them a run trains, which it takes over, and what each leaves beside its model.
+
+A stage is called as the folder of its checkpoints: "vae" (stage 1), "denoiser" (stage 2, whose model is the run's own
+folder's) and "distilled" (stage 3).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import AutoModel
+
+from ..cli import RecipeError
+from ..data.latent_rows import encode_rows, latent_statistics
+from ..data.tokenizers import check_tokenizer
+from ..fingerprints import settings_of
+from ..models.modeling_tokcom_vae import TokComVAE
+from ..run_folders import RunFolder
+from ..tokcom_checkpoint_writer import save_checkpoint
+
+# Value of --stage -> the stages that it trains, and those that it takes over from the output folder.
+STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "vae": (("vae",), ()), "denoiser": (("denoiser",), ("vae",)), "distill": (("distilled",), ("vae", "denoiser")),
+    "both": (("vae", "denoiser"), ()), "all": (("vae", "denoiser", "distilled"), ()),
+}  # fmt: skip
+# The sections of arguments that decide the result of a stage, beside those of the stages before it.
+DECIDING = {
+    "vae": ("run", "vae", "vae_training"), "denoiser": ("denoiser", "context", "flow", "denoiser_training"),
+    "distilled": ("distillation_training",),
+}  # fmt: skip
+
+
+def stage_settings(
+    stage: str, sections: Mapping[str, type], values: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What decides the result of a stage, the stages before it included (`fingerprints.settings_of`).
+
+    Args:
+        sections: name -> dataclass, as for `parse_recipe`.
+        values: what configuration file and command line set.
+    """
+    order = list(DECIDING)
+    names = [name for earlier in order[: order.index(stage) + 1] for name in DECIDING[earlier]]
+    shown = ("stage", "prompt", "sample_chunks", "sample_steps", "pt_checkpoints")
+    return settings_of({name: sections[name] for name in names}, values, ignore=shown)
+
+
+def check_given(folder: RunFolder, choice: str, stage: str, settings: Mapping[str, Any]) -> None:
+    """Checks that the options describe the model that a run takes over from `stage`.
+
+    Args:
+        folder: of the run.
+        choice: value of --stage.
+        settings: the run's own, as `stage_settings` of `stage` gives them.
+
+    Raises:
+        RecipeError: an option of the model differs from the one it was trained with.
+    """
+    recorded = {} if folder.marker is None else folder.marker["stages"].get(stage, {}).get("settings", {})
+    sections = tuple(name for name in DECIDING[stage] if name != "run" and not name.endswith("_training"))
+    for name, before in recorded.items():
+        if name.partition(".")[0] in sections and settings.get(name, before) != before:
+            raise RecipeError(
+                f"--stage {choice} takes over the model of stage {stage!r}, which was trained with {name} {before!r}, not "
+                f"{settings[name]!r}. Leave the option out, or train stage {stage!r} anew."
+            )
+
+
+def load_stage(folder: Path, tokenizer: Any, stage: str) -> Any:
+    """Loads the VAE ("vae") or whole model ("denoiser") that an earlier run left in `folder`.
+
+    Raises:
+        RecipeError: there is no model in the folder.
+        ValueError: the model has another vocabulary than the tokenizer.
+    """
+    if not (folder / "config.json").is_file():
+        raise RecipeError(
+            f"This stage goes on from what --stage {stage} trains, and there is no model in {str(folder)!r}; run that one "
+            "first, or name its folder with --output_dir."
+        )
+    model = AutoModel.from_pretrained(folder)
+    check_tokenizer(tokenizer, getattr(model, "vae", model).config)
+    return model
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What an earlier run measured of the VAE in `folder`; nothing where the VAE came from elsewhere."""
+    file = folder / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def fit_latents(model: Any, train: Any, held_out: Any, folder: Path) -> tuple[Any, Any]:
+    """Tells `model` mean and standard deviation of its VAE's latents; returns the rows that stage 2 trains on.
+
+    Args:
+        model: `TokComModel` with a trained VAE.
+        train, held_out: rows with `input_ids` and `attention_mask`.
+        folder: takes the latents of a model without a context, whose blocks are whole rows; they are encoded once.
+    """
+    if model.context is not None:
+        model.fit_latents(*latent_statistics(model.vae, train))
+        return train, held_out
+    # One process writes the files, the others read them.
+    with PartialState().main_process_first():
+        train = encode_rows(model.vae, train, folder / "train_latents.npy", description="encoding training rows")
+        held_out = encode_rows(
+            model.vae, held_out, folder / "validation_latents.npy", description="encoding held-out rows"
+        )
+    model.fit_latents(train.mean, train.std)
+    return train, held_out
+
+
+def keep_best(trainer: Any, model: Any, file: Path, run: Any) -> None:
+    """Writes `best.json` of a stage beside its model and, with `run.pt_checkpoints`, the documented checkpoint `file`.
+
+    Args:
+        trainer: of the stage, after its training.
+        model: what it has trained.
+        file: `best_vae.pt` or `best_diffusion.pt` in the run's folder.
+        run: arguments of the run: `pt_checkpoints`, `length` and `tokenizer`.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    best = trainer.best_model.record if trainer.args.load_best_model_at_end else None
+    # The VAE's own trainer has written it into the folder of its checkpoints, which is the model's.
+    if best is not None and not isinstance(model, TokComVAE):
+        (file.parent / "best.json").write_text(json.dumps(best, indent=2) + "\n", encoding="utf-8")
+    if run.pt_checkpoints:
+        step = trainer.state.global_step if best is None else best["step"]
+        losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+        epoch = trainer.state.epoch if best is None else best["epoch"]
+        save_checkpoint(
+            file, model, epoch=math.ceil(epoch - 1e-6), val_loss=losses.get(step), max_length=run.length,
+            tokenizer_path=run.tokenizer or str(file.parent / "vae"),
+        )  # fmt: skip
