@@ -44,7 +44,7 @@ def training_summary(trainer: Any, parameters: int) -> dict[str, Any]:
     history = trainer.state.log_history
     logs = [entry for entry in history if "loss" in entry]
     losses = {} if not logs else {"first_loss": logs[0]["loss"], "last_loss": logs[-1]["loss"]}
-    last = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
+    last: dict[str, Any] = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
     held_out = {name: value for name, value in last.items() if name.startswith("eval_") and name.endswith("_loss")}
     steps = {
         "parameters": parameters,
