@@ -242,7 +242,7 @@ def base_model(run, values, folder: RunFolder, train, state):
     if run.base is None and not folder.is_finished("base"):
         captions = [train[index]["caption"] for index in range(len(train))]
         small, tokenizer = train_caption_llama(
-            captions, values["base_model"], run.base_steps, folder.path / "base_run", run.seed
+            captions, values["base_model"], run.base_steps, folder.path / "base_run", run.seed, folder.resumes
         )
         if state.is_main_process:
             small.save_pretrained(place)

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> dict:
     checkpoint = folder.checkpoint(average_files(args))
     seen = earlier_accuracy(out / "tower")
     if run.tower_steps and checkpoint is None:
-        seen = teach_tower(model, processor, run, scenes, args)
+        seen = teach_tower(model, processor, run, scenes, args, folder)
     # The tower can see by now, and training goes twice as fast without its backward pass.
     model.model.vision_tower.requires_grad_(run.tower_steps == 0)
     trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
@@ -137,7 +137,9 @@ def main(argv: list[str] | None = None) -> dict:
     return results
 
 
-def teach_tower(model, processor, run: RunArguments, scenes: SceneArguments, args) -> dict[str, float]:
+def teach_tower(
+    model, processor, run: RunArguments, scenes: SceneArguments, args, folder: RunFolder
+) -> dict[str, float]:
     """Tower and projector alone; returns what a linear probe then reads from features of held-out scenes."""
     inner = model.model
     seen = pretrain_tower(
@@ -153,6 +155,7 @@ def teach_tower(model, processor, run: RunArguments, scenes: SceneArguments, arg
         ),
         Path(args.output_dir) / "tower",
         extra_modules=(inner.multi_modal_projector,),
+        resume=folder.resumes,
         trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
     )
     PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))

@@ -112,7 +112,7 @@ def main() -> None:
     folder.start({"": settings_of(SECTIONS, values)})
     checkpoint = folder.checkpoint(average_files(args))
     if run.tower_steps and checkpoint is None:
-        seen = teach_tower(model, processor, run, args)
+        seen = teach_tower(model, processor, run, args, folder)
     else:
         seen = earlier_accuracy(out / "tower")
     tower = model.model.vision_tower.requires_grad_(run.train_tower)
@@ -134,7 +134,9 @@ def main() -> None:
             print("pushed to", upload.push(out))
 
 
-def teach_tower(model, processor, run: RunArguments, args: SmallVLMTrainingArguments) -> dict[str, float]:
+def teach_tower(
+    model, processor, run: RunArguments, args: SmallVLMTrainingArguments, folder: RunFolder
+) -> dict[str, float]:
     """The tower alone, patch by patch; returns what a linear probe then reads from held-out patches."""
     tower, vision = model.model.vision_tower, model.config.vision_config
     seen = pretrain_tower(
@@ -149,6 +151,7 @@ def teach_tower(model, processor, run: RunArguments, args: SmallVLMTrainingArgum
             scenes=run.sampling(),
         ),
         Path(args.output_dir) / "tower",
+        resume=folder.resumes,
         trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
     )
     PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from .cli_values import RecipeError, field_value, fields_of, read_yaml
 from .data.text_files import read_text
 from .documented_names import Alias, Aliases, options_of
+from .stopping import Stopped, report_stop, stop_on_signals
 from .suggestions import suggestion
 
 __all__ = ["RecipeError", "leave_together", "parse_recipe", "read_yaml", "run_recipe"]
@@ -203,17 +204,24 @@ def _help(doc: str, sections: dict[str, type], aliases: Aliases) -> str:
 def run_recipe(main) -> None:
     """Calls `main()` and ends the process; the user's mistakes become one line on stderr and exit code 2.
 
+    SIGTERM and SIGINT end it with 128 + signal, where something is being trained behind a checkpoint (`stopping`).
+
     Characters that the terminal does not know (a redirected Windows console, LANG=C) are printed as question marks.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from (error if "--traceback" in sys.argv else None)
-    leave_together()
+    with stop_on_signals():
+        try:
+            main()
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from (error if "--traceback" in sys.argv else None)
+        except Stopped as stopped:
+            report_stop(stopped)
+            leave_together()
+            raise
+        leave_together()
 
 
 def leave_together() -> None:

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from torch import nn
 
 from ..data.scene_patches import ScenePatchDataset, patch_label_sizes
+from ..checkpoints import choose_checkpoint
 from ..trainers.base import CompressionTrainer, CompressionTrainingArguments
 
 EMPTY_WEIGHT = 0.3  # weight of the patches without an object, which are many and easy
@@ -86,6 +87,7 @@ def pretrain_tower(
     output_dir: str | Path,
     extra_modules: Sequence[nn.Module] = (),
     trainer_arguments: Mapping[str, Any] | None = None,
+    resume: bool = False,
 ) -> dict[str, float]:
     """Trains `tower` in place on scenes drawn on the fly.
 
@@ -97,6 +99,7 @@ def pretrain_tower(
         output_dir: folder of `Trainer`'s files and of `results.json`.
         extra_modules: further modules that `features` passes through and that learn, too.
         trainer_arguments: more fields of `CompressionTrainingArguments`.
+        resume: go on from the checkpoint that a signal has left in `output_dir`, if there is one.
 
     Returns:
         Share of patches with an object whose label the probe reads, per label, on scenes that were not trained on.
@@ -122,7 +125,8 @@ def pretrain_tower(
     }
     args = CompressionTrainingArguments(**arguments | dict(trainer_arguments or {}))
     with _only_what_is_used(probe, data):
-        CompressionTrainer(model=probe, args=args, train_dataset=data).train()
+        trainer = CompressionTrainer(model=probe, args=args, train_dataset=data)
+        trainer.train(choose_checkpoint(output_dir, resume, trainer.checkpoint_files()))
     correct = probe_accuracy(probe, lesson.drawn(128, lesson.seed + 1, image_processor))
     if PartialState().is_main_process:
         (Path(output_dir) / "results.json").write_text(json.dumps(correct) + "\n", encoding="utf-8")

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM
 
+from ..checkpoints import choose_checkpoint
+from ..trainers.base import CompressionTrainer, CompressionTrainingArguments
 from .small_internvl import scene_tile_processor
 
 
@@ -22,7 +24,9 @@ class _Captions(Dataset):
         return {"input_ids": self.rows[index]}
 
 
-def train_caption_llama(captions: list[str], text: dict[str, Any], steps: int, folder: str | Path, seed: int):
+def train_caption_llama(
+    captions: list[str], text: dict[str, Any], steps: int, folder: str | Path, seed: int, resume: bool = False
+):
     """Trains a Llama on captions of procedural scenes.
 
     Args:
@@ -32,6 +36,7 @@ def train_caption_llama(captions: list[str], text: dict[str, Any], steps: int, f
         steps: optimizer steps of batch 64.
         folder: for the trainer's files.
         seed: of weights and order.
+        resume: go on from the checkpoint that a signal has left in `folder`, if there is one.
 
     Returns:
         model and its word-level tokenizer.
@@ -48,7 +53,7 @@ def train_caption_llama(captions: list[str], text: dict[str, Any], steps: int, f
         }
     )
     model = LlamaForCausalLM(config)
-    args = TrainingArguments(
+    args = CompressionTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=64,
@@ -62,5 +67,7 @@ def train_caption_llama(captions: list[str], text: dict[str, Any], steps: int, f
     )
     if steps:
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        Trainer(model, args, data_collator=collator, train_dataset=_Captions(captions, tokenizer)).train()
+        rows = _Captions(captions, tokenizer)
+        trainer = CompressionTrainer(model, args, data_collator=collator, train_dataset=rows)
+        trainer.train(choose_checkpoint(folder, resume, trainer.checkpoint_files()))
     return model.eval(), tokenizer

@@ -6,6 +6,7 @@ Everything else (Accelerate, resume, RNG, callbacks, trackers, Hub pushes) is `T
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from ..checkpoints import AUXILIARY_FILE, choose_checkpoint, last_complete_checkpoint
 from ..held_folder import HeldFolder
 from ..run_folders import check_output_dir
+from ..stopping import training_is_over
 from ..whole_files import remove_unfinished
 from .averaging import (
     AverageCallback,
@@ -38,6 +40,7 @@ from .clock import Clock
 from .finite_guard import FiniteGuard
 from .muon import muon_optimizer
 from .resumed_settings import own_settings
+from .stop_at_signal import StopAtSignal
 from .trackers import BestModel, TrainingLog, configure_trackers, tracker_names
 
 __all__ = [
@@ -88,6 +91,8 @@ class CompressionTrainer(Trainer):
         self.add_callback(AverageCallback(self))
         if self.args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        self._stopper = StopAtSignal(self)
+        self.add_callback(self._stopper)
 
     @classmethod
     def checked_arguments(cls, args: CompressionTrainingArguments | None) -> CompressionTrainingArguments:
@@ -141,6 +146,7 @@ class CompressionTrainer(Trainer):
         Raises:
             ValueError: there is no whole checkpoint to go on from.
             FloatingPointError: loss, gradient norm or weights became NaN or infinite.
+            Stopped: a signal ended the run (`stop_on_signals`); its checkpoint is written.
         """
         checkpoint = choose_checkpoint(self.args.output_dir, resume_from_checkpoint, self.checkpoint_files())
         if resume_from_checkpoint is True and checkpoint is None:
@@ -151,7 +157,10 @@ class CompressionTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if checkpoint is not None:
             tell_other_world_size(checkpoint, self.args.world_size)
-        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            training_is_over()
         self.check_finite(everywhere=True)
         return output
 
@@ -159,8 +168,15 @@ class CompressionTrainer(Trainer):
         # A run resumed from its last checkpoint has nothing left to do; Trainer itself would train one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+        # The evaluation that a resumed run has made up may have ended training, too (early stopping).
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._stopper.evaluate_or_stop(partial(super()._maybe_log_save_evaluate, *args, **kwargs))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(self._stopper.random_states(checkpoint))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -222,6 +238,7 @@ class CompressionTrainer(Trainer):
         if self._resume_folder is not None:
             load_average(self.average, self._resume_folder)
             load_auxiliary(self.auxiliary_state(), self._resume_folder)
+            self._stopper.make_up_evaluation(self._resume_folder)
             self._resume_folder = None
 
     @contextmanager
