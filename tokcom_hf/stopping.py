@@ -1,7 +1,7 @@
 """SIGTERM, SIGINT and a launcher that is gone: training ends with a checkpoint of its step, and exits as unfinished.
 
     with stop_on_signals():     # `run_recipe` does this
-        trainer.train(...)      # CompressionTrainer has the callback; a plain `Trainer` is given `StopAtSignal()`
+        trainer.train(...)      # CompressionTrainer has `StopAtSignal`; a plain `Trainer` is given it as a callback
 
 In training the current optimizer step ends, a checkpoint is written and `Stopped` is raised; all ranks stop at the same
 step. Anywhere else (reading data, the final evaluation, the final save) `Stopped` is raised at once: what it cuts short is
@@ -16,7 +16,6 @@ import os
 import select
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_SECONDS = 2.0  # Ctrl-C reaches a worker twice: from the terminal and from its launcher
@@ -53,10 +51,6 @@ class Stopped(SystemExit):
             f"stopped by {name} after step {self.step}; the run is unfinished. The same command with --resume goes on "
             f"from {self.checkpoint}."
         )
-
-
-class EvaluationCut(BaseException):
-    """Leaves an evaluation inside training; the resumed run makes it up."""
 
 
 class _Request:
@@ -96,9 +90,19 @@ def _handle(signum: int, frame: Any) -> None:
         os.write(2, f"\n{name}: ending after this step, with a checkpoint; once more ends at once\n".encode())
 
 
+def training_begins() -> None:
+    """From here on a signal is only noted, for `agreed_signal` to tell."""
+    _request.training = _request.active
+
+
 def training_is_over() -> None:
-    """From here on a signal ends the process at once; for a training that an error has ended."""
+    """From here on a signal ends the process at once."""
     _request.training = False
+
+
+def noted_signal() -> int | None:
+    """The signal that this process has received in training; None for none."""
+    return _request.signum if _request.training else None
 
 
 @contextmanager
@@ -172,7 +176,7 @@ def _launcher_has_gone() -> bool:
         return True
 
 
-def _agreed_signal() -> int | None:
+def agreed_signal() -> int | None:
     """The signal that any rank has received, the same on all ranks; None for none."""
     if not _request.active:
         return None
@@ -182,116 +186,6 @@ def _agreed_signal() -> int | None:
     number = torch.tensor(_request.signum or 0, device=device)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number) or None
-
-
-class StopAtSignal(TrainerCallback):
-    """Ends training after the step in which a signal came: writes a checkpoint of it and raises `Stopped`.
-
-    Args:
-        trainer: a `CompressionTrainer`. With one, an evaluation that is due at that step, or that the signal cuts short, is
-            left to the resumed run (`make_up_evaluation`), and the trackers are closed.
-    """
-
-    def __init__(self, trainer: Any = None):
-        self.trainer = trainer
-        self._stopping: int | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._stopping = None
-        _request.training = _request.active
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._stop(state, control)
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self._stop(state, control)
-
-    def _stop(self, state, control) -> None:
-        number = _agreed_signal()
-        if number is not None:
-            self.stop(number, state, control)
-
-    def stop(self, number: int, state, control) -> None:
-        """Asks Trainer for a checkpoint, whose log says which signal ended the run and whether an evaluation is due."""
-        self._stopping = number
-        state.log_history.append(
-            {
-                "stopped_by": signal.Signals(number).name,
-                "epoch": state.epoch,
-                "step": state.global_step,
-                "evaluation_due": bool(control.should_evaluate),
-            }
-        )
-        control.should_evaluate, control.should_save = False, True
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        # Ranks do not take equally many steps of an evaluation, so that they could not agree here.
-        if self.trainer is not None and _request.training and _request.signum is not None and args.world_size == 1:
-            raise EvaluationCut
-
-    def on_save(self, args, state, control, **kwargs):
-        if self._stopping is None and not (args.eval_strategy == "epoch" and float(state.epoch or 0).is_integer()):
-            # The signal came while this checkpoint was being written, and nothing else is due at its step.
-            self._stopping = _agreed_signal()
-        if self._stopping is None:
-            return
-        if self.trainer is not None:
-            self.trainer.callback_handler.on_train_end(args, state, control)
-        self._leave(args, state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._stopping is None:
-            # Between the last step and here: the model of that step is whole, what follows is not done.
-            self._stopping = _agreed_signal()
-            if self._stopping is not None:
-                self._leave(args, state)
-        _request.training = False
-
-    def _leave(self, args, state) -> None:
-        assert self._stopping is not None
-        _request.training = False
-        raise Stopped(
-            self._stopping, state.global_step, os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        )
-
-
-def evaluate_or_stop(trainer: Any, stopper: StopAtSignal, proceed: Any) -> None:
-    """Runs `proceed`, Trainer's log, evaluation and save of a step; a signal during the evaluation saves without it.
-
-    The checkpoint then holds the random states of before the evaluation.
-    """
-    if not trainer.control.should_evaluate:
-        return proceed()
-    with tempfile.TemporaryDirectory() as states:
-        trainer._save_rng_state(states)
-        try:
-            return proceed()
-        except EvaluationCut:
-            trainer._load_rng_state(states)
-            assert _request.signum is not None
-            stopper.stop(_request.signum, trainer.state, trainer.control)
-    return proceed()
-
-
-def make_up_evaluation(trainer: Any, checkpoint: str) -> tempfile.TemporaryDirectory | None:
-    """The evaluation that a signal left to the run that goes on from `checkpoint`; nothing where none is due.
-
-    Returns:
-        a folder with the random states behind the evaluation, with which training goes on.
-    """
-    due = next((entry for entry in reversed(trainer.state.log_history) if entry.get("evaluation_due")), None)
-    if due is None:
-        return None
-    due["evaluation_due"] = False
-    trainer._load_rng_state(checkpoint)
-    trainer.control.should_evaluate, trainer.control.should_log, trainer.control.should_save = True, False, False
-    trainer._maybe_log_save_evaluate(
-        trainer._tr_loss, None, trainer.model_wrapped, None, trainer.state.epoch, None, time.time()
-    )
-    trainer.control.should_evaluate = trainer.control.should_save = False
-    states = tempfile.TemporaryDirectory()
-    trainer._save_rng_state(states.name)
-    return states
 
 
 def report_stop(stopped: Stopped) -> None:

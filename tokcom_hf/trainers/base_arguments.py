@@ -55,6 +55,11 @@ class CompressionTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if getattr(self, "enable_jit_checkpoint", False):
+            raise ValueError(
+                "enable_jit_checkpoint would end training as if it were finished; leave it out: at SIGTERM and SIGINT every "
+                "recipe writes a checkpoint and ends as unfinished, and other programs use tokcom_hf.stopping."
+            )
         own_optimizer = self.muon_learning_rate > 0 or self.builds_own_optimizer
         if own_optimizer and (self.optim != _default(TrainingArguments, "optim") or self.optim_args):
             advice = "leave it out" if self.builds_own_optimizer else "leave it out, or set --muon_learning_rate 0"

@@ -1,0 +1,295 @@
+"""Starts and watches the runs of `faults.py`: forks of this process for most, true launchers for the rest.
+
+A fork has torch, transformers and the recipes imported already, so that a tiny run takes seconds. Each run has its own
+process group and log. As a script this file is what `accelerate launch` starts in the launcher's cases:
+
+    accelerate launch recipes/benchmarks/faults_processes.py JOURNAL FAULT TRAININGS RECIPE ARGUMENTS...
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from faults_jobs import JOBS, RECIPES, Job, with_needs, write_text
+from faults_moments import Fault, Moments
+
+from tokcom_hf.cli import run_recipe
+
+TWO_PROCESSES = RECIPES / "configs" / "accelerate" / "two_cpu_processes.yaml"
+ORPHAN_SECONDS = 45.0  # an orphan is a worker that still runs so long after its launcher
+
+
+@dataclass
+class Run:
+    """A run that has ended.
+
+    Attributes:
+        folder: its output folder.
+        code: exit code, negative for a signal.
+        log: what it printed.
+        journal: the entries of `Moments`.
+        seconds: until it ended.
+        orphans: process numbers of workers that outlived their launcher.
+        late: seconds for which workers outlived their launcher.
+    """
+
+    folder: Path
+    code: int
+    log: str
+    journal: list[dict[str, Any]]
+    seconds: float
+    orphans: list[int] = field(default_factory=list)
+    late: float = 0.0
+
+    def steps(self) -> list[tuple[int, int]]:
+        """(training, step) of the steps that were taken."""
+        return [(e["training"], e["step"]) for e in self.journal if e["event"] == "step" and e["rank"] == 0]
+
+    @property
+    def struck(self) -> bool:
+        """Whether the fault's moment came."""
+        return any(entry["event"] == "fault" for entry in self.journal)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often each moment came in an undisturbed run."""
+        return next((entry["counts"] for entry in self.journal if entry["event"] == "end"), {})
+
+
+class Start:
+    """A run to be started: what a scenario yields to get a `Run`.
+
+    Args:
+        job: what is run.
+        folder: its output folder.
+        fault: what happens to it.
+        resume: adds `--resume`, which starts at the beginning where there is nothing to go on from.
+        processes: 0 forks; 1 and 2 are true processes under `accelerate launch`.
+    """
+
+    def __init__(self, job: Job, folder: Path, fault: Fault | None = None, resume: bool = True, processes: int = 0):
+        self.job, self.folder, self.fault, self.processes = job, folder, fault or Fault(), processes
+        self.resume = resume
+        self.name = f"{folder.name}-{time.monotonic_ns()}"
+
+    def begin(self, work: Path) -> None:
+        logs = work / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self.log, self.journal = logs / f"{self.name}.log", logs / f"{self.name}.jsonl"
+        self.arguments = [word.format(work=work) for word in self.job.arguments]
+        self.arguments += ["--output_dir", str(self.folder), *(["--resume", "true"] if self.resume else [])]
+        self.began = time.monotonic()
+        self.pid = self._launch() if self.processes else self._fork()
+
+    def _fork(self) -> int:
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                os.setpgid(0, 0)
+                out = os.open(self.log, os.O_WRONLY | os.O_CREAT)
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                code = work(str(self.journal), self.fault, self.job, self.arguments)
+            finally:
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code)
+        return pid
+
+    def _launch(self) -> int:
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        if self.processes == 2:
+            command += ["--config_file", str(TWO_PROCESSES), "--main_process_port", "0"]
+        else:
+            command += [
+                "--num_processes",
+                "1",
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+            ]
+        command += [__file__, str(self.journal), self.fault.json(), str(self.job.trainings), self.job.recipe]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with open(self.log, "w", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                [*command, *self.arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
+                process_group=0,
+            )  # fmt: skip
+        return process.pid
+
+    def end(self, status: int) -> Run:
+        """The run whose process has ended; waits for workers that have outlived their launcher."""
+        seconds = time.monotonic() - self.began
+        lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.is_file() else []
+        journal = [json.loads(line) for line in lines]
+        return Run(self.folder, os.waitstatus_to_exitcode(status), "", journal, seconds)
+
+    def workers(self) -> list[int]:
+        """Processes of this run that still live."""
+        lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.is_file() else []
+        return [pid for pid in {json.loads(line)["pid"] for line in lines} if _lives(pid)]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def work(journal: str, fault: Fault, job: Job, arguments: list[str]) -> int:
+    """The recipe in this process, with a fault; returns its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    folder = arguments[arguments.index("--output_dir") + 1]
+    moments = Moments(fault, folder, job.trainings, journal)
+    recipe = importlib.import_module(job.recipe)
+    moments.install()
+    sys.argv = [f"{job.recipe}.py", *arguments]
+    moments.write(event="begin")
+
+    def main() -> None:
+        moments.at("start")
+        recipe.main()
+
+    try:
+        run_recipe(main)
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        return 1
+    moments.write(event="end", counts=moments.counts)
+    return 0
+
+
+Scenario = Generator[Start, Run, Any]
+
+
+class Bench:
+    """Runs scenarios, generators that yield a `Start` and are sent its `Run`, a few at a time.
+
+    Args:
+        work: folder of runs and logs.
+        parallel: runs at a time.
+        limit: seconds after which a run is killed; it counts as one that hung.
+    """
+
+    def __init__(self, work: Path, parallel: int = 2, limit: float = 180.0):
+        self.work, self.parallel, self.limit = work.absolute(), parallel, limit
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.whole: dict[str, Run] = {}
+        self.number = 0
+
+    def run(self, scenarios: Iterable[Scenario]) -> list[Any]:
+        """Returns what each scenario returns, in order."""
+        waiting = deque(enumerate(scenarios))
+        results: dict[int, Any] = {}
+        running: dict[int, tuple[int, Scenario, Start]] = {}
+        ended: list[tuple[int, Scenario, Start, Run, float]] = []
+
+        def advance(number: int, scenario: Scenario, run: Run | None) -> None:
+            try:
+                start = scenario.send(run)
+            except StopIteration as stop:
+                results[number] = stop.value
+                return
+            start.begin(self.work)
+            running[start.pid] = (number, scenario, start)
+
+        while waiting or running or ended:
+            while waiting and len(running) + len(ended) < self.parallel:
+                number, scenario = waiting.popleft()
+                advance(number, scenario, None)
+            for pid in list(running):
+                number, scenario, start = running[pid]
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    del running[pid]
+                    ended.append((number, scenario, start, start.end(status), time.monotonic()))
+                elif time.monotonic() - start.began > self.limit:
+                    _kill(pid, start.workers())
+            for item in list(ended):
+                number, scenario, start, run, since = item
+                left, late = start.workers(), time.monotonic() - since
+                if left and late < ORPHAN_SECONDS:
+                    continue
+                ended.remove(item)
+                run.orphans, run.late = left, late
+                _kill(start.pid, left)
+                run.log = start.log.read_text(encoding="utf-8", errors="replace") if start.log.is_file() else ""
+                if start.journal.is_file():
+                    run.journal = [json.loads(line) for line in start.journal.read_text(encoding="utf-8").splitlines()]
+                advance(number, scenario, run)
+            time.sleep(0.02)
+        return [results[number] for number in sorted(results)]
+
+    # ------------------------------------------------------------------ undisturbed runs
+    def prepare(self, names: Iterable[str]) -> None:
+        """The undisturbed runs of these jobs, and of those that they build on, in `work/whole`."""
+        write_text(self.work / "text.txt")
+        for name in with_needs(tuple(names)):
+            if name not in self.whole:
+                (self.whole[name],) = self.run([self._undisturbed(name)])
+
+    def _undisturbed(self, name: str) -> Scenario:
+        job, folder = JOBS[name], self.work / "whole" / name
+        self.copy_base(job, folder)
+        run = yield Start(job, folder, resume=False)
+        if run.code != 0:
+            raise RuntimeError(f"The undisturbed run of {name} ended with code {run.code}:\n{run.log[-3000:]}")
+        return run
+
+    def folder(self, name: str) -> Path:
+        """A new folder for a run of this job."""
+        self.number += 1
+        return self.work / "runs" / f"{self.number:04d}-{name}"
+
+    def clear(self, folder: Path, case: Any) -> None:
+        """Removes the folder of a case in which nothing was wrong."""
+        if not case.wrong:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def copy_base(self, job: Job, folder: Path) -> None:
+        """The finished folder in which a job goes on, without its checkpoints."""
+        if job.base is not None:
+            shutil.copytree(
+                self.work / "whole" / job.base,
+                folder,
+                ignore=shutil.ignore_patterns("checkpoint-*"),
+                dirs_exist_ok=True,
+            )
+
+
+def _kill(pid: int, workers: list[int]) -> None:
+    for number in workers:
+        with contextlib.suppress(OSError):
+            os.kill(number, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    journal, fault, trainings, recipe, *arguments = sys.argv[1:]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    raise SystemExit(work(journal, Fault(**json.loads(fault)), Job(recipe, (), int(trainings)), arguments))
