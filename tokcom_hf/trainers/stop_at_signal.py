@@ -20,8 +20,8 @@ class StopAtSignal(TrainerCallback):
     """Ends training after the step in which a signal came: writes a checkpoint of it and raises `Stopped`.
 
     Args:
-        trainer: a `CompressionTrainer`, which has one itself. Without it, as the callback of a plain `Trainer`, an evaluation
-            is never cut short or made up, and trackers are not closed.
+        trainer: a `CompressionTrainer`, which has one itself. As the callback of a plain `Trainer` it has none: an evaluation
+            is then neither cut short nor made up, and trackers are not closed.
     """
 
     def __init__(self, trainer: Any = None):
@@ -77,7 +77,9 @@ class StopAtSignal(TrainerCallback):
     def _leave(self, args, state) -> None:
         assert self._stopping is not None
         training_is_over()
-        raise Stopped(self._stopping, state.global_step, os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+        raise Stopped(
+            self._stopping, state.global_step, os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        )
 
     # ------------------------------------------------------------------ evaluations
     def evaluate_or_stop(self, proceed: Callable[[], Any]) -> None:
