@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch import nn
 
-from ..data.scene_patches import ScenePatchDataset, patch_label_sizes
 from ..checkpoints import choose_checkpoint
+from ..data.scene_patches import ScenePatchDataset, patch_label_sizes
 from ..trainers.base import CompressionTrainer, CompressionTrainingArguments
 
 EMPTY_WEIGHT = 0.3  # weight of the patches without an object, which are many and easy

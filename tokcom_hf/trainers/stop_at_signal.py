@@ -20,8 +20,8 @@ class StopAtSignal(TrainerCallback):
     """Ends training after the step in which a signal came: writes a checkpoint of it and raises `Stopped`.
 
     Args:
-        trainer: a `CompressionTrainer`, which has one itself. As the callback of a plain `Trainer` it has none: an evaluation
-            is then neither cut short nor made up, and trackers are not closed.
+        trainer: a `CompressionTrainer`, which has one itself. Without it (in a plain `Trainer`) an evaluation
+            is neither cut short nor made up, and trackers are not closed.
     """
 
     def __init__(self, trainer: Any = None):
