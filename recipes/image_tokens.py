@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         eval_dataset=tokens["held_out"],
         data_collator=CaptionImageCollator(processor, run.caption_drop),
     )
-    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
+    folder.train(trainer)
     seconds["training"] = trainer.training_seconds
     trainer.use_averaged_weights()
     trainer.data_collator = CaptionImageCollator(processor)
@@ -205,11 +205,12 @@ def image_tokenizer(run, values, folder: RunFolder, train, held_out, state):
             values["vqgan_training"],
             output / "vqgan_run",
             run.seed,
-            partial(folder.checkpoint, stage=DECODER_FOLDER, folder="vqgan_run"),
+            partial(folder.train, stage=DECODER_FOLDER, folder="vqgan_run"),
         )
         if state.is_main_process:
-            decoder.save_pretrained(output / DECODER_FOLDER)
-            image_processor.save_pretrained(output / DECODER_FOLDER)
+            with folder.whole(DECODER_FOLDER) as place:
+                decoder.save_pretrained(place)
+                image_processor.save_pretrained(place)
         state.wait_for_everyone()
         folder.finish(DECODER_FOLDER)
     if getattr(decoder.config, "quantizer", None) != "lfq":
@@ -245,8 +246,9 @@ def base_model(run, values, folder: RunFolder, train, state):
             captions, values["base_model"], run.base_steps, folder.path / "base_run", run.seed, folder.resumes
         )
         if state.is_main_process:
-            small.save_pretrained(place)
-            tokenizer.save_pretrained(place)
+            with folder.whole("base") as unfinished:
+                small.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
         state.wait_for_everyone()
         folder.finish("base")
     name = run.base or str(place)
@@ -276,10 +278,11 @@ def save(model, processor, decoder, image_processor, results, run, trainer, fold
     output = folder.path
     # What is pushed must not refer to a folder of this machine.
     whole = run.base is None or (upload is not None and Path(run.base).is_dir())
-    model.save_pretrained(output, include_base=True if whole else None)
-    processor.save_pretrained(output)
-    decoder.save_pretrained(output / DECODER_FOLDER)
-    image_processor.save_pretrained(output / DECODER_FOLDER)
+    with folder.whole() as place:
+        model.save_pretrained(place, include_base=True if whole else None)
+        processor.save_pretrained(place)
+        decoder.save_pretrained(place / DECODER_FOLDER)
+        image_processor.save_pretrained(place / DECODER_FOLDER)
     results["log"] = [row for row in trainer.state.log_history if "loss" in row]
     (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     write_model_card(

@@ -99,13 +99,14 @@ def main(argv: list[str] | None = None) -> dict:
     # The tower can see by now, and training goes twice as fast without its backward pass.
     model.model.vision_tower.requires_grad_(run.tower_steps == 0)
     trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    folder.train(trainer)
     trainer.use_averaged_weights()
     trainer.unwrapped_model.requires_grad_(True)
     trainer.save_model(str(out))
     if not trainer.is_world_process_zero():
         return {}
-    processor.save_pretrained(out)
+    with folder.whole() as place:
+        processor.save_pretrained(place)
     held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, scenes)
     answers = generate_answers(trainer.unwrapped_model, VQACollator(processor, answers=False), held_out)
     scores = vqa_accuracy(answers, [row["answers"][0] for row in held_out])

@@ -120,11 +120,12 @@ def main() -> None:
         # LLaVA reads the tower before its last norm, which hence never gets a gradient.
         tower.post_layernorm.requires_grad_(False)
     trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    folder.train(trainer)
     trainer.use_averaged_weights()
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
-        processor.save_pretrained(out)
+        with folder.whole() as place:
+            processor.save_pretrained(place)
         # Of a resumed run the training of all its parts, too.
         started = min(started, time.time() - trainer.training_seconds)
         model, repo_id = trainer.unwrapped_model.requires_grad_(True), None if upload is None else upload.repo_id

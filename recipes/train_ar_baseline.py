@@ -127,7 +127,7 @@ def main() -> None:
         processing_class=data.tokenizer,
     )  # fmt: skip
     folder.start({"": settings_of(SECTIONS, values, ignore=("tokens", "flops", "budget"))})
-    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
+    folder.train(trainer)
     trainer.use_averaged_weights()
     loss = trainer.evaluate()["eval_loss"]
     print(f"held out: {loss:.4f} nats per token", flush=True)

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if math.isfinite(start_error):
         state.print(f"quantizer fitted to features: {start_error:.1%} of their whitened variance is lost", flush=True)
     starting = time.time() - began
-    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
+    folder.train(trainer)
     trainer.use_averaged_weights()
     after = evaluate_joint(trainer, held_out)
     if not trainer.is_world_process_zero():
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "training": round(starting + trainer.training_seconds, 1),
         },
     }
-    report(out, trainer, processor, results, run, None if upload is None else upload.repo_id)
+    report(folder, trainer, processor, results, run, None if upload is None else upload.repo_id)
     folder.finish()
     if upload is not None:
         print("pushed to", upload.push(out / "model"), upload.push(out / "quantizer", "-quantizer"))
@@ -203,17 +203,20 @@ def load_rows(run: RunArguments):
     return train, scene_caption_rows(run.eval_images, run.seed + 3_000_017, 1, drawn)
 
 
-def report(out: Path, trainer: JointLFQTrainer, processor, results: dict[str, Any], run, repo_id: str | None) -> None:
+def report(
+    place: RunFolder, trainer: JointLFQTrainer, processor, results: dict[str, Any], run, repo_id: str | None
+) -> None:
     """Models, cards, `results.json` and figure; prints what was measured."""
-    before, after = results["before"], results["after"]
+    out, before, after = place.path, results["before"], results["after"]
     model = trainer.unwrapped_model
-    model.quantizer.save_pretrained(out / "quantizer")
     # What is pushed must not refer to a folder of this machine.
     whole = repo_id is not None and Path(run.base).is_dir()
-    model.language_model.save_pretrained(
-        out / "model", **({"include_base": True if whole else None} if model.draws else {})
-    )
-    processor.save_pretrained(out / "model")
+    with place.whole() as unfinished:
+        model.quantizer.save_pretrained(unfinished / "quantizer")
+        model.language_model.save_pretrained(
+            unfinished / "model", **({"include_base": True if whole else None} if model.draws else {})
+        )
+        processor.save_pretrained(unfinished / "model")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     drawn = plot_joint_training(trainer.state.log_history, after, out / "joint_training.png")
     # What is pushed is the model's folder.

@@ -242,7 +242,7 @@ def train(job: Job, stage: str) -> None:
         return
     set_seed(job.run.seed)
     trainer = build_trainer(job, stage, build_model(job, stage))
-    trainer.train(job.folder.checkpoint(trainer.checkpoint_files(), stage))
+    job.folder.train(trainer, stage)
     trainer.use_averaged_weights()
     job.models[stage] = trainer.distilled() if stage == "distilled" else trainer.unwrapped_model.eval()
     report(job, stage, trainer)
@@ -259,8 +259,9 @@ def report(job: Job, stage: str, trainer: Any) -> None:
     if stage == "distilled":
         # The trainer's own model is the student, a part of this one.
         if first:
-            model.save_pretrained(place)
-            data.tokenizer.save_pretrained(place)
+            with job.folder.whole("distilled") as unfinished:
+                model.save_pretrained(unfinished)
+                data.tokenizer.save_pretrained(unfinished)
     else:
         trainer.save_model(str(place))
         keep_best(trainer, model, job.folder.path / ("best_vae.pt" if stage == "vae" else "best_diffusion.pt"), run)

@@ -134,7 +134,7 @@ def main() -> None:
     )
     folder.start({"": settings_of(SECTIONS, values)})
     announce(model, args, values["merger"])
-    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
+    folder.train(trainer)
     trainer.use_averaged_weights()
     if args.lora_r:
         trainer.merge_lora()
@@ -142,8 +142,9 @@ def main() -> None:
         return
     # What is pushed must not refer to a folder of this machine.
     whole = bool(args.lora_r) or (upload is not None and Path(run.base_model).is_dir())
-    model.save_pretrained(out, include_base=True if whole else None)
-    processor.save_pretrained(out)
+    with folder.whole() as place:
+        model.save_pretrained(place, include_base=True if whole else None)
+        processor.save_pretrained(place)
     seconds = max(time.time() - started, trainer.training_seconds)
     report(out, model, processor, source, held_out, run, args, seconds, None if upload is None else upload.repo_id)
     folder.finish()

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=processor,
     )
     folder.start({"": settings_of(SECTIONS, values)})
-    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
+    folder.train(trainer)
     trainer.use_averaged_weights()
     trainer.average = None
     metrics = trainer.evaluate()
@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> dict:
     }
     if trainer.is_world_process_zero():
         if discriminator is not None:
-            discriminator.save_pretrained(output / "discriminator")
+            with folder.whole("discriminator") as place:
+                discriminator.save_pretrained(place)
         dataset = card_dataset(IMAGES, run.dataset_name, file=run.image_dir)
         write_results(trainer, results, output, dataset, None if upload is None else upload.repo_id)
         folder.finish()

@@ -11,18 +11,15 @@ those that only the file has set.
 
 import dataclasses
 import difflib
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from .cli_values import RecipeError, field_value, fields_of, read_yaml
 from .data.text_files import read_text
 from .documented_names import Alias, Aliases, options_of
-from .stopping import Stopped, report_stop, stop_on_signals
+from .endings import leave_together, run_recipe
 from .suggestions import suggestion
 
 __all__ = ["RecipeError", "leave_together", "parse_recipe", "read_yaml", "run_recipe"]
@@ -199,39 +196,3 @@ def _help(doc: str, sections: dict[str, type], aliases: Aliases) -> str:
             also = f" (documented: {', '.join(names[key])})" if (key := f"{name}.{field.name}") in names else ""
             lines.append(f"  --{field.name}{default}{also}" + (f"  {text}" if text else ""))
     return "\n".join(lines)
-
-
-def run_recipe(main) -> None:
-    """Calls `main()` and ends the process; the user's mistakes become one line on stderr and exit code 2.
-
-    SIGTERM and SIGINT end it with 128 + signal, where something is being trained behind a checkpoint (`stopping`).
-
-    Characters that the terminal does not know (a redirected Windows console, LANG=C) are printed as question marks.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    with stop_on_signals():
-        try:
-            main()
-        except (ValueError, OSError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from (error if "--traceback" in sys.argv else None)
-        except Stopped as stopped:
-            report_stop(stopped)
-            leave_together()
-            raise
-        leave_together()
-
-
-def leave_together() -> None:
-    """Ends a run of several processes; call it when nothing refers to the trainer any more.
-
-    A rank that leaves while another still listens, or while a wrapped model still owns the group, aborts in the backend's
-    threads.
-    """
-    if dist.is_available() and dist.is_initialized():
-        # Trainer and model refer to each other, and the model's reducer to the group.
-        gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()

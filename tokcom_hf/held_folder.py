@@ -35,9 +35,8 @@ class HeldFolder:
         except OSError:
             now = None
         if now is None or (self._handle is not None and not os.path.samestat(os.fstat(self._handle), now)):
-            error = WriteError(
+            raise WriteError(
                 f"The folder {str(self.path)!r} was removed or replaced while a run was writing into it; what it held is "
-                "gone, so start the run again."
+                "gone, so start the run again.",
+                self.path,
             )
-            error.filename = str(self.path)
-            raise error

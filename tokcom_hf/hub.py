@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from .whole_files import UNFINISHED_PREFIX
+
 RUN_MARKER = "run.json"  # of `run_folders`; it names local paths
 RUN_FILES = [
     "checkpoint-*",
@@ -25,7 +27,8 @@ RUN_FILES = [
     "*/logs/*",
     "checkpoints/*",
     RUN_MARKER,
-    f".{RUN_MARKER}",
+    UNFINISHED_PREFIX + "*",
+    "*/" + UNFINISHED_PREFIX + "*",
     "*/" + RUN_MARKER,
 ]
 

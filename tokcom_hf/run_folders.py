@@ -6,60 +6,46 @@ file `--overwrite` knows what it may remove, and a resume whether it goes on wit
     folder = RunFolder(run, "train_vqgan", folders=("discriminator", "pictures"))   # checks, changes nothing
     ...                                                            # everything else that can be refused
     folder.start({"": settings_of(SECTIONS, values)})              # removes what --overwrite replaces, writes run.json
-    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
+    folder.train(trainer)                                          # from the beginning, or from the newest whole checkpoint
+    with folder.whole() as place:                                  # what `trainer.save_model` does not save
+        processor.save_pretrained(place)
     folder.finish()
 """
 
-import contextlib
-import json
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from .checkpoints import checkpoints, choose_checkpoint
+from .endings import writing_into
+from .held_folder import HeldFolder
 from .hub import RUN_MARKER
+from .manifests import settings_difference
+from .output_folders import (
+    NOT_EMPTY,
+    RESULT_FILES,
+    check_new_folder,
+    check_output_dir,
+    holds_files,
+    remove_checkpoints,
+    remove_results,
+)
+from .run_arguments import RunFolderArguments
+from .run_marker import read_marker, write_marker
+from .whole_files import UNFINISHED_PREFIX, remove_unfinished, told_faults, whole_folder
 
-# Files that recipes write into their folders, beside checkpoints; nothing else is ever removed.
-RESULT_FILES = (
-    "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "training_args.bin", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "README.md",
-    "results.json", "budget.json", "samples.txt", "samples.jsonl", "train_latents.*", "validation_latents.*",
-    "accuracy_against_noise.png", "denoising_against_time.png", "reconstructions.png", "codebook.png", "history.png",
-    "joint_training.png", "generated.png", "completed.png", "best.json", "best_vae.pt", "best_diffusion.pt",
-    "logs/training.log", "checkpoints/*_step_*.pt",
-    "logs/tensorboard/events.out.tfevents.*", "step-*-reconstructions.png", "step-*-codebook.png",
-)  # fmt: skip
-
-
-@dataclass
-class RunFolderArguments:
-    """Where a recipe writes, and what it does with what is there; the same in every recipe that trains."""
-
-    output_dir: str = field(default="outputs", metadata={"help": "Folder of the model and the reports."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace the run in the output folder; files of others stay."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "'true' goes on from the newest whole checkpoint of the output folder, or from the beginning where "
-            "there is none yet; a path goes on from that checkpoint."
-        },
-    )
-    resume: bool = field(default=False, metadata={"help": "Short for --resume_from_checkpoint true."})
-
-    @property
-    def checkpoint_wanted(self) -> str | bool:
-        """False: a new run; True: the newest checkpoint; else a checkpoint's path."""
-        given = self.resume_from_checkpoint
-        if given is None or given.lower() in ("false", "none"):
-            return self.resume
-        return True if given.lower() == "true" else given
+__all__ = [
+    "RESULT_FILES",
+    "RunFolder",
+    "RunFolderArguments",
+    "check_new_folder",
+    "check_output_dir",
+    "remove_checkpoints",
+]
 
 
 class RunFolder:
@@ -92,7 +78,9 @@ class RunFolder:
             dict.fromkeys(name for name in [*self.stages, *folders] if name and name not in self.given)
         )
         self.wanted = run.checkpoint_wanted
-        self.marker = _read_marker(self.path)
+        self.marker = read_marker(self.path)
+        self._held = HeldFolder()
+        self._told: set[Path] = set()
         # The stage of a named checkpoint, and the run it comes from where that is not this folder's.
         self._stage, self._source = None, None
         if isinstance(self.wanted, str):
@@ -115,14 +103,14 @@ class RunFolder:
             raise ValueError("--overwrite starts over and --resume_from_checkpoint goes on; give one of them.")
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"Output folder {shown} is a file; name a folder.")
-        held = path.is_dir() and any(item.name != RUN_MARKER for item in path.iterdir())
+        held = path.is_dir() and holds_files(path)
         if held and self._source is not None:
             raise FileExistsError(
                 f"Output folder {shown} is not empty, and {self.wanted!r} is no checkpoint of the run in it; name a new "
                 "folder with --output_dir."
             )
         if held and not (self.wanted or self.overwrite or self.given):
-            raise FileExistsError(_NOT_EMPTY.format(folder=str(path)))
+            raise FileExistsError(NOT_EMPTY.format(folder=str(path)))
         if self.marker is not None and self.marker["recipe"] != self.recipe:
             raise ValueError(
                 f"{shown} is a run of {self.marker['recipe']}.py, not of {self.recipe}.py; name another folder with "
@@ -145,19 +133,19 @@ class RunFolder:
 
     def _check_settings(self, stage: str, now: Mapping[str, Any]) -> None:
         """Raises where a stage was begun with other settings than it is to go on with."""
-        before = self._record(stage).get("settings", {})
-        # A setting that only one of two releases knows says nothing.
-        differing = [name for name in before if name in now and before[name] != now[name]]
-        if not differing:
+        told = settings_difference(self.settings(stage), now)
+        if told is None:
             return
-        told = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in differing[:8])
-        more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
         folder = self.path / stage
         raise ValueError(
-            f"The run in {str(folder)!r} was made with other data or settings: {told}{more}. Resume with those it was "
+            f"The run in {str(folder)!r} was made with other data or settings: {told}. Resume with those it was "
             "made with, start over with --overwrite, or train its weights on in a new folder: "
             f"--resume_from_checkpoint {folder / 'checkpoint-N'} --output_dir NEW."
         )
+
+    def settings(self, stage: str = "") -> dict[str, Any]:
+        """What `stage` was begun with, as `start` was given it."""
+        return self._record(stage).get("settings", {})
 
     def _record(self, stage: str) -> dict[str, Any]:
         return {} if self.marker is None else self.marker["stages"].get(stage, {})
@@ -194,55 +182,52 @@ class RunFolder:
             if stage and (self.path / stage).is_dir() and any((self.path / stage).iterdir())
         ]
         if self.given and begun and not (self.wanted or self.overwrite):
-            raise FileExistsError(_NOT_EMPTY.format(folder=str(self.path / begun[0])))
+            raise FileExistsError(NOT_EMPTY.format(folder=str(self.path / begun[0])))
         state = PartialState()
         # No rank may see the new marker while another still checks the folder.
         state.wait_for_everyone()
         if state.is_main_process:
-            kept = set() if self.marker is None else set(self.marker["stages"]) if self.resumes else set(self.given)
-            stages = {stage: self._record(stage) for stage in kept if self._record(stage)}
-            for stage in self.stages:
-                stages[stage] = {"settings": settings[stage], "finished": self.resumes and self.is_finished(stage)}
-            if self.overwrite:
-                self._clear()
-            self.path.mkdir(parents=True, exist_ok=True)
-            if self._stage is not None:
-                self._go_on_from_stage(stages)
-            _write_marker(self.path, {"recipe": self.recipe, "stages": stages})
+            with told_faults(self.path):
+                self._make_own(settings)
         state.wait_for_everyone()
-        self.marker = _read_marker(self.path)
+        self.marker = read_marker(self.path)
+        self._held.hold(self.path)
+        writing_into(self._held)
+
+    def _make_own(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        kept = set() if self.marker is None else set(self.marker["stages"]) if self.resumes else set(self.given)
+        stages = {stage: self._record(stage) for stage in kept if self._record(stage)}
+        for stage in self.stages:
+            stages[stage] = {"settings": settings[stage], "finished": self.resumes and self.is_finished(stage)}
+        self.path.mkdir(parents=True, exist_ok=True)
+        folders = [self.path, *(self.path / name for name in self.folders)]
+        marker = {"recipe": self.recipe, "stages": stages}
+        # Where removing was cut short, what is left of the former run is not gone on with.
+        replaces = self.overwrite or bool(self.marker and self.marker.get("removing"))
+        if replaces and self.marker is not None:
+            write_marker(self.path, marker | {"removing": True})
+            remove_results(folders)
+        elif self.overwrite:
+            remove_checkpoints(self.path)
+        for folder in folders:
+            remove_unfinished(folder)
+        if self._stage is not None:
+            self._go_on_from_stage(stages)
+        write_marker(self.path, marker)
 
     def _go_on_from_stage(self, stages: dict[str, Any]) -> None:
         """From a named checkpoint: earlier stages are as they were, later ones are trained anew."""
         place = self.stages.index(self._stage)
         for stage in self.stages[:place]:
             if self._source is not None and (self._source / stage).is_dir():
-                shutil.copytree(self._source / stage, self.path / stage, ignore=shutil.ignore_patterns("checkpoint-*"))
+                unfinished = self.path / f"{UNFINISHED_PREFIX}{stage}"
+                shutil.copytree(self._source / stage, unfinished, ignore=shutil.ignore_patterns("checkpoint-*", ".*"))
+                unfinished.rename(self.path / stage)
             stages[stage]["finished"] = True
         for stage in self.stages[place:]:
             stages[stage]["finished"] = False
         for stage in self.stages[place + 1 :]:
             remove_checkpoints(self.path / stage)
-
-    def _clear(self) -> None:
-        """Checkpoints directly in the folder; what a run of this package wrote, too, where `run.json` says it is one."""
-        remove_checkpoints(self.path)
-        if self.marker is None:
-            return
-        for folder in (self.path, *(self.path / name for name in self.folders)):
-            if folder.is_symlink() or not folder.is_dir():
-                continue
-            remove_checkpoints(folder)
-            for pattern in RESULT_FILES:
-                for file in folder.glob(pattern):
-                    if file.is_file() or file.is_symlink():
-                        file.unlink()
-            for emptied in (folder / "logs" / "tensorboard", folder / "logs", folder / "checkpoints"):
-                with contextlib.suppress(OSError):  # others' files are in it, or there is none
-                    emptied.rmdir()
-            if folder != self.path:
-                with contextlib.suppress(OSError):  # others' files are in it
-                    folder.rmdir()
 
     def checkpoint(self, required: Iterable[str] = (), stage: str = "", folder: str | None = None) -> str | None:
         """The checkpoint from which `stage` goes on, or None where it starts at the beginning; says which.
@@ -252,14 +237,37 @@ class RunFolder:
             stage: one of the run's stages.
             folder: subfolder of the stage's checkpoints where it is not called as the stage.
         """
+        # Another run's checkpoint may have been saved with other settings.
+        settings = self.settings(stage) if self._source is None else None
         if isinstance(self.wanted, str):
-            return choose_checkpoint(None, self.wanted, required) if stage == self._stage else None
+            return choose_checkpoint(None, self.wanted, required, settings) if stage == self._stage else None
         place = self.path / (stage if folder is None else folder)
-        chosen = choose_checkpoint(place, self.wanted, required)
-        if self.wanted:
+        chosen = choose_checkpoint(place, self.wanted, required, settings)
+        if self.wanted and place not in self._told:
+            self._told.add(place)
             told = f"going on from {chosen}" if chosen else f"no checkpoint in {place} yet; starting at the beginning"
             PartialState().print(told, flush=True)
         return chosen
+
+    def train(self, trainer: Any, stage: str = "", folder: str | None = None) -> None:
+        """Trains from where `stage` is to go on; the checkpoints repeat its settings.
+
+        Args:
+            trainer: a `CompressionTrainer`.
+            stage, folder: see `checkpoint`.
+        """
+        trainer.run_settings = self.settings(stage)
+        trainer.train(self.checkpoint(trainer.checkpoint_files(), stage, folder))
+
+    @contextmanager
+    def whole(self, name: str = "") -> Iterator[Path]:
+        """Inside the block an empty folder to save a model into; behind it the files are in the run's folder `name`.
+
+        A kill leaves the former files or these. For the main process alone.
+        """
+        self._held.check()
+        with whole_folder(self.path / name) as place:
+            yield place
 
     def is_finished(self, stage: str) -> bool:
         """Whether this run goes on with one that has finished `stage`."""
@@ -278,77 +286,13 @@ class RunFolder:
         return next((str(place / stage) for place in places if (place / stage / file).is_file()), None)
 
     def finish(self, stage: str = "") -> None:
-        """Records that `stage` has left its results."""
+        """Records that `stage` has left its results.
+
+        Raises:
+            WriteError: the folder was removed meanwhile, or cannot be written.
+        """
+        self._held.check()
         if self.marker is not None:
             self._record(stage)["finished"] = True
             if PartialState().is_main_process:
-                _write_marker(self.path, self.marker)
-
-
-_NOT_EMPTY = (
-    "Output folder {folder!r} is not empty; add --resume_from_checkpoint true to go on with that run, --overwrite to "
-    "replace it, or name another with --output_dir."
-)
-
-
-def _read_marker(folder: Path) -> dict[str, Any] | None:
-    try:
-        marker = json.loads((folder / RUN_MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return marker if isinstance(marker, dict) and {"recipe", "stages"} <= set(marker) else None
-
-
-def _write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
-    # A kill leaves the old marker or the new one.
-    unfinished = folder / f".{RUN_MARKER}"
-    unfinished.write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / RUN_MARKER)
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Removes the folders `checkpoint-N` directly in `folder`; a link goes, what it points to stays."""
-    for checkpoint in list(checkpoints(folder)):
-        if checkpoint.is_symlink():
-            checkpoint.unlink()
-        else:
-            shutil.rmtree(checkpoint)
-
-
-def check_new_folder(path: str | Path, overwrite: bool = False) -> Path:
-    """Refuses a non-empty output folder of a recipe that trains nothing, unless it may replace files of the same names.
-
-    Raises:
-        FileExistsError: the folder holds files and `overwrite` is not set.
-        NotADirectoryError: the path is a file.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"Output folder {str(path)!r} is a file; name a folder.")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(
-            f"Output folder {str(path)!r} is not empty; add --overwrite to replace files of the same names in it, or name "
-            "another folder."
-        )
-    return path
-
-
-def check_output_dir(path: str | Path, overwrite: bool = False, resume: bool = False) -> Path:
-    """Refuses a non-empty output folder unless the run overwrites or resumes it.
-
-    With `overwrite` the folders `checkpoint-N` directly in it are removed; what lies below other folders stays. Recipes use
-    `RunFolder`, which knows what else a run owns.
-
-    Raises:
-        FileExistsError: the folder holds files and neither flag is set.
-        NotADirectoryError: the path is a file.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"Output folder {str(path)!r} is a file; name a folder.")
-    if path.is_dir() and any(path.iterdir()):
-        if not (overwrite or resume):
-            raise FileExistsError(_NOT_EMPTY.format(folder=str(path)))
-        if overwrite and not resume:
-            remove_checkpoints(path)
-    return path
+                write_marker(self.path, self.marker)

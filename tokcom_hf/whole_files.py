@@ -29,7 +29,16 @@ _TORN = re.compile(r"inline_container|PytorchStreamWriter|Parent directory .* do
 
 
 class WriteError(OSError):
-    """A run cannot write what it has to keep. `filename` is the path, the message a sentence for the user."""
+    """A run cannot write what it has to keep; the message is a sentence for the user.
+
+    Args:
+        text: the sentence.
+        path: file or folder that it is about.
+    """
+
+    def __init__(self, text: str, path: str | Path | None = None):
+        super().__init__(text)
+        self.path = path
 
 
 @contextmanager
@@ -40,7 +49,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         WriteError: the file cannot be written; a former one at `path` is as it was.
     """
     path = Path(path)
-    unfinished = path.with_name(UNFINISHED_PREFIX + path.name)
+    unfinished = path.with_name(f"{UNFINISHED_PREFIX}{os.getpid()}-{path.name}")
     try:
         with told_faults(path):
             yield unfinished
@@ -90,9 +99,9 @@ def _into_place(unfinished: Path, folder: Path) -> None:
     heads = [name for name in files if name.name in _HEADS]
     for name in heads:
         (folder / name).unlink(missing_ok=True)
-    if any(_WEIGHTS.fullmatch(str(name)) for name in files):
-        for former in folder.iterdir():
-            if _WEIGHTS.fullmatch(former.name) and Path(former.name) not in files:
+    for place in {name.parent for name in files if _WEIGHTS.fullmatch(name.name)}:
+        for former in (folder / place).glob("*.safetensors*"):
+            if _WEIGHTS.fullmatch(former.name) and place / former.name not in files:
                 former.unlink()
     flush(folder)
     for name in [name for name in files if name not in heads] + heads:
@@ -150,12 +159,11 @@ def told_faults(path: str | Path) -> Iterator[None]:
 
 def write_error(cause: str, path: str | Path) -> WriteError:
     """The error that ends a run which cannot write `path`."""
-    error = WriteError(
+    return WriteError(
         f"{cause} while writing {str(path)!r}; checkpoints saved before are as they were, so put this right and go on "
-        "with --resume_from_checkpoint true."
+        "with --resume_from_checkpoint true.",
+        path,
     )
-    error.filename = str(path)
-    return error
 
 
 def write_fault(error: BaseException, path: str | Path) -> str | None:
@@ -165,13 +173,17 @@ def write_fault(error: BaseException, path: str | Path) -> str | None:
     """
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
-    if not isinstance(error, (OSError, SafetensorError)) and not _TORN.search(str(error)):
-        return None
-    if found := re.search(r"os error (\d+)", str(error)):
+    found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    if found is not None:
         return os.strerror(int(found.group(1)))
+    torn = isinstance(error, RuntimeError) and _TORN.search(str(error))
+    if not torn and not isinstance(error, OSError):
+        return None
     folder = Path(path).parent
     number = folder_fault(folder if folder.is_dir() else folder.parent)
-    return "A failed write" if number is None else os.strerror(number)
+    if number is None:
+        return "A failed write" if torn else None
+    return os.strerror(number)
 
 
 def folder_fault(folder: str | Path) -> int | None:

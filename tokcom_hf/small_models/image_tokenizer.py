@@ -1,6 +1,6 @@
 """The image tokenizer of the full circle: a VQGAN trained on the images of caption rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ def train_image_tokenizer(
     values: dict[str, Any],
     folder: Path,
     seed: int,
-    choose: Callable[[Sequence[str]], str | None] = lambda required: None,
+    train_with: Callable[[VQGANTrainer], None] = VQGANTrainer.train,
 ):
     """Trains a VQGAN on the images of caption rows and returns it with its averaged weights.
 
-    `choose` returns the checkpoint to go on from, given the files that it must hold.
+    `train_with` calls the trainer's `train`, with the checkpoint to go on from where there is one.
     """
     args = VQGANTrainingArguments(**values | {"output_dir": str(folder), "seed": seed, "report_to": "none"})
     trainer = VQGANTrainer(
@@ -31,7 +31,7 @@ def train_image_tokenizer(
         eval_dataset=PixelRows(held_out, image_processor),
         processing_class=image_processor,
     )
-    trainer.train(choose(trainer.checkpoint_files()))
+    train_with(trainer)
     trainer.use_averaged_weights()
     trainer.average = None
     trainer.evaluate()

@@ -135,10 +135,21 @@ def final_save(trainer: Any, folder: str | Path) -> Iterator[str]:
     # With DeepSpeed every rank may write a part.
     together = trainer.accelerator.wait_for_everyone if trainer.is_deepspeed_enabled else lambda: None
     unfinished = Path(folder) / UNFINISHED_MODEL
+    if _refers_into(trainer.unwrapped_model, Path(folder)):
+        yield str(folder)
+        return
     with whole_folder(folder) if trainer.args.should_save else nullcontext(unfinished) as place:
         together()
         yield str(place)
         together()
+
+
+def _refers_into(model: Any, folder: Path) -> bool:
+    """Whether the model's base lies in `folder`: its configuration is then written with regard to that folder."""
+    reference = getattr(getattr(model, "config", None), "base_model_name_or_path", None)
+    if not isinstance(reference, str) or not os.path.isdir(reference):
+        return False
+    return Path(reference).resolve().is_relative_to(folder.resolve())
 
 
 def first_of_all_ranks(value: Any) -> Any:
