@@ -1,7 +1,11 @@
 """How a recipe ends: what went wrong as one sentence, and the exit code.
 
-0: the work is done. 1: it was begun and cannot go on: numbers that are not finite, a disk that is full, read-only or gone.
-2: it cannot be begun: an argument, a file of the user's. 128 + a signal: it was stopped and can go on. Anything else is a fault of the program and shows its traceback.
+    0  the work is done
+    1  it was begun and cannot go on: numbers that are not finite, a disk that is full, read-only or gone
+    2  it cannot be begun: an argument, a file of the user's
+    128 + signal  it was stopped and can go on
+
+Anything else is a fault of the program and shows its traceback.
 """
 
 import errno
