@@ -110,8 +110,6 @@ class DenoisedModel(StrictLoading):
             init.zeros_(module.bias)
             return
         super()._init_weights(module)
-        if isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
 
     def forward(
         self,

@@ -101,8 +101,6 @@ class TokComVAE(StrictLoading):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
         if getattr(module, "zero_init", False):
             init.zeros_(module.weight)
         std = self.config.embedding_initializer_range

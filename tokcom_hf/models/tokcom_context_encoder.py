@@ -1,8 +1,7 @@
-"""ContextEncoder: what is known before a block, read from the tokens of all finished chunks.
+"""ContextEncoder: a causal transformer over the tokens of all finished chunks.
 
-tokens → a causal Llama of transformers → a state behind each token, the condition of the flow of a block that begins there.
-Heads of its own predict the next tokens from each state: it then learns from several clean tokens, where the flow's error is
-noisy (arXiv 2404.19737). They take no part in generation.
+Its state after a token is the condition of a block that begins there. In training, heads predict the next tokens from each
+state (arXiv 2404.19737): their error is a clearer signal than the flow's, which is noisy. Generation does not use the heads.
 """
 
 import torch
@@ -15,12 +14,12 @@ from .shared_wrapped_base import computed_buffers_kept
 
 
 class ContextEncoder(nn.Module):
-    """A causal transformer over tokens, and one linear head per token of the chunk that follows.
+    """A causal Llama, and one linear head per token of the next chunk.
 
     Args:
-        config: shape of the transformer; its `vocab_size` counts the start token too.
-        chunk_size: tokens per chunk, one head each.
-        start_token_id: stands before the first token of every text.
+        config: shape of the Llama; its `vocab_size` counts the start token, too.
+        chunk_size: tokens per chunk, and number of heads.
+        start_token_id: id before the first token of every text.
     """
 
     def __init__(self, config: LlamaConfig, chunk_size: int, start_token_id: int):
@@ -38,13 +37,13 @@ class ContextEncoder(nn.Module):
         """States of the context.
 
         Args:
-            input_ids: tokens that follow those in `cache`, (batch, length); length may be 0 where the text begins.
+            input_ids: tokens after those in `cache`, (batch, length); length may be 0 at the beginning of a text.
             attention_mask: of all tokens so far, (batch, cached + length), 1 = token, 0 = padding.
-            cache: keys and values of the tokens before, to which those of these tokens are added. None, or empty: the text
-                begins here.
+            cache: keys and values of the tokens before, which those of these tokens are added to. None or empty at the
+                beginning of a text.
 
         Returns:
-            (batch, length, hidden): state i has read tokens up to i. Where the text begins, the state before its first token
+            The state after each token, (batch, length, hidden). At the beginning of a text the state before its first token
             comes first: (batch, 1 + length, hidden).
         """
         positions = None
@@ -52,7 +51,7 @@ class ContextEncoder(nn.Module):
             start = input_ids.new_full((len(input_ids), 1), self.start_token_id)
             input_ids = torch.cat([start, input_ids], dim=1)
         if attention_mask is not None:
-            # The start token is seen by all; padding takes no position.
+            # All tokens see the start token, and padding has no position.
             attention_mask = nn.functional.pad(attention_mask, (1, 0), value=1)
             positions = (attention_mask.cumsum(dim=1) - 1)[:, -input_ids.shape[1] :]
         return self.model(
@@ -61,7 +60,7 @@ class ContextEncoder(nn.Module):
         ).last_hidden_state  # fmt: skip
 
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
-        """states (..., hidden) → logits (..., chunk_size, vocab) of the tokens that follow, without the start token."""
+        """states (…, hidden) → logits (…, chunk_size, vocab) of the next tokens; the start token has the least."""
         hidden = self.heads(states).unflatten(-1, (self.chunk_size, -1))
         logits = nn.functional.linear(hidden, self._table(hidden.device))
         start = torch.tensor([self.start_token_id], device=logits.device)
@@ -72,7 +71,7 @@ class ContextEncoder(nn.Module):
 
         Args:
             states: (rows, hidden).
-            labels: (rows, last − first), the token that each head predicts; -100 does not count.
+            labels: token that each head predicts, (rows, last − first); -100 does not count.
         """
         if _plain(self.heads, nn.Linear):
             weight = self.heads.weight.unflatten(0, (self.chunk_size, -1))[first:last].flatten(0, 1)
@@ -82,7 +81,7 @@ class ContextEncoder(nn.Module):
         return chunked_cross_entropy(hidden.flatten(0, 1), self._table(hidden.device), labels.flatten())
 
     def _table(self, device: torch.device) -> torch.Tensor:
-        """The rows of the embedding, (vocab, hidden), which are the heads' as well."""
+        """The embedding, (vocab, hidden), which the heads share as output table."""
         embedding = self.model.embed_tokens
         if _plain(embedding, nn.Embedding):
             return embedding.weight
@@ -93,7 +92,7 @@ class ContextEncoder(nn.Module):
             return super()._apply(*args, **kwargs)
 
     def resize(self, rows: int, start_token_id: int, mean_resizing: bool) -> None:
-        """Gives the embedding as many rows as the VAE's, and the start token the row that the VAE's omni token now has."""
+        """Resizes the embedding to the VAE's, and moves the start token's row to where the VAE's omni token now is."""
         start = self.model.embed_tokens.weight[self.start_token_id].detach().clone()
         embedding = self.model.resize_token_embeddings(rows, None, mean_resizing)
         with torch.no_grad():
@@ -102,5 +101,5 @@ class ContextEncoder(nn.Module):
 
 
 def _plain(module: nn.Module, kind: type) -> bool:
-    """Whether all of a module is its weight: offloaded, it is elsewhere outside of its forward, and adapters add to it."""
+    """Whether `module.weight` is all there is: adapters add to it, and an offloaded one is there in the forward only."""
     return type(module) is kind and not hasattr(module, "_hf_hook")

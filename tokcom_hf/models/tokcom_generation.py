@@ -1,8 +1,8 @@
 """Generation with a `TokComModel`: block after block, each along the flow from noise to latents to tokens.
 
-With a context a block knows the tokens before it, whatever their number. Without one the whole row is a single block beside
-the prompt's latents; a prompt that is no multiple of the chunk size is then filled with EOS **in front**, where a document
-boundary is natural. Nothing ever stands between prompt and continuation.
+With a context, a block sees all tokens before it. Without one, the row is a single block beside the latents of the prompt; a
+prompt that is no multiple of the chunk size then has EOS added **in front**, where a document may begin. Nothing ever stands
+between prompt and continuation.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
-from .tokcom_flow_matching import Denoise, sample, sampling_times
-from .tokcom_generation_settings import GenerationSettings
+from .shared_wrapped_base import check_ids
+from .tokcom_flow_matching import Denoise, denoising_steps, interpolate, sample, sampling_times, self_conditioned
+from .tokcom_generation_settings import GenerationSettings, check_sampler
 from .tokcom_token_stream import TokenStream
 
 
@@ -28,11 +29,14 @@ class TokComGenerateOutput(ModelOutput):
 
 @dataclass
 class Prompt:
-    """Prompts as the model reads them, padded on the left.
+    """Prompts.
 
-    ids: (batch, length); length 0: no prompt. mask: (batch, length), 1 = token; None: no padding.
+    given: as the caller gave them, (batch, length); without a prompt (1, 0).
+    ids: the same with padding on the left, which is what the model reads.
+    mask: of `ids`, 1 = token; None: no padding.
     """
 
+    given: torch.LongTensor
     ids: torch.LongTensor
     mask: torch.LongTensor | None = None
 
@@ -41,26 +45,22 @@ class Prompt:
         """Checks prompts (batch, length) with padding on either side, and moves the padding to the left.
 
         Raises:
-            TypeError: ids that are no integers.
-            ValueError: a mask without a prompt or of another shape, an empty prompt, or ids outside the vocabulary.
+            TypeError: ids are no integers.
+            ValueError: a mask has no prompt or another shape, a prompt is empty, or ids are outside the vocabulary.
         """
         if input_ids is None:
             if attention_mask is not None:
                 raise ValueError("attention_mask says which tokens of a prompt are padding; there is no prompt.")
-            return cls(torch.empty(1, 0, dtype=torch.long, device=execution_device(model)))
-        if not torch.is_tensor(input_ids) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            kind = input_ids.dtype if torch.is_tensor(input_ids) else type(input_ids).__name__
-            raise TypeError(f"input_ids must be a tensor of token ids (torch.long), got {kind}.")
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(f"input_ids must be (batch, length), both at least 1, got {tuple(input_ids.shape)}.")
+            nothing = torch.empty(1, 0, dtype=torch.long, device=execution_device(model))
+            return cls(nothing, nothing)
+        check_ids(input_ids)
         size = model.config.vae.vocab_size
         if input_ids.min() < 0 or input_ids.max() >= size:
             raise ValueError(
                 f"input_ids must be in 0 … {size - 1}, got {int(input_ids.min())} … {int(input_ids.max())}; was the prompt "
                 "written by this model's tokenizer?"
             )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must have the prompt's shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
@@ -77,14 +77,22 @@ class Prompt:
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
             ids[index, width - len(row) :] = row
-            # What fills the first chunk of a prompt without a context belongs to it.
+            # Without a context, what fills up the first chunk belongs to the prompt.
             mask[index, (width - len(row)) // chunk * chunk :] = 1
         device = execution_device(model)
-        return cls(ids.to(device), None if bool(mask.all()) else mask.to(device))
+        return cls(input_ids.to(device), ids.to(device), None if bool(mask.all()) else mask.to(device))
+
+
+def predict(
+    model: Any, x: torch.Tensor, t: float, context: torch.Tensor | None = None, earlier: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Clean latents that the denoiser predicts from x_t = x, both (blocks, chunks, latent), with one t for all."""
+    time = torch.full((1,), t, device=x.device)
+    return model.denoiser(x, time, context, self_condition=earlier, return_dict=True).clean_latents
 
 
 class TextSoFar:
-    """What the denoiser is told of the text before a block: a state of the context, or the prompt's clean latents.
+    """The text before a block as the denoiser takes it: a state of the context, or the clean latents of the prompt.
 
     Each prompt is read once for its `copies` continuations, which stand side by side.
     """
@@ -108,74 +116,65 @@ class TextSoFar:
         self.state = self.model.context(ids, self.mask, self.cache)[:, -1]
 
     def denoise(self, settings: GenerationSettings) -> Denoise:
-        """(x_t, t) → predicted clean latents of one block; `best_of` draws of each row stand side by side."""
-        denoiser, copies, guidance = self.model.denoiser, settings.best_of, settings.guidance_scale
-        earlier: list[torch.Tensor | None] = [None]
+        """(x_t, t) → predicted clean latents of one block; the `best_of` draws of each row stand side by side."""
+        model, copies, scale = self.model, settings.best_of, settings.guidance_scale
 
-        def with_context(x: torch.Tensor, t: float) -> torch.Tensor:
-            time = torch.full((1,), t, device=x.device)
-            known: dict[str, Any] = {"self_condition": earlier[0], "return_dict": True}
-            clean = denoiser(x, time, context=self.state.repeat_interleave(copies, 0), **known).clean_latents
-            if guidance == 1.0:
+        def with_state(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
+            clean = predict(model, x, t, self.state.repeat_interleave(copies, 0), earlier)
+            if scale == 1.0:
                 return clean
-            free = denoiser(x, time, **known).clean_latents
-            return free + guidance * (clean - free)
+            free = predict(model, x, t, None, earlier)
+            return free + scale * (clean - free)
 
-        def with_prefix(x: torch.Tensor, t: float) -> torch.Tensor:
-            start = 0 if self.prefix is None else self.prefix.shape[1]
-            time, condition, mask = torch.full((1,), t, device=x.device), earlier[0], None
-            if self.prefix is not None:
-                # The prompt's latents are put back before every step, as documented.
-                prefix = self.prefix.repeat_interleave(copies, 0)
-                if self.model.config.clean_prefix:
-                    time = time.repeat(len(x), start + x.shape[1])
-                    time[:, :start] = 1.0
-                if denoiser.config.self_conditioning:
-                    condition = torch.cat([prefix, torch.zeros_like(x) if condition is None else condition], dim=1)
-                if self.mask is not None:
-                    chunks = self.mask.view(len(self.mask), start, -1).any(dim=-1).repeat_interleave(copies, 0)
-                    mask = nn.functional.pad(chunks, (0, x.shape[1]), value=True)
-                x = torch.cat([prefix, x], dim=1)
-            known = {"self_condition": condition, "attention_mask": mask, "return_dict": True}
-            return denoiser(x, time, **known).clean_latents[:, start:]
+        def with_prefix(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
+            # The prompt's latents are put back before every step, as documented.
+            prefix, mask = self.prefix.repeat_interleave(copies, 0), None
+            start, time = prefix.shape[1], torch.full((1,), t, device=x.device)
+            if model.config.clean_prefix:
+                time = time.repeat(len(x), start + x.shape[1])
+                time[:, :start] = 1.0
+            if model.config.denoiser.self_conditioning:
+                earlier = torch.cat([prefix, torch.zeros_like(x) if earlier is None else earlier], dim=1)
+            if self.mask is not None:
+                chunks = self.mask.view(len(self.mask), start, -1).any(dim=-1).repeat_interleave(copies, 0)
+                mask = nn.functional.pad(chunks, (0, x.shape[1]), value=True)
+            row = torch.cat([prefix, x], dim=1)
+            return model.denoiser(
+                row, time, self_condition=earlier, attention_mask=mask, return_dict=True
+            ).clean_latents[:, start:]
 
-        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
-            clean = (with_prefix if self.state is None else with_context)(x, t)
-            if denoiser.config.self_conditioning:
-                earlier[0] = clean
-            return clean
+        def alone(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
+            return predict(model, x, t, None, earlier)
 
-        return denoise
+        step = with_state if self.state is not None else alone if self.prefix is None else with_prefix
+        return self_conditioned(step, model.config.denoiser.self_conditioning)
 
 
 def generate_blocks(
-    model: Any, prompt: Prompt, settings: GenerationSettings, generator: torch.Generator | None, stream: TokenStream
-) -> tuple[torch.Tensor, torch.LongTensor]:
-    """Generates behind prompts, `num_return_sequences` times behind each.
-
-    Returns:
-        VAE latents (rows, chunks, latent) and their ids (rows, chunks · chunk_size), whole chunks.
-    """
+    model: Any, prompt: Prompt, settings: GenerationSettings, generator: torch.Generator | None, streamer: Any = None
+) -> torch.LongTensor | TokComGenerateOutput:
+    """Generates after prompts, `num_return_sequences` times after each; the steps of `TokComModel.generate`."""
     config = model.config
-    wanted = -(-settings.new_tokens // config.vae.chunk_size)
-    times = sampling_times(settings.num_steps, config.step_power)
-    all_latents, all_ids = [], []
-    # 1. Read the prompt.
     copies = settings.num_return_sequences * (1 if prompt.ids.shape[1] else settings.batch_size)
+    rows, wanted = len(prompt.ids) * copies, -(-settings.new_tokens // config.vae.chunk_size)
+    times = sampling_times(settings.num_steps, config.step_power)
+    start, stream = prompt.given.repeat_interleave(copies, 0), TokenStream(streamer, settings)
+    stream.start(start)
+    # 1. Read the prompt.
     text = TextSoFar(model, prompt, copies)
-    rows = len(prompt.ids) * copies
-    for start in range(0, wanted, settings.block_size or wanted):
+    all_latents, all_ids = [], []
+    for first in range(0, wanted, settings.block_size or wanted):
         # 2. Draw the block's noise.
-        size = min(settings.block_size or wanted, wanted - start)
+        size = min(settings.block_size or wanted, wanted - first)
         shape = (rows * settings.best_of, size, config.vae.latent_size)
         x0 = draw_noise(model, shape, settings.temperature, generator)
         # 3. Follow the flow from the noise to clean latents.
         noise_std = config.noise_std * settings.temperature
         x1 = sample(text.denoise(settings), x0, times, settings.sampler, noise_std, generator)
-        # 4. Read the tokens off them.
+        # 4. Decode them to tokens.
         latents = model.unstandardize(x1)
         ids = model.decode(latents)
-        # 5. Keep the draw that lies nearest to its own text.
+        # 5. Keep the draw that is nearest to the encoding of its own text.
         if settings.best_of > 1:
             distance = (model.standardize(model.encode(ids)) - x1).square().mean(dim=(1, 2))
             best = distance.view(rows, -1).argmin(dim=1) + torch.arange(rows, device=ids.device) * settings.best_of
@@ -183,52 +182,67 @@ def generate_blocks(
         all_latents.append(latents)
         all_ids.append(ids)
         stream.put(ids)
-        # 6. Stop at the end, or read the block and go on.
-        left = wanted - start - size
+        # 6. Stop where every row has ended, or read the block and go on.
+        left = wanted - first - size
         if left and all_ended(all_ids, settings):
-            # What would follow every row's end is not looked at; fill ids and zeros keep the shape.
             all_latents.append(latents.new_zeros(rows, left, latents.shape[2]))
             all_ids.append(ids.new_full((rows, left * config.vae.chunk_size), settings.fill_id))
             break
         if left:
             text.read(ids)
-    return torch.cat(all_latents, dim=1), torch.cat(all_ids, dim=1)
+    stream.end()
+    # 7. Cut to the tokens asked for, and fill up what follows the end of a row.
+    new = ended(torch.cat(all_ids, dim=1)[:, : settings.new_tokens], settings)
+    sequences = torch.cat([start, new], dim=1)
+    return (
+        TokComGenerateOutput(sequences, torch.cat(all_latents, dim=1))
+        if settings.return_dict_in_generate
+        else sequences
+    )
 
 
-def denoise_blocks(
-    model: Any, x: torch.Tensor, input_ids: torch.LongTensor, times: list[float], sampler: str, generator: Any = None
+def denoise_text(
+    model: Any, input_ids: torch.LongTensor, noise_level: float, num_steps: int, sampler: str | None, generator: Any
 ) -> torch.Tensor:
-    """Follows the flow for noisy latents (rows, chunks, latent) of known tokens (rows, length), all blocks at once.
+    """VAE latents of known tokens (rows, length), mixed with noise and denoised; arguments as of `denoise_reconstruct`.
 
-    With a context each block of `config.block_size` chunks (of one chunk where that does not divide the row) is told the
+    With a context each block of `block_size` chunks (of one chunk where that does not divide the row) gets the state of the
     tokens that really precede it.
     """
-    chunks, chunk = x.shape[1], model.config.vae.chunk_size
-    size = model.config.block_size or chunks
-    size = size if chunks % size == 0 else 1
-    context, earlier = None, None
+    if num_steps < 1 or not 0.0 <= noise_level <= 1.0:
+        raise ValueError(f"num_steps must be at least 1 and noise_level in [0, 1], got {num_steps} and {noise_level}.")
+    config = model.config
+    sampler = check_sampler(config.sampler if sampler is None else sampler)
+    # 1. Encode the text, and mix in the noise.
+    clean = model.standardize(model.encode(input_ids))
+    if noise_level == 1.0:
+        return model.unstandardize(clean)
+    level = torch.full((len(clean),), noise_level).to(clean)
+    x = interpolate(draw_noise(model, clean.shape, 1.0, generator), clean, level)
+    # 2. Cut it into blocks, and read what precedes each.
+    size = config.block_size or x.shape[1]
+    size = size if x.shape[1] % size == 0 else 1
+    context = None
     if model.context is not None:
-        context = model.context(input_ids)[:, : chunks * chunk : size * chunk].flatten(0, 1)
-
-    def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
-        nonlocal earlier
-        time = torch.full((1,), t, device=x_t.device)
-        clean = model.denoiser(x_t, time, context, self_condition=earlier, return_dict=True).clean_latents
-        earlier = clean if model.config.denoiser.self_conditioning else None
-        return clean
-
-    blocks = x.reshape(-1, size, x.shape[2])
-    return sample(denoise, blocks, times, sampler, model.config.noise_std, generator).reshape(x.shape)
+        span = size * config.vae.chunk_size
+        context = model.context(input_ids)[:, : input_ids.shape[1] : span].flatten(0, 1)
+    # 3. Follow the flow for all blocks at once.
+    denoise = self_conditioned(
+        lambda x_t, t, earlier: predict(model, x_t, t, context, earlier), config.denoiser.self_conditioning
+    )
+    times = sampling_times(denoising_steps(num_steps, noise_level), config.step_power, noise_level)
+    blocks = sample(denoise, x.reshape(-1, size, x.shape[2]), times, sampler, config.noise_std, generator)
+    return model.unstandardize(blocks.reshape(x.shape))
 
 
 def draw_noise(model: Any, shape, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
-    """x0 ~ N(0, (noise_std · temperature)²), drawn on the CPU so that a seed means the same on every device."""
+    """x0 ~ N(0, (noise_std · temperature)²), drawn on the CPU so that a seed gives the same noise on every device."""
     noise = torch.randn(shape, generator=generator) * (model.config.noise_std * temperature)
     return noise.to(execution_device(model), model.dtype)
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Where the model computes: under offloading its weights are elsewhere, and accelerate's hooks know."""
+    """Where the model computes, which accelerate's hooks know where its weights are offloaded."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     places = (getattr(hook, "execution_device", None) for hook in hooks if hook is not None)
     place = next((place for place in places if place is not None), None)
@@ -236,12 +250,12 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def ended(ids: torch.LongTensor, settings: GenerationSettings) -> torch.LongTensor:
-    """Ids (rows, tokens) with `fill_id` behind the first end token of each row."""
+    """Ids (rows, tokens) with `fill_id` after the first end token of each row."""
     if not settings.eos_token_ids:
         return ids
     end = torch.isin(ids, torch.tensor(settings.eos_token_ids, device=ids.device))
-    behind = nn.functional.pad(end.cummax(dim=1).values[:, :-1], (1, 0))
-    return ids.masked_fill(behind, settings.fill_id)
+    after = nn.functional.pad(end.cummax(dim=1).values[:, :-1], (1, 0))
+    return ids.masked_fill(after, settings.fill_id)
 
 
 def all_ended(ids: list[torch.LongTensor], settings: GenerationSettings) -> bool:

@@ -1,6 +1,6 @@
-"""What a call of `TokComModel.generate` asks for: its own names and those of transformers, put together and checked.
+"""The settings of one call of `TokComModel.generate`, by its own names and those of transformers, put together and checked.
 
-An argument counts before `generation_config`, that before the model's config, and that before `DEFAULTS`.
+An argument wins over `generation_config`, that over the model's config, and that over `DEFAULTS`.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ DEFAULTS = {
     "num_chunks": 256, "num_generate_chunks": 64, "batch_size": 1, "guidance_scale": 1.0, "best_of": 1,
     "num_return_sequences": 1, "return_dict_in_generate": False,
 }  # fmt: skip
-# What the model's config says.
+# Fields of the model's config.
 CONFIGURED = ("num_steps", "sampler", "block_size")
-# What a generation_config may hold beside them: the names of transformers and those that the model's config supplies.
+# All names that a generation_config may hold.
 READ = (
     *DEFAULTS, *CONFIGURED, "temperature", "do_sample", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id",
 )  # fmt: skip
@@ -27,9 +27,9 @@ COUNTS = (
     "max_new_tokens", "max_length", "num_chunks", "num_generate_chunks", "num_steps", "batch_size", "num_return_sequences",
     "block_size", "best_of", "pad_token_id",
 )  # fmt: skip
-# No settings of a sampler; trainers copy the begin token from their tokenizer.
+# Names in a generation_config that are no settings; trainers copy the begin token from their tokenizer.
 PASSED_OVER = ("transformers_version", "bos_token_id")
-# Values with which a setting that is not read changes nothing in transformers either, where that is not None, 0 or False.
+# Values at which a setting of transformers is off, where that is not None, 0 or False.
 NEUTRAL: dict[str, Any] = {
     "num_beams": 1, "num_beam_groups": 1, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0, "length_penalty": 1.0, "use_cache": True,
@@ -38,11 +38,11 @@ NEUTRAL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Everything that one call of `generate` samples by.
+    """The settings of one call of `generate`.
 
-    new_tokens: per sequence; the last chunk is cut to it.
+    new_tokens: tokens per sequence; the last chunk is cut to it.
     temperature: factor of all noise that the flow draws.
-    eos_token_ids: end a sequence; what follows the first is `fill_id`.
+    eos_token_ids: ids that end a sequence; `fill_id` follows the first of them.
     """
 
     new_tokens: int
@@ -67,33 +67,33 @@ class GenerationSettings:
         Args:
             model: the `TokComModel`.
             prompt: ids (batch, length), or None.
-            generation_config: of this call; None takes the model's.
-            given: arguments of `generate` by name, None where they were not given.
+            generation_config: the call's; None takes the model's.
+            given: arguments of `generate` by name, None where the caller left them out.
 
         Raises:
-            TypeError: `generation_config` is none, or a count is no whole number.
-            ValueError: values out of range, arguments that contradict each other, or that this call would not use.
+            TypeError: `generation_config` is no `GenerationConfig`, or a count is no whole number.
+            ValueError: a value is out of range, or arguments contradict each other or would not act.
         """
         given = {name: value for name, value in given.items() if value is not None}
         configured = _configured(model, generation_config)
         if given.get("do_sample") is False:
-            # A stored temperature is that of sampling.
+            # The stored temperature is for sampling.
             configured.pop("temperature", None)
-        asked = configured | given
+        found = configured | given
         for name in COUNTS:
-            if name in asked and not isinstance(asked[name], Integral):
-                raise TypeError(f"{name} must be a whole number, got {asked[name]!r}.")
-        values = {name: asked.get(name, default) for name, default in DEFAULTS.items()}
+            if name in found and not isinstance(found[name], Integral):
+                raise TypeError(f"{name} must be a whole number, got {found[name]!r}.")
+        values = {name: found.get(name, default) for name, default in DEFAULTS.items()}
         for name in CONFIGURED:
-            values[name] = asked.get(name, getattr(model.config, name))
+            values[name] = found.get(name, getattr(model.config, name))
         new_tokens = _new_tokens(model, prompt, given, configured)
         del values["num_chunks"], values["num_generate_chunks"]
         eos = _end_tokens(model, given, configured, generation_config is None)
-        fill = asked.get("pad_token_id", eos[0] if eos else model.config.vae.omni_token_id)
+        fill = found.get("pad_token_id", eos[0] if eos else model.config.vae.omni_token_id)
         if not 0 <= fill < model.config.vae.vocab_size:
             raise ValueError(f"pad_token_id must be in 0 … {model.config.vae.vocab_size - 1}, got {fill}.")
         settings = cls(
-            new_tokens=new_tokens, temperature=_temperature(asked), eos_token_ids=eos, fill_id=fill, **values
+            new_tokens=new_tokens, temperature=_temperature(found), eos_token_ids=eos, fill_id=fill, **values
         )
         settings._check(model, prompt, given)
         return settings
@@ -101,7 +101,7 @@ class GenerationSettings:
     def _check(self, model, prompt: torch.Tensor | None, given: dict) -> None:
         for name in ("num_steps", "batch_size", "num_return_sequences", "best_of"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{_WORDS.get(name, name)} must be at least 1, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         check_sampler(self.sampler)
         if prompt is not None and given.get("batch_size", len(prompt)) not in (1, len(prompt)):
             raise ValueError(
@@ -132,11 +132,8 @@ def check_sampler(sampler: str) -> str:
     return sampler
 
 
-_WORDS = {"batch_size": "The batch_size"}
-
-
 def _configured(model, generation_config: GenerationConfig | None) -> dict[str, Any]:
-    """The settings of a generation config that are set; those that would not act are refused."""
+    """Settings that a generation config holds; raises ValueError where one of them would not act."""
     config = model.generation_config if generation_config is None else generation_config
     if not isinstance(config, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
@@ -147,7 +144,7 @@ def _configured(model, generation_config: GenerationConfig | None) -> dict[str, 
         if name in READ:
             found[name] = value
         elif generation_config is None and value == getattr(model.config, name, None):
-            continue  # copied from the model's config by transformers
+            continue  # transformers copied it from the model's config
         elif value and value != NEUTRAL.get(name):
             raise ValueError(
                 f"generation_config.{name}={value!r} has no meaning for TokComModel; it reads {', '.join(READ)}."
@@ -155,9 +152,9 @@ def _configured(model, generation_config: GenerationConfig | None) -> dict[str, 
     return found
 
 
-def _temperature(asked: dict[str, Any]) -> float:
+def _temperature(found: dict[str, Any]) -> float:
     """The factor of the flow's noise."""
-    sampled, temperature = asked.get("do_sample"), asked.get("temperature")
+    sampled, temperature = found.get("do_sample"), found.get("temperature")
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must not be negative, and finite, got {temperature}.")
     if temperature is not None and sampled is not None and sampled != (temperature > 0):
@@ -169,7 +166,7 @@ def _temperature(asked: dict[str, Any]) -> float:
 
 
 def _new_tokens(model, prompt: torch.Tensor | None, given: dict, configured: dict) -> int:
-    """Tokens to generate per sequence, from the one argument that says so."""
+    """Tokens to generate per sequence, from the one length that is given."""
     chunk, width = model.config.vae.chunk_size, 0 if prompt is None else prompt.shape[1]
     own, other = ("num_chunks", "num_generate_chunks") if prompt is None else ("num_generate_chunks", "num_chunks")
     if other in given and own not in given:
@@ -196,7 +193,7 @@ def _end_tokens(model, given: dict, configured: dict, own_config: bool) -> tuple
     """Ids that end a sequence."""
     end = configured.get("eos_token_id")
     if end is None or (own_config and end == model.eos_of_config):
-        # The model's generation config repeats its config, which may have been changed since.
+        # The generation config repeats the model's config, which may have been changed since.
         end = model.config.eos_token_id
     end = given.get("eos_token_id", end)
     ids = () if end is None else tuple(torch.as_tensor(end).reshape(-1).tolist())

@@ -4,19 +4,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
 from .tokcom_flow_matching import velocity_weight
 
 
+@dataclass
+class TokComOutput(ModelOutput):
+    """Output of `TokComModel.forward`; losses are scalars.
+
+    loss: weighted sum of the others.
+    flow_loss, mse_loss: squared error per latent dimension, of the velocity and of the clean latents.
+    cross_entropy_loss: nats per token of the decoder on the predicted latents; None with cross_entropy_weight=0.
+    next_token_loss, later_token_loss: nats per token of the context's heads, for the next token and for the others of a
+        chunk (their mean); None without a context.
+    clean_latents: predictions in the flow's space, (rows, blocks, chunks, latent).
+    """
+
+    loss: torch.FloatTensor | None = None
+    flow_loss: torch.FloatTensor | None = None
+    mse_loss: torch.FloatTensor | None = None
+    cross_entropy_loss: torch.FloatTensor | None = None
+    next_token_loss: torch.FloatTensor | None = None
+    later_token_loss: torch.FloatTensor | None = None
+    clean_latents: torch.FloatTensor | None = None
+
+
 def block_shape(config: Any, length: int, offset: int = 0, block_size: int = 0) -> tuple[int, int, int]:
-    """(blocks, chunks, latent): how a row of `length` tokens is cut behind `offset` tokens, all noise draws counted.
+    """(blocks, chunks, latent) of a row of `length` tokens that is cut from token `offset` on; every noise draw counts.
 
     Args:
         config: `TokComConfig`.
         block_size: chunks per block, 0 for all.
 
     Raises:
-        ValueError: no whole block fits, or an offset or block size for a model without a context.
+        ValueError: no whole block fits, or a model without a context got an offset or a block size.
     """
     chunk = config.vae.chunk_size
     size = block_size or (length - offset) // chunk
@@ -27,45 +49,50 @@ def block_shape(config: Any, length: int, offset: int = 0, block_size: int = 0) 
         )
     blocks = (length - offset) // (size * chunk) if size > 0 else 0
     if blocks < 1 or offset < 0:
-        raise ValueError(f"No block of {size} chunks of {chunk} tokens fits behind {offset} of {length} tokens.")
+        raise ValueError(f"No block of {size} chunks of {chunk} tokens fits after {offset} of {length} tokens.")
     return config.noise_draws * blocks, size, config.vae.latent_size
 
 
 def check_shapes(
-    config: Any, input_ids: torch.LongTensor, shape: tuple[int, ...], **given: torch.Tensor | None
+    config: Any,
+    input_ids: torch.LongTensor,
+    shape: tuple[int, ...],
+    attention_mask: torch.Tensor | None,
+    latents: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    timesteps: torch.Tensor | None,
+    context_mask: torch.Tensor | None,
 ) -> None:
-    """Raises ValueError where a tensor that was given to `TokComModel.forward` does not fit the blocks of its rows.
+    """Raises ValueError where an argument of `TokComModel.forward` does not fit the blocks of its rows.
 
-    Args:
-        config: `TokComConfig`.
-        shape: (rows, blocks, chunks, latent).
-        given: arguments of `forward` by name.
+    shape: of these blocks, (rows, blocks, chunks, latent).
     """
-    if given["context_mask"] is not None and config.context is None:
+    if context_mask is not None and config.context is None:
         raise ValueError("context_mask hides the context from blocks; this model has none.")
-    fitting: dict[str, list[tuple[int, ...]]] = {
-        "attention_mask": [tuple(input_ids.shape)],
-        "latents": [(shape[0], input_ids.shape[1] // config.vae.chunk_size, shape[3])],
-        "noise": [shape],
-        "timesteps": [shape[:2], shape[:3]],
-        "context_mask": [shape[:2]],
+    whole_rows = (shape[0], input_ids.shape[1] // config.vae.chunk_size, shape[3])
+    given: dict[str, tuple[torch.Tensor | None, list[tuple[int, ...]]]] = {
+        "attention_mask": (attention_mask, [tuple(input_ids.shape)]),
+        "latents": (latents, [whole_rows]),
+        "noise": (noise, [shape]),
+        "timesteps": (timesteps, [shape[:2], shape[:3]]),
+        "context_mask": (context_mask, [shape[:2]]),
     }
-    for name, value in given.items():
-        if value is not None and tuple(value.shape) not in fitting[name]:
+    for name, (value, fitting) in given.items():
+        if value is not None and tuple(value.shape) not in fitting:
             raise ValueError(
-                f"{name} must be {' or '.join(map(str, fitting[name]))} for input_ids {tuple(input_ids.shape)}, of which "
+                f"{name} must be {' or '.join(map(str, fitting))} for input_ids {tuple(input_ids.shape)}, of which "
                 f"{shape[1]} blocks of {shape[2]} chunks are made; got {tuple(value.shape)}."
             )
 
 
 @dataclass
 class Blocks:
-    """The blocks of a batch of rows, once for each noise draw.
+    """The blocks of a batch of rows, repeated for each noise draw.
 
     x1: clean latents in the flow's space, (rows, blocks, chunks, latent).
     labels: tokens, (rows, blocks, chunks, chunk_size), -100 for padding.
-    starts: token at which each block of one draw starts, (blocks / draws,).
-    padded: whether any token is padding.
+    starts: first token of each block of one draw, (blocks / draws,).
+    padded: whether there is an attention mask.
     """
 
     x1: torch.Tensor
@@ -77,8 +104,19 @@ class Blocks:
         """Which chunks hold a token, (rows, blocks, chunks) bool."""
         return (self.labels >= 0).any(dim=-1)
 
+    def states_before(self, states: torch.Tensor, context_mask: torch.Tensor | None) -> torch.Tensor:
+        """The context's state before each block, (rows · blocks, hidden); zeros where `context_mask` hides it.
+
+        states: (rows, 1 + length, hidden).
+        """
+        draws = self.x1.shape[1] // len(self.starts)
+        before = states[:, self.starts].repeat(1, draws, 1)
+        if context_mask is not None:
+            before = before * context_mask.to(before).unsqueeze(-1)
+        return before.flatten(0, 1)
+
     def chunk_mask(self) -> torch.Tensor | None:
-        """Which chunks a block's others may see, (rows · blocks, chunks); None: all. A block of padding sees itself."""
+        """Chunks that may be attended to, (rows · blocks, chunks); None: all. In a block of padding alone all may."""
         if not self.padded or self.x1.shape[2] == 1:
             return None
         real = self.real()
@@ -110,9 +148,9 @@ def cut_blocks(
 
 
 def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) -> None:
-    """Adds the flow's and the decoder's losses to a `TokComOutput` with `clean_latents`.
+    """Adds the losses of the flow and of the decoder to a `TokComOutput` that has `clean_latents`.
 
-    t: (rows, blocks, chunks); chunks at t = 1 are given and count in no loss.
+    t: (rows, blocks, chunks); chunks at t = 1 are known and have no loss.
     """
     config, counted = model.config, blocks.real() & (t < 1.0)
     count = counted.sum().clamp(min=1)
@@ -121,7 +159,7 @@ def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) ->
     output.flow_loss = (velocity_weight(t) * error).sum() / count
     output.loss = config.mse_weight * output.flow_loss
     if config.cross_entropy_weight > 0:
-        # With nothing to predict one chunk stays, without a label: every parameter gets its (zero) gradient.
+        # Where no chunk counts, one stays without a label, so that every parameter has a (zero) gradient.
         kept = counted.clone()
         kept.view(-1)[0] |= ~counted.any()
         labels = blocks.labels.masked_fill(~counted.unsqueeze(-1), -100)[kept]
@@ -138,7 +176,7 @@ def add_head_losses(
     attention_mask: torch.LongTensor | None,
     starts: torch.LongTensor,
 ) -> None:
-    """Adds the losses of the context's heads: the next token's at every state, the later ones' where blocks start.
+    """Adds the losses of the context's heads: of the next token at every state, of the later tokens where blocks start.
 
     states: (rows, 1 + length, hidden).
     """
@@ -151,5 +189,5 @@ def add_head_losses(
         output.later_token_loss = model.context.cross_entropy(
             states[:, starts].reshape(-1, size), later.reshape(-1, chunk - 1), 1, chunk
         )
-        # The later tokens together weigh half of the next one, which also trains the states between blocks.
+        # Half the weight of the next token, whose loss trains the states between the starts of blocks, too.
         output.loss = output.loss + 0.5 * weight * output.later_token_loss

@@ -1,4 +1,4 @@
-"""Hands generated tokens to a streamer of transformers (TextStreamer, TextIteratorStreamer …) as they are finished."""
+"""Passes generated tokens to a streamer of transformers (TextStreamer, TextIteratorStreamer …) block by block."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .tokcom_generation_settings import GenerationSettings
 class TokenStream:
     """Puts the prompt first, then one token of every row at a time, as transformers' own `generate` does.
 
-    Tokens behind a row's end are `fill_id`; nothing follows the end of all rows. Without a streamer nothing happens.
+    After the end of a row its tokens are `fill_id`; after the end of all rows nothing is put. None as streamer does nothing.
     """
 
     def __init__(self, streamer: Any, settings: GenerationSettings):
@@ -21,7 +21,7 @@ class TokenStream:
         self.ended: torch.Tensor | None = None
 
     def start(self, prompt: torch.LongTensor) -> None:
-        """prompt: (rows, length), length 0 without one: a streamer that skips the prompt skips the first it gets."""
+        """prompt: (rows, length), also with length 0, because a streamer may be told to skip the first thing it gets."""
         self.ended = torch.zeros(len(prompt), dtype=torch.bool)
         if self.streamer is not None:
             self.streamer.put(prompt.cpu())
