@@ -1,7 +1,7 @@
 """`model_args` and `config` of the documented TokCom checkpoint, and the configurations that they stand for."""
 
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .models.configuration_tokcom import TokComConfig
@@ -60,7 +60,11 @@ class ModelArgs:
 
     def shape(self) -> dict[str, Any]:
         """Fields that `TokComVAEConfig` and `DenoisedModelConfig` share."""
-        return {name: value for name, value in asdict(self).items() if name not in ("vocab_size", "omni_token_id")}
+        return {
+            "hidden_size": self.hidden_size, "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads, "num_key_value_heads": self.num_key_value_heads,
+            "intermediate_size": self.intermediate_size, "rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta,
+        }  # fmt: skip
 
     def vae_config(self, chunk_size: int = 4) -> TokComVAEConfig:
         """Configuration of the documented VAE."""
