@@ -3,6 +3,7 @@
     python recipes/eval_token_pruning.py                                         # outputs/token_pruning
     python recipes/eval_token_pruning.py --task both                             # questions: accuracy; captions: BLEU
     python recipes/eval_token_pruning.py --model outputs/small_vlm --strategy divprune --keep 16
+    python recipes/eval_token_pruning.py --model outputs/small_vlm --strategy fastv --strategy_layer 1 --keep 16
     python recipes/eval_token_pruning.py --model llava-hf/llava-1.5-7b-hf --strategy visionzip --keep 192 \
         --eval_file val.jsonl --prompt "USER: <image>\n{question} ASSISTANT:"
 
@@ -22,6 +23,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
 from tokcom_hf.evaluation.pruning_answers import evaluate_mode, named_metrics
 from tokcom_hf.evaluation.pruning_prefill import time_modes
+from tokcom_hf.models.pruning_strategies import LAYER_STRATEGIES
 from tokcom_hf.plots.pruning import plot_kept_patches
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "eval_token_pruning.yaml"
@@ -36,6 +38,9 @@ class RunArguments:
     output_dir: str = field(default="outputs/eval_token_pruning", metadata={"help": "Folder of the reports."})
     strategy: str | None = field(default=None, metadata={"help": "Training-free strategy on an unpruned VLM."})
     keep: int | None = field(default=None, metadata={"help": "Vision tokens per image that the strategy keeps."})
+    strategy_layer: int | None = field(
+        default=None, metadata={"help": "Layer of the language model before which fastv removes tokens; 2 by default."}
+    )
     max_new_tokens: int = field(default=4, metadata={"help": "Longest answer."})
     caption_max_new_tokens: int = field(default=64, metadata={"help": "Longest caption (--task caption or both)."})
     batch_size: int = field(default=50, metadata={"help": "Questions per batch."})
@@ -86,8 +91,11 @@ def load_model(run: RunArguments) -> PrunedVLM:
         return AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype)
     if not run.strategy or not run.keep:
         raise RecipeError(f"{run.model} is an unpruned {kind}; name a --strategy and --keep.")
+    layer = {} if run.strategy_layer is None else {"strategy_layer": run.strategy_layer}
+    if layer and run.strategy not in LAYER_STRATEGIES:
+        raise RecipeError(f"--strategy_layer is for --strategy fastv; {run.strategy} works before the language model.")
     base = AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype)
-    return PrunedVLM.from_base(base.eval(), strategy=run.strategy, keep=run.keep).eval()
+    return PrunedVLM.from_base(base.eval(), strategy=run.strategy, keep=run.keep, **layer).eval()
 
 
 def print_table(table: dict, times: dict) -> None:

@@ -231,7 +231,7 @@ def test_foreign_and_broken_checkpoints(tmp_path):
         load_with(lfq_start_token_id=OLD - 1)
     with pytest.raises(ValueError, match="do not fit output_dim=5"):
         load_with(output_dim=5)
-    with pytest.raises(ValueError, match="least_significant_first"):
+    with pytest.raises(ValueError, match="bit_order='most_significant_first', which was removed"):
         load_with(bit_order="most_significant_first")
     with pytest.raises(OSError, match="set base_model_name_or_path in"):
         load_with(base_model_name_or_path=str(tmp_path / "moved"))

@@ -77,7 +77,7 @@ def test_divprune_prefers_the_odd_token_and_tome_merges_the_twins():
 @pytest.mark.parametrize("kind", ["simple", "question_aware", "fixed_pooling"])
 def test_merger_shapes_column_sums_and_norms(kind):
     torch.manual_seed(0)
-    merger = TokenMerger(TokenMergerConfig(**MERGER | {"merger_type": kind, "max_tokens": 8}))
+    merger = TokenMerger(TokenMergerConfig(**MERGER | {"merger_type": kind}))
     features, question = torch.randn(2, 16, 16), torch.randn(2, 5, 32)
     output = merger(features, question, torch.ones(2, 5))
     assert output.merged_features.shape == (2, 8, 16) and output.merge_weights.shape == (2, 16, 8)

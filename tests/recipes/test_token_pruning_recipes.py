@@ -60,8 +60,21 @@ def test_every_pruning_recipe_runs_on_what_the_one_before_left(tmp_path, monkeyp
     )
     evaluated = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert evaluated["keep_ratio_merge"] == pytest.approx(0.5) and evaluated["times"]["hard"]["prefill"] > 0
-    free = ["--model", vlm, "--strategy", "divprune", "--keep", 4, "--output_dir", tmp_path / "free"]
-    recipe(monkeypatch, "eval_token_pruning.py", *free, "--eval_questions", 20)
+    free = [
+        "--model",
+        vlm,
+        "--keep",
+        4,
+        "--output_dir",
+        tmp_path / "free",
+        "--eval_questions",
+        20,
+        "--strategy_layer",
+        1,
+    ]
+    recipe(monkeypatch, "eval_token_pruning.py", *free, "--strategy", "fastv")
+    layers = json.loads((tmp_path / "free" / "results.json").read_text())["hard"]["vision_tokens_per_layer"]
+    assert layers[0] == 16 and set(layers[1:]) == {4}
     search = ["--base_model", vlm, "--output_dir", tmp_path / "search", "--trials", 2]
     recipe(monkeypatch, "search_token_pruning.py", *search, *SMALL_RUN)
     assert set(json.loads((tmp_path / "search" / "best.json").read_text())["parameters"]) >= {"kl_weight"}

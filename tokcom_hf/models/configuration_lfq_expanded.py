@@ -8,9 +8,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .lfq_tokens import check_output_dim
 from .pipeline_files import PipelineTasks
+from .shared_removed_fields import take_removed
 
 INIT_METHODS = ("random", "zeros", "mean")
-BIT_ORDER = "least_significant_first"
+# Removed fields and their former defaults. Any other order of bits would permute every image.
+REMOVED = {"bit_order": "least_significant_first"}
 # What may build a base model; AutoModel serves remote code that registers no other.
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 
@@ -23,7 +25,6 @@ class LFQExpandedConfig(PreTrainedConfig):
     output_dim: bits of an LFQ code, 1 to 24; 2^output_dim ids are added.
     lfq_start_token_id: first new id, the number of embedding rows of the base model (which a padded vocabulary makes
         larger than its tokenizer); checked when a checkpoint is loaded.
-    bit_order: how bits make an id; only `least_significant_first` exists. Saved so that another order is refused.
     text_vocab_size: ids below it may be generated as text; `len(tokenizer)` keeps the padding rows of a padded
         vocabulary out of generated text. None: all ids below `lfq_start_token_id`.
 
@@ -47,7 +48,6 @@ class LFQExpandedConfig(PreTrainedConfig):
 
     output_dim: int = 16
     lfq_start_token_id: int = 0
-    bit_order: str = BIT_ORDER
     text_vocab_size: int | None = None
     embedding_init_method: str = "random"
     embedding_init_std: float | int = 0.02
@@ -59,6 +59,7 @@ class LFQExpandedConfig(PreTrainedConfig):
     base_included: bool = True
 
     def __post_init__(self, **kwargs):
+        take_removed(kwargs, REMOVED)
         self.custom_pipelines = PipelineTasks("lfq", kwargs.pop("custom_pipelines", None))
         check_output_dim(self.output_dim)
         # Not a field: it follows from two others. Another model's configuration, which names no LFQ id, is left to loading.
@@ -73,11 +74,6 @@ class LFQExpandedConfig(PreTrainedConfig):
             )
         if self.embedding_init_std < 0:
             raise ValueError(f"embedding_init_std must be >= 0, got {self.embedding_init_std}.")
-        if self.bit_order != BIT_ORDER:
-            raise ValueError(
-                f"This checkpoint numbers its LFQ tokens with bit_order={self.bit_order!r}; only {BIT_ORDER!r} "
-                "(bit 0 least significant) is known, and reading it otherwise would permute every image."
-            )
         if self.text_vocab_size is not None and not 0 < self.text_vocab_size <= self.lfq_start_token_id:
             raise ValueError(
                 f"text_vocab_size={self.text_vocab_size} must be 1 to the {self.lfq_start_token_id} rows of the base "

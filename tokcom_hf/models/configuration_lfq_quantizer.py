@@ -5,7 +5,18 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .shared_removed_fields import take_removed
+
 MAX_OUTPUT_DIM = 24
+# Removed fields and their former defaults, which modeling_lfq_quantizer.py holds as constants.
+REMOVED = {
+    "rope_theta": 10000.0,
+    "layer_norm_eps": 1e-6,
+    "norm_groups": 1,
+    "entropy_temperature": 0.25,
+    "reconstruction_weight": 1.0,
+    "entropy_weight": 0.1,
+}
 
 
 @strict
@@ -21,17 +32,10 @@ class LFQConfig(PreTrainedConfig):
     Encoder:
         variant: `transformer` reads all features of an image together; `linear` is one projection of each feature.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: of the transformer.
-        rope_theta: base of the 2-D rotary positions: half of each head's pairs turn with the row, half with the column.
         qk_norm: RMS-normalise queries and keys per head.
-        layer_norm_eps: of every normalisation.
 
     Codes:
         group_norm: normalise the bits' logits of an image, without learned scale and shift, before their sign is taken.
-        norm_groups: groups of bits that share a mean and a variance; it divides output_dim.
-        entropy_temperature: the entropy loss sees sigmoid(logit / entropy_temperature); below 1 it asks for clear bits.
-
-    Losses (of `.loss`; a trainer may weigh them by itself):
-        reconstruction_weight, entropy_weight.
     """
 
     model_type = "tokcom_lfq"
@@ -45,22 +49,17 @@ class LFQConfig(PreTrainedConfig):
     num_hidden_layers: int = 16
     num_attention_heads: int = 16
     intermediate_size: int = 4096
-    rope_theta: float | int = 10000.0
     qk_norm: bool = True
-    layer_norm_eps: float = 1e-6
     group_norm: bool = True
-    norm_groups: int = 1
-    entropy_temperature: float | int = 0.25
-    reconstruction_weight: float | int = 1.0
-    entropy_weight: float | int = 0.1
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        take_removed(kwargs, REMOVED)
         if not 1 <= self.output_dim <= MAX_OUTPUT_DIM:
             raise ValueError(f"output_dim must be 1 to {MAX_OUTPUT_DIM} bits, got {self.output_dim}.")
         if self.variant not in ("transformer", "linear"):
             raise ValueError(f"variant must be transformer or linear, got {self.variant!r}.")
-        sizes = ["input_size", "llm_hidden_size", "norm_groups"]
+        sizes = ["input_size", "llm_hidden_size"]
         if self.variant == "transformer":
             sizes += ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
         for name in sizes:
@@ -71,18 +70,11 @@ class LFQConfig(PreTrainedConfig):
                 "hidden_size must be a multiple of 4 · num_attention_heads (2-D rotary positions take four numbers at "
                 f"a time), got hidden_size={self.hidden_size} and num_attention_heads={self.num_attention_heads}."
             )
-        if self.output_dim % self.norm_groups:
-            raise ValueError(f"norm_groups {self.norm_groups} must divide output_dim {self.output_dim}.")
         if self.num_tokens is not None:
             if self.num_tokens < 1:
                 raise ValueError(f"num_tokens must be at least 1, got {self.num_tokens}.")
             if self.variant == "transformer" and math.isqrt(self.num_tokens) ** 2 != self.num_tokens:
                 raise ValueError(f"num_tokens must be a square number, as an image's grid is, got {self.num_tokens}.")
-        if self.entropy_temperature <= 0:
-            raise ValueError(f"entropy_temperature must be positive, got {self.entropy_temperature}.")
-        for name in ("reconstruction_weight", "entropy_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         super().__post_init__(**kwargs)
 
     @property

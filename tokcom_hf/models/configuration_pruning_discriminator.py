@@ -3,6 +3,11 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .shared_removed_fields import take_removed
+
+# Removed fields and their former defaults.
+REMOVED = {"spectral_norm": True}
+
 
 @strict
 class PruningDiscriminatorConfig(PreTrainedConfig):
@@ -11,7 +16,7 @@ class PruningDiscriminatorConfig(PreTrainedConfig):
     hidden_size: the language model's width.
     layers: which hidden states it reads, counted from the end (the documented -1, -3, -5).
     internal_size: width of its layers.
-    spectral_norm: bounds every layer's Lipschitz constant, which steadies adversarial training.
+    dropout: of the first hidden layer.
     """
 
     model_type = "tokcom_pruning_discriminator"
@@ -19,11 +24,11 @@ class PruningDiscriminatorConfig(PreTrainedConfig):
     hidden_size: int = 4096
     layers: list[int] | None = None
     internal_size: int = 512
-    spectral_norm: bool = True
     dropout: float | int = 0.1
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        take_removed(kwargs, REMOVED)
         if self.layers is None:
             self.layers = [-1, -3, -5]
         if not self.layers or any(layer >= 0 for layer in self.layers):

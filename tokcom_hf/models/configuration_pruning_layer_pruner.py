@@ -3,6 +3,11 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .shared_removed_fields import take_removed
+
+# Removed fields and their former defaults.
+REMOVED = {"min_tokens": 1}
+
 
 @strict
 class LayerPrunerConfig(PreTrainedConfig):
@@ -20,7 +25,6 @@ class LayerPrunerConfig(PreTrainedConfig):
         pruner_type: `cross_attention` (vision tokens attend to the question) or `simple` (tokens by themselves).
         selection: `topk` keeps exactly the budget; `threshold` keeps what has probability > 0.5, so that easy images
             keep less.
-        min_tokens: tokens that every image keeps at least.
         architecture: `normalized` heads have LayerNorms and a residual connection around the attention; `documented` ones
             have neither, and their masks are Gumbel-softmax([0, logit] / temperature) with noise of scale 1.
         internal_size, num_attention_heads: shape of the heads.
@@ -38,7 +42,6 @@ class LayerPrunerConfig(PreTrainedConfig):
     selection: str = "topk"
     keep_tokens: list[int] | None = None
     keep_ratio: float | int | list[float | int] = 0.5
-    min_tokens: int = 1
     architecture: str = "normalized"
     internal_size: int = 512
     scorer_size: int | None = None
@@ -48,6 +51,7 @@ class LayerPrunerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        take_removed(kwargs, REMOVED)
         if self.layers is None:
             self.layers = [10, 20, 31]
         if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:

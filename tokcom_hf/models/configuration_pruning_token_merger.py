@@ -5,6 +5,11 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .shared_removed_fields import take_removed
+
+# Removed fields and their former defaults.
+REMOVED = {"max_tokens": 576}
+
 
 @strict
 class TokenMergerConfig(PreTrainedConfig):
@@ -37,7 +42,6 @@ class TokenMergerConfig(PreTrainedConfig):
     Shape:
         internal_size, num_attention_heads: of the scorer and of the similarity space.
         scorer_size: hidden width of the scorer; `internal_size` where None.
-        max_tokens: learned queries that `fixed_pooling` holds.
         initial_scale: of the cosine similarities that spread tokens over centres.
         gumbel_noise: draw the centres at random, around the scores, while training.
     """
@@ -57,12 +61,12 @@ class TokenMergerConfig(PreTrainedConfig):
     internal_size: int = 512
     scorer_size: int | None = None
     num_attention_heads: int = 4
-    max_tokens: int = 576
     initial_scale: float | int = 20.0
     gumbel_noise: bool = True
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        take_removed(kwargs, REMOVED)
         if self.merger_type not in ("simple", "question_aware", "fixed_pooling"):
             raise ValueError(f"merger_type must be simple, question_aware or fixed_pooling, got {self.merger_type!r}.")
         if self.architecture not in ("normalized", "documented"):

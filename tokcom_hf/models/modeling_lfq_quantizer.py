@@ -25,6 +25,12 @@ from .shared_layers import eager_attention
 from .shared_strict_loading import StrictLoading
 from .vqgan_code_search import all_reduce, world_size
 
+NORM_EPS = 1e-6
+ROPE_THETA = 10000.0
+# The entropy loss sees sigmoid(logit / temperature): below 1 it asks for clear bits.
+ENTROPY_TEMPERATURE = 0.25
+# Of the entropy loss in `.loss`, beside the reconstruction loss.
+ENTROPY_WEIGHT = 0.1
 WHITENING_FLOOR = 0.3  # share of the mean variance; directions of much less variance count as noise and stay faint
 
 
@@ -98,7 +104,7 @@ class LFQAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        norm = lambda: nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()  # noqa: E731
+        norm = lambda: nn.RMSNorm(self.head_dim, eps=NORM_EPS) if config.qk_norm else nn.Identity()  # noqa: E731
         self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, hidden_states: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -120,9 +126,9 @@ class LFQBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LFQConfig):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
         self.attention = LFQAttention(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
         self.mlp = nn.Sequential(
             nn.Linear(config.hidden_size, config.intermediate_size),
             nn.GELU(),
@@ -150,13 +156,13 @@ class LFQQuantizer(StrictLoading):
 
     def __init__(self, config: LFQConfig):
         super().__init__(config)
-        self.input_norm = nn.LayerNorm(config.input_size, eps=config.layer_norm_eps)
+        self.input_norm = nn.LayerNorm(config.input_size, eps=NORM_EPS)
         width = config.input_size
         if config.variant == "transformer":
             width = config.hidden_size
             self.input_proj = nn.Linear(config.input_size, width)
             self.blocks = nn.ModuleList(LFQBlock(config) for _ in range(config.num_hidden_layers))
-            self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.output_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.to_bits = nn.Linear(width, config.output_dim)
         self.from_bits = nn.Sequential(
             nn.Linear(config.output_dim, config.llm_hidden_size),
@@ -185,7 +191,7 @@ class LFQQuantizer(StrictLoading):
         if self.config.variant == "transformer":
             hidden_states = self.input_proj(hidden_states)
             head_dim = self.config.hidden_size // self.config.num_attention_heads
-            positions = rotary_2d(grid, head_dim, self.config.rope_theta, hidden_states.device, hidden_states.dtype)
+            positions = rotary_2d(grid, head_dim, ROPE_THETA, hidden_states.device, hidden_states.dtype)
             for block in self.blocks:
                 hidden.append(hidden_states)
                 hidden_states = block(hidden_states, positions)
@@ -196,8 +202,7 @@ class LFQQuantizer(StrictLoading):
         logits = self.to_bits(hidden_states).float()
         if self.config.group_norm:
             with torch.autocast(logits.device.type, enabled=False):
-                groups, eps = self.config.norm_groups, self.config.layer_norm_eps
-                logits = F.group_norm(logits.transpose(1, 2), groups, eps=eps).transpose(1, 2)
+                logits = F.group_norm(logits.transpose(1, 2), 1, eps=NORM_EPS).transpose(1, 2)
         return logits
 
     @torch.no_grad()
@@ -309,13 +314,12 @@ class LFQQuantizer(StrictLoading):
     def _losses(self, logits, embeddings, features, targets) -> dict[str, torch.Tensor]:
         """The losses and entropies of `LFQQuantizerOutput`, by name."""
         with torch.autocast(logits.device.type, enabled=False):
-            scaled = logits.flatten(0, 1) / self.config.entropy_temperature
+            scaled = logits.flatten(0, 1) / ENTROPY_TEMPERATURE
             per_sample, batch = factorised_entropy(scaled, across_ranks=self.training)
             entropy_loss = (per_sample - batch) / (self.config.output_dim * math.log(2))
             reconstruction_loss = self._reconstruction_loss(embeddings, features, targets)
         return {
-            "loss": self.config.reconstruction_weight * reconstruction_loss
-            + self.config.entropy_weight * entropy_loss,
+            "loss": reconstruction_loss + ENTROPY_WEIGHT * entropy_loss,
             "entropy_loss": entropy_loss,
             "reconstruction_loss": reconstruction_loss,
             "sample_entropy": per_sample.detach(),

@@ -37,15 +37,14 @@ class PruningDiscriminator(StrictLoading):
 
     def _network(self) -> nn.Sequential:
         config = self.config
-        wrap = spectral_norm if config.spectral_norm else (lambda module: module)
         return nn.Sequential(
             nn.LayerNorm(config.hidden_size, elementwise_affine=False),
-            wrap(nn.Linear(config.hidden_size, config.internal_size)),
+            spectral_norm(nn.Linear(config.hidden_size, config.internal_size)),
             nn.LeakyReLU(0.2),
             nn.Dropout(config.dropout),
-            wrap(nn.Linear(config.internal_size, config.internal_size)),
+            spectral_norm(nn.Linear(config.internal_size, config.internal_size)),
             nn.LeakyReLU(0.2),
-            wrap(nn.Linear(config.internal_size, 1)),
+            spectral_norm(nn.Linear(config.internal_size, 1)),
         )
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -60,9 +59,7 @@ class PruningDiscriminator(StrictLoading):
     def reinitialize(self) -> None:
         """Draws all weights anew, for the documented re-initialisation."""
         for module in self.modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if is_parametrized(module):
+            if isinstance(module, nn.Linear):
                 # Its `weight` is computed anew at every reading: only the tensor behind it can be drawn.
                 weight = module.parametrizations.weight.original
                 fresh = nn.Linear(module.in_features, module.out_features, device=weight.device, dtype=weight.dtype)
@@ -70,8 +67,6 @@ class PruningDiscriminator(StrictLoading):
                 module.bias.copy_(fresh.bias)
                 for _ in range(POWER_ITERATIONS):
                     module.weight  # noqa: B018 (each reading in training is a power iteration towards the new norm)
-            else:
-                module.reset_parameters()
 
     def forward(
         self, hidden_states: list[torch.Tensor], answer_mask: torch.Tensor, return_dict: bool | None = None

@@ -125,7 +125,7 @@ class LayerPruner(StrictLoading):
             target = target + wanted
             if self.config.selection == "threshold":
                 # Above the threshold, or the image's best tokens where too few are: no image goes without any.
-                at_least = members.sum(-1).clamp(max=max(1, self.config.min_tokens))
+                at_least = members.sum(-1).clamp(max=1)
                 chosen = members & ((noisy > 0) | _top(noisy, members, at_least)[0])
                 keep |= chosen
                 continue
@@ -147,7 +147,7 @@ class LayerPruner(StrictLoading):
             wanted = (self.config.keep_ratios[place] * tokens).round().long()
         else:
             wanted = torch.full_like(tokens, self.config.keep_tokens[place])
-        return torch.minimum(wanted.clamp(min=self.config.min_tokens), tokens)
+        return torch.minimum(wanted.clamp(min=1), tokens)
 
 
 def _straight_through(keep: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

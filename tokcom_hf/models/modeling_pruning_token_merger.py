@@ -22,6 +22,8 @@ from .shared_strict_loading import StrictLoading
 # `confidence` is this many times smaller than the logit of its probability, so that learning rates of 2e-5 (a logit in 500
 # steps) and of 2e-3 both move it.
 CONFIDENCE_SCALE = 100.0
+# Learned queries of `fixed_pooling`: as many as LLaVA-1.5's image has tokens.
+MAX_QUERIES = 576
 
 
 @dataclass
@@ -79,7 +81,7 @@ class TokenMerger(StrictLoading):
         if config.merger_type == "question_aware":
             self.question_attention = QuestionAttention(config)
         if config.merger_type == "fixed_pooling":
-            self.queries = nn.Parameter(torch.empty(config.max_tokens, size))
+            self.queries = nn.Parameter(torch.empty(MAX_QUERIES, size))
         scored = size if hasattr(self, "feature_proj") else config.feature_size
         if config.merger_type != "fixed_pooling":
             self.scorer = nn.Sequential(nn.Linear(scored, hidden), nn.GELU(), nn.Linear(hidden, 1))
@@ -269,8 +271,11 @@ class TokenMerger(StrictLoading):
         return gate.gather(-1, order), alive.gather(-1, order)
 
     def _pool(self, features, tokens, pooled, count, guide):
-        if count > self.config.max_tokens:
-            raise ValueError(f"fixed_pooling holds max_tokens={self.config.max_tokens} queries, {count} are needed.")
+        if count > MAX_QUERIES:
+            raise ValueError(
+                f"fixed_pooling has {MAX_QUERIES} learned queries, one per merged token, and {count} are wanted; lower "
+                "target_merge_tokens or merge_ratio."
+            )
         queries = F.normalize((self.queries[:count] + pooled[:, None]).float(), dim=-1)
         units = F.normalize(self.similarity_proj(tokens).float(), dim=-1)
         logits = self.log_scale.exp() * units @ queries.transpose(1, 2)
