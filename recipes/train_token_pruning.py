@@ -223,7 +223,7 @@ def build_model(base, run: RunArguments, values, parts: dict | None = None) -> P
     if run.strategy:
         return PrunedVLM.from_base(base, strategy=run.strategy, keep=run.keep)
     probe = PrunedVLM.from_base(base)
-    width, features = probe.adapter.text_config.hidden_size, probe.adapter.feature_size
+    width, features = probe.family.text_config.hidden_size, probe.family.feature_size
     merger = pruner = None
     if run.merger:
         info("Creating Token Merger...")
@@ -243,7 +243,7 @@ def build_discriminator(model: PrunedVLM, args, values, parts: dict | None = Non
     if args.adversarial_weight <= 0:
         return None
     info("Creating Discriminator...")
-    width = model.adapter.text_config.hidden_size
+    width = model.family.text_config.hidden_size
     config = PruningDiscriminatorConfig(**values["discriminator"] | {"hidden_size": width})
     state = (parts or {}).get("discriminator")
     return PruningDiscriminator(config) if state is None else convert_discriminator(state, config)

@@ -62,7 +62,7 @@ def main() -> None:
     model = build(run, layers, "eager" if run.device == "meta" else "sdpa", run.device)
     torch.set_default_dtype(torch.float32)
     ids = torch.full((1, 576 + run.text_tokens), 5, device=run.device)
-    ids[0, 4:580] = model.adapter.image_token_id
+    ids[0, 4:580] = model.family.image_token_id
     batch = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -119,7 +119,7 @@ def train(run: RunArguments, values: dict, processor, out: Path) -> PrunedVLM:
     set_seed(run.seed)
     base = AutoModelForImageTextToText.from_pretrained(run.base_model)
     probe = PrunedVLM.from_base(base)
-    width, features = probe.adapter.text_config.hidden_size, probe.adapter.feature_size
+    width, features = probe.family.text_config.hidden_size, probe.family.feature_size
     model = PrunedVLM.from_base(
         base,
         TokenMergerConfig(**values["merger"] | {"feature_size": features, "question_size": width}),

@@ -106,7 +106,7 @@ class Comparison:
     def heads(self, merger: bool, pruners: bool) -> PrunedVLM:
         base = self.base()
         probe = PrunedVLM.from_base(base)
-        width, features = probe.adapter.text_config.hidden_size, probe.adapter.feature_size
+        width, features = probe.family.text_config.hidden_size, probe.family.feature_size
         first = TokenMergerConfig(**self.values["merger"] | {"feature_size": features, "question_size": width})
         second = LayerPrunerConfig(**self.values["pruner"] | {"hidden_size": width})
         return PrunedVLM.from_base(base, first if merger else None, second if pruners else None)
@@ -127,7 +127,7 @@ class Comparison:
         args = TokenPruningTrainingArguments(**arguments)
         discriminator = None
         if args.adversarial_weight > 0:
-            width = model.adapter.text_config.hidden_size
+            width = model.family.text_config.hidden_size
             config = PruningDiscriminatorConfig(**self.values["discriminator"] | {"hidden_size": width})
             discriminator = PruningDiscriminator(config)
         trainer = TokenPruningTrainer(

@@ -100,7 +100,7 @@ def prompt_of(family):
 def guided(base, **options):
     probe = PrunedVLM.from_base(base)
     config = TokenMergerConfig(
-        feature_size=probe.adapter.feature_size, question_size=32, target_merge_tokens=3, internal_size=16,
+        feature_size=probe.family.feature_size, question_size=32, target_merge_tokens=3, internal_size=16,
         attention_guided="question", **options,
     )  # fmt: skip
     torch.manual_seed(1)
@@ -163,7 +163,7 @@ def test_the_guidance_of_every_family_is_its_own_attention_from_text_to_image(fa
         output = model(**inputs, pruning_mode="soft")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     loss = guidance_loss(model, read, said, output.kept_index, ids, mask)
-    share = read_share(read, real & (ids != model.adapter.image_token_id))[ids == model.adapter.image_token_id]
+    share = read_share(read, real & (ids != model.family.image_token_id))[ids == model.family.image_token_id]
     by_image = dict(enumerate(share.split(model.image_tokens)))
     total = 0.0
     for scores in said["merger"]:

@@ -108,7 +108,7 @@ def test_attentions_are_refused_in_words(model):
 def test_the_attention_implementation_reaches_the_base(model, tmp_path):
     inputs = batch("llava", images=(1, 2))
     fused = model(**inputs).logits
-    assert model.adapter.text_config._attn_implementation == "sdpa"
+    assert model.family.text_config._attn_implementation == "sdpa"
     model.base.lm_head.weight.data[0] += 1.0  # so that the base is stored beside the heads
     model.save_pretrained(tmp_path)
     model.base.lm_head.weight.data[0] -= 1.0
@@ -116,7 +116,7 @@ def test_the_attention_implementation_reaches_the_base(model, tmp_path):
     assert eager.base.model.vision_tower.config._attn_implementation == "eager"
     torch.testing.assert_close(eager(**inputs).logits[..., 1:], fused[..., 1:], atol=1e-5, rtol=1e-5)
     eager.set_attn_implementation("sdpa")
-    assert eager.adapter.text_config._attn_implementation == "sdpa"
+    assert eager.family.text_config._attn_implementation == "sdpa"
     torch.testing.assert_close(eager(**inputs).logits[..., 1:], fused[..., 1:], atol=1e-5, rtol=1e-5)
 
 

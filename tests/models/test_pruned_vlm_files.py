@@ -271,7 +271,7 @@ def test_a_reference_is_another_plain_vlm_and_is_named_by_what_it_was(vlm, tmp_p
 
 def test_loading_options_reach_the_base_or_raise(vlm, tmp_path):
     model = with_heads(Path(vlm), dtype=torch.bfloat16, attn_implementation="eager", device_map={"": "cpu"})
-    assert model.base.dtype == torch.bfloat16 and model.adapter.text_config._attn_implementation == "eager"
+    assert model.base.dtype == torch.bfloat16 and model.family.text_config._attn_implementation == "eager"
     assert {p.dtype for p in model.token_merger.parameters()} == {torch.float32}
     for loaded in (vlm, AutoModelForImageTextToText.from_pretrained(vlm)):
         with pytest.raises(TypeError, match="'strateg'"):
@@ -353,7 +353,7 @@ def test_trust_in_a_model_is_no_trust_in_its_base_and_the_base_has_a_revision(vl
         base.config.name_or_path = name
         return base
 
-    for module in ("modeling_pruned_vlm", "pruning_files"):
+    for module in ("pruning_building", "pruning_files"):
         monkeypatch.setattr(f"tokcom_hf.models.{module}.load_base", from_hub)
     model = with_heads("someone/vlm", revision="v1", token="secret")
     assert asked == {"name": "someone/vlm", "revision": "v1", "token": "secret"}

@@ -27,7 +27,7 @@ def pruned(family, attention="sdpa", tokens=(9, 4), layers=(1, 3), **options):
 
 def true_positions(model, inputs):
     images = {k: v for k, v in inputs.items() if k == "image_grid_thw"}
-    return model.adapter.positions(inputs["input_ids"], inputs["attention_mask"], images)
+    return model.family.positions(inputs["input_ids"], inputs["attention_mask"], images)
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def masked_reference(model, inputs, kept_index, new_ids):
         return torch.zeros(len(ids), 1, length, length).masked_fill(~both[:, None], torch.finfo(torch.float32).min)
 
     handles = []
-    for layer, index in zip(model.adapter.text_model.layers, kept_index):
+    for layer, index in zip(model.family.text_model.layers, kept_index):
 
         def swap(module, args, kwargs, index=index):
             return args, kwargs | {"attention_mask": layer_mask(index)}

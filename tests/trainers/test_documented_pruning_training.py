@@ -76,7 +76,7 @@ def test_evaluation_statistics_are_over_vision_tokens(run):
             output = model(**rows, pruning_mode="soft")
             for place, layer in enumerate((1, 3)):
                 index = output.kept_index[layer]
-                vision = (rows["input_ids"] == model.adapter.image_token_id).gather(1, index.clamp(min=0)) & (
+                vision = (rows["input_ids"] == model.family.image_token_id).gather(1, index.clamp(min=0)) & (
                     index >= 0
                 )
                 masks.append(output.soft_masks[place][vision])

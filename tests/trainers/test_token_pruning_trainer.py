@@ -121,7 +121,7 @@ def test_guidance_raises_what_the_text_reads(tmp_path):
     trainer = make_trainer(tmp_path, guidance_weight=1.0, adversarial_weight=0.0, max_steps=2)
     before = fingerprint_of_heads(trainer)
     trainer.train()
-    assert trainer.model.adapter.text_config._attn_implementation == "sdpa"
+    assert trainer.model.family.text_config._attn_implementation == "sdpa"
     assert any(not torch.equal(a, b) for a, b in zip(before, fingerprint_of_heads(trainer)))
     logged = [line for line in trainer.state.log_history if "layer_pruners/guidance_loss" in line]
     assert logged and all(line["layer_pruners/guidance_loss"] > 0 for line in logged)

@@ -6,39 +6,34 @@ mode the others are removed from hidden states, masks and KV cache; positions of
 """
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .configuration_pruned_vlm import PrunedVLMConfig, checked_mode
 from .configuration_pruning_layer_pruner import LayerPrunerConfig
 from .configuration_pruning_token_merger import TokenMergerConfig
 from .modeling_pruning_layer_pruner import LayerPruner
 from .modeling_pruning_token_merger import TokenMerger
-from .pruning_checks import check_cached_turn, check_generation, check_stages, refuse_attentions
-from .pruning_decoder import decode, run_layers
-from .pruning_families import adapter_for
-from .pruning_files import load_base, load_pruned_vlm, save_pruned_vlm
+from .pruning_building import STRATEGY_OPTIONS, config_around, given_or_loaded
+from .pruning_checks import check_cached_turn, check_call, check_generation, check_stages
+from .pruning_decoder import decode, run_prompt
+from .pruning_families import family_of
+from .pruning_files import load_pruned_vlm, save_pruned_vlm
 from .pruning_output import PrunedVLMOutput
-from .pruning_prompt import VisionReduction
+from .pruning_prompt import image_inputs, prepare_prompt
 from .pruning_report import LastPrompt, token_report
-from .pruning_stream import Prompt, PrunedCache
+from .pruning_stream import PrunedCache, cache_for
+from .shared_around_base import AroundBase
 from .shared_cache_name import CACHE, one_cache
-from .shared_wrapped_base import check_ids, computed_buffers_kept
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.
     from .pipeline_pruned_vlm import PrunedImageTextToTextPipeline  # noqa: F401
 
 
-class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
+class PrunedVLM(AroundBase, GenerationMixin):
     """A VLM, its pruning stages and a mode."""
 
     config: PrunedVLMConfig
@@ -46,36 +41,22 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
     accepts_loss_kwargs = False
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
     # Trained at small learning rates, which bfloat16 weights would mostly round away.
     _keep_in_fp32_modules_strict = ["token_merger", "layer_pruner"]
 
     def __init__(self, config: PrunedVLMConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
-        if base is None:
-            attention = config._attn_implementation
-            options = {} if attention in (None, "sdpa") else {"attn_implementation": attention}
-            base = AutoModelForImageTextToText.from_config(
-                config.make_base_config(), dtype=torch.get_default_dtype(), **options
-            )
-        else:
-            # Its weights are there already: `post_init` must not draw them again.
-            for module in base.modules():
-                module._is_hf_initialized = True
-        self.base = base
-        self.adapter = adapter_for(base)
-        self.token_merger = self.layer_pruner = None
+        base = self.set_base(base, AutoModelForImageTextToText)
+        self.family = family_of(base)
+        self.token_merger: TokenMerger | None = None
+        self.layer_pruner: LayerPruner | None = None
         if config.token_merger is not None:
             self.token_merger = TokenMerger(TokenMergerConfig(**config.token_merger))
         if config.layer_pruner is not None:
             self.layer_pruner = LayerPruner(LayerPrunerConfig(**config.layer_pruner))
         check_stages(self)
-        self.generation_config = base.generation_config
         self.temperature = 0.1
-        self._last_prompt = LastPrompt()
+        self.last_prompt = LastPrompt()
         self.post_init()
 
     # ------------------------------------------------------------------ building, saving, loading
@@ -88,10 +69,8 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         strategy: str | None = None,
         keep: int | None = None,
         *,
-        strategy_layer: int = 2,
-        strategy_seed: int = 0,
         pruning_mode: str = "hard",
-        **loading,
+        **options,
     ) -> "PrunedVLM":
         """Wraps a VLM.
 
@@ -100,41 +79,26 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
             token_merger, layer_pruner: the learned stages, as modules or configurations (fresh weights, in float32
                 whatever the VLM's precision, so that small learning rates move them).
             strategy, keep: a training-free strategy and the tokens it leaves per image.
-            strategy_layer, strategy_seed, pruning_mode: see `PrunedVLMConfig`.
-            loading: where `model` is a name, options of `from_pretrained` for it: `dtype`, `device_map`,
-                `attn_implementation`, `revision`, `token`, `trust_remote_code`, ...
+            pruning_mode: see `PrunedVLMConfig`.
+            options: `strategy_layer` and `strategy_seed`, see there; and, where `model` is a name, options of
+                `from_pretrained` for it: `dtype`, `device_map`, `attn_implementation`, `revision`, `token`, ...
 
         Raises:
             TypeError: a keyword that is not known, or loading options for a model that is loaded already.
             ValueError: a family that is not supported, or stages that do not fit the VLM.
         """
-        if isinstance(model, str | os.PathLike):
-            model = load_base(model, **loading)
-        elif loading:
-            raise TypeError(
-                f"PrunedVLM.from_base does not take {', '.join(map(repr, sorted(loading)))} with a loaded model; "
-                "options of loading go with the name of a model."
-            )
-        adapter_for(model)
-        config = PrunedVLMConfig(
-            base_model_name_or_path=model.config.name_or_path or None,
-            base_revision=loading.get("revision") or getattr(model.config, "_commit_hash", None),
-            base_config=model.config.to_dict(),
-            token_merger=_as_dict(token_merger),
-            layer_pruner=_as_dict(layer_pruner),
-            strategy=strategy,
-            keep=keep,
-            strategy_layer=strategy_layer,
-            strategy_seed=strategy_seed,
-            pruning_mode=pruning_mode,
-        )
-        pruned = cls(config, base=model)
+        settings = {name: options[name] for name in STRATEGY_OPTIONS if name in options}
+        loading = {name: value for name, value in options.items() if name not in settings}
+        base = given_or_loaded(model, loading)
+        settings |= {"strategy": strategy, "keep": keep, "pruning_mode": pruning_mode}
+        config = config_around(base, loading.get("revision"), token_merger, layer_pruner, **settings)
+        pruned = cls(config, base=base)
         for name, part in (("token_merger", token_merger), ("layer_pruner", layer_pruner)):
             if isinstance(part, PreTrainedModel):
                 setattr(pruned, name, part)
             elif part is not None:
                 getattr(pruned, name).to(device=pruned.head_device, dtype=torch.float32)
-        return pruned.train(model.training)
+        return pruned.train(base.training)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -145,7 +109,7 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         """
         return load_pruned_vlm(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, include_base: bool | None = None, **kwargs):
+    def save_pretrained(self, save_directory, include_base: bool | None = None, **kwargs):  # type: ignore[override]  # ours first
         """Saves the heads with a reference to the base, or everything.
 
         Args:
@@ -166,27 +130,11 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
     def pruning_mode(self, mode: str) -> None:
         self.config.pruning_mode = checked_mode(mode)
 
-    def get_input_embeddings(self):
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.base.set_input_embeddings(value)
-
-    def get_output_embeddings(self):
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings):
-        self.base.set_output_embeddings(new_embeddings)
-
     def resize_token_embeddings(self, *args, **kwargs):
         """Resizes the base model's input embeddings and head; arguments as in transformers."""
         table = self.base.resize_token_embeddings(*args, **kwargs)
         self.config.base_config = self.base.config.to_dict()
         return table
-
-    def _apply(self, *args, **kwargs):
-        with computed_buffers_kept(self):
-            return super()._apply(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:
@@ -196,26 +144,24 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
     @property
     def head_device(self) -> torch.device:
         """Where the heads and the prompt are: the device on which the base embeds its tokens."""
-        table = self.base.get_input_embeddings()
+        table: Any = self.base.get_input_embeddings()
         device = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
         return table.weight.device if device is None else torch.device(device)
 
-    def gradient_checkpointing_enable(self, *args, **kwargs):
-        self.base.gradient_checkpointing_enable(*args, **kwargs)
-
-    def gradient_checkpointing_disable(self):
-        self.base.gradient_checkpointing_disable()
-
     def token_report(self) -> dict:
-        """Tokens per layer, FLOPs and KV memory of this thread's last prompt; see `token_report.token_report`."""
-        if self._last_prompt.report is None:
+        """Tokens per layer, FLOPs and KV memory of this thread's last prompt; see `pruning_report.token_report`.
+
+        Raises:
+            ValueError: this thread has run no prompt yet.
+        """
+        if self.last_prompt.record is None:
             raise ValueError("token_report() describes the last prompt; run the model or generate first.")
-        return token_report(self, **self._last_prompt.report)
+        return token_report(self, self.last_prompt.record)
 
     @property
     def image_tokens(self) -> list[int]:
         """Unpruned vision tokens of every image in this thread's last prompt."""
-        return [] if self._last_prompt.report is None else self._last_prompt.report["image_tokens"]
+        return [] if self.last_prompt.record is None else self.last_prompt.record.image_tokens
 
     # ------------------------------------------------------------------ the decoder
     def forward(
@@ -258,71 +204,31 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
             ValueError: images or a mode for a cached turn, videos, `output_attentions`, images that do not match the
                 prompt's placeholders.
         """
-        refuse_attentions(self.config.output_attentions if output_attentions is None else output_attentions)
+        check_call(self.config, input_ids, output_attentions)
+        images = image_inputs(
+            pixel_values, image_sizes, image_grid_thw, batch_num_images, pixel_values_videos, video_grid_thw
+        )
+        cache = cache_for(one_cache(cache, past_key_values), use_cache)
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        images = {
-            "pixel_values": pixel_values,
-            "image_sizes": image_sizes,
-            "image_grid_thw": image_grid_thw,
-            "batch_num_images": batch_num_images,
-            "pixel_values_videos": pixel_values_videos,
-            "video_grid_thw": video_grid_thw,
-        }
-        if input_ids is None:
-            raise ValueError("PrunedVLM needs input_ids: it finds the images by their placeholders.")
-        check_ids(input_ids)
-        cache = one_cache(cache, past_key_values)
-        if cache is None and use_cache:
-            cache = PrunedCache()
-        if cache is not None and not isinstance(cache, PrunedCache):
-            raise TypeError(f"PrunedVLM needs a PrunedCache (or use_cache=True), got {type(cache).__name__}.")
         states: list | None = [] if wants_states else None
-        collected: dict = {}
         if cache is not None and cache.segments:
             check_cached_turn(cache, images, pruning_mode, use_cache)
-            embedded = self.get_input_embeddings()(input_ids)
-            hidden = decode(self.adapter, embedded, cache, attention_mask, position_ids, states)
+            hidden, told = decode(self, input_ids, cache, attention_mask, position_ids, states)
         else:
             mode = self.pruning_mode if pruning_mode is None else checked_mode(pruning_mode)
-            if cache is not None and cache.prompt is not None:
-                prompt, cache.prompt = cache.prompt.repeat(len(input_ids)), None
-            else:
-                prompt = self.prepare_prompt(input_ids, attention_mask, position_ids, labels, images, mode)
-            hidden, collected = self._run_prompt(prompt, cache, states, input_ids.shape[1])
-        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        logits = self.base.lm_head(hidden[:, places if isinstance(logits_to_keep, int) else logits_to_keep])
-        loss = None
-        if labels is not None:
-            loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        output = PrunedVLMOutput(
-            loss=loss,
-            logits=logits,
-            cache=cache,
-            hidden_states=None if states is None else tuple(states),
-            **collected,
-        )
+            prompt = None if cache is None else cache.take_prompt(len(input_ids))
+            prompt = prompt or prepare_prompt(self, input_ids, attention_mask, position_ids, labels, images, mode)
+            hidden, told = run_prompt(self, prompt, cache, states, input_ids.shape[1])
+        logits, loss = self._logits_and_loss(hidden, logits_to_keep, labels)
+        output = PrunedVLMOutput(loss, logits, cache, hidden_states=states and tuple(states), **told)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _run_prompt(self, prompt: Prompt, cache: PrunedCache | None, states: list | None, length: int):
-        """Final hidden states `(batch, length, hidden)` of a prompt and the fields of the output that tell of pruning."""
-        stream = prompt.stream
-        if self.adapter.window is not None:
-            self.adapter.check_window(int(stream.positions.max()) + 1)
-        if cache is not None:
-            cache.next_position = stream.positions.reshape(-1, *stream.positions.shape[-2:]).amax((0, -1)) + 1
-            cache.mode = prompt.mode
-        names = ("soft_masks", "keep_masks", "keep_logits", "keep_rates", "kept_index")
-        collected: dict = {name: [] for name in names}
-        stream = run_layers(self, stream, prompt.mode, cache, collected, states, length)
-        asked = stream.question.sum(-1)
-        report = prompt.counts | {"kept_index": collected["kept_index"], "question": asked, "mode": prompt.mode}
-        self._last_prompt.report = report
-        if cache is not None:
-            cache.report = report
-        hidden = stream.restore(self.adapter.text_model.norm(stream.hidden), length)
-        if states is not None:
-            states.append(hidden)
-        return hidden, prompt.merged | {name: tuple(values) or None for name, values in collected.items()}
+    def _logits_and_loss(self, hidden, logits_to_keep, labels) -> tuple[torch.Tensor, torch.Tensor | None]:
+        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        logits = self.base.lm_head(hidden[:, places if isinstance(logits_to_keep, int) else logits_to_keep])
+        size = logits.shape[-1]
+        loss = None if labels is None else self.base.loss_function(logits=logits, labels=labels, vocab_size=size)
+        return logits, loss
 
     # ------------------------------------------------------------------ generation
     @torch.no_grad()
@@ -363,22 +269,17 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
         input_ids = inputs if input_ids is None else input_ids
         check_generation(self, input_ids, generation_config, options)
         mode = self.pruning_mode if pruning_mode is None else checked_mode(pruning_mode)
-        images = {
-            "pixel_values": pixel_values,
-            "image_sizes": image_sizes,
-            "image_grid_thw": image_grid_thw,
-            "batch_num_images": batch_num_images,
-        }
+        images = image_inputs(pixel_values, image_sizes, image_grid_thw, batch_num_images)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cache = PrunedCache()
-        cache.prompt = self.prepare_prompt(input_ids, mask, position_ids, None, images, mode)
+        cache.prompt = prepare_prompt(self, input_ids, mask, position_ids, None, images, mode)
         output = super().generate(
             input_ids=input_ids, attention_mask=mask, generation_config=generation_config, **{CACHE: cache}, **options
         )
         # Classifier-free guidance runs prompts of its own in between.
-        self._last_prompt.report = cache.report
+        self.last_prompt.record = cache.record
         if not torch.is_tensor(output):
-            output["token_report"] = token_report(self, **cache.report)
+            output["token_report"] = token_report(self, cache.record)
         return output
 
     def prepare_inputs_for_generation(
@@ -395,15 +296,3 @@ class PrunedVLM(VisionReduction, PreTrainedModel, GenerationMixin):
             "logits_to_keep": 1,
             "output_hidden_states": output_hidden_states,
         }
-
-
-def _as_dict(part) -> dict | None:
-    if part is None:
-        return None
-    config = part.config if isinstance(part, PreTrainedModel) else part
-    if not isinstance(config, PreTrainedConfig):
-        raise TypeError(
-            f"token_merger and layer_pruner are modules or configurations, got {type(part).__name__}; write "
-            "TokenMergerConfig(...) or LayerPrunerConfig(...)."
-        )
-    return {name: getattr(config, name) for name in type(config).__annotations__ if not name.startswith("_")}

@@ -85,7 +85,7 @@ class PruningDiscriminator(StrictLoading):
             raise ValueError(f"Expected {len(self.networks)} hidden states, got {len(hidden_states)}.")
         weight = answer_mask.float()
         total = weight.sum(-1).clamp(min=1)
-        dtype = self.networks[0][-1].bias.dtype
+        dtype = next(self.networks.parameters()).dtype
         logits = [net(h.to(dtype)).squeeze(-1).float() for net, h in zip(self.networks, hidden_states)]
         mean = torch.stack([(logit * weight).sum(-1) / total for logit in logits]).mean(0)
         if return_dict is None:

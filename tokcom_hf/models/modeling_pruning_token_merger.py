@@ -7,14 +7,13 @@ is a hard top-k; a straight-through factor on each centre's column gives the sco
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import ModelOutput
 
 from .configuration_pruning_token_merger import TokenMergerConfig
+from .pruning_merger_output import TokenMergerOutput
 from .pruning_question_attention import QuestionAttention, QuestionGuide
 from .pruning_question_ratio import confident_count, within
 from .shared_strict_loading import StrictLoading
@@ -24,33 +23,6 @@ from .shared_strict_loading import StrictLoading
 CONFIDENCE_SCALE = 100.0
 # Learned queries of `fixed_pooling`: as many as LLaVA-1.5's image has tokens.
 MAX_QUERIES = 576
-
-
-@dataclass
-class TokenMergerOutput(ModelOutput):
-    """Result of `TokenMerger`.
-
-    Attributes:
-        merged_features: `(batch, m, d)`.
-        merge_weights: `(batch, n, m)`, columns sum to 1.
-        keep_index: `(batch, m)`, sorted places of the centres among the n tokens.
-        keep_mask: bool `(batch, m)`, False on slots beyond a row's own m (question-dependent ratio only).
-        scores: `(batch, n)` importance.
-        kept_tokens: `(batch,)` expected number of kept tokens, differentiable: the sum of sigmoid(scores), or what the
-            question-dependent ratio gives.
-        sparsity_loss: (kept_tokens - m)², mean over the batch: the documented sparsity loss. With `max_ratio`, (mean of
-            kept_tokens - budget)²: rows may differ, their mean is held.
-        entropy_loss: mean entropy (nats) of the assignment of a token to centres, plus the predicted share kept.
-    """
-
-    merged_features: torch.Tensor | None = None
-    merge_weights: torch.Tensor | None = None
-    keep_index: torch.Tensor | None = None
-    keep_mask: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    kept_tokens: torch.Tensor | None = None
-    sparsity_loss: torch.Tensor | None = None
-    entropy_loss: torch.Tensor | None = None
 
 
 class TokenMerger(StrictLoading):
@@ -174,18 +146,9 @@ class TokenMerger(StrictLoading):
             noisy = scores - scale * torch.empty_like(scores).exponential_().log()
         ranked = noisy.argsort(-1, descending=True)
         index, order = ranked[:, :count].sort(-1)
-
         wanted = self._wanted(scores, pooled, count)
         gate, alive = self._gates(noisy, ranked, order, count, wanted, temperature)
-        if documented:
-            logits = self._documented_similarity(features, index) / max(temperature, 1e-6)
-        else:
-            units = F.normalize(self.similarity_proj(tokens).float(), dim=-1)
-            centres = units.gather(1, index[..., None].expand(-1, -1, units.shape[-1]))
-            logits = self.log_scale.exp() * units @ centres.transpose(1, 2)
-        logits = logits.masked_fill(~alive[:, None], float("-inf"))
-        assignment = logits.softmax(-1)
-        entropy = -(assignment * assignment.clamp(min=1e-9).log()).sum(-1).mean()
+        assignment = self._assignment(features, tokens, index, alive, temperature)
         weights = assignment * gate[:, None]
         if not documented:
             weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
@@ -194,13 +157,8 @@ class TokenMerger(StrictLoading):
             # The column sums cancel the gate in the forward value (it is 1) and in part of its gradient; this factor
             # passes the whole of it on.
             merged = merged * gate[..., None].to(vision_features.dtype)
-        # The hard count is always `count`: it would give the documented loss no gradient.
+        # Where all rows keep `count` tokens, that number is a constant: the documented loss would have no gradient.
         kept = scores.sigmoid().sum(-1) if wanted is None else wanted
-        sparsity = (kept - count).square().mean()
-        if config.max_ratio is not None:
-            sparsity = (kept.mean() - config.tokens_wanted(scores.shape[1])).square()
-        elif wanted is not None:
-            entropy = entropy + wanted.mean() / scores.shape[1]
         return TokenMergerOutput(
             merged_features=merged,
             merge_weights=weights,
@@ -208,9 +166,30 @@ class TokenMerger(StrictLoading):
             keep_mask=alive,
             scores=scores,
             kept_tokens=kept,
-            sparsity_loss=sparsity,
-            entropy_loss=entropy,
+            sparsity_loss=self._sparsity(kept, count, scores.shape[1]),
+            entropy_loss=self._entropy(assignment, wanted),
         )
+
+    def _assignment(self, features, tokens, index, alive, temperature: float) -> torch.Tensor:
+        """How each token is shared among the centres, `(batch, n, m)`; rows sum to 1."""
+        if self.config.architecture == "documented":
+            logits = self._documented_similarity(features, index) / max(temperature, 1e-6)
+        else:
+            units = F.normalize(self.similarity_proj(tokens).float(), dim=-1)
+            centres = units.gather(1, index[..., None].expand(-1, -1, units.shape[-1]))
+            logits = self.log_scale.exp() * units @ centres.transpose(1, 2)
+        return logits.masked_fill(~alive[:, None], float("-inf")).softmax(-1)
+
+    def _sparsity(self, kept: torch.Tensor, count: int, tokens: int) -> torch.Tensor:
+        if self.config.max_ratio is None:
+            return (kept - count).square().mean()
+        return (kept.mean() - self.config.tokens_wanted(tokens)).square()
+
+    def _entropy(self, assignment: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+        entropy = -(assignment * assignment.clamp(min=1e-9).log()).sum(-1).mean()
+        if wanted is None or self.config.max_ratio is not None:
+            return entropy
+        return entropy + wanted.mean() / assignment.shape[1]
 
     def _documented_similarity(self, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """QKᵀ/√d, `(batch, n, m)`: all tokens are queries, the chosen ones keys."""

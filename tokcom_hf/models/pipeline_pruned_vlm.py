@@ -25,14 +25,14 @@ class PrunedImageTextToTextPipeline(PromptPipeline):
     family = "pruned_vlm"
     defaults = {"do_sample": False, "max_new_tokens": 64}
     own_names = ("pruning_mode",)
-    _load_processor = None
+    _load_processor = None  # type: ignore[assignment]  # loaded where there is one
 
     def __init__(self, *args, processor=None, **kwargs):
         super().__init__(*args, processor=processor, **kwargs)
         if self.processor is None:
             self.processor = _processor_of(self.model)
 
-    def preprocess(self, inputs: list, **kwargs) -> dict[str, Any]:
+    def preprocess(self, inputs: list, **kwargs) -> dict[str, Any]:  # type: ignore[override]  # rows
         prompts = self.prompts(inputs, **kwargs)
         return self.grouped(prompts, [render(prompt, self.processor) for prompt in prompts])
 
@@ -47,7 +47,7 @@ class PrunedImageTextToTextPipeline(PromptPipeline):
         tokenizer = self.processor.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def postprocess(self, outputs, return_full_text: bool = False) -> list:
+    def postprocess(self, outputs, return_full_text: bool = False) -> list:  # type: ignore[override]  # one keyword
         results = []
         for (ids, report), prompt in zip(outputs["rows"], outputs["prompts"], strict=True):
             texts = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]

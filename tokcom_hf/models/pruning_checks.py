@@ -15,7 +15,7 @@ def check_stages(model) -> None:
         ValueError: layers beyond the language model's, an unknown strategy, widths that differ, or a budget that asks
             for more tokens than arrive.
     """
-    depth = len(model.adapter.text_model.layers)
+    depth = len(model.family.text_model.layers)
     at = model.layer_pruner.config.layers if model.layer_pruner is not None else []
     if model.config.strategy in LAYER_STRATEGIES:
         at = [model.config.strategy_layer]
@@ -26,7 +26,7 @@ def check_stages(model) -> None:
     known = (*STRATEGIES, *LAYER_STRATEGIES)
     if model.config.strategy is not None and model.config.strategy not in known:
         raise ValueError(f"Unknown strategy {model.config.strategy!r}; known are {', '.join(known)}.")
-    width, size = model.adapter.text_config.hidden_size, model.adapter.feature_size
+    width, size = model.family.text_config.hidden_size, model.family.feature_size
     if model.layer_pruner is not None and model.layer_pruner.config.hidden_size != width:
         raise ValueError(
             f"layer_pruner.hidden_size must be the language model's {width}, got {model.layer_pruner.config.hidden_size}."
@@ -35,7 +35,7 @@ def check_stages(model) -> None:
     _check_budget(model, merger)
     if merger is None:
         return
-    if merger.attention_guided in (True, "tower") and not model.adapter.gives_attention:
+    if merger.attention_guided in (True, "tower") and not model.family.gives_attention:
         family = model.base.config.model_type
         raise ValueError(
             f"attention_guided={merger.attention_guided!r} reads the vision tower's attention, which {family!r} does not "
@@ -52,7 +52,7 @@ def check_stages(model) -> None:
 def _check_budget(model, merger) -> None:
     """No stage may want more tokens than the one before leaves; images of many sizes are clamped as they come."""
     budget = model.layer_pruner.config.keep_tokens if model.layer_pruner is not None else None
-    left = model.adapter.tokens_per_image
+    left = model.family.tokens_per_image
     for name, wanted in (("keep", model.config.keep), ("target_merge_tokens", merger and merger.target_merge_tokens)):
         if wanted and left and wanted > left:
             raise ValueError(f"{name}={wanted} is more than the image's {left} vision tokens; lower it.")
@@ -67,7 +67,15 @@ def _check_budget(model, merger) -> None:
         )
 
 
-def refuse_attentions(wanted: bool | None) -> None:
+def check_call(config, input_ids, output_attentions: bool | None) -> None:
+    """Refuses a forward pass that asks for attentions or has no ids of a prompt; errors as of `check_ids`."""
+    _refuse_attentions(config.output_attentions if output_attentions is None else output_attentions)
+    if input_ids is None:
+        raise ValueError("PrunedVLM needs input_ids: it finds the images by their placeholders.")
+    check_ids(input_ids)
+
+
+def _refuse_attentions(wanted: bool | None) -> None:
     """Raises ValueError where attention weights are asked for."""
     if wanted:
         raise ValueError(
@@ -78,10 +86,9 @@ def refuse_attentions(wanted: bool | None) -> None:
 
 def check_cached_turn(cache, images: dict, pruning_mode: str | None, use_cache: bool | None) -> None:
     """Refuses what cannot act on new tokens after a cached prompt."""
-    given = [name for name, value in images.items() if value is not None]
-    if given:
+    if images:
         raise ValueError(
-            f"{', '.join(given)} came with a filled cache, but a cached turn takes text only: give the whole "
+            f"{', '.join(images)} came with a filled cache, but a cached turn takes text only: give the whole "
             "conversation with all of its images as a new prompt."
         )
     if pruning_mode is not None and pruning_mode != cache.mode:
@@ -104,7 +111,7 @@ def check_generation(model, input_ids, generation_config: GenerationConfig | Non
         raise ValueError("PrunedVLM generates with a KV cache only; leave use_cache out.")
     if wanted("cache_implementation") is not None:
         raise ValueError("PrunedVLM brings its own cache; leave cache_implementation out.")
-    refuse_attentions(wanted("output_attentions") or model.config.output_attentions)
+    _refuse_attentions(wanted("output_attentions") or model.config.output_attentions)
     if options.get("cache") is not None or options.get("past_key_values") is not None:
         raise ValueError(
             "generate starts a new prompt and takes no cache: give the whole conversation, or call forward with the "

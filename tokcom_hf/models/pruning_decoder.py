@@ -5,8 +5,42 @@ from dataclasses import replace
 import torch
 
 from .pruning_eager_copy import eager_copy
-from .pruning_stream import PrunedCache, Segment, Stream, attention_mask
+from .pruning_stream import Prompt, PrunedCache, Segment, Stream, attention_mask
 from .shared_cache_name import CACHE
+
+
+def run_prompt(
+    model, prompt: Prompt, cache: PrunedCache | None, states: list | None, length: int
+) -> tuple[torch.Tensor, dict]:
+    """Runs a prompt through the language model.
+
+    Args:
+        model: the `PrunedVLM`.
+        prompt: the embedded prompt.
+        cache: filled on the way, or None.
+        states: list that the input of every layer and the final states are appended to, or None.
+        length: original length of the prompt.
+
+    Returns:
+        Final hidden states `(batch, length, hidden)`, and the fields of `PrunedVLMOutput` about pruning.
+    """
+    stream, mode = prompt.stream, prompt.record.mode
+    if model.family.window is not None:
+        model.family.check_window(int(stream.positions.max()) + 1)
+    if cache is not None:
+        cache.next_position = stream.positions.reshape(-1, *stream.positions.shape[-2:]).amax((0, -1)) + 1
+        cache.mode = mode
+    names = ("soft_masks", "keep_masks", "keep_logits", "keep_rates", "kept_index")
+    collected: dict[str, list] = {name: [] for name in names}
+    stream = run_layers(model, stream, mode, cache, collected, states, length)
+    record = replace(prompt.record, kept_index=tuple(collected["kept_index"]), question_tokens=stream.question.sum(-1))
+    model.last_prompt.record = record
+    if cache is not None:
+        cache.record = record
+    hidden = stream.restore(model.family.text_model.norm(stream.hidden), length)
+    if states is not None:
+        states.append(hidden)
+    return hidden, prompt.merged | {name: tuple(values) or None for name, values in collected.items()}
 
 
 def run_layers(
@@ -23,7 +57,7 @@ def run_layers(
         states: list that the input of every layer is appended to, `(batch, length, hidden)`, or None.
         length: original length of the prompt.
     """
-    text, config = model.adapter.text_model, model.adapter.text_config
+    text, config = model.family.text_model, model.family.text_config
     pruner = model.layer_pruner if mode in ("soft", "hard") else None
     fastv = model.config.strategy_layer if model.config.strategy == "fastv" and mode != "origin" else None
     bias: torch.Tensor | None = None
@@ -68,23 +102,28 @@ def run_layers(
 
 
 def decode(
-    adapter,
-    hidden: torch.Tensor,
+    model,
+    input_ids: torch.Tensor,
     cache: PrunedCache,
     mask: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     states: list | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, dict]:
     """Runs new tokens against the cache, where each run of layers has its own keys.
 
     Args:
-        hidden: embedded new tokens `(batch, new, hidden)`.
+        model: the `PrunedVLM`.
+        input_ids: new tokens `(batch, new)`.
         mask: `(batch, at least new)`, whose last columns are 0 on padding among the new tokens.
         positions: rotary positions `(batch, new)` or `(3, batch, new)`; by default they go on from the prompt's.
         states: list that the input of every layer and the final states are appended to.
+
+    Returns:
+        Final hidden states `(batch, new, hidden)`, and nothing about pruning, where `run_prompt` has its fields.
     """
     assert cache.next_position is not None
-    text, new = adapter.text_model, hidden.shape[1]
+    family, hidden = model.family, model.get_input_embeddings()(input_ids)
+    text, new = family.text_model, hidden.shape[1]
     real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if mask is not None:
         if mask.shape[-1] < new or len(mask) != len(hidden):
@@ -95,10 +134,10 @@ def decode(
     if positions is None:
         positions = cache.next_position[:, None] + (real.long().cumsum(-1) - 1).clamp(min=0)
     cache.next_position = positions.reshape(-1, *positions.shape[-2:]).amax((0, -1)) + 1
-    if adapter.three_axes and positions.dim() == 2:
+    if family.three_axes and positions.dim() == 2:
         positions = positions.expand(3, *positions.shape)
-    if adapter.window is not None:
-        adapter.check_window(int(cache.next_position.max()))
+    if family.window is not None:
+        family.check_window(int(cache.next_position.max()))
     cache.extend(real)
     rotary = text.rotary_emb(hidden, position_ids=positions)
     segments = {segment.start: segment for segment in cache.segments}
@@ -108,12 +147,12 @@ def decode(
             states.append(hidden)
         if number in segments:
             segment = segments[number]
-            built = attention_mask(adapter.text_config, hidden, segment.mask, segment.bias, cache, number)
+            built = attention_mask(family.text_config, hidden, segment.mask, segment.bias, cache, number)
         hidden = layer(hidden, attention_mask=built, position_embeddings=rotary, use_cache=True, **{CACHE: cache})
     hidden = text.norm(hidden)
     if states is not None:
         states.append(hidden)
-    return hidden
+    return hidden, {}
 
 
 def _prune(model, number: int, stream: Stream, bias: torch.Tensor | None, mode: str, collected: dict):

@@ -32,6 +32,6 @@ def eager_copy(module: nn.Module, configs: dict | None = None) -> nn.Module:
         view.config = configs[id(config)]
     if "_old_forward" in vars(module):
         # The hooks of accelerate (offloading) call the forward of the module that they were put on.
-        view._old_forward = types.MethodType(type(module).forward, view)
-        view.forward = functools.partial(module.forward.func, view)
+        vars(view)["_old_forward"] = types.MethodType(type(module).forward, view)
+        vars(view)["forward"] = functools.partial(vars(module)["forward"].func, view)
     return view

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from .configuration_pruned_vlm import PrunedVLMConfig
-from .pruning_families import check_family
+from .pruning_building import load_base
 from .shared_wrapped_base import (
+    HUB_OPTIONS,
+    LOADING_OPTIONS,
+    base_named,
     check_finite,
     check_saving_options,
     check_weights,
@@ -18,6 +20,7 @@ from .shared_wrapped_base import (
     locate_base,
     matches_reference,
     named_as_dtype,
+    nothing_wrong,
     read_weights,
     remove_weights,
     stored_dtypes,
@@ -25,41 +28,8 @@ from .shared_wrapped_base import (
 )
 
 INCLUDED = "base"
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-_LOADING = (
-    "dtype",
-    "device_map",
-    "attn_implementation",
-    "quantization_config",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "offload_folder",
-    "offload_buffers",
-    "weights_only",
-)
 # What AutoModel hands on about the code that it has chosen by then.
 _OF_AUTO = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
-
-
-def load_base(name: str | os.PathLike, **options):
-    """The VLM at a Hub name or in a folder.
-
-    Args:
-        options: of `from_pretrained`, the Hub's (`revision`, `token`, ...) and the loader's (`dtype`, `device_map`, ...).
-
-    Raises:
-        TypeError: an option that is not known here.
-        ValueError: a model of a family that PrunedVLM does not support, or no image-text-to-text model.
-    """
-    options = named_as_dtype(options)
-    known = (*_HUB, *_LOADING, "trust_remote_code", "variant", "subfolder")
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise TypeError(f"PrunedVLM does not take {', '.join(map(repr, unknown))}.")
-    hub = {key: value for key, value in options.items() if key in (*_HUB, "subfolder")}
-    trust = options.get("trust_remote_code", False)
-    check_family(AutoConfig.from_pretrained(name, trust_remote_code=trust, **hub))
-    return AutoModelForImageTextToText.from_pretrained(name, **options | {"trust_remote_code": trust})
 
 
 # ---------------------------------------------------------------------- saving
@@ -182,8 +152,8 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
     if kwargs.pop("use_safetensors", None) is False:
         raise ValueError("PrunedVLM is stored in safetensors files only; leave use_safetensors out.")
     variant, subfolder = kwargs.pop("variant", None), kwargs.pop("subfolder", "") or ""
-    hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
-    loading = {key: kwargs.pop(key) for key in _LOADING if key in kwargs}
+    hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+    loading = {key: kwargs.pop(key) for key in (*LOADING_OPTIONS, "weights_only") if key in kwargs}
     if config is None or isinstance(config, str | os.PathLike):
         config = PrunedVLMConfig.from_pretrained(config or name, subfolder=subfolder, **hub)
     elif not isinstance(config, PrunedVLMConfig):
@@ -211,7 +181,7 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
     model.config.name_or_path = str(name or "")
     model.eval()
     if wants_info:
-        return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return model, nothing_wrong()
     return model
 
 
@@ -224,16 +194,11 @@ def _load_reference(name, config, hub: dict, subfolder: str, loading: dict, give
     if dtype in (None, "auto"):
         loading = loading | {"dtype": config.dtype or "auto"}
     where, inner = locate_base(f"./{INCLUDED}" if reference == INCLUDED else reference, name)
-    try:
+    with base_named(reference, name):
         if inner is not None:
             inner = "/".join(filter(None, [subfolder, inner]))
             return load_base(where, subfolder=inner, **hub, **loading, **given)
         return load_base(where, **hub | {"revision": config.base_revision}, **loading)
-    except OSError as error:
-        raise OSError(
-            f"The base model {reference!r} that {name} refers to cannot be loaded ({error}). If it moved, set "
-            "config.base_model_name_or_path, or save with include_base=True."
-        ) from error
 
 
 def _fill_heads(model, name, weights: dict) -> None:

@@ -1,6 +1,7 @@
 """What a prompt cost: vision tokens per layer, FLOPs with the heads' own, KV memory, against the unpruned model."""
 
 import threading
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,83 +16,134 @@ from .pruning_flops import (
 from .pruning_strategies import STRATEGIES
 
 
-class LastPrompt(threading.local):
-    """Arguments of `token_report` for the last prompt of the thread that asks; a copy of the model starts with none."""
+@dataclass(frozen=True)
+class PromptRecord:
+    """What a pass over a prompt worked on, from which its costs follow.
 
-    report: dict | None = None
+    Attributes:
+        mode: pruning mode.
+        vision_tokens, text_tokens: `(batch,)`, of the unpruned rows.
+        image_tokens: unpruned tokens of every image.
+        sequences, windows, projected: work of the vision tower and the projector, see `ImageTokens`.
+        question_tokens: `(rows,)`, text tokens that the heads read; `rows` counts beams.
+        kept_index: per decoder layer `(rows, tokens)` original places, -1 on padding.
+    """
+
+    mode: str
+    vision_tokens: torch.Tensor
+    text_tokens: torch.Tensor
+    image_tokens: list[int] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    projected: int = 0
+    question_tokens: torch.Tensor | None = None
+    kept_index: tuple[torch.Tensor, ...] = ()
+
+
+class LastPrompt(threading.local):
+    """The record of the last prompt of the thread that asks; a copy of the model starts with none."""
+
+    record: PromptRecord | None = None
 
     def __reduce__(self):
         return LastPrompt, ()
 
 
-def token_report(
-    model, vision_tokens, text_tokens, image_tokens, tower, projected, kept_index, question, mode: str
-) -> dict:
-    """What the last prompt cost, averaged over its rows.
+@dataclass(frozen=True)
+class _Means:
+    """Numbers of a prompt, as means over its rows.
+
+    Attributes:
+        mode: pruning mode.
+        vision, text, question: unpruned vision tokens, text tokens, text tokens that the heads read.
+        vision_per_layer: vision tokens that each layer saw.
+        image_tokens: unpruned tokens of every image of all rows.
+        rows: number of rows.
+        tower_flops: of the vision tower.
+        projected: tokens that the projector worked on in families that reduce behind it.
+    """
+
+    mode: str
+    vision: float
+    text: float
+    question: float
+    vision_per_layer: list[float]
+    image_tokens: list
+    rows: int
+    tower_flops: float
+    projected: float
+
+
+def token_report(model, record: PromptRecord) -> dict:
+    """What a prompt cost, as means over its rows.
 
     Args:
         model: the `PrunedVLM`.
-        vision_tokens, text_tokens: of the unpruned rows, `(batch,)`.
-        image_tokens: unpruned tokens of every image.
-        tower, projected: what the vision tower worked on, see `pruning_families.ImageTokens`.
-        kept_index: per layer `(batch, tokens)`, -1 on padding.
-        question: text tokens the heads may read, `(batch,)`.
-        mode: pruning mode.
+        record: of the pass over the prompt.
 
     Returns:
         vision_tokens, text_tokens: of the unpruned prompt.
-        tokens_per_layer, vision_tokens_per_layer: what each layer really saw.
-        vision_tokens_by_row: the same for every row, a list of numbers per layer.
+        tokens_per_layer, vision_tokens_per_layer: what each layer saw.
+        vision_tokens_by_row: for every row a list of vision tokens per layer.
         average_kept: mean over layers of vision tokens, divided by the unpruned number.
-        flops, flops_origin: totals of vision tower, projector, heads and language model for the prompt.
+        sequence_kept: the same for all tokens.
+        flops, flops_origin: totals of vision tower, projector, heads and language model, pruned and unpruned.
         flops_parts: the pruned total by part.
         flops_ratio: flops / flops_origin.
-        kv_bytes, kv_bytes_origin: cache after the prompt.
+        kv_bytes, kv_bytes_origin: size of the KV cache after the prompt, pruned and unpruned.
     """
-    rows = len(vision_tokens)
-    per_layer = [float((index >= 0).sum(-1).float().mean()) for index in kept_index]
-    vision = float(vision_tokens.float().mean())
-    text = float(text_tokens.float().mean())
-    seen = [tokens - text for tokens in per_layer]
-    asked = float(question.float().mean())
-    towers = vision_tower_flops(model.base.config.vision_config, *tower)
+    rows, kept_index = len(record.vision_tokens), record.kept_index
+    assert record.question_tokens is not None
+    text = float(record.text_tokens.float().mean())
+    towers = vision_tower_flops(model.base.config.vision_config, record.sequences, record.windows)
+    means = _Means(
+        mode=record.mode,
+        vision=float(record.vision_tokens.float().mean()),
+        text=text,
+        question=float(record.question_tokens.float().mean()),
+        vision_per_layer=[float((index >= 0).sum(-1).float().mean()) - text for index in kept_index],
+        image_tokens=record.image_tokens,
+        rows=rows,
+        tower_flops=towers / rows,
+        projected=record.projected / rows,
+    )
     # Beams of a row stand side by side and keep the same tokens of the prompt.
     beams = len(kept_index[0]) // rows
-    counts = torch.stack([(index[::beams] >= 0).sum(-1) for index in kept_index], 1) - text_tokens[:, None]
-    report = _report(model, vision, text, seen, asked, mode, image_tokens, rows, towers / rows, projected / rows)
-    return report | {"vision_tokens_by_row": counts.tolist()}
+    counts = torch.stack([(index[::beams] >= 0).sum(-1) for index in kept_index], 1) - record.text_tokens[:, None]
+    return _report(model, means) | {"vision_tokens_by_row": counts.tolist()}
 
 
 def predicted_report(
     model, vision: float, text: float, vision_per_layer: list[float], question: float | None = None
 ) -> dict:
-    """The same table for token counts given by hand, of one image, without running the model."""
-    towers = vision_tower_flops(model.base.config.vision_config, _patches(model, vision))
-    projected = 0.0 if model.adapter.reduces_before_projector else vision
-    asked = text if question is None else question
-    return _report(model, vision, text, vision_per_layer, asked, "hard", [vision], 1, towers, projected)
+    """The table of `token_report` for one image and given numbers of tokens, without running the model.
+
+    Args:
+        model: the `PrunedVLM`.
+        vision, text: tokens of the unpruned prompt.
+        vision_per_layer: vision tokens that each layer sees.
+        question: text tokens that the heads read; all where None.
+    """
+    means = _Means(
+        mode="hard",
+        vision=vision,
+        text=text,
+        question=text if question is None else question,
+        vision_per_layer=vision_per_layer,
+        image_tokens=[vision],
+        rows=1,
+        tower_flops=vision_tower_flops(model.base.config.vision_config, _patches(model, vision)),
+        projected=0.0 if model.family.reduces_before_projector else vision,
+    )
+    return _report(model, means)
 
 
-def _report(model, vision, text, seen, asked, mode, image_tokens, rows, towers, projected) -> dict:
-    config, adapter = model.adapter.text_config, model.adapter
-    reduces = mode != "origin" and (model.config.strategy in STRATEGIES or model.token_merger is not None)
-    before = adapter.reduces_before_projector
-    entering = seen[0] if reduces else vision
-    merger = model.token_merger if mode != "origin" else None
-    merged = 0.0
-    if merger is not None:
-        merged = sum(token_merger_flops(merger, n, merger.tokens_kept(int(n)), asked) for n in image_tokens) / rows
-    parts = {
-        "vision_tower": towers,
-        "projector": linear_flops(adapter.projector, entering if before else projected),
-        "token_merger": merged,
-        "layer_pruner": 0.0,
-        "language_model": sum(decoder_layer_flops(config, text + n) for n in seen),
-    }
-    if model.layer_pruner is not None and mode in ("soft", "hard") and vision:
-        arriving = [seen[layer - 1] if layer else seen[0] for layer in model.layer_pruner.config.layers]
-        parts["layer_pruner"] = sum(pruner_head_flops(model.layer_pruner, n, asked) for n in arriving)
-    origin = towers + linear_flops(adapter.projector, vision if before else projected)
+def _report(model, means: _Means) -> dict:
+    config, family = model.family.text_config, model.family
+    seen, text, vision = means.vision_per_layer, means.text, means.vision
+    parts = _parts(model, means)
+    projected = vision if family.reduces_before_projector else means.projected
+    origin = means.tower_flops + linear_flops(family.projector, projected)
     origin += len(seen) * decoder_layer_flops(config, text + vision)
     total = sum(parts.values())
     size = torch.finfo(model.base.dtype).bits // 8
@@ -108,6 +160,31 @@ def _report(model, vision, text, seen, asked, mode, image_tokens, rows, towers, 
         "flops_ratio": total / origin,
         "kv_bytes": kv_cache_bytes(config, [text + n for n in seen], size),
         "kv_bytes_origin": kv_cache_bytes(config, [text + vision] * len(seen), size),
+    }
+
+
+def _parts(model, means: _Means) -> dict[str, float]:
+    """FLOPs of each part of the pruned model."""
+    family, pruner, seen = model.family, model.layer_pruner, means.vision_per_layer
+    merger = None if means.mode == "origin" else model.token_merger
+    reduces = means.mode != "origin" and (model.config.strategy in STRATEGIES or merger is not None)
+    entering = seen[0] if reduces else means.vision
+    merging = 0.0
+    if merger is not None:
+        per_image = [
+            token_merger_flops(merger, n, merger.tokens_kept(int(n)), means.question) for n in means.image_tokens
+        ]
+        merging = sum(per_image) / means.rows
+    pruning = 0.0
+    if pruner is not None and means.mode in ("soft", "hard") and means.vision:
+        arriving = [seen[layer - 1] if layer else seen[0] for layer in pruner.config.layers]
+        pruning = sum(pruner_head_flops(pruner, n, means.question) for n in arriving)
+    return {
+        "vision_tower": means.tower_flops,
+        "projector": linear_flops(family.projector, entering if family.reduces_before_projector else means.projected),
+        "token_merger": merging,
+        "layer_pruner": pruning,
+        "language_model": sum(decoder_layer_flops(family.text_config, means.text + n) for n in seen),
     }
 
 

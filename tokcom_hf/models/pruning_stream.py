@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
+from .pruning_report import PromptRecord
 from .shared_cache_name import CACHE
 
 
@@ -81,18 +82,16 @@ class Stream:
 
 @dataclass
 class Prompt:
-    """A prompt after stage 1, ready for the first decoder layer, and what is told about it later.
+    """A prompt after stage 1, ready for the first decoder layer.
 
     Attributes:
         stream: its tokens.
-        mode: the pruning mode it was prepared in.
-        counts: tokens before pruning, for `token_report`.
-        merged: the merger's weights and loss, where it ran.
+        record: its pruning mode and its numbers before pruning, for `token_report`.
+        merged: the merger's weights and losses, where it ran.
     """
 
     stream: Stream
-    mode: str
-    counts: dict
+    record: PromptRecord
     merged: dict
 
     def repeat(self, rows: int) -> "Prompt":
@@ -115,7 +114,7 @@ class PrunedCache(DynamicCache):
     Attributes:
         prompt: the prepared prompt that `generate` hands to the first forward pass.
         mode: the pruning mode of the prompt that the cache holds.
-        report: arguments of `token_report` for that prompt.
+        record: what `token_report` tells of that prompt.
         segments: runs of layers that hold the same tokens.
         next_position: `(batch,)`, rotary position of the next new token.
     """
@@ -125,9 +124,14 @@ class PrunedCache(DynamicCache):
         super().__init__()
         self.prompt: Prompt | None = None
         self.mode: str | None = None
-        self.report: dict | None = None
+        self.record: PromptRecord | None = None
         self.segments: list[Segment] = []
         self.next_position: torch.Tensor | None = None
+
+    def take_prompt(self, rows: int) -> Prompt | None:
+        """The prepared prompt, repeated to `rows` rows, which this takes out of the cache; None where there is none."""
+        prompt, self.prompt = self.prompt, None
+        return None if prompt is None else prompt.repeat(rows)
 
     def _select(self, choose) -> None:
         for segment in self.segments:
@@ -163,6 +167,19 @@ class PrunedCache(DynamicCache):
             if segment.bias is not None:
                 zeros = torch.zeros_like(segment.bias[:, :1]).expand(-1, mask.shape[1])
                 segment.bias = torch.cat([segment.bias, zeros], dim=-1)
+
+
+def cache_for(cache, use_cache: bool | None) -> PrunedCache | None:
+    """The cache that a call uses: the one it was given, a new one where it asks for one, or None.
+
+    Raises:
+        TypeError: a cache of another class, whose layers all hold the same tokens.
+    """
+    if cache is None and use_cache:
+        return PrunedCache()
+    if cache is not None and not isinstance(cache, PrunedCache):
+        raise TypeError(f"PrunedVLM needs a PrunedCache (or use_cache=True), got {type(cache).__name__}.")
+    return cache
 
 
 def attention_mask(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -16,6 +17,12 @@ from transformers.utils import cached_file, logging
 from .shared_strict_loading import opened
 
 logger = logging.get_logger(__name__)
+# Keywords of `from_pretrained` by what they are for: the Hub's, and those of how weights are loaded.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+LOADING_OPTIONS = (
+    "dtype", "device_map", "attn_implementation", "experts_implementation", "quantization_config", "low_cpu_mem_usage",
+    "max_memory", "offload_folder", "offload_buffers",
+)  # fmt: skip
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -53,6 +60,23 @@ def locate_base(reference: str, name: str | os.PathLike | None) -> tuple[str, st
                 f"The base model {reference!r} of {name} is neither a Hub name nor an absolute path: {error}"
             ) from error
     return reference, None
+
+
+@contextmanager
+def base_named(reference: str, name: str | os.PathLike | None) -> Iterator[None]:
+    """Within this context an OSError tells which base model of the saved model `name` is not where it should be."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"The base model {reference!r} that {name} refers to cannot be loaded ({error}). If it moved, set "
+            "base_model_name_or_path in config.json, or save with include_base=True."
+        ) from error
+
+
+def nothing_wrong() -> dict[str, Any]:
+    """What `output_loading_info=True` gives where every weight was found and fits: errors were raised before."""
+    return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 
 def matches_reference(weights: Mapping[str, torch.Tensor], load: Callable[[], nn.Module]) -> bool:

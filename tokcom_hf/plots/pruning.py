@@ -18,7 +18,7 @@ def kept_grids(model, batch: dict[str, torch.Tensor]) -> list[tuple[int, np.ndar
         before; empty where the prompt's vision tokens make no square.
     """
     output = model(**{name: value.to(model.device) for name, value in batch.items()})
-    places = (batch["input_ids"][0] == model.adapter.image_token_id).nonzero()[:, 0].tolist()
+    places = (batch["input_ids"][0] == model.family.image_token_id).nonzero()[:, 0].tolist()
     side = int(len(places) ** 0.5)
     if not places or side * side != len(places):
         return []

@@ -24,9 +24,9 @@ def attention_reader(model) -> tuple[PrunedVLM, list[torch.Tensor]]:
     reader = _same_parts(model)
     reader.base = _same_parts(model.base)
     reader.base.model = _same_parts(model.base.model)
-    text = reader.base.model.language_model = eager_copy(model.adapter.text_model)
-    reader.adapter = type(model.adapter)(reader.base)
-    reader.adapter.text_config = text.config
+    text = reader.base.model.language_model = eager_copy(model.family.text_model)
+    reader.family = type(model.family)(reader.base)
+    reader.family.text_config = text.config
     for layer in text.layers:
         layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1].detach()))
     return reader, weights
@@ -92,7 +92,7 @@ def guidance_loss(model, attention, scores: dict, kept_index, input_ids, attenti
         kept_index: of the model's output.
         input_ids, attention_mask: `(batch, length)`.
     """
-    vision = input_ids == model.adapter.image_token_id
+    vision = input_ids == model.family.image_token_id
     text = attention_mask.bool() & ~vision
     losses = []
     if scores["merger"]:

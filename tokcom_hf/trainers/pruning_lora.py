@@ -11,8 +11,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def add_lora(model, rank: int) -> None:
     """Adds trainable adapters of `rank`, in float32, to every attention and MLP projection of the language model."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, bias="none")
-    inject_adapter_in_model(config, model.adapter.text_model)
-    for name, parameter in model.adapter.text_model.named_parameters():
+    inject_adapter_in_model(config, model.family.text_model)
+    for name, parameter in model.family.text_model.named_parameters():
         if ".lora_" in name:
             # peft creates them in the base's dtype; bfloat16 would round most small updates away.
             parameter.data = parameter.data.float()
@@ -20,7 +20,7 @@ def add_lora(model, rank: int) -> None:
 
 def lora_layers(model) -> list[tuple[str, BaseTunerLayer]]:
     """The layers with adapters, by their names in the language model."""
-    return [(n, m) for n, m in model.adapter.text_model.named_modules() if isinstance(m, BaseTunerLayer)]
+    return [(n, m) for n, m in model.family.text_model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
 @contextlib.contextmanager
@@ -41,4 +41,4 @@ def merge_lora(model) -> None:
     for name, layer in lora_layers(model):
         layer.merge()
         parent, _, child = name.rpartition(".")
-        setattr(model.adapter.text_model.get_submodule(parent), child, layer.get_base_layer())
+        setattr(model.family.text_model.get_submodule(parent), child, layer.get_base_layer())

@@ -19,7 +19,7 @@ def vision_masks(model, output, input_ids: torch.Tensor) -> Iterator[tuple[int, 
         output: of a pass in soft mode.
         input_ids: `(batch, length)` of that pass.
     """
-    vision = input_ids == model.adapter.image_token_id
+    vision = input_ids == model.family.image_token_id
     for place, mask in enumerate(output.soft_masks or ()):
         layer = model.layer_pruner.config.layers[place]
         index = output.kept_index[layer]
