@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from tokcom_hf import LFQExpandedModel, LFQProcessor
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.models.lfq_files import load_base
+from tokcom_hf.models.lfq_building import load_base
 from tokcom_hf.models.lfq_tokens import check_output_dim
 from tokcom_hf.run_folders import check_new_folder
 from tokcom_hf.small_models.small_internvl import build_small_internvl

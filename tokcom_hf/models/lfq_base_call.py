@@ -1,11 +1,24 @@
-"""Which keywords the base model of an `LFQExpandedModel` takes, so that a misspelt one is named and none is swallowed."""
+"""Calls of an `LFQExpandedModel`'s base model: which keywords it takes, so that a misspelt one is named, not passed over."""
 
 import inspect
+from typing import Any
 
 from transformers.utils import TransformersKwargs
 
 from .lfq_rows import text_host
 from .shared_cache_name import cache_argument
+
+# Arguments of `LFQExpandedModel.forward` that go to the base model as they are, in the order of its call of `named`.
+PASSED = (
+    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids",
+    "pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "pixel_values_videos", "video_grid_thw",
+    "second_per_grid_ts", "use_cache", "logits_to_keep",
+)  # fmt: skip
+
+
+def named(*values: Any) -> dict[str, Any]:
+    """Values of the arguments `PASSED`, in their order, by name."""
+    return dict(zip(PASSED, values, strict=True))
 
 
 def keywords_of(base) -> frozenset[str]:
@@ -28,6 +41,34 @@ def cache_keyword_of(base) -> str:
     return cache_argument(
         base.forward if {"cache", "past_key_values"} & set(_parameters(base)) else text_host(base).forward
     )
+
+
+def acting(model, inputs: dict) -> dict:
+    """The keywords of a call of the base model, without those that are None.
+
+    Args:
+        model: the `LFQExpandedModel`.
+        inputs: keywords by name.
+
+    Raises:
+        TypeError: a keyword that the base model does not take.
+    """
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    for name in inputs:
+        if name not in model.keywords:
+            raise TypeError(f"The forward of {type(model.base).__name__} takes no argument {name!r}.")
+    if model.base.config.return_dict is False:
+        inputs["return_dict"] = True
+    return inputs
+
+
+def check_attentions(base, output) -> None:
+    """Raises ValueError where attentions were asked for and the attention implementation gave none."""
+    if any(layer is None for layer in output.attentions or (None,)):
+        raise ValueError(
+            f"attn_implementation={base.config.get_text_config()._attn_implementation!r} gives no attentions; "
+            "load the model with attn_implementation='eager'."
+        )
 
 
 def _parameters(module) -> dict[str, inspect.Parameter]:

@@ -1,39 +1,30 @@
 """Saving and loading `LFQExpandedModel`: the new rows with a reference to the base model, or everything."""
 
 import os
-from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from .configuration_lfq_expanded import LFQExpandedConfig
+from .lfq_building import auto_class_of, load_base, reference_of  # noqa: F401 (their former place)
 from .lfq_rows import device_of, vocabulary_of
 from .shared_strict_loading import check_values, opened
 from .shared_wrapped_base import (
+    HUB_OPTIONS,
+    LOADING_OPTIONS,
+    base_named,
     check_saving_options,
     load_generation_config,
     locate_base,
     matches_reference,
     named_as_dtype,
+    nothing_wrong,
     read_weights,
     remove_weights,
     weight_files,
 )
 
 ROWS = "lfq_rows."
-# Keywords of `from_pretrained` by what they are for, where the base model is loaded from its own place.
-_BASE_ONLY = (
-    "dtype",
-    "device_map",
-    "attn_implementation",
-    "experts_implementation",
-    "quantization_config",
-    "max_memory",
-    "offload_folder",
-    "offload_buffers",
-    "low_cpu_mem_usage",
-)
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
 # Of the saved folder alone, or what the Auto classes and pipelines hand on.
 _OTHER = (
     "variant",
@@ -158,10 +149,14 @@ def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_cod
         ValueError: the weights do not fit the configuration or the base model, or are not finite numbers.
     """
     kwargs = named_as_dtype(kwargs)
-    hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
+    hub = {key: kwargs[key] for key in (*HUB_OPTIONS, "subfolder") if kwargs.get(key) is not None}
     if not isinstance(config, LFQExpandedConfig):
-        loading = {key: value for key, value in kwargs.items() if key in (*_BASE_ONLY, *_OTHER, *_INTERNAL)}
-        own = {key: value for key, value in kwargs.items() if key not in loading and key not in _HUB}
+        loading = {key: value for key, value in kwargs.items() if key in (*LOADING_OPTIONS, *_OTHER, *_INTERNAL)}
+        own = {
+            key: value
+            for key, value in kwargs.items()
+            if key not in loading and key not in (*HUB_OPTIONS, "subfolder")
+        }
         config, unknown = LFQExpandedConfig.from_pretrained(name, return_unused_kwargs=True, **hub, **own)
         kwargs = {key: value for key, value in kwargs.items() if key not in own} | unknown
     if config.base_config is None:
@@ -198,7 +193,7 @@ def _rows_are_float32(name, hub: dict, kwargs: dict) -> bool:
 
 
 def _load_rows(cls, name, config, hub: dict, base_trust_remote_code: bool, kwargs: dict):
-    unknown = [key for key in kwargs if key not in (*_BASE_ONLY, *_HUB, *_OTHER, *_INTERNAL)]
+    unknown = [key for key in kwargs if key not in (*LOADING_OPTIONS, *HUB_OPTIONS, "subfolder", *_OTHER, *_INTERNAL)]
     if unknown:
         raise TypeError(f"LFQExpandedModel.from_pretrained got an unexpected keyword argument {unknown[0]!r}.")
     base = _load_base(name, config, hub, base_trust_remote_code, kwargs)
@@ -228,13 +223,7 @@ def _load_rows(cls, name, config, hub: dict, base_trust_remote_code: bool, kwarg
     model.lfq_rows.load_state_dict({key.removeprefix(ROWS): value for key, value in weights.items()})
     load_generation_config(model, name, kwargs.get("generation_config"), **hub)
     model.config.name_or_path = str(name or "")
-    info: dict[str, Any] = {
-        "missing_keys": set(),
-        "unexpected_keys": set(),
-        "mismatched_keys": set(),
-        "error_msgs": {},
-    }
-    return (model.eval(), info) if kwargs.get("output_loading_info") else model.eval()
+    return (model.eval(), nothing_wrong()) if kwargs.get("output_loading_info") else model.eval()
 
 
 def _load_base(name, config, hub: dict, trusted: bool, kwargs: dict) -> PreTrainedModel:
@@ -250,17 +239,12 @@ def _load_base(name, config, hub: dict, trusted: bool, kwargs: dict) -> PreTrain
         # The saved model's own revision says nothing about another repository.
         where_options = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
         where_options["revision"] = config.base_revision
-    loading = {key: kwargs[key] for key in _BASE_ONLY if key in kwargs}
+    loading = {key: kwargs[key] for key in LOADING_OPTIONS if key in kwargs}
     if loading.get("dtype") in (None, "auto") and config.dtype is not None:
         loading["dtype"] = config.dtype
-    try:
+    with base_named(reference, name):
         _check_base(name, config, where, where_options, trusted)
         base = config.base_class().from_pretrained(where, trust_remote_code=trusted, **where_options, **loading)
-    except OSError as error:
-        raise OSError(
-            f"The base model {reference!r} that {name} refers to cannot be loaded ({error}). If it moved, set "
-            "base_model_name_or_path in config.json, or save with include_base=True."
-        ) from error
     if subfolder is not None:
         # Only a folder of this machine can be named from another place; a subfolder on the Hub is saved again.
         folder = os.path.join(os.path.abspath(name), where_options["subfolder"])
@@ -285,40 +269,3 @@ def _check_base(name, config, where: str, where_options: dict, trusted: bool) ->
 
 def _shapes(shapes: dict) -> str:
     return ", ".join(f"{name} {tuple(shape)}" for name, shape in sorted(shapes.items()))
-
-
-def auto_class_of(model: PreTrainedModel) -> str:
-    """Name of the Auto class that builds a model of this class.
-
-    Raises:
-        ValueError: a class of transformers that neither Auto class for language or image-text-to-text models builds.
-    """
-    for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
-        if auto_class._model_mapping.get(type(model.config), None) is type(model):
-            return auto_class.__name__
-    if type(model).__module__.startswith("transformers.models."):
-        raise ValueError(
-            f"{type(model).__name__} is built neither by AutoModelForCausalLM nor by AutoModelForImageTextToText, so a "
-            "saved LFQExpandedModel could not find it again."
-        )
-    return "AutoModel"
-
-
-def load_base(name: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """A causal or image-text-to-text model by name, whichever its configuration asks for."""
-    name = os.fspath(name)
-    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
-        raise OSError(f"No such model folder: {name!r}.")
-    hub = {key: kwargs[key] for key in (*_HUB, "trust_remote_code") if key in kwargs}
-    config = AutoConfig.from_pretrained(name, **hub)
-    both = AutoModelForImageTextToText._model_mapping
-    auto_class = AutoModelForImageTextToText if type(config) in both else AutoModelForCausalLM
-    return auto_class.from_pretrained(name, **kwargs)
-
-
-def reference_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    """Name or absolute folder that a model was loaded from, and the Hub revision; (None, None) for one built in memory."""
-    name = model.config.name_or_path or None
-    if name is not None and os.path.isdir(name):
-        return os.path.abspath(name), None
-    return name, getattr(model.config, "_commit_hash", None)

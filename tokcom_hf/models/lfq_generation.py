@@ -1,7 +1,9 @@
-"""Keeps text and image tokens apart while generating."""
+"""Generation of text and of images: which ids may follow, and the options that `LFQExpandedModel.generate` hands on."""
 
 import torch
 from transformers import LogitsProcessor
+
+from .shared_wrapped_base import check_generation_config, check_ids
 
 MODES = ("text", "image", "mixed")
 
@@ -26,7 +28,7 @@ class LFQModeLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         start, end = self.range
-        scores = scores.clone()
+        scores = scores.clone()  # type: ignore[assignment]  # clone is annotated to give a plain Tensor
         scores[:, self.text : start] = -torch.inf
         scores[:, end:] = -torch.inf
         if self.mode == "text":
@@ -41,3 +43,29 @@ class LFQModeLogitsProcessor(LogitsProcessor):
             scores[unfinished, :start] = -torch.inf
             scores[(run > 0) & ~unfinished, start:] = -torch.inf
         return scores
+
+
+def generation_options(
+    model, inputs: torch.Tensor | None, mode: str | None, num_image_tokens: int, logits_processor, options: dict
+) -> dict:
+    """Keywords of the base model's `generate`; arguments and errors as of `LFQExpandedModel.generate`."""
+    options = dict(options)
+    processors = list(logits_processor or [])
+    if mode is not None:
+        start, _ = model.lfq_token_range
+        text = model.config.text_vocab_size or start
+        # In front of all others: what warps or samples logits must see only ids that may be drawn.
+        processors.insert(0, LFQModeLogitsProcessor(mode, model.lfq_token_range, text, num_image_tokens))
+    if mode == "image":
+        for name in ("max_new_tokens", "min_new_tokens", "max_length", "min_length"):
+            if options.get(name) not in (None, num_image_tokens):
+                raise ValueError(f"mode='image' generates {num_image_tokens=} tokens exactly; leave {name} out.")
+        options |= {"max_new_tokens": num_image_tokens, "min_new_tokens": num_image_tokens, "max_length": None}
+    if inputs is not None and options.get("input_ids") is not None:
+        raise ValueError("inputs and input_ids are two names of one argument; give one of them.")
+    if inputs is not None:
+        options["input_ids"] = inputs
+    if options.get("input_ids") is not None:
+        check_ids(options["input_ids"])
+    check_generation_config(options.get("generation_config"))
+    return options | {"logits_processor": processors or None}

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
-class GradientHandover:
+class GradientSink:
     """Holds the dictionary in which the loss leaves its gradient of tied rows; see `split_cross_entropy`.
 
     A bare dictionary would not do: hooks that move a module's arguments between devices copy dictionaries.
@@ -22,15 +23,15 @@ class _TiedLookup(torch.autograd.Function):
     """Embedding lookup that adds its gradient to the one the loss left of the same table: one dense tensor, not two."""
 
     @staticmethod
-    def forward(ctx, weight, index, handover):
+    def forward(ctx, weight, index, sink):
         ctx.save_for_backward(index)
-        ctx.handover, ctx.shape = handover, weight.shape
+        ctx.sink, ctx.shape = sink, weight.shape
         return F.embedding(index, weight)
 
     @staticmethod
     def backward(ctx, grad_output):
         (index,) = ctx.saved_tensors
-        total = ctx.handover.pop("grad", None)
+        total = ctx.sink.pop("grad", None)
         if total is None:
             total = grad_output.new_zeros(ctx.shape)
         return total.index_add_(0, index.flatten(), grad_output.flatten(0, -2).to(total.dtype)), None, None
@@ -54,27 +55,28 @@ class LFQRows(nn.Module):
         return (self.embedding if self.head is None else self.head), self.bias
 
     def forward(
-        self, inputs: torch.Tensor, handover: GradientHandover | None = None, as_head: bool = False
+        self, inputs: torch.Tensor, gradient_sink: GradientSink | None = None, as_head: bool = False
     ) -> torch.Tensor:
         """Embeddings `(..., hidden)` of row numbers, or logits `(..., rows)` of hidden states.
 
         Args:
             inputs: int64 row numbers `(...)`; with `as_head` hidden states `(..., hidden)`, whose dtype the product has.
-            handover: of tied rows in training; see `split_cross_entropy`.
+            gradient_sink: of tied rows in training; see `split_cross_entropy`.
             as_head: compute logits.
         """
         if as_head:
             weight, bias = self.tables()
             return F.linear(inputs, weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype))
-        if handover is None:
+        if gradient_sink is None:
             return F.embedding(inputs, self.embedding)
-        return _TiedLookup.apply(self.embedding, inputs, handover.gradients)
+        return _TiedLookup.apply(self.embedding, inputs, gradient_sink.gradients)
 
 
 def text_host(base: nn.Module) -> nn.Module:
     """The module that owns the vocabulary: the model itself, or `language_model` in remote code with an `llm_config`."""
-    if hasattr(base.config, "llm_config") and hasattr(base, "language_model"):
-        return base.language_model
+    inner: Any = getattr(base, "language_model", None)
+    if hasattr(base.config, "llm_config") and inner is not None:
+        return inner
     return base
 
 
@@ -108,9 +110,9 @@ def vocabulary_of(base: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module with a `weight` computes: with an offloaded weight, where its hook brings it."""
-    if not module.weight.is_meta or not hasattr(module, "_hf_hook"):
-        return module.weight.device
-    return torch.device(module._hf_hook.execution_device)
+    weight: Any = module.weight
+    hook: Any = getattr(module, "_hf_hook", None)
+    return weight.device if hook is None or not weight.is_meta else torch.device(hook.execution_device)
 
 
 @contextmanager
@@ -143,3 +145,35 @@ def initialize_rows(rows: torch.Tensor, old: torch.Tensor, method: str, std: flo
         number = torch.arange(len(rows), device=rows.device).unsqueeze(1)
         signs = (number.bitwise_right_shift(torch.arange(output_dim, device=rows.device)) & 1).float() * 2 - 1
         rows.copy_(old.float().mean(0) + signs @ offsets)
+
+
+def new_rows(base: nn.Module, config) -> LFQRows:
+    """Rows for the LFQ tokens of an `LFQExpandedConfig` that fit a base model: tied tables and a bias as it has them.
+
+    Raises:
+        ValueError: the base model has another number of rows than the configuration says.
+    """
+    embedding, head = vocabulary_of(base)
+    old_rows, hidden_size = embedding.weight.shape
+    if old_rows != config.lfq_start_token_id:
+        raise ValueError(
+            f"lfq_start_token_id={config.lfq_start_token_id}, but the base model's vocabulary table has {old_rows} "
+            "rows: these LFQ tokens belong to another base model."
+        )
+    tied = head.weight is embedding.weight or bool(getattr(text_host(base).config, "tie_word_embeddings", False))
+    return LFQRows(2**config.output_dim, hidden_size, tied=tied, bias=getattr(head, "bias", None) is not None)
+
+
+@torch.no_grad()
+def draw_rows(rows: LFQRows, base: nn.Module, config) -> None:
+    """Fills all new rows and their bias as an `LFQExpandedConfig` says, from the old rows of `base`."""
+    embedding, head = vocabulary_of(base)
+    for new, old in ((rows.embedding, embedding), (rows.head, head)):
+        if new is not None:
+            with weights_at_hand(old):
+                method, std = config.embedding_init_method, config.embedding_init_std
+                initialize_rows(new, old.weight, method, std, config.output_dim)
+    if rows.bias is not None:
+        # A new id starts with the mean bias of the old ones, so that it is neither favoured nor suppressed.
+        with weights_at_hand(head):
+            rows.bias.fill_(float(head.bias.float().mean()))

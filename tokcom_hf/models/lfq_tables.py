@@ -1,5 +1,7 @@
 """Old and new vocabulary rows as one table: looked at, and merged for good."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,6 +12,9 @@ from .lfq_rows import text_host, vocabulary_of
 
 class SplitTable(nn.Module):
     """A view of one side of the vocabulary. It owns no parameters, so that none is registered twice."""
+
+    # The model, its embedding or head, and whether that is the head.
+    _view: tuple[Any, Any, bool]
 
     def __init__(self, model, table: nn.Module, head: bool):
         super().__init__()
@@ -87,7 +92,13 @@ def join_tables(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 def merge_rows(model) -> PreTrainedModel:
-    """The base of an `LFQExpandedModel` with old and new rows in one table; see `merge_and_unload` there."""
+    """The base model of an `LFQExpandedModel`, of its own class, with old and new rows in one table.
+
+    Its text configuration records `lfq_output_dim` and `lfq_start_token_id`, which `get_lfq_token_range` reads.
+
+    Raises:
+        ValueError: weights that are offloaded.
+    """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             "Some weights are offloaded to CPU or disk and cannot be merged; load the model without device_map first."
@@ -102,10 +113,7 @@ def merge_rows(model) -> PreTrainedModel:
     if type(head) is OldHead:
         head.__class__ = nn.Linear
     embedding.num_embeddings = head.out_features = model.config.lfq_token_range[1]
-    for module in (embedding, head):
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is model]:
-                del hooks[key]
+    model.hooks.remove(embedding, head)
     text = model.base.config.get_text_config()
     text.vocab_size = model.config.lfq_token_range[1]
     text.lfq_output_dim, text.lfq_start_token_id = model.config.output_dim, model.config.lfq_start_token_id

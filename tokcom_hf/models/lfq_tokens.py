@@ -19,7 +19,7 @@ def check_output_dim(output_dim: int) -> int:
     return output_dim
 
 
-def encode_lfq_codes_to_tokens(lfq_codes: torch.Tensor, start_token_id: int, output_dim: int) -> torch.LongTensor:
+def encode_lfq_codes_to_tokens(lfq_codes: torch.Tensor, start_token_id: int, output_dim: int) -> torch.Tensor:
     """Token ids of binary codes.
 
     Args:

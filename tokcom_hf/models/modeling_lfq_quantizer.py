@@ -3,48 +3,30 @@
 Bit i is 1 where sigmoid(logit_i) > 0.5. The straight-through gradient passes through the sigmoid. The embeddings are a
 function of the code alone, so that a code drawn by a language model decodes like one that was read off an image.
 
-Sources: LFQ 2310.05737 (MAGVIT-v2), 2-D rotary positions as in 2403.13298, query-key normalisation 2010.04245.
+Source: lookup-free quantization 2310.05737 (MAGVIT-v2).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import ModelOutput
 
 from .configuration_lfq_quantizer import LFQConfig
+from .lfq_blocks import NORM_EPS, LFQBlock, rotary_2d
+from .lfq_matching import match_features, whitening_of  # noqa: F401 (the second: its former place)
 from .lfq_rows import weights_at_hand
 from .shared_bit_entropy import factorised_entropy
-from .shared_layers import eager_attention
 from .shared_strict_loading import StrictLoading
 from .vqgan_code_search import all_reduce, world_size
 
-NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
 # The entropy loss sees sigmoid(logit / temperature): below 1 it asks for clear bits.
 ENTROPY_TEMPERATURE = 0.25
 # Of the entropy loss in `.loss`, beside the reconstruction loss.
 ENTROPY_WEIGHT = 0.1
-WHITENING_FLOOR = 0.3  # share of the mean variance; directions of much less variance count as noise and stay faint
-
-
-def whitening_of(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean `(width,)` and matrix `(width, width)` that make the directions of vectors `(n, width)` vary nearly alike.
-
-    A variance v becomes v / (v + floor), with a floor of `WHITENING_FLOOR` times the mean variance. float64, on the CPU:
-    not every accelerator has it.
-    """
-    vectors = vectors.detach().cpu().double()
-    mean = vectors.mean(0)
-    values, directions = torch.linalg.eigh((vectors - mean).t().cov(correction=0))
-    floor = WHITENING_FLOOR * values.mean().clamp_min(1e-12)
-    return mean, directions * (values.clamp_min(0) + floor).rsqrt() @ directions.t()
 
 
 @dataclass
@@ -73,71 +55,6 @@ class LFQQuantizerOutput(ModelOutput):
     batch_entropy: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-def rotary_2d(grid: tuple[int, int], head_dim: int, theta: float, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin `(1, rows · columns, head_dim)` for features in reading order.
-
-    The first half of the pairs turns with the row, the second with the column. Computed where it is used: a buffer would
-    come back empty from the meta device.
-    """
-    quarter = head_dim // 4
-    frequencies = theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-    rows, columns = (torch.arange(size, dtype=torch.float32, device=device)[:, None] * frequencies for size in grid)
-    by_row = rows[:, None].expand(-1, grid[1], -1)
-    by_column = columns[None].expand(grid[0], -1, -1)
-    angles = torch.cat([by_row, by_column], dim=-1).reshape(1, grid[0] * grid[1], -1)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-class LFQAttention(nn.Module):
-    """Bidirectional self-attention over the features of an image."""
-
-    is_causal = False
-    num_key_value_groups = 1
-
-    def __init__(self, config: LFQConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        norm = lambda: nn.RMSNorm(self.head_dim, eps=NORM_EPS) if config.qk_norm else nn.Identity()  # noqa: E731
-        self.q_norm, self.k_norm = norm(), norm()
-
-    def forward(self, hidden_states: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        batch, length, _ = hidden_states.shape
-        query, key, value = self.qkv_proj(hidden_states).view(batch, length, 3, -1, self.head_dim).unbind(2)
-        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *positions)
-        attend: Callable = eager_attention
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        output, _ = attend(
-            self, query, key, value.transpose(1, 2), None, scaling=self.scaling, dropout=0.0, is_causal=False
-        )
-        return self.o_proj(output.reshape(batch, length, -1))
-
-
-class LFQBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block."""
-
-    def __init__(self, config: LFQConfig):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
-        self.attention = LFQAttention(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.hidden_size, config.intermediate_size),
-            nn.GELU(),
-            nn.Linear(config.intermediate_size, config.hidden_size),
-        )
-
-    def forward(self, hidden_states: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), positions)
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
 class LFQQuantizer(StrictLoading):
@@ -236,26 +153,7 @@ class LFQQuantizer(StrictLoading):
             ValueError: features of a wrong shape.
         """
         self._check_features(features, grid)
-        flat = features.flatten(0, 1)
-        first = self.input_proj if self.config.variant == "transformer" else self.to_bits
-        mean, whitening = whitening_of(self.input_norm(flat.to(self.input_norm.weight.dtype)))
-        weight = first.weight.cpu().double() @ whitening
-        first.weight.copy_(weight)
-        first.bias.copy_(first.bias.cpu().double() - weight @ mean)
-        if self.config.input_size != self.config.llm_hidden_size:
-            return
-        self.embedding_scale.fill_(float(flat.float().std()))
-        self.embedding_shift.copy_(flat.float().mean(0))
-        bits = 2.0 * torch.cat([self.encode(part, grid) for part in features.split(64)]).flatten(0, 1) - 1
-        inner = F.gelu(self.from_bits[0](bits.to(self.from_bits[0].weight.dtype))).cpu().double()
-        wanted = ((flat.float() - self.embedding_shift) / self.embedding_scale).cpu().double()
-        inner_mean = inner.mean(0)
-        inner = inner - inner_mean
-        gram = inner.t() @ inner / len(inner)
-        gram.diagonal().add_(1e-2 * gram.diagonal().mean())
-        solution = torch.linalg.solve(gram, inner.t() @ wanted / len(inner)).t()
-        self.from_bits[2].weight.copy_(solution)
-        self.from_bits[2].bias.copy_(-solution @ inner_mean)
+        match_features(self, features, grid)
 
     def _embed(self, bits: torch.Tensor) -> torch.Tensor:
         # ±1 instead of 0 and 1: no bit pattern is the origin.

@@ -47,7 +47,9 @@ class LFQImageTextPipeline(PromptPipeline):
     default_batch_size = None
     defaults = {"do_sample": True}
     own_names = ("mode", "num_image_tokens")
-    _load_processor = True
+    # An LFQProcessor; transformers announces None.
+    processor: Any
+    _load_processor = True  # type: ignore[assignment]  # announced as None
 
     def __init__(
         self,
@@ -70,13 +72,13 @@ class LFQImageTextPipeline(PromptPipeline):
             if codes != ours:
                 raise ValueError(f"The image decoder has {codes:,} codes, but the model has {ours:,} LFQ ids.")
 
-    def _sanitize_parameters(self, mode: str | None = None, **kwargs):
-        before, forward, after = super()._sanitize_parameters(**kwargs)
+    def _sanitize_parameters(self, generate_kwargs: dict | None = None, mode: str | None = None, **kwargs):
+        before, forward, after = super()._sanitize_parameters(generate_kwargs, **kwargs)
         if mode is not None:
             before, forward = before | {"mode": mode}, forward | {"mode": mode}
         return before, forward, after
 
-    def preprocess(self, inputs: list, mode: str = "image", **kwargs) -> dict[str, Any]:
+    def preprocess(self, inputs: list, mode: str = "image", **kwargs) -> dict[str, Any]:  # type: ignore[override]  # rows
         """Requests → left-padded ids; a text in `image` mode inside the processor's `image_prompt`."""
         prompts = self.prompts(inputs, **kwargs)
         texts = [render(prompt, self._prompt_processor()) for prompt in prompts]
@@ -123,7 +125,7 @@ class LFQImageTextPipeline(PromptPipeline):
         ids = self.model.generate(**encoded, mode=mode, num_image_tokens=count, **one_config(options))
         return ids, {"num_image_tokens": count}
 
-    def postprocess(self, model_outputs, return_full_text: bool = False) -> list:
+    def postprocess(self, model_outputs, return_full_text: bool = False) -> list:  # type: ignore[override]  # one keyword
         results = []
         for (rows, extra), prompt in zip(model_outputs["rows"], model_outputs["prompts"], strict=True):
             given = []

@@ -64,7 +64,8 @@ class LFQProcessor(ProcessorMixin):
             raise ValueError(f"image_prompt must contain {{caption}}, got {image_prompt!r}.")
         self.lfq_start_token_id, self.output_dim, self.image_prompt = lfq_start_token_id, output_dim, image_prompt
         super().__init__(tokenizer, chat_template=chat_template or getattr(base or tokenizer, "chat_template", None))
-        self._text_size, self._spaces = size, None
+        self._text_size = size
+        self._spaces: bool | None = None
         # Not an attribute that transformers saves by itself: two processors cannot share one processor_config.json.
         self.base = base
         self.has_base = has_base or base is not None
@@ -217,7 +218,7 @@ class LFQProcessor(ProcessorMixin):
         """`decode` of each row."""
         return [self.decode(row, skip_lfq_tokens, **kwargs) for row in sequences]
 
-    def split_images(self, token_ids, num_image_tokens: int | None = None) -> list[torch.LongTensor]:
+    def split_images(self, token_ids, num_image_tokens: int | None = None) -> list[torch.Tensor]:
         """Runs of LFQ ids in one row, each as int64 ids `(n,)`; of exactly `num_image_tokens` where given."""
         runs = [torch.tensor(run) for is_lfq, run in self._runs(token_ids) if is_lfq]
         if num_image_tokens is None:
@@ -225,7 +226,7 @@ class LFQProcessor(ProcessorMixin):
         parts = [part for run in runs for part in run.split(num_image_tokens)]
         return [part for part in parts if len(part) == num_image_tokens]
 
-    def codes(self, token_ids: torch.Tensor) -> torch.LongTensor:
+    def codes(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Bits `(..., output_dim)` of LFQ ids; see `decode_tokens_to_lfq_codes`."""
         return decode_tokens_to_lfq_codes(token_ids, self.lfq_start_token_id, self.output_dim)
 
@@ -246,7 +247,7 @@ class LFQProcessor(ProcessorMixin):
             runs[-1][1].append(token)
         return runs
 
-    def apply_chat_template(self, conversation, tokenize: bool = False, **kwargs):
+    def apply_chat_template(self, conversation, tokenize: bool = False, **kwargs):  # type: ignore[override]  # as called
         """The base model's chat template; markers in its texts are read like elsewhere where `tokenize` is set."""
         owner = self.tokenizer if self.base is None else self.base
         options = {name: kwargs.pop(name) for name in ROW_OPTIONS if name in kwargs}

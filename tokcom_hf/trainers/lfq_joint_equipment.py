@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..evaluation.lfq_bases import image_tokens_of, width_of_input
 from ..models.configuration_lfq_quantizer import LFQConfig
-from ..models.lfq_files import load_base
+from ..models.lfq_building import load_base
 from ..models.modeling_lfq_expanded import LFQExpandedModel
 from ..models.modeling_lfq_quantizer import LFQQuantizer
 from .lfq_joint_model import JointLFQModel

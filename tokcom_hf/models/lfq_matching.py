@@ -1,0 +1,45 @@
+"""Where `LFQQuantizer` starts: freshly drawn weights fitted to the features at both of its ends."""
+
+import torch
+import torch.nn.functional as F
+
+# Share of the mean variance. Directions of much less variance count as noise and stay faint.
+WHITENING_FLOOR = 0.3
+
+
+def whitening_of(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(width,)` and matrix `(width, width)` that make the directions of vectors `(n, width)` vary nearly alike.
+
+    A variance v becomes v / (v + floor), with a floor of `WHITENING_FLOOR` times the mean variance. float64, on the CPU:
+    not every accelerator has it.
+    """
+    vectors = vectors.detach().cpu().double()
+    mean = vectors.mean(0)
+    values, directions = torch.linalg.eigh((vectors - mean).t().cov(correction=0))
+    floor = WHITENING_FLOOR * values.mean().clamp_min(1e-12)
+    return mean, directions * (values.clamp_min(0) + floor).rsqrt() @ directions.t()
+
+
+@torch.no_grad()
+def match_features(model, features: torch.Tensor, grid: tuple[int, int] | None) -> None:
+    """Fits an `LFQQuantizer` to features `(batch, n, input_size)`; see its method of this name."""
+    flat = features.flatten(0, 1)
+    first = model.input_proj if model.config.variant == "transformer" else model.to_bits
+    mean, whitening = whitening_of(model.input_norm(flat.to(model.input_norm.weight.dtype)))
+    weight = first.weight.cpu().double() @ whitening
+    first.weight.copy_(weight)
+    first.bias.copy_(first.bias.cpu().double() - weight @ mean)
+    if model.config.input_size != model.config.llm_hidden_size:
+        return
+    model.embedding_scale.fill_(float(flat.float().std()))
+    model.embedding_shift.copy_(flat.float().mean(0))
+    bits = 2.0 * torch.cat([model.encode(part, grid) for part in features.split(64)]).flatten(0, 1) - 1
+    inner = F.gelu(model.from_bits[0](bits.to(model.from_bits[0].weight.dtype))).cpu().double()
+    wanted = ((flat.float() - model.embedding_shift) / model.embedding_scale).cpu().double()
+    inner_mean = inner.mean(0)
+    inner = inner - inner_mean
+    gram = inner.t() @ inner / len(inner)
+    gram.diagonal().add_(1e-2 * gram.diagonal().mean())
+    solution = torch.linalg.solve(gram, inner.t() @ wanted / len(inner)).t()
+    model.from_bits[2].weight.copy_(solution)
+    model.from_bits[2].bias.copy_(-solution @ inner_mean)
