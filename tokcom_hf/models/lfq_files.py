@@ -14,6 +14,7 @@ from .shared_wrapped_base import (
     LOADING_OPTIONS,
     base_named,
     check_saving_options,
+    grouped,
     load_generation_config,
     locate_base,
     matches_reference,
@@ -151,14 +152,10 @@ def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_cod
     kwargs = named_as_dtype(kwargs)
     hub = {key: kwargs[key] for key in (*HUB_OPTIONS, "subfolder") if kwargs.get(key) is not None}
     if not isinstance(config, LFQExpandedConfig):
-        loading = {key: value for key, value in kwargs.items() if key in (*LOADING_OPTIONS, *_OTHER, *_INTERNAL)}
-        own = {
-            key: value
-            for key, value in kwargs.items()
-            if key not in loading and key not in (*HUB_OPTIONS, "subfolder")
-        }
+        known = (*LOADING_OPTIONS, *HUB_OPTIONS, "subfolder", *_OTHER, *_INTERNAL)
+        kwargs, own = grouped(kwargs, known)
         config, unknown = LFQExpandedConfig.from_pretrained(name, return_unused_kwargs=True, **hub, **own)
-        kwargs = {key: value for key, value in kwargs.items() if key not in own} | unknown
+        kwargs |= unknown
     if config.base_config is None:
         raise ValueError(
             f"{name} is no LFQ checkpoint: its config.json has no base_config. To add LFQ tokens to a model use "
@@ -167,11 +164,10 @@ def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_cod
     given = kwargs.get("state_dict")
     if not (config.base_included if given is None else any(not key.startswith(ROWS) for key in given)):
         return _load_rows(cls, name, config, hub, base_trust_remote_code, kwargs)
-    wanted = kwargs.pop("output_loading_info", False)
     if name is not None and kwargs.get("dtype") in (None, "auto") and _rows_are_float32(name, hub, kwargs):
         kwargs["rows_in_float32"] = True
     try:
-        model, info = load(name, *args, config=config, output_loading_info=True, **kwargs)
+        model, info = load(name, *args, config=config, **kwargs | {"output_loading_info": True})
     except RuntimeError as error:
         raise ValueError(f"The weights of {name} do not fit its config.json: {error}") from error
     for what, keys in (
@@ -180,7 +176,7 @@ def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_cod
     ):
         if info[f"{keys}_keys"]:
             raise ValueError(f"{name} {what}: {sorted(info[f'{keys}_keys'])[:3]}.")
-    return (model, info) if wanted else model
+    return (model, info) if kwargs.get("output_loading_info") else model
 
 
 def _rows_are_float32(name, hub: dict, kwargs: dict) -> bool:

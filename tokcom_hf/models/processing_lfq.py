@@ -250,10 +250,11 @@ class LFQProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, tokenize: bool = False, **kwargs):  # type: ignore[override]  # as called
         """The base model's chat template; markers in its texts are read like elsewhere where `tokenize` is set."""
         owner = self.tokenizer if self.base is None else self.base
-        options = {name: kwargs.pop(name) for name in ROW_OPTIONS if name in kwargs}
+        options = {name: value for name, value in kwargs.items() if name in ROW_OPTIONS}
+        template = {name: value for name, value in kwargs.items() if name not in ROW_OPTIONS}
         if options and not tokenize:
             raise ValueError(f"{', '.join(options)} act on ids; pass tokenize=True.")
-        text = owner.apply_chat_template(conversation, tokenize=False, **kwargs)
+        text = owner.apply_chat_template(conversation, tokenize=False, **template)
         return self(text=text, add_special_tokens=False, **options) if tokenize else text
 
     # ------------------------------------------------------------------ files

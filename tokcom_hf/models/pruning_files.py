@@ -16,6 +16,7 @@ from .shared_wrapped_base import (
     check_finite,
     check_saving_options,
     check_weights,
+    grouped,
     load_generation_config,
     locate_base,
     matches_reference,
@@ -28,6 +29,8 @@ from .shared_wrapped_base import (
 )
 
 INCLUDED = "base"
+# Keywords of `from_pretrained` that are about the saved folder itself.
+_OF_FOLDER = ("generation_config", "output_loading_info", "use_safetensors", "variant", "subfolder")
 # What AutoModel hands on about the code that it has chosen by then.
 _OF_AUTO = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
 
@@ -49,7 +52,7 @@ def save_pruned_vlm(model, save, folder, include_base: bool | None, state_dict=N
     check_saving_options(kwargs)
     if kwargs.get("distributed_checkpoint"):
         raise ValueError("PrunedVLM is saved as safetensors files; leave distributed_checkpoint out.")
-    push = {key: kwargs.pop(key, None) for key in ("push_to_hub", "repo_id", "commit_message", "create_pr", "private")}
+    push, kwargs = grouped(kwargs, ("push_to_hub", "repo_id", "commit_message", "create_pr", "private"))
     weights = model.state_dict() if state_dict is None else state_dict
     if getattr(model, "_hf_peft_config_loaded", False):
         # An adapter added by `add_adapter` is saved alone, as for every model of transformers.
@@ -84,8 +87,8 @@ def save_pruned_vlm(model, save, folder, include_base: bool | None, state_dict=N
         offloaded = any(value.is_meta for value in plain.values())
         remove_weights(Path(folder) / INCLUDED, kwargs.get("variant"))
         model.base.save_pretrained(Path(folder) / INCLUDED, state_dict=None if offloaded else plain, **options)
-    if push.pop("push_to_hub"):
-        _push(folder, kwargs.get("token"), **push)
+    if push.get("push_to_hub"):
+        _push(folder, kwargs.get("token"), push)
 
 
 def _base_to_write(model, inner: dict, folder, include_base: bool | None) -> tuple[str | None, bool]:
@@ -119,14 +122,17 @@ def _add_auto_class(path: Path) -> None:
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _push(folder, token, repo_id=None, commit_message=None, create_pr=None, private=None) -> None:
+def _push(folder, token, options: dict) -> None:
     """Uploads the finished folder, so that the repository holds what the folder holds."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id or Path(folder).name, private=private, exist_ok=True).repo_id
+    api, name = HfApi(token=token), options.get("repo_id") or Path(folder).name
+    repo_id = api.create_repo(name, private=options.get("private"), exist_ok=True).repo_id
     api.upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload model", create_pr=create_pr,
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=options.get("commit_message") or "Upload model",
+        create_pr=options.get("create_pr"),
         ignore_patterns=["checkpoint-*/**"],
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------- loading
@@ -146,14 +152,11 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
         TypeError: a keyword that nothing takes.
         ValueError: weights that do not fit, a base that is no supported VLM, or a reference that is not allowed.
     """
-    kwargs = {key: value for key, value in named_as_dtype(kwargs).items() if key not in _OF_AUTO}
-    generation_config = kwargs.pop("generation_config", None)
-    wants_info = kwargs.pop("output_loading_info", False)
-    if kwargs.pop("use_safetensors", None) is False:
+    groups = (_OF_AUTO, _OF_FOLDER, HUB_OPTIONS, (*LOADING_OPTIONS, "weights_only"))
+    _, of_folder, hub, loading, fields = grouped(named_as_dtype(kwargs), *groups)
+    if of_folder.get("use_safetensors") is False:
         raise ValueError("PrunedVLM is stored in safetensors files only; leave use_safetensors out.")
-    variant, subfolder = kwargs.pop("variant", None), kwargs.pop("subfolder", "") or ""
-    hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
-    loading = {key: kwargs.pop(key) for key in (*LOADING_OPTIONS, "weights_only") if key in kwargs}
+    variant, subfolder = of_folder.get("variant"), of_folder.get("subfolder") or ""
     if config is None or isinstance(config, str | os.PathLike):
         config = PrunedVLMConfig.from_pretrained(config or name, subfolder=subfolder, **hub)
     elif not isinstance(config, PrunedVLMConfig):
@@ -161,11 +164,11 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
         if config.model_type != PrunedVLMConfig.model_type:
             raise ValueError(f"PrunedVLM needs a PrunedVLMConfig, got {type(config).__name__}.")
         config = PrunedVLMConfig.from_dict(config.to_dict())
-    unknown = sorted(key for key in kwargs if key not in PrunedVLMConfig.__annotations__)
+    unknown = sorted(key for key in fields if key not in PrunedVLMConfig.__annotations__)
     if unknown:
         raise TypeError(f"PrunedVLM.from_pretrained does not take {', '.join(map(repr, unknown))}.")
-    if kwargs:
-        config = PrunedVLMConfig.from_dict(config.to_dict() | kwargs)
+    if fields:
+        config = PrunedVLMConfig.from_dict(config.to_dict() | fields)
     given = {} if variant is None else {"variant": variant}
     inside = {"subfolder": subfolder} | hub
     if state_dict is not None and any(key.startswith("base.") for key in state_dict):
@@ -177,12 +180,10 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
         config._attn_implementation = base.config._attn_implementation
         model = cls(config, base=base)
         _fill_heads(model, name, read_weights(name, variant, **inside) if state_dict is None else state_dict)
-    load_generation_config(model, name, generation_config, **inside)
+    load_generation_config(model, name, of_folder.get("generation_config"), **inside)
     model.config.name_or_path = str(name or "")
     model.eval()
-    if wants_info:
-        return model, nothing_wrong()
-    return model
+    return (model, nothing_wrong()) if of_folder.get("output_loading_info") else model
 
 
 def _load_reference(name, config, hub: dict, subfolder: str, loading: dict, given: dict):

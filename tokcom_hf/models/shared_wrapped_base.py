@@ -3,7 +3,7 @@
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -138,6 +138,12 @@ def named_as_dtype(options: dict) -> dict:
     return options
 
 
+def grouped(options: dict[str, Any], *groups: Collection[str]) -> list[dict[str, Any]]:
+    """Options in one dictionary for each group of names, and in a last one those in no group."""
+    rest = {name: value for name, value in options.items() if not any(name in group for group in groups)}
+    return [*({name: value for name, value in options.items() if name in group} for group in groups), rest]
+
+
 def load_generation_config(model, name: str | os.PathLike | None, given: GenerationConfig | None, **hub) -> None:
     """Gives `model` the generation config `given`, else the one saved at `name`; its base's own where there is neither."""
     if given is not None:
@@ -185,7 +191,8 @@ def weight_files(name: str | os.PathLike, variant: str | None = None, **hub) -> 
     if path is None:
         raise OSError(f"{name} has no weights: neither {single} nor {index} is there.")
     shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
-    return [cached_file(name, shard, **hub) for shard in sorted(set(shards))]
+    # A shard that is missing is an OSError.
+    return [str(cached_file(name, shard, **hub)) for shard in sorted(set(shards))]
 
 
 def read_weights(name: str | os.PathLike, variant: str | None = None, **hub) -> dict[str, torch.Tensor]:
