@@ -39,7 +39,7 @@ from tokcom_hf.evaluation.text_generation import (
     TokComSampler,
 )
 from tokcom_hf.evaluation.text_likelihood import head_losses, mean_next_token_loss
-from tokcom_hf.evaluation.text_protocol import frontier, held_out_prefixes, measure_sampler, summarize
+from tokcom_hf.evaluation.text_protocol import SamplingPlan, frontier, held_out_prefixes, measure_sampler, summarize
 from tokcom_hf.evaluation.text_report import print_accuracies, print_row
 from tokcom_hf.evaluation.tokcom_denoising import denoise_reconstruct_accuracy, denoising_metrics
 from tokcom_hf.evaluation.tokcom_latent_path import sampling_path
@@ -142,6 +142,7 @@ def main() -> None:
     print_accuracies(results)
 
     prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, run.prefix_length)
+    plan = SamplingPlan(run.num_samples, length, prefixes, run.draws)
     more = judged_by(run.judge_model, model.device, data.tokenizer)
     rows = results["rows"] = {"held-out text": real_text(judge, run, more)}
     print_row("held-out text", rows["held-out text"], header=True)
@@ -149,7 +150,7 @@ def main() -> None:
     scores: dict[str, list[np.ndarray]] = {}
     for name, sampler in samplers.items():
         rows[name] = measure_sampler(
-            sampler, judge, run.seeds, run.num_samples, length, prefixes, run.draws, scores.setdefault(name, []), more,
+            sampler, judge, run.seeds, plan, scores.setdefault(name, []), more,
         )  # fmt: skip
         print_row(name, rows[name])
     results["nats_per_token"] = losses(model, samplers, held_out)

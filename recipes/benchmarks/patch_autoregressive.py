@@ -28,7 +28,7 @@ from transformers import AutoModel, LlamaConfig, LlamaModel
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.evaluation.text_generation import Sampler
-from tokcom_hf.evaluation.text_protocol import held_out_prefixes, measure_sampler
+from tokcom_hf.evaluation.text_protocol import SamplingPlan, held_out_prefixes, measure_sampler
 from tokcom_hf.evaluation.text_report import print_row
 from tokcom_hf.metrics.compute import count_training_flops
 from tokcom_hf.metrics.text import TextJudge
@@ -136,9 +136,6 @@ class PatchSampler(Sampler):
     model: PatchAutoregressive
     temperature: float = 1.0
     batch_size: int = 256
-
-    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
-        return self.continuations(np.zeros((count, 0), dtype=np.int64), 1, length, seed)[:, 0]
 
     @torch.no_grad()
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
@@ -260,7 +257,7 @@ def main() -> None:
     judge = TextJudge(train_ids, held_out, vocabulary + 1)
     prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, run.prefix_length)
     sampler = PatchSampler(model, run.temperature)
-    row = measure_sampler(sampler, judge, run.seeds, run.num_samples, length, prefixes, run.draws)
+    row = measure_sampler(sampler, judge, run.seeds, SamplingPlan(run.num_samples, length, prefixes, run.draws))
     print(f"nats per token: {loss:.3f} in training, {nats:.3f} held out")
     print_row("patch-autoregressive", row, header=True)
     out = Path(run.output_dir)

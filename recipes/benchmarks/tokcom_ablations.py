@@ -28,7 +28,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.evaluation.text_generation import TokComSampler
 from tokcom_hf.evaluation.text_likelihood import head_losses
-from tokcom_hf.evaluation.text_protocol import held_out_prefixes, measure_sampler
+from tokcom_hf.evaluation.text_protocol import SamplingPlan, held_out_prefixes, measure_sampler
 from tokcom_hf.evaluation.tokcom_denoising import denoising_metrics
 from tokcom_hf.evaluation.tokcom_reconstruction import reconstruction_metrics
 from tokcom_hf.metrics.text import TextJudge
@@ -140,7 +140,7 @@ def measure(folder: Path, settings: dict[str, Any], run: RunArguments, source: T
     accuracies |= denoising_metrics(model, ids, torch.ones_like(ids), (0.1, 0.3, 0.5, 0.7))
     prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, min(run.prefix_length, length // 2))
     sampler = TokComSampler(model, settings)
-    generated = measure_sampler(sampler, judge, run.seeds, run.num_samples, length, prefixes, run.draws)
+    generated = measure_sampler(sampler, judge, run.seeds, SamplingPlan(run.num_samples, length, prefixes, run.draws))
     if model.config.context is not None:
         accuracies["next_token_nats"] = head_losses(model, held_out)[0]
     return {"accuracies": accuracies, "generated": generated}

@@ -29,7 +29,7 @@ from tokcom_hf.data.text import TextRows, load_text_rows
 from tokcom_hf.data.text_evaluation import full_rows
 from tokcom_hf.evaluation.text_generation import CausalSampler, HeadSampler, Sampler, TokComSampler
 from tokcom_hf.evaluation.text_likelihood import head_losses
-from tokcom_hf.evaluation.text_protocol import held_out_prefixes, measure_sampler, summarize
+from tokcom_hf.evaluation.text_protocol import SamplingPlan, held_out_prefixes, measure_sampler, summarize
 from tokcom_hf.evaluation.text_report import print_row
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.text import TextJudge
@@ -283,7 +283,7 @@ def train_and_measure(data: TextRows, seconds: float, run: RunArguments) -> dict
         **{f"TokCom, block {block}": TokComSampler(model, {"block_size": block}, batch_size=512) for block in (1, 16)},
     }  # fmt: skip
     for name, sampler in samplers.items():
-        row = measure_sampler(sampler, judge, [0], run.num_samples, LENGTH, prefixes, 8)
+        row = measure_sampler(sampler, judge, [0], SamplingPlan(run.num_samples, LENGTH, prefixes, 8))
         found["rows"][name] = row
         print_row(name, row)
     found["sample"] = data.tokenizer.decode(samplers["TokCom, block 1"].rows(1, LENGTH, 0)[0])

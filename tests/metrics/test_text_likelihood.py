@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.evaluation.text_generation import CausalSampler, HeadSampler, KneserNeySampler, TokComSampler
 from tokcom_hf.evaluation.text_likelihood import causal_log_probs, head_log_probs, head_losses, mean_next_token_loss
-from tokcom_hf.evaluation.text_protocol import held_out_prefixes, measure_sampler
+from tokcom_hf.evaluation.text_protocol import SamplingPlan, held_out_prefixes, measure_sampler
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.text import TextJudge
 from tokcom_hf.metrics.text_ngram import KneserNey
@@ -127,11 +127,13 @@ def test_both_estimates_of_brier_lm_agree(tokcom, causal):
     judge = TextJudge(generator.integers(0, 30, 2000), generator.integers(0, 30, (20, 16)), VOCABULARY)
     prefixes = held_out_prefixes(judge.reference.reshape(-1), 160, 8)
     for sampler in (HeadSampler(tokcom, batch_size=512), CausalSampler(causal, 0, batch_size=512)):
-        row = measure_sampler(sampler, judge, [0], 6, 16, prefixes, draws=64)
+        row = measure_sampler(sampler, judge, [0], SamplingPlan(6, 16, prefixes, 64))
         for name in ("brier_1", "brier_2"):
             assert row[name]["mean"] == pytest.approx(row[f"{name}_from_probabilities"]["mean"], abs=1.5)
         assert "brier_lm_error_from_probabilities" in row
     scores: list[np.ndarray] = []
-    unknown = measure_sampler(TokComSampler(tokcom, {"block_size": 0}), judge, [0], 6, 16, prefixes, 2, scores)
+    unknown = measure_sampler(
+        TokComSampler(tokcom, {"block_size": 0}), judge, [0], SamplingPlan(6, 16, prefixes), scores
+    )
     assert 100 * scores[0].mean(axis=0)[0] == pytest.approx(unknown["brier_1"]["mean"])
     assert "brier_lm_from_probabilities" not in unknown

@@ -22,6 +22,7 @@ from tokcom_hf.evaluation.text_generation import (
     tokens_behind_prefix,
 )
 from tokcom_hf.evaluation.text_protocol import (
+    SamplingPlan,
     frontier,
     held_out_prefixes,
     measure_sampler,
@@ -124,16 +125,16 @@ def test_prefixes_are_followed_by_their_true_continuation():
 def test_measured_rows_hold_mean_and_spread_and_the_frontier_its_settings(samplers):
     generator = np.random.default_rng(5)
     judge = TextJudge(generator.integers(0, VOCABULARY, 2000), generator.integers(0, VOCABULARY, (20, 16)), VOCABULARY)
-    prefixes = held_out_prefixes(judge.reference.reshape(-1), 6, 8)
+    plan = SamplingPlan(6, 16, held_out_prefixes(judge.reference.reshape(-1), 6, 8), draws=3)
     scores: list[np.ndarray] = []
     more = lambda rows: {"largest": float(rows.max())}  # noqa: E731
-    row = measure_sampler(samplers["tokcom"], judge, [0, 1], 6, 16, prefixes, 3, scores, more)
+    row = measure_sampler(samplers["tokcom"], judge, [0, 1], plan, scores, more)
     assert {"brier_lm", "kn_perplexity", "entropy", "auc", "overlap_8", "tokens_per_second", "largest"} <= set(row)
     assert row["distinct_rows"]["mean"] == 6 and [part.shape for part in scores] == [(6, 4)] * 2
     # One score of all draws: not the mean of the seeds', each 0 where it is not positive in all four orders.
     pooled = brier_summary(np.mean(scores, axis=0))
     assert row["brier_lm_pooled"] == {"mean": pooled["brier_lm"], "std": pooled["brier_lm_error"]}
-    again = measure_sampler(samplers["tokcom"], judge, [0, 1], 6, 16, prefixes, 3)
+    again = measure_sampler(samplers["tokcom"], judge, [0, 1], plan)
     assert again["brier_lm_pooled"] == row["brier_lm_pooled"]
     assert row["kn_perplexity"]["std"] > 0 and row["tokens"]["mean"] == 96
     settings = [{"temperature": 1e-3}, {"temperature": 2.0}]

@@ -24,7 +24,7 @@ def tokenize_images(decoder, image_processor, rows, batch_size: int = 128) -> to
 
 
 @torch.no_grad()
-def decode_images(decoder, image_processor, codes: torch.LongTensor, batch_size: int = 128) -> list[Image.Image]:
+def decode_images(decoder, image_processor, codes: torch.Tensor, batch_size: int = 128) -> list[Image.Image]:
     """Pictures of code numbers `(rows, h, w)`."""
     images: list[Image.Image] = []
     for part in codes.split(batch_size):
@@ -33,7 +33,17 @@ def decode_images(decoder, image_processor, codes: torch.LongTensor, batch_size:
 
 
 @torch.no_grad()
-def draw(model, processor, prompts: Sequence[str], starts: torch.LongTensor | None, count: int, **options):
+def draw(
+    model,
+    processor,
+    prompts: Sequence[str],
+    starts: torch.LongTensor | None,
+    count: int,
+    *,
+    guidance_scale: float = 1.0,
+    batch_size: int = 64,
+    **options: Any,
+) -> torch.Tensor:
     """Code numbers `(prompts, count)` of generated images.
 
     Args:
@@ -42,23 +52,31 @@ def draw(model, processor, prompts: Sequence[str], starts: torch.LongTensor | No
         prompts: captions.
         starts: first code numbers `(prompts, n)` that are given, or None.
         count: tokens of an image.
-        options: of `generate`; `guidance_scale`, `batch_size`, `temperature`, ...
+        guidance_scale: weight of the caption against an empty one; 1 for none.
+        batch_size: captions at a time.
+        options: further ones of `generate`, for example `temperature`.
     """
-    size, scale = options.pop("batch_size", 64), options.pop("guidance_scale", 1.0)
     tokenizer, first = processor.tokenizer, processor.lfq_start_token_id
     tokenizer.padding_side = "left"
     given = 0 if starts is None else starts.shape[1]
     codes = []
-    for start in tqdm(range(0, len(prompts), size), desc="drawing", leave=False):
-        texts = [processor.image_prompt.replace("{caption}", caption) for caption in prompts[start : start + size]]
-        markers = [""] * len(texts) if starts is None else [processor.render(s) for s in starts[start : start + size]]
+    for start in tqdm(range(0, len(prompts), batch_size), desc="drawing", leave=False):
+        texts = [
+            processor.image_prompt.replace("{caption}", caption) for caption in prompts[start : start + batch_size]
+        ]
+        markers = (
+            [""] * len(texts) if starts is None else [processor.render(s) for s in starts[start : start + batch_size]]
+        )
         batch = processor(text=[a + b for a, b in zip(texts, markers)], padding=True, return_tensors="pt")
         inputs = {name: value.to(model.device) for name, value in batch.items()}
         guidance = {}
-        if scale != 1.0:
+        if guidance_scale != 1.0:
             empty = processor.image_prompt.replace("{caption}", "")
             negative = processor(text=[empty + b for b in markers], padding=True, return_tensors="pt")
-            guidance = {"guidance_scale": scale, "negative_prompt_ids": negative["input_ids"].to(model.device)}
+            guidance = {
+                "guidance_scale": guidance_scale,
+                "negative_prompt_ids": negative["input_ids"].to(model.device),
+            }
         ids = model.generate(
             **inputs,
             mode="image",

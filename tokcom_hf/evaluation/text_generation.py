@@ -26,8 +26,8 @@ class Sampler(Protocol):
     """What the evaluation asks of a generator."""
 
     def rows(self, count: int, length: int, seed: int) -> np.ndarray:
-        """Ids (count, length) from nothing."""
-        ...
+        """Ids (count, length) from nothing: where a sampler has no better way, continuations of empty prefixes."""
+        return self.continuations(np.zeros((count, 0), dtype=np.int64), 1, length, seed)[:, 0]
 
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
         """Ids (prefixes, draws, length) after `prefixes` (prefixes, prefix length)."""
@@ -119,9 +119,6 @@ class HeadSampler(Sampler):
     model: Any
     temperature: float = 1.0
     batch_size: int = 256
-
-    def rows(self, count: int, length: int, seed: int) -> np.ndarray:
-        return self.continuations(np.zeros((count, 0), dtype=np.int64), 1, length, seed)[:, 0]
 
     @torch.no_grad()
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:

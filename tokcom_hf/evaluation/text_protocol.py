@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,20 +35,39 @@ def held_out_prefixes(
     return tokens[windows[:, :prefix_length]], tokens[windows[:, prefix_length:]]
 
 
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What is drawn of a sampler for one seed.
+
+    Args:
+        count: rows from nothing.
+        length: tokens of each.
+        prefixes: ids (prefixes, prefix length) to continue, and what really follows (prefixes, target length), as
+            `held_out_prefixes` gives them; None draws no continuations.
+        draws: continuations of each prefix.
+    """
+
+    count: int
+    length: int
+    prefixes: tuple[np.ndarray, np.ndarray] | None = None
+    draws: int = 2
+
+
 def measure_sampler(
     sampler: Sampler,
     judge: TextJudge,
     seeds: Iterable[int],
-    count: int,
-    length: int,
-    prefixes: tuple[np.ndarray, np.ndarray] | None = None,
-    draws: int = 2,
+    plan: SamplingPlan,
     scores: list[np.ndarray] | None = None,
     measure_more: Callable[[np.ndarray], dict[str, float]] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Unconditional metrics of `count` rows per seed, and BrierLM on `prefixes`.
+    """Metrics of rows drawn from nothing, and BrierLM on the plan's prefixes.
 
     Args:
+        sampler: what writes the text.
+        judge: knows the text of training and the held-out text.
+        seeds: one draw of the whole plan each.
+        plan: what is drawn for each seed.
         scores: where given, the Brier scores (prefixes, orders) of each seed are appended to it: from probabilities where
             the sampler knows them, otherwise from its draws.
         measure_more: further metrics of the rows (count, length), a judge's perplexity for example.
@@ -62,16 +82,16 @@ def measure_sampler(
     scores = [] if scores is None else scores
     for seed in seeds:
         started = time.perf_counter()
-        rows = sampler.rows(count, length, seed)
+        rows = sampler.rows(plan.count, plan.length, seed)
         seconds = time.perf_counter() - started
         run = judge.measure(rows) | {"tokens_per_second": rows.size / seconds}
         run["distinct_rows"] = float(len(np.unique(rows, axis=0)))
         run |= {} if measure_more is None else measure_more(rows)
-        if prefixes is not None:
-            given, targets = prefixes
+        if plan.prefixes is not None:
+            given, targets = plan.prefixes
             # Other noise than the rows'.
             wanted = tokens_behind_prefix(sampler, targets.shape[1])
-            continued, log_probs = sampler.scored_continuations(given, targets, draws, wanted, seed + 10_000)
+            continued, log_probs = sampler.scored_continuations(given, targets, plan.draws, wanted, seed + 10_000)
             per_prefix = brier_scores(continued, targets)
             run |= brier_summary(per_prefix)
             if log_probs is not None:
@@ -114,7 +134,7 @@ def frontier(
     """
     points = []
     for setting in settings:
-        measured = measure_sampler(make_sampler(**setting), judge, [seed], count, length)
+        measured = measure_sampler(make_sampler(**setting), judge, [seed], SamplingPlan(count, length))
         names = ("kn_perplexity", "kn_perplexity_held_out", "entropy", "tokens_per_second")
         points.append({**setting, **{name: measured[name]["mean"] for name in names}})
         if report is not None:

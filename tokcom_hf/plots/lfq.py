@@ -4,24 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics.lfq import ALIVE
-from .vqgan import pyplot
+from .figures import drawn_or_not, pyplot, save
 
 
-def plot_joint_training(history: list[dict], report: dict[str, Any], path: str | Path) -> bool:
+@drawn_or_not
+def plot_joint_training(history: list[dict], report: dict[str, Any], path: str | Path) -> None:
     """Generation loss and KL over the steps, and the mean and flip rate of every bit.
 
     Args:
         history: a trainer's log history.
         report: the final evaluation of `JointLFQTrainer`.
         path: PNG file to write.
-
-    Returns:
-        whether a file was written; False where matplotlib is missing.
     """
-    plt = pyplot()
-    if plt is None:
-        return False
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.4))
+    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(13, 3.4))
     _curve(left, history, "joint/generation_loss", "training")
     _curve(left, history, "eval_generation_loss", "held-out", marker="o")
     if "generation_chance" in report:
@@ -42,10 +37,7 @@ def plot_joint_training(history: list[dict], report: dict[str, Any], path: str |
     for axis in (left, middle, right):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return True
+    save(figure, path)
 
 
 def _curve(axis, history: list[dict], name: str, label: str, **style) -> None:

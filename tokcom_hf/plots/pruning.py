@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .figures import pyplot, save
+
 
 @torch.no_grad()
 def kept_grids(model, batch: dict[str, torch.Tensor]) -> list[tuple[int, np.ndarray]]:
@@ -41,12 +43,8 @@ def plot_kept_patches(model, collator, rows, path: str | Path) -> str:
     Returns:
         A sentence that says where the picture is, or why there is none.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
+    plt = pyplot()
+    if plt is None:
         return "no picture: matplotlib is not installed (pip install 'tokcom_hf[plots]')"
     shown: list[tuple] = []
     for row in rows:
@@ -66,7 +64,5 @@ def plot_kept_patches(model, collator, rows, path: str | Path) -> str:
             axis.set_title(f"from layer {stage}: {int(grid.sum())} tokens", fontsize=7)
         for axis in line:
             axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save(figure, path, dpi=80)
     return f"picture: {path}"

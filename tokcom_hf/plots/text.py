@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from .figures import drawn_or_not, pyplot, save
+
 
 def setting_name(point: dict[str, Any]) -> str:
     """The settings of a point of TokCom's frontier: "8 steps, temperature 0.9, best of 2"."""
@@ -12,12 +14,9 @@ def setting_name(point: dict[str, Any]) -> str:
     return name + (f", guidance {guidance:g}" if guidance != 1.0 else "")
 
 
-def draw_evaluation(out: Path, results: dict[str, Any]) -> bool:
-    """The three figures of recipes/evaluate_tokcom.py into the folder `out`; False where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
+@drawn_or_not
+def draw_evaluation(out: Path, results: dict[str, Any]) -> None:
+    """The three figures of recipes/evaluate_tokcom.py, into the folder `out`."""
     plot_accuracy_against_noise(results["reconstruction"], out / "accuracy_against_noise.png")
     plot_denoising_against_time(results["denoising"], out / "denoising.png")
     curves: dict[str, list[dict[str, Any]]] = {}
@@ -33,7 +32,6 @@ def draw_evaluation(out: Path, results: dict[str, Any]) -> bool:
     keys = ("entropy", "kn_perplexity_held_out")
     anchors = {name: {key: results["rows"][name][key]["mean"] for key in keys} for name in shown}
     plot_frontier(curves, anchors, out / "frontier.png")
-    return True
 
 
 def plot_accuracy_against_noise(reconstruction: dict[str, float], path: Path) -> None:
@@ -93,17 +91,14 @@ def plot_frontier(curves: dict[str, list[dict[str, Any]]], anchors: dict[str, di
     _save(figure, axes, path)
 
 
-def plot_brier_lm(rows: dict[str, dict[str, Any]], path: Path) -> bool:
-    """BrierLM of each row with its bootstrap error, one below the other; False where matplotlib is missing.
+@drawn_or_not
+def plot_brier_lm(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """BrierLM of each row with its bootstrap error, one below the other.
 
     Args:
         rows: name -> dict with `brier_lm`, `brier_lm_error`, and `kind` ("TokCom", "heads alone" or "autoregressive"), which
             gives the colour.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
     figure, axes = _axes("BrierLM", "", "The odds of four tokens")
     names = list(rows)[::-1]
     for kind in dict.fromkeys(row["kind"] for row in rows.values()):
@@ -113,7 +108,6 @@ def plot_brier_lm(rows: dict[str, dict[str, Any]], path: Path) -> bool:
         axes.errorbar(x, places, xerr=error, fmt="o", markersize=4, capsize=3, linewidth=1, label=kind)
     axes.set_yticks(range(len(names)), [name[-40:] for name in names], fontsize=7)
     _save(figure, axes, path)
-    return True
 
 
 def _against_noise(row: dict[str, float], name: str) -> tuple[list[float], list[float]]:
@@ -128,21 +122,12 @@ def _columns(points: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def _axes(x: str, y: str, title: str):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
+    figure, axes = pyplot().subplots(figsize=(6.4, 4.2))
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.25)
     return figure, axes
 
 
 def _save(figure, axes, path: Path) -> None:
-    from matplotlib import pyplot
-
     axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)

@@ -40,14 +40,20 @@ def build_small_llava(
         processor: from `scene_processor`, of the same image and patch size.
     """
     tokenizer = processor.tokenizer
+    image_size: Any = vision.image_size
+    patch_size: Any = vision.patch_size
+    # Names that every config takes, without being fields of this one.
+    special: dict[str, Any] = {
+        "image_token_id": tokenizer.convert_tokens_to_ids(processor.image_token),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     config = LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(**text | text_fields(tokenizer)),
-        image_token_id=tokenizer.convert_tokens_to_ids(processor.image_token),
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        image_seq_length=(image_size // patch_size) ** 2,
         vision_feature_layer=-1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **special,
     )
     model = LlavaForConditionalGeneration(config).float()
     end_generation_like(model, tokenizer)
