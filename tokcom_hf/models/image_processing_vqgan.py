@@ -10,21 +10,21 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from .shared_image_files import read_image
 from .shared_image_pixels import CHANNELS
 
-# What saved processors hold beside their arguments.
+# Keys of a saved processor that are no arguments.
 FILED = ("auto_map", "custom_pipelines", "feature_extractor_type", "image_processor_type", "processor_class")
 
 
 class VQGANImageProcessor(BaseImageProcessor):
     """Converts, resizes and scales images to [-1, 1].
 
-    What happens to unusual images: EXIF rotation is applied; CMYK, palette and grey images are converted; transparency
-    is laid on white where the model has no alpha channel; of an animation or a file of several pages the first is taken;
-    16-bit, 32-bit and float samples are scaled to 8 bits as `shared_image_pixels.to_uint8` says.
+    EXIF rotation is applied. CMYK, palette and grey images are converted. Transparency is laid on white where the model has
+    no alpha channel. Of several pages or frames the first is taken. Samples of 16 bits, 32 bits and floats are scaled to 8
+    bits as `shared_image_pixels.to_uint8` says.
 
     Args:
         image_size: side of the square output (`resize_mode` `crop` and `squash`).
         num_channels: 1 to 4 (grey, grey + alpha, RGB, RGBA).
-        resize_mode: `crop` scales the shorter side and cuts the centre; `squash` ignores the aspect ratio; `none` keeps
+        resize_mode: `crop` scales the shorter side and cuts out the centre; `squash` changes the aspect ratio; `none` keeps
             the size, cut to a multiple of `size_divisor`.
         size_divisor: the model's `downsample_factor`.
     """
@@ -54,18 +54,20 @@ class VQGANImageProcessor(BaseImageProcessor):
         self.resize_mode = resize_mode
         self.size_divisor = size_divisor
 
-    def __call__(self, images, return_tensors: str | None = "pt", **changes) -> BatchFeature:
+    def __call__(  # type: ignore[override]  # `changes` are checked here; transformers lists them in its signature
+        self, images, return_tensors: str | None = "pt", **changes
+    ) -> BatchFeature:
         """One image or several (PIL, path, array or tensor) → `pixel_values (batch, num_channels, height, width)`.
 
         Args:
             images: an image, a list of images, or an array or tensor with a batch dimension. Arrays are
                 `(height, width[, channels])`, tensors `(channels, height, width)`; `shared_image_pixels.to_uint8` lists the
                 sample types and their ranges.
-            changes: arguments of the constructor that differ in this call.
+            changes: arguments of the constructor, for this call only.
 
         Raises:
-            TypeError: something that is not an image, or an unknown keyword.
-            ValueError: zero-size or unreadable images, samples whose range is unclear, or images of different sizes with
+            TypeError: something is not an image, or a keyword is unknown.
+            ValueError: an image is empty or unreadable, the range of its samples is unclear, or images differ in size with
                 `resize_mode="none"`.
         """
         if changes:
@@ -87,7 +89,7 @@ class VQGANImageProcessor(BaseImageProcessor):
     preprocess = __call__
 
     def to_pil(self, image) -> Image.Image:
-        """Any supported image as PIL image of mode L, LA, RGB or RGBA; see the class for conversions."""
+        """An image of any kind as PIL image of mode L, LA, RGB or RGBA, by `num_channels`."""
         return read_image(image, CHANNELS[self.num_channels])
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
@@ -114,7 +116,7 @@ class VQGANImageProcessor(BaseImageProcessor):
 
 
 def as_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Pastes equally sized images into rows of `columns` on white."""
+    """One picture of images of equal size, in rows of `columns`, with white gaps."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")

@@ -69,7 +69,7 @@ def _loss(model, logits: torch.Tensor, call: LossCall, labels: torch.Tensor, num
     tables = [(head.weight, getattr(head, "bias", None)), model.lfq_rows.tables()]
     tables = [tuple(None if table is None else table.to(hidden.device) for table in pair) for pair in tables]
     sink = None if call.gradient_sink is None else call.gradient_sink.gradients
-    return split_cross_entropy(hidden[:, :-1].flatten(0, 1), tables, shifted, num_items=num_items, handover=sink)
+    return split_cross_entropy(hidden[:, :-1].flatten(0, 1), tables, shifted, num_items=num_items, gradient_sink=sink)
 
 
 @torch.no_grad()

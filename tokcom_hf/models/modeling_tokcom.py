@@ -68,8 +68,8 @@ class TokComModel(StrictLoading, GenerationMixin):
     # ------------------------------------------------------------------ training
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
@@ -152,28 +152,28 @@ class TokComModel(StrictLoading, GenerationMixin):
             return latents
         return latents * self.latent_std.to(latents.device) + self.latent_mean.to(latents.device)
 
-    def encode(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
         """ids (batch, length) → VAE latents (batch, length / chunk, latent)."""
         return self.vae.encode(input_ids)
 
-    def decode(self, latents: torch.Tensor) -> torch.LongTensor:
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """VAE latents (batch, chunks, latent) → ids (batch, chunks · chunk_size)."""
         return self.vae.decode(latents)
 
     @torch.no_grad()
-    def reconstruct(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def reconstruct(self, input_ids: torch.Tensor) -> torch.Tensor:
         """ids → latents → ids, shapes (batch, length)."""
         return self.decode(self.encode(input_ids))
 
     @torch.no_grad()
     def denoise_reconstruct(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         noise_level: float = 0.5,
         num_steps: int = 50,
         sampler: str | None = None,
         generator: torch.Generator | None = None,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """Mixes the latents of a text with noise at t = `noise_level`, denoises them and decodes.
 
         With a context every block of `block_size` chunks is denoised after the tokens that really precede it.
@@ -194,7 +194,7 @@ class TokComModel(StrictLoading, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         num_chunks: int | None = None,
         num_generate_chunks: int | None = None,
         num_steps: int | None = None,
@@ -203,7 +203,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         temperature: float | None = None,
         generator: torch.Generator | None = None,
         *,
-        attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         block_size: int | None = None,
         guidance_scale: float | None = None,
         best_of: int | None = None,
@@ -216,7 +216,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         streamer: Any | None = None,
         return_dict_in_generate: bool | None = None,
         generation_config: GenerationConfig | None = None,
-    ) -> torch.LongTensor | TokComGenerateOutput:
+    ) -> torch.Tensor | TokComGenerateOutput:
         """Generates token ids after prompts, or from nothing.
 
         None takes the value of `generation_config`, else of the model's config, else the default named here.

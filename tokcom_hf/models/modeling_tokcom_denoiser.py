@@ -33,9 +33,9 @@ class DenoisedModelOutput(ModelOutput):
     attentions: with `output_attentions`, (batch, heads, chunks, chunks) of each layer.
     """
 
-    clean_latents: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    clean_latents: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def sinusoid(values: torch.Tensor, size: int) -> torch.Tensor:
@@ -52,9 +52,10 @@ class AdaptiveNorm(nn.Module):
     def __init__(self, config: DenoisedModelConfig):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.scale_shift_mlp = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
+        linear = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         # adaLN-Zero: scale and shift start at zero.
-        self.scale_shift_mlp[1].zero_init = True
+        linear.zero_init = True  # type: ignore[assignment]  # a mark for `_init_weights`, no submodule
+        self.scale_shift_mlp = nn.Sequential(nn.SiLU(), linear)
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """hidden_states: (batch, chunks, hidden); condition: a shape that broadcasts to it, batch or chunks being 1."""

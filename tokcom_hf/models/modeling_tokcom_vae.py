@@ -37,13 +37,13 @@ class TokComVAEOutput(ModelOutput):
     attentions: with `output_attentions`, (batch, heads, chunk, chunk) of the encoder's layers, then of the decoder's.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    latents: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    kl_loss: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    kl_loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class ChunkTransformer(nn.Module):
@@ -110,7 +110,7 @@ class TokComVAE(StrictLoading):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]  # only an embedding will do
         self.embed_tokens = value
 
     def resize_token_embeddings(
@@ -155,8 +155,8 @@ class TokComVAE(StrictLoading):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        labels: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
         return_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -211,7 +211,7 @@ class TokComVAE(StrictLoading):
         )
         return as_asked(output, self.config, return_dict)
 
-    def fold(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def fold(self, input_ids: torch.Tensor) -> torch.Tensor:
         """ids (batch, length) → chunks (batch · length / chunk, chunk)."""
         chunk = self.config.chunk_size
         if input_ids.shape[-1] % chunk:
@@ -221,7 +221,7 @@ class TokComVAE(StrictLoading):
         return input_ids.reshape(-1, chunk)
 
     def posterior(
-        self, chunks: torch.LongTensor, record: LayerRecord | None = None
+        self, chunks: torch.Tensor, record: LayerRecord | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids (batch, chunk) → mean (batch, latent) and, if `variational`, the float32 log-variance (batch, latent)."""
         hidden_states = self.encoder(self.embed_tokens(chunks), record)
@@ -251,7 +251,7 @@ class TokComVAE(StrictLoading):
         query = omni.expand(len(latents), self.config.chunk_size - 1, -1)
         return self.decoder(torch.cat([self.decoder_proj(latents).unsqueeze(1), query], dim=1), record)
 
-    def cross_entropy(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    def cross_entropy(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats per token: hidden states (…, hidden), labels (…) of which -100 does not count."""
         hidden_states, labels = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1)
         if type(self.lm_head) is not nn.Linear or hasattr(self.lm_head, "_hf_hook"):
@@ -261,7 +261,7 @@ class TokComVAE(StrictLoading):
             return nn.functional.cross_entropy(logits, labels[counted], reduction="sum") / counted.sum().clamp(min=1)
         return chunked_cross_entropy(hidden_states, self.lm_head.weight, labels)
 
-    def encode(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
         """ids (batch, length) → latents (batch, length / chunk, latent), the posterior means."""
         mean, _ = self.posterior(self.fold(input_ids))
         return mean.view(len(input_ids), -1, mean.shape[-1])
@@ -273,7 +273,7 @@ class TokComVAE(StrictLoading):
         omni = torch.tensor([self.config.omni_token_id], device=logits.device)
         return logits.index_fill(-1, omni, torch.finfo(logits.dtype).min)
 
-    def decode(self, latents: torch.Tensor) -> torch.LongTensor:
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (batch, chunks, latent) → the likeliest ids (batch, chunks · chunk_size), never the omni token."""
         # Logits of 1024 tokens at a time take 200 MB at a vocabulary of 50,000.
         at_once = max(1, 1024 // (self.config.chunk_size * max(1, len(latents))))

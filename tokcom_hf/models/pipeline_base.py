@@ -1,4 +1,4 @@
-"""What every pipeline of the package shares: inputs in batches, one state per call, refused keywords, saved folders."""
+"""BatchedPipeline: the batches, the threads, the checked keywords and the saved folder of every pipeline of the package."""
 
 import difflib
 import os
@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Pipel
 
 from .pipeline_files import save_pipeline
 
-# Fast tokenizers keep padding and truncation as settings of their own: two threads that ask for different ones mix them up.
+# A fast tokenizer keeps padding and truncation on itself, so calls of two threads must not overlap.
 TOKENIZER_LOCK = RLock()
 
 
@@ -24,27 +24,31 @@ class BatchedPipeline(Pipeline):
     """A pipeline whose steps take and return a batch, a list of rows.
 
     - One input gives one result; a list, a tuple or another iterable gives a list of results.
-    - Generators and data sets (`torch.utils.data.Dataset`, `KeyDataset`, `datasets.Dataset`) are read as their results
-      are asked for.
-    - `batch_size` rows run at once, `num_workers` threads prepare the batches to come.
+    - Generators and data sets (`torch.utils.data.Dataset`, `KeyDataset`, `datasets.Dataset`) give an iterator, which reads
+      them batch by batch.
+    - `batch_size` rows run at once, and `num_workers` threads prepare the next batches.
     - Nothing of a call stays on the pipeline or the model, so threads may share it.
 
-    Subclasses set `family` and `default_batch_size` (None: a whole list at once), and define `_is_single`, the steps
-    `preprocess`, `_forward` and `postprocess` on lists, and `_sanitize_parameters`.
+    Subclasses set `family` and `default_batch_size` (None: a whole list at once), and define `_is_single`,
+    `_sanitize_parameters`, and the steps `preprocess`, `_forward` and `postprocess` on lists.
     """
 
     family: str
     default_batch_size: int | None = 1
-    _load_tokenizer = False
-    _load_processor = False
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
-    # transformers would set generation options aside at construction and mix them up with those of a call.
+    tokenizer: Any
+    image_processor: Any
+    processor: Any
+    # transformers annotates these with the None that they are in its base class.
+    _load_tokenizer: bool | None = False  # type: ignore[assignment]
+    _load_processor: bool | None = False  # type: ignore[assignment]
+    _load_image_processor: bool | None = False  # type: ignore[assignment]
+    _load_video_processor: bool | None = False  # type: ignore[assignment]
+    _load_feature_extractor: bool | None = False  # type: ignore[assignment]
+    # True would let transformers take generation options away at construction.
     _pipeline_calls_generate = False
 
     def __init__(self, *args, **kwargs):
-        # transformers loads parts that are named by a string only.
+        # transformers loads a part that a string names, but not one that a path names.
         loaders = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor, "processor": AutoProcessor}
         for name, loader in loaders.items():
             if isinstance(kwargs.get(name), os.PathLike):
@@ -52,25 +56,30 @@ class BatchedPipeline(Pipeline):
         super().__init__(*args, **kwargs)
 
     def _is_single(self, inputs: Any) -> bool:
-        """Whether `inputs` is one row rather than several."""
+        """Whether `inputs` is one row, rather than several."""
         raise NotImplementedError
 
     def _dataset_row(self, row: Any) -> Any:
-        """A row of `datasets.Dataset` as the pipeline takes it."""
+        """A row of `datasets.Dataset` → an input of the pipeline."""
         return row
 
     def _parameters(self, kwargs: dict) -> tuple[dict, dict, dict]:
-        """Keywords of a call over those of the construction, for the three steps."""
-        before = (self._preprocess_params, self._forward_params, self._postprocess_params)
-        now = self._sanitize_parameters(**kwargs)
-        return tuple({**old, **new} for old, new in zip(before, now, strict=True))
+        """Keywords of the three steps: those of the construction, overridden by those of a call."""
+        preprocess, forward, postprocess = self._sanitize_parameters(**kwargs)
+        return (
+            {**self._preprocess_params, **preprocess},
+            {**self._forward_params, **forward},
+            {**self._postprocess_params, **postprocess},
+        )
 
-    def __call__(self, inputs, *, batch_size: int | None = None, num_workers: int | None = None, **kwargs):
+    def __call__(  # type: ignore[override]  # no *args: transformers ignores them
+        self, inputs, *, batch_size: int | None = None, num_workers: int | None = None, **kwargs
+    ):
         """One result for one input, a list for several, an iterator for a generator or a data set.
 
         Raises:
-            TypeError: an unknown keyword, which is named, or an input that is neither a row nor several.
-            ValueError: `batch_size` below 1 or `num_workers` below 0.
+            TypeError: a keyword is unknown, or `inputs` is neither one input nor several.
+            ValueError: `batch_size` is below 1, or `num_workers` below 0.
         """
         parameters = self._parameters(kwargs)
         size = self._batch_size if batch_size is None else batch_size
@@ -80,8 +89,8 @@ class BatchedPipeline(Pipeline):
         if self._is_single(inputs):
             return self.run_single([inputs], *parameters)[0]
         if _is_lazy(inputs):
-            rows = _rows_of(inputs, self._dataset_row)
-            return self._results(rows, size or self.default_batch_size or 1, workers, parameters)
+            read = _rows_of(inputs, self._dataset_row)
+            return self._results(read, size or self.default_batch_size or 1, workers, parameters)
         if not hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__"):
             raise TypeError(f"This pipeline takes one input or a list of them, got {type(inputs).__name__}.")
         rows = list(inputs)
@@ -94,17 +103,17 @@ class BatchedPipeline(Pipeline):
             yield from self.postprocess(self.forward(batch, **forward), **postprocess)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Saves everything the pipeline needs; `pipeline(model=folder, trust_remote_code=True)` brings it back.
+        """Saves all parts and the code, which `pipeline(model=folder, trust_remote_code=True)` loads.
 
         Args:
             save_directory: folder.
-            kwargs: for the model's `save_pretrained`.
+            kwargs: passed to `save_pretrained` of the model.
         """
         save_pipeline(self, save_directory, self.family, **kwargs)
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raises TypeError for the first of `names` that is not in `known`, with the name that was probably meant."""
+    """Raises TypeError for the first of `names` that is not in `known`, and suggests the nearest that is."""
     known = sorted(known)
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -118,7 +127,7 @@ def _is_lazy(inputs: Any) -> bool:
 
 
 def _is_hub_dataset(inputs: Any) -> bool:
-    # By its name: the data set library is not needed to run a pipeline.
+    # By name, because a pipeline runs without the `datasets` library.
     return type(inputs).__module__.split(".")[0] == "datasets"
 
 
@@ -138,7 +147,7 @@ def _batches(rows: Iterable, size: int) -> Iterator[list]:
 
 
 def _prepared(batches: Iterator[list], prepare, workers: int) -> Iterator:
-    """`prepare(batch)` of each batch in order; with `workers`, that many threads work ahead."""
+    """`prepare(batch)` of each batch in order, which `workers` threads compute ahead."""
     if not workers:
         yield from map(prepare, batches)
         return
@@ -151,10 +160,9 @@ def _prepared(batches: Iterator[list], prepare, workers: int) -> Iterator:
 
 
 def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
-    """The random numbers of one call: `generator`, or a new one from `seed`.
+    """The generator of one call: `generator`, or a new one from `seed`, or else from a seed of the global generator.
 
-    Without either the seed is drawn from the global generator, so that `set_seed` still decides; with one, the global
-    generator is neither seeded nor read.
+    Without either argument `set_seed` decides the output; with one, the global generator is neither read nor seeded.
     """
     if generator is not None:
         if seed is not None:
@@ -164,10 +172,10 @@ def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.G
 
 
 def check_texts(texts: list[str]) -> None:
-    """Refuses text that has no UTF-8, which tokenizers report without naming it.
+    """Refuses text that UTF-8 cannot encode, of which a tokenizer does not name the place.
 
     Raises:
-        ValueError: a text holds half of a surrogate pair, as broken JSON escapes leave it.
+        ValueError: a text holds half of a surrogate pair, as broken JSON escapes do.
     """
     for text in texts:
         try:

@@ -1,4 +1,4 @@
-"""Which pipelines a model folder serves, and how a pipeline is saved so that the folder alone brings it back."""
+"""The pipeline tasks of a model folder, and the saving of a pipeline with its code."""
 
 import copy
 import os
@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers.dynamic_module_utils import custom_object_save
 
-# Of each family the first task is what `pipeline(model=folder)` runs where no task is named. A "pt" class is looked up in
-# transformers itself, so it has to be an Auto class.
+# `pipeline(model=folder)` without a task runs the first of the family. transformers looks a "pt" class up in itself, so it
+# must be an Auto class.
 TASKS: dict[str, dict[str, dict[str, Any]]] = {
     "tokcom": {
         "tokcom-generation": {
@@ -41,13 +41,13 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
 class PipelineTasks(dict):
     """`config.custom_pipelines`, as `pipeline()` reads it.
 
-    It lists one task, which is what `pipeline(model=folder)` then runs, and finds every task of the family by name. Where
-    the package is installed it finds none: `pipeline()` would run the folder's copy of the code and demand
-    `trust_remote_code`, but the registered pipelines serve.
+    It lists one task, which `pipeline(model=folder)` then runs, and finds every task of the family by name. Where the
+    package is installed it finds none, so that `pipeline()` takes the registered class; the folder's copy of the code would
+    need `trust_remote_code`.
 
     Args:
         family: key of `TASKS`.
-        default: what config.json said, or the name of the task to list; None lists the family's first.
+        default: value of config.json, or name of the task to list; None lists the family's first.
     """
 
     def __init__(self, family: str, default: str | dict | None = None):
@@ -60,27 +60,27 @@ class PipelineTasks(dict):
         return __name__.startswith("transformers_modules.") and task in TASKS[self.family]
 
     def __getitem__(self, task: str) -> dict[str, Any]:
-        # A copy, since `pipeline()` writes into it.
+        # A copy, because `pipeline()` writes into it.
         return copy.deepcopy(TASKS[self.family][task])
 
     def __reduce__(self):
         return PipelineTasks, (self.family, self.default)
 
 
-def save_pipeline(pipe, folder: str | os.PathLike, family: str, **kwargs) -> None:
-    """Saves model, tokenizer and processors of `pipe`, its code, and its task as the one the folder runs by default.
+def save_pipeline(pipe, folder: str | os.PathLike, family: str, push_to_hub: bool = False, **kwargs) -> None:
+    """Saves model, tokenizer, processors and code of `pipe`, and makes its task the folder's default.
 
     Args:
         family: key of `TASKS`.
-        kwargs: for the model's `save_pretrained`.
+        kwargs: passed to `save_pretrained` of the model.
 
     Raises:
         NotADirectoryError: `folder` is a file.
-        ValueError: `push_to_hub=True`, which would upload before everything is written.
+        ValueError: `push_to_hub=True`, which would upload before all files are written.
     """
     if os.path.isfile(folder):
         raise NotADirectoryError(f"{str(folder)!r} is a file; a pipeline is saved in a folder.")
-    if kwargs.pop("push_to_hub", False):
+    if push_to_hub:
         raise ValueError("save_pretrained only writes the folder; upload it with pipe.push_to_hub('user/name').")
     Path(folder).mkdir(parents=True, exist_ok=True)
     config = pipe.model.config

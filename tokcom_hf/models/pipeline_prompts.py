@@ -1,4 +1,4 @@
-"""What a vision-language pipeline is asked, in every form that transformers' own takes, as text with its images."""
+"""Prompts of vision-language pipelines: every form that transformers' own pipelines take → text with its images."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ IMAGE_KEYS = ("image", "url", "path", "base64")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request.
+    """One prompt, a text or a chat.
 
     Attributes:
-        text: with one `<image>` per image; None for a chat.
-        images: paths, URLs, data URIs or PIL images, in order.
-        messages: of a chat, each `{"role": ..., "content": text or list of parts}`.
+        text: text with one `<image>` per image; None for a chat.
+        images: paths, URLs, data URIs or PIL images, in the order of the text or chat.
+        messages: messages of a chat, each `{"role": ..., "content": text or list of parts}`.
     """
 
     text: str | None
@@ -29,7 +29,7 @@ def is_chat(value: Any) -> bool:
 
 
 def is_prompt(value: Any) -> bool:
-    """Whether a value is one request rather than several."""
+    """Whether a value is one prompt, rather than several."""
     return isinstance(value, str | dict | Prompt) or hasattr(value, "messages") or is_chat(value)
 
 
@@ -37,8 +37,8 @@ def as_prompt(row: Any) -> Prompt:
     """A text, a dictionary with `text` and `image` or `images`, or a chat → `Prompt`.
 
     Raises:
-        TypeError: anything else.
-        ValueError: a dictionary with other keys, or a chat that cannot be read.
+        TypeError: `row` is none of these.
+        ValueError: a dictionary has other keys, or a chat cannot be read.
     """
     if isinstance(row, Prompt):
         return row
@@ -69,10 +69,10 @@ def as_images(value: Any) -> list:
 
 
 def chat_prompt(messages: Iterable[dict], images: Iterable = ()) -> Prompt:
-    """A chat, whose `{"type": "image"}` parts hold their image or take the next of `images`, as each `<image>` in text does.
+    """A chat → `Prompt`; a part `{"type": "image"}` without an image takes the next of `images`, as `<image>` in text does.
 
     Raises:
-        ValueError: a part that is neither text nor image, or more or fewer `images` than parts without one.
+        ValueError: a part is neither text nor image, or there are more or fewer `images` than parts without one.
     """
     waiting, found, messages = list(images), [], list(messages)
     for message in messages:
@@ -99,7 +99,7 @@ def chat_prompt(messages: Iterable[dict], images: Iterable = ()) -> Prompt:
 
 
 def _without_images(messages: list[dict]) -> list[dict]:
-    """The chat as templates read it: image parts say only that there is an image."""
+    """The chat as chat templates read it, without the images of image parts."""
     return [
         message
         if isinstance(message["content"], str)
@@ -116,11 +116,11 @@ def pair(text: Any, images: Any) -> Prompt | list[Prompt]:
 
     Args:
         text: a text, a chat, or a list of either.
-        images: for one text an image or a list; for a list of texts as many images or lists of images, or one flat list
-            that the texts' `<image>`s take in order.
+        images: for one text, an image or a list; for a list of texts, an image or a list for each, or one flat list that
+            the `<image>`s of the texts take in order.
 
     Raises:
-        ValueError: lists that do not fit together.
+        ValueError: the lists do not fit together.
     """
     if text is None:
         raise ValueError("Images need a text; pass text='... <image> ...' or a chat.")
@@ -143,6 +143,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _holes(text: Any) -> int:
+    """Number of places for an image in a text or chat."""
     if isinstance(text, str):
         return text.count(IMAGE)
     count = 0
@@ -173,13 +174,13 @@ def _dealt(texts: list, images: list) -> list[list]:
 
 
 def render(prompt: Prompt, processor) -> tuple[str, bool]:
-    """The text of a prompt with the processor's own image tokens, and whether the tokenizer adds special tokens to it.
+    """The text of a prompt with the processor's image tokens, and whether the tokenizer should add special tokens.
 
-    A chat goes through the processor's chat template. Where there is none, a single message is its parts in order, with
-    images in front of a text that does not say where they are.
+    A chat goes through the processor's chat template. Without a template, a single message becomes its parts in order, the
+    images before a text that has no `<image>`.
 
     Raises:
-        ValueError: a chat of several messages without a template, or not one image token per image.
+        ValueError: there is no template for several messages, or not one image token per image.
     """
     token = getattr(processor, "image_token", None) or IMAGE
     if prompt.messages is None:
@@ -219,7 +220,7 @@ def _from_template(messages: list[dict], processor, token: str) -> tuple[str, bo
 
 
 def answered(prompt: Prompt, answer: str) -> str | list[dict]:
-    """Prompt and answer together: text, or the chat with the answer as (the rest of) its last message."""
+    """Prompt and answer: a text, or the chat with the answer as its last message or as the rest of it."""
     if prompt.messages is None:
         return prompt.text + answer
     last = prompt.messages[-1]

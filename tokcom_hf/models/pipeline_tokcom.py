@@ -17,14 +17,12 @@ FORWARD_ARGUMENTS = (
 class TokComGenerationPipeline(BatchedPipeline):
     """Generates text with a `TokComModel`.
 
-    `pipe()` gives one text from nothing, `pipe("prompt")` continues it; both return `[{"generated_text": ...}]`.
-    `pipe(["one", "two"])` is one batch and returns such a list per prompt, as "text-generation" does. Generators and data
-    sets (of texts, or with a column `text`) give their results one by one.
+    `pipe()` generates one text from nothing, and `pipe("prompt")` continues the prompt; both return
+    `[{"generated_text": ...}]`. `pipe(["one", "two"])` runs as one batch and returns such a list per prompt, as
+    "text-generation" does. Generators and data sets (of texts, or with a column `text`) give an iterator.
 
-    Keyword arguments, at construction or call: `seed` (reproducible output), `num_return_sequences`, `return_full_text`
-    (False leaves the prompt out), `batch_size` (prompts per batch; all at once by default), and those of
-    `TokComModel.generate`: `num_chunks` (without a prompt), `num_generate_chunks` (after one), `num_steps`, `temperature`,
-    `sampler`, `block_size`, `guidance_scale`, `best_of`, `generator`.
+    Keyword arguments, at construction or call: `seed` (reproducible output), `return_full_text` (False leaves the prompt
+    out), `batch_size` (prompts per batch; by default all at once), and those of `TokComModel.generate`.
     """
 
     family = "tokcom"
@@ -57,19 +55,23 @@ class TokComGenerationPipeline(BatchedPipeline):
             raise ValueError(f"The data set has no column 'text', only {sorted(row)}; use KeyDataset(data, column).")
         return row["text"]
 
-    def __call__(self, inputs: Any = None, *, seed: int | None = None, **kwargs):
+    def __call__(  # type: ignore[override]  # no *args: transformers ignores them
+        self, inputs: Any = None, *, seed: int | None = None, **kwargs
+    ):
         """Returns `[{"generated_text": str}]` for one prompt or none, a list of such lists for a list of prompts.
 
         Raises:
-            TypeError: prompts that are no strings, or an unknown keyword.
-            ValueError: an empty prompt, or an argument that `TokComModel.generate` refuses.
+            TypeError: prompts are no strings, or a keyword is unknown.
+            ValueError: a prompt is empty, or `TokComModel.generate` refuses an argument.
         """
         generator = kwargs.get("generator", self._forward_params.get("generator"))
-        # One generator for the whole call: a batch seeded like the one before would repeat its noise.
+        # One generator for the whole call, because batches with the same seed would have the same noise.
         kwargs["generator"] = generator_of(self.seed if seed is None and generator is None else seed, generator)
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, inputs: list[str] | list[None], **kwargs) -> dict[str, Any]:
+    def preprocess(  # type: ignore[override]  # a batch
+        self, inputs: list[str] | list[None], **kwargs
+    ) -> dict[str, Any]:
         """Prompts → `input_ids` and `attention_mask` (batch, longest), padded on the left; `[None]` → nothing."""
         if inputs == [None]:
             return {}
@@ -88,12 +90,12 @@ class TokComGenerationPipeline(BatchedPipeline):
             "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
         }
 
-    def _forward(
+    def _forward(  # type: ignore[override]  # named options
         self, model_inputs: dict[str, Any], num_return_sequences: int | None = None, **options
     ) -> dict[str, Any]:
         if num_return_sequences is None:
             num_return_sequences = getattr(options.get("generation_config"), "num_return_sequences", None) or 1
-        # Arguments set once for the pipeline may serve calls with and without a prompt.
+        # Of lengths given at construction, the one for the other kind of call does not count.
         options.pop("num_generate_chunks" if not model_inputs else "num_chunks", None)
         ids = self.model.generate(**model_inputs, num_return_sequences=num_return_sequences, **options)
         padding, width = [0] * len(ids), 0
@@ -102,12 +104,14 @@ class TokComGenerationPipeline(BatchedPipeline):
             padding, width = (mask == 0).sum(dim=1).tolist(), mask.shape[1]
         return {"ids": ids, "padding": padding, "width": width, "copies": num_return_sequences}
 
-    def postprocess(self, model_outputs: dict[str, Any], return_full_text: bool = True) -> list[list[dict[str, str]]]:
+    def postprocess(  # type: ignore[override]  # a batch
+        self, model_outputs: dict[str, Any], return_full_text: bool = True
+    ) -> list[list[dict[str, str]]]:
         """ids → one list of `num_return_sequences` dictionaries per prompt."""
         texts, width = [], model_outputs["width"]
         for ids, padding in zip(model_outputs["ids"].tolist(), model_outputs["padding"]):
             prompt = "" if return_full_text else self.tokenizer.decode(ids[padding:width], skip_special_tokens=True)
-            # Decoding the continuation alone would lose the space before its first word in some tokenizers.
+            # Decoded with the prompt, because some tokenizers drop the space before a first word.
             text = self.tokenizer.decode(ids[padding:], skip_special_tokens=True)
             texts.append({"generated_text": text.removeprefix(prompt)})
         copies = model_outputs["copies"]

@@ -1,4 +1,4 @@
-"""What the pipelines with prompts of text and images share: every form of input, options of `generate`, private sampling."""
+"""PromptPipeline: the forms of input, options of `generate` and private sampling of pipelines with text and images."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ PREPROCESS = ("allow_urls", "timeout")
 class PromptPipeline(BatchedPipeline):
     """Text and images in, ids out, through the model's `generate`.
 
-    Subclasses set `defaults` (of `generate`), `own_names` (keywords of their own for `_forward`) and
-    `postprocess_names`, and define `generate_ids` and `postprocess`.
+    Subclasses set `defaults` (of options of `generate`), `own_names` (further keywords of `_forward`) and
+    `postprocess_names`, and define `preprocess`, `generate_ids` and `postprocess`.
     """
 
     defaults: dict[str, Any] = {}
@@ -26,6 +26,10 @@ class PromptPipeline(BatchedPipeline):
     def __init__(self, *args, seed: int | None = None, **kwargs):
         self.seed = seed
         super().__init__(*args, **kwargs)
+
+    def generate_ids(self, encoded: dict, options: dict, own: dict) -> tuple[torch.Tensor, Any]:
+        """Ids `(rows, prompt + new)` of one batch, and anything that `postprocess` needs beside them."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------------ keywords
     def _sanitize_parameters(self, generate_kwargs: dict | None = None, **kwargs):
@@ -54,20 +58,22 @@ class PromptPipeline(BatchedPipeline):
             raise ValueError(f"The data set has neither column 'text' nor 'messages', only {sorted(row)}.")
         return {name: row[name] for name in ("text", "image", "images") if row.get(name) is not None}
 
-    def __call__(self, inputs: Any = None, *, images: Any = None, text: Any = None, seed: int | None = None, **kwargs):
+    def __call__(  # type: ignore[override]  # no *args: transformers ignores them
+        self, inputs: Any = None, *, images: Any = None, text: Any = None, seed: int | None = None, **kwargs
+    ):
         """One result for one request, a list for several, an iterator for a generator or a data set.
 
         Args:
             inputs: a text with one `<image>` per image, `{"image": ..., "text": ...}` (or `"images"` with a list), a chat
-                (a list of messages `{"role": ..., "content": text or parts}`), or several of them. With `text=`, the
-                images, as for transformers' "image-text-to-text".
-            images, text: the same apart: one text with an image or a list of images, or as many of each; `text` may be
-                a chat, whose image parts without an image take them in order.
-            seed: of the sampling, which draws from a generator of this call's own.
+                (a list of messages `{"role": ..., "content": text or parts}`), or several of them. With `text=` it holds the
+                images, as in transformers' "image-text-to-text".
+            images, text: one text with an image or a list of images, or lists of equal length; `text` may be a chat, whose
+                image parts without an image take `images` in order.
+            seed: seed of the sampling, which has a generator of its own in each call.
 
         Raises:
-            TypeError: an unknown keyword, or something that is no request.
-            ValueError: images that do not fit the text, or a URL with `allow_urls=False`.
+            TypeError: a keyword is unknown, or an input is none of these.
+            ValueError: images do not fit the text, or `allow_urls=False` and there is a URL.
         """
         if inputs is not None and images is not None:
             inputs, text = None, inputs if text is None else text
@@ -88,7 +94,7 @@ class PromptPipeline(BatchedPipeline):
         return bool(sampling_options(self.model, self._with_defaults(options))["do_sample"])
 
     def _with_defaults(self, options: dict) -> dict:
-        """Options of `generate`, and the pipeline's defaults for those that the caller set nowhere."""
+        """Options of `generate` with the pipeline's defaults, unless the call or its generation config sets them."""
         config = options.get("generation_config")
         limited = "max_length" in options or getattr(config, "max_length", None) is not None
         return {
@@ -98,7 +104,7 @@ class PromptPipeline(BatchedPipeline):
         } | options
 
     def prompts(self, inputs: list, allow_urls: bool = True, timeout: float | None = None) -> list[Prompt]:
-        """Rows of any form → prompts with opened images."""
+        """Inputs of any form → prompts with opened images."""
         prompts = [as_prompt(row) for row in inputs]
         return [
             Prompt(prompt.text, [load_image(image, timeout, allow_urls) for image in prompt.images], prompt.messages)
@@ -116,7 +122,9 @@ class PromptPipeline(BatchedPipeline):
             return dict(self.processor(text=texts, return_tensors="pt", **options))
 
     # ------------------------------------------------------------------ running
-    def _forward(self, model_inputs: dict, generator: torch.Generator | None = None, **options) -> dict[str, Any]:
+    def _forward(  # type: ignore[override]  # named options
+        self, model_inputs: dict, generator: torch.Generator | None = None, **options
+    ) -> dict[str, Any]:
         options = self._with_defaults(options)
         config = options.get("generation_config")
         copies = options.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
@@ -126,7 +134,7 @@ class PromptPipeline(BatchedPipeline):
         for group in model_inputs["groups"]:
             encoded = group["encoded"]
             if samples and copies > 1:
-                # One row per sample: what `generate` does itself where it draws from the global generator.
+                # `generate` repeats rows itself only where it samples; here it picks the largest noisy logit.
                 encoded = self.repeated(group, copies)
             call = dict(options)
             if samples:
@@ -141,7 +149,7 @@ class PromptPipeline(BatchedPipeline):
         return {"rows": rows, "prompts": model_inputs["prompts"]}
 
     def repeated(self, group: dict, copies: int) -> dict[str, Any]:
-        """The tensors of a group with every row `copies` times."""
+        """The tensors of a group, each row `copies` times."""
         texts = [text for text in group["texts"] for _ in range(copies)]
         images = [given for given in group["images"] for _ in range(copies)]
         return self.encode(texts, images, group["special"])
@@ -155,10 +163,10 @@ class PromptPipeline(BatchedPipeline):
         }
 
     def grouped(self, prompts: list[Prompt], texts: list[tuple[str, bool]]) -> dict[str, Any]:
-        """Prompts in groups that one batch can hold: with or without images, with or without special tokens.
+        """Prompts in groups that fit into one batch: all or none with images, all or none with special tokens.
 
         Args:
-            texts: of `render`, one per prompt.
+            texts: what `render` gives for each prompt.
         """
         check_texts([text for text, _ in texts])
         groups: dict[tuple[bool, bool], list[int]] = {}

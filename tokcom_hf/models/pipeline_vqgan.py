@@ -15,10 +15,10 @@ from .shared_image_pixels import CHANNELS
 class _VQPipeline(BatchedPipeline):
     """Images in, codes or images out.
 
-    An image is a PIL image, a path, a URL, a data URI, an array or a tensor; a data set's row `{"image": ...}` holds one.
-    Keyword arguments, at construction or call: `allow_urls` (False refuses URLs; by default they are fetched, as
-    transformers does, those of this machine and its network too), `timeout` (seconds for a URL), `batch_size` (images at
-    once, 1 by default), `num_workers` (threads that read images ahead).
+    An image is a PIL image, a path, a URL, a data URI, an array, a tensor, or a row `{"image": ...}` of a data set. Keyword
+    arguments, at construction or call: `allow_urls` (False refuses URLs; by default all are fetched, as transformers does,
+    those of this machine and its network, too), `timeout` (seconds for a URL), `batch_size` (images at once, 1 by default),
+    `num_workers` (threads that read images ahead).
     """
 
     family = "vqgan"
@@ -33,7 +33,9 @@ class _VQPipeline(BatchedPipeline):
             return inputs.ndim < 4
         return isinstance(inputs, str | os.PathLike | Image.Image | dict) or hasattr(inputs, "read")
 
-    def preprocess(self, inputs: list, allow_urls: bool = True, timeout: float | None = None) -> dict[str, Any]:
+    def preprocess(  # type: ignore[override]  # a batch
+        self, inputs: list, allow_urls: bool = True, timeout: float | None = None
+    ) -> dict[str, Any]:
         """Images → `pixel_values` (batch, channels, height, width)."""
         images = [self._image(row, allow_urls, timeout) for row in inputs]
         return dict(self.image_processor(images, return_tensors="pt"))
@@ -45,7 +47,7 @@ class _VQPipeline(BatchedPipeline):
             row = row["image"]
         if isinstance(row, str) and not os.path.isfile(row):
             return load_image(row, timeout, allow_urls, CHANNELS[self.image_processor.num_channels])
-        # The processor's own opener keeps what the model can use of transparency and depth.
+        # The image processor opens it, because it keeps the transparency and depth that the model can use.
         return row
 
     def _dataset_row(self, row: dict) -> Any:
@@ -53,7 +55,7 @@ class _VQPipeline(BatchedPipeline):
             raise ValueError(f"The data set has no column 'image', only {sorted(row)}; use KeyDataset(data, column).")
         return row["image"]
 
-    def _encode(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model.encode(pixel_values.to(self.model.dtype))
 
 
@@ -80,8 +82,8 @@ class VQTokenizePipeline(_VQPipeline):
         + _VQPipeline.__doc__.partition("\n\n")[2]
     )
 
-    def preprocess(self, inputs: list, **kwargs):
-        """Images → `pixel_values`, codes → `codes` (batch, h, w); which of the rows are which in `is_codes`."""
+    def preprocess(self, inputs: list, **kwargs):  # type: ignore[override]  # a batch
+        """Images → `pixel_values`, codes (h, w) → `codes`; `is_codes` tells which row is which."""
         is_codes = [_are_codes(row) for row in inputs]
         images = [row for row, codes in zip(inputs, is_codes) if not codes]
         given = [row for row in inputs if _are_codes(row)]

@@ -1,10 +1,8 @@
-"""Exact entropies of factorised binary codes without a table of N × 2^d probabilities.
+"""Exact entropies of binary codes with independent bits, without a table of n × 2^d probabilities (MAGVIT-v2 2310.05737).
 
-The bits of a code are independent given the sample, so the entropy of one sample's code is a sum over bits. The mean
-distribution over codes is no product, but it is a mean of products of two halves: with A `(n, 2^(d/2))` and B
-`(n, 2^(d-d/2))` the probabilities of the lower and upper bits, mean = AᵀB / n. That table has 2^d entries, whatever n is.
-
-Source of the loss: MAGVIT-v2 2310.05737. Nothing is approximated or clamped.
+The entropy of one sample's code is a sum over its bits. The mean distribution over codes is no product, but a mean of
+products of two halves: mean = AᵀB / n, where A `(n, 2^(d/2))` and B `(n, 2^(d−d/2))` are the probabilities of the lower and
+the upper bits. This table has 2^d entries for any n. Nothing is approximated.
 """
 
 import torch
@@ -27,14 +25,14 @@ def factorised_entropy(logits: torch.Tensor, across_ranks: bool = False) -> tupl
     Args:
         logits: `(n, d)`; bit i of a sample is 1 with probability sigmoid(logits_i). Computed in float64 where they are
             float64, else in float32.
-        across_ranks: the batch is that of all distributed ranks (of equal n). Its entropy then has the global value and
-            a gradient that is right once averaged over ranks, as DDP does.
+        across_ranks: the batch is that of all ranks (of equal n). The entropy of the batch then has its global value, and a
+            gradient that is right after averaging over ranks, as DDP does.
 
     Returns:
-        mean over samples of the entropy of the code, and the entropy of the mean distribution over 2^d codes.
+        Mean entropy of the codes of samples, and entropy of the mean distribution over 2^d codes.
 
     Raises:
-        ValueError: logits are not a table of at least one sample and one bit.
+        ValueError: `logits` are no table of at least one sample and one bit.
     """
     if logits.ndim != 2 or not logits.numel():
         raise ValueError(f"Entropies need logits of shape (samples, bits), got {tuple(logits.shape)}.")
@@ -45,7 +43,7 @@ def factorised_entropy(logits: torch.Tensor, across_ranks: bool = False) -> tupl
     low, high = _half(log_on[:, :middle], log_off[:, :middle]), _half(log_on[:, middle:], log_off[:, middle:])
     mean = low.exp().t() @ high.exp() / logits.shape[0]
     if across_ranks and world_size() > 1:
-        everyone = all_reduce(mean.detach().clone()) / world_size()
-        mean = mean + (everyone - mean).detach()
-    # p · log p of a code of probability 0 is 0, and so is its share of the gradient; log of the smallest number is finite.
+        global_mean = all_reduce(mean.detach().clone()) / world_size()
+        mean = mean + (global_mean - mean).detach()
+    # The clamp makes the term and the gradient of a code of probability 0 zero instead of NaN.
     return per_sample, -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()

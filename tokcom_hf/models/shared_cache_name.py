@@ -13,15 +13,15 @@ def cache_argument(function: Callable) -> str:
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:
-    """The cache that a caller gave under either name, or None.
+    """The cache under either name, or None.
 
     Raises:
-        ValueError: both names were used.
+        ValueError: both are given.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one argument; give one of them.")
     return past_key_values if cache is None else cache
 
 
-# The name that this version of transformers uses in its own models, outputs and generation loop.
+# The name in this version of transformers.
 CACHE = cache_argument(create_causal_mask)

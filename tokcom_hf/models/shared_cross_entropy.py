@@ -1,28 +1,25 @@
-"""Cross-entropy of a linear head without ever holding all logits.
+"""Cross-entropy of a linear head that never holds all logits.
 
-The rows are taken a few dozen megabytes of logits at a time; each part's gradient with respect to the hidden states
-and the head is computed in the forward, while its logits are at hand, so nothing of vocabulary width outlives its part.
-The head may be split over several tables (frozen old rows, trainable new rows): they are never joined, and a table
-that needs no gradient costs none.
+Rows are processed in parts of a few dozen megabytes of logits. The forward computes the gradients of each part while it has
+its logits, so no tensor of vocabulary width outlives its part. The head may consist of several tables (frozen old rows,
+trainable new rows), which are never joined; a table that needs no gradient costs none.
 """
 
 import torch
 
-# Logits held at a time: 3 · 2^22 float32 values are 48 MiB, 128 rows of 97,536. Fewer rows make the products with the
-# tables slower (by a fifth at 86 rows), more of them cost memory that nothing gives back.
+# Logits of one part: 48 MiB of float32, 128 rows of 97,536. With fewer rows the products with the tables are slower (by a
+# fifth at 86 rows); more rows cost memory and are no faster.
 LOGITS_AT_ONCE = 3 * 2**22
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """forward(hidden_states, labels, denominator, dtype, handover, weight_0, bias_0, weight_1, bias_1, ...)"""
+    """forward(hidden_states, labels, denominator, dtype, gradient_sink, weight_0, bias_0, weight_1, bias_1, ...)"""
 
     @staticmethod
-    def forward(ctx, hidden_states, labels, denominator, dtype, handover, *tables):
+    def forward(ctx, hidden_states, labels, denominator, dtype, gradient_sink, *tables):
         weights, biases = tables[0::2], tables[1::2]
-        needs_weight, needs_bias = ctx.needs_input_grad[5::2], ctx.needs_input_grad[6::2]
-        ctx.handover = handover
-        needs_hidden = ctx.needs_input_grad[0]
-        heads = [weight.to(dtype) for weight in weights]
+        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[5::2], ctx.needs_input_grad[6::2]]
+        grads = _Gradients(hidden_states, [weight.to(dtype) for weight in weights], denominator, dtype, *needed)
         columns, width = [], 0
         for weight in weights:
             columns.append(slice(width, width + len(weight)))
@@ -31,15 +28,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Parts of equal size: a small last one would cost nearly as much as a full one.
         rows = -(-count // -(-count // max(1, LOGITS_AT_ONCE // width)))
         logits = torch.empty(rows, width, dtype=torch.float32, device=hidden_states.device)
-        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-        grad_weights = [None] * len(weights)
-        grad_biases = [None] * len(weights)
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         for start in range(0, len(hidden_states), rows):
             hidden = hidden_states[start : start + rows].to(dtype)
             target = labels[start : start + rows].unsqueeze(1)
             part = logits[: len(hidden)]
-            for head, bias, place in zip(heads, biases, columns):
+            for head, bias, place in zip(grads.heads, biases, columns):
                 if dtype == torch.float32:
                     torch.mm(hidden, head.t(), out=part[:, place])
                 else:
@@ -51,33 +45,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.softmax(part, dim=1, out=part)
             # log Σ exp = max − log p_max, and p_max ≥ 1 / vocabulary never underflows.
             total += (largest - part.gather(1, where).log() - chosen).sum()
-            if not (needs_hidden or any(needs_weight) or any(needs_bias)):
-                continue
-            # d loss / d logits = (softmax − one-hot) / denominator, over the logits. The divisor is applied to hidden
-            # states and their gradients, never to a tensor of vocabulary width.
-            part.scatter_add_(1, target, torch.full_like(chosen, -1.0))
-            scaled = (hidden / denominator).to(dtype) if any(needs_weight) else None
-            summed = None
-            for index, (head, place) in enumerate(zip(heads, columns)):
-                grad = part[:, place].to(dtype)
-                if needs_hidden:
-                    summed = grad @ head if summed is None else summed.addmm_(grad, head)
-                if needs_weight[index]:
-                    if grad_weights[index] is None:
-                        grad_weights[index] = (grad.t() @ scaled).float()
-                    elif dtype == torch.float32:
-                        grad_weights[index].addmm_(grad.t(), scaled)
-                    else:
-                        grad_weights[index] += grad.t() @ scaled
-                if needs_bias[index]:
-                    here = part[:, place].sum(0) / denominator
-                    grad_biases[index] = here if grad_biases[index] is None else grad_biases[index] + here
-            if needs_hidden:
-                grad_hidden[start : start + rows] = summed / denominator
-        ctx.grads = [grad_hidden]
-        for weight, bias, grad_weight, grad_bias in zip(weights, biases, grad_weights, grad_biases):
-            ctx.grads.append(None if grad_weight is None else grad_weight.to(weight.dtype))
-            ctx.grads.append(None if grad_bias is None else grad_bias.to(bias.dtype))
+            if grads.any_needed:
+                # d loss / d logits = (softmax − one-hot) / denominator, over the logits.
+                part.scatter_add_(1, target, torch.full_like(chosen, -1.0))
+                grads.add(slice(start, start + rows), hidden, part, columns)
+        ctx.grads, ctx.gradient_sink = grads.of_inputs(weights, biases), gradient_sink
         ctx.shapes = [
             (table.shape, table.dtype, table.device) if needed and table is not None else None
             for table, needed in zip(tables, ctx.needs_input_grad[5:])
@@ -93,36 +65,81 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in grads]
         for index, shape in enumerate(ctx.shapes):
             if shape is not None and scaled[index] is None:
-                # No row had a label: the gradient is zero, not absent, so that every rank has one to reduce.
+                # Without any label the gradient is zero, not absent, so that every rank has one to reduce.
                 scaled[index] = torch.zeros(shape[0], dtype=shape[1], device=shape[2])
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(grad_output.to(grad_hidden.dtype))
-        if ctx.handover is not None:
-            ctx.handover["grad"], scaled[-2] = scaled[-2], None
+        if ctx.gradient_sink is not None:
+            ctx.gradient_sink["grad"], scaled[-2] = scaled[-2], None
         return grad_hidden, None, None, None, None, *scaled
+
+
+class _Gradients:
+    """Gradients of hidden states, weights and biases, added up part by part; None where they are not needed.
+
+    The denominator divides hidden states and their gradients, never a tensor of vocabulary width.
+    """
+
+    def __init__(self, hidden_states, heads, denominator, dtype, needs_hidden, needs_weight, needs_bias):
+        self.heads, self.denominator, self.dtype = heads, denominator, dtype
+        self.needs_weight, self.needs_bias = needs_weight, needs_bias
+        self.any_needed = needs_hidden or any(needs_weight) or any(needs_bias)
+        self.hidden = torch.empty_like(hidden_states) if needs_hidden else None
+        self.weights: list[torch.Tensor | None] = [None] * len(heads)
+        self.biases: list[torch.Tensor | None] = [None] * len(heads)
+
+    def add(self, rows: slice, hidden: torch.Tensor, logits: torch.Tensor, columns: list[slice]) -> None:
+        """Adds those of some rows; `logits` holds softmax − one-hot."""
+        scaled = (hidden / self.denominator).to(self.dtype) if any(self.needs_weight) else None
+        summed = None
+        for index, (head, place) in enumerate(zip(self.heads, columns)):
+            grad = logits[:, place].to(self.dtype)
+            if self.hidden is not None:
+                summed = grad @ head if summed is None else summed.addmm_(grad, head)
+            if self.needs_weight[index]:
+                weight = self.weights[index]
+                if weight is None:
+                    self.weights[index] = (grad.t() @ scaled).float()
+                elif self.dtype == torch.float32:
+                    weight.addmm_(grad.t(), scaled)
+                else:
+                    weight += grad.t() @ scaled
+            if self.needs_bias[index]:
+                here, bias = logits[:, place].sum(0) / self.denominator, self.biases[index]
+                self.biases[index] = here if bias is None else bias + here
+        if self.hidden is not None:
+            self.hidden[rows] = summed / self.denominator
+
+    def of_inputs(self, weights, biases) -> list[torch.Tensor | None]:
+        """The gradient of the hidden states, then that of each weight and bias, in their dtypes."""
+        found = [self.hidden]
+        for weight, bias, grad_weight, grad_bias in zip(weights, biases, self.weights, self.biases):
+            found.append(None if grad_weight is None else grad_weight.to(weight.dtype))
+            found.append(None if grad_bias is None else grad_bias.to(bias.dtype))
+        return found
 
 
 def split_cross_entropy(
     hidden_states: torch.Tensor,
     tables: list[tuple[torch.Tensor, torch.Tensor | None]],
-    labels: torch.LongTensor,
+    labels: torch.Tensor,
     ignore_index: int = -100,
     num_items: torch.Tensor | int | None = None,
-    handover: dict[str, torch.Tensor] | None = None,
+    gradient_sink: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy in nats of a softmax over the rows of several tables, as if they were one below the other.
+    """Cross-entropy in nats of the softmax over the rows of several tables, in their order.
 
     Args:
         hidden_states: `(rows, hidden)`.
-        tables: `(weight (vocab_i, hidden), bias (vocab_i,) or None)` each; label ids count through them in order.
-        labels: `(rows,)`; rows of `ignore_index` cost nothing.
-        num_items: divisor of the sum; the number of labels that count where None.
-        handover: where given, the gradient of the last table's weight is left in `handover["grad"]` and not returned: a
-            lookup in the same (tied) table, which is differentiated later, adds its own and returns both at once.
+        tables: `(weight (vocab_i, hidden), bias (vocab_i,) or None)` each.
+        labels: `(rows,)`; those of `ignore_index` do not count.
+        num_items: divisor of the sum; None takes the number of labels that count.
+        gradient_sink: receives the gradient of the last table's weight as `gradient_sink["grad"]` instead of autograd, for a
+            lookup in the same (tied) table that is differentiated later and returns the sum of both.
 
     Returns:
-        Scalar float32; 0 where no label counts. It can be differentiated once. Matrix products run in the dtype of
-        `hidden_states`, or in that of autocast; the softmax is float32.
+        Scalar float32, 0 where no label counts; it can be differentiated once. Matrix products have the dtype of
+        `hidden_states` or of autocast, the softmax is float32.
     """
     if hidden_states.shape[0] != labels.shape[0]:
         raise ValueError(f"{hidden_states.shape[0]} hidden states do not fit {labels.shape[0]} labels.")
@@ -134,13 +151,13 @@ def split_cross_entropy(
     count = max(len(labels), 1) if num_items is None else num_items
     flat = [tensor for table in tables for tensor in table]
     with torch.autocast(device, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden_states, labels, count, dtype, handover, *flat)
+        return _ChunkedCrossEntropy.apply(hidden_states, labels, count, dtype, gradient_sink, *flat)
 
 
 def chunked_cross_entropy(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
-    labels: torch.LongTensor,
+    labels: torch.Tensor,
     bias: torch.Tensor | None = None,
     ignore_index: int = -100,
 ) -> torch.Tensor:
@@ -153,6 +170,6 @@ def chunked_cross_entropy(
         bias: (vocab,) or None.
 
     Returns:
-        Scalar float32; 0 where no label counts. It can be differentiated once.
+        Scalar float32, 0 where no label counts; it can be differentiated once.
     """
     return split_cross_entropy(hidden_states, [(weight, bias)], labels, ignore_index)

@@ -1,4 +1,4 @@
-"""Opens every image of the package: bitmap formats only, decoded, upright, the file named where it is broken."""
+"""The one opener of image files: bitmap formats only, decoded, turned upright; errors name the file."""
 
 import base64
 import binascii
@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 
 from .shared_image_pixels import to_mode
 
-# Pillow decodes these itself. Without such a list it recognises PostScript by its first bytes, whatever the file's name,
-# and starts Ghostscript on it.
+# Formats that Pillow decodes itself. Without such a list it recognises PostScript by its first bytes, whatever the file's
+# name, and runs Ghostscript on it.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (
     ".bmp",
@@ -33,7 +33,7 @@ SUFFIXES = (
     ".tiff",
     ".webp",
 )
-# What decoders raise on broken files, beyond what they promise.
+# Errors that Pillow's decoders raise on broken files; not all of them are documented.
 BROKEN = (
     OSError,
     SyntaxError,
@@ -49,21 +49,19 @@ BROKEN = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-# A whole file has the end mark of its format within so many last bytes.
+# Number of last bytes in which a whole file has the end mark of its format.
 TAIL = 64
 
 
 def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
-    """Opens an image file as it is (any mode), decoded and turned upright as its EXIF orientation says.
-
-    Of an animation or a file of several pages the first is taken.
+    """Opens an image file in its own mode, decoded and turned upright by its EXIF orientation; the first page of several.
 
     Args:
         source: path or binary file object.
 
     Raises:
-        ValueError: no such file, not of one of `FORMATS`, broken, or of more than twice `PIL.Image.MAX_IMAGE_PIXELS`
-            pixels; the message names the file.
+        ValueError: the file is missing, broken, of none of `FORMATS`, or of more than twice `PIL.Image.MAX_IMAGE_PIXELS`
+            pixels; the message names it.
     """
     try:
         with Image.open(source, formats=FORMATS) as image:
@@ -74,16 +72,16 @@ def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
 
 
 def read_image(image, mode: str = "RGB") -> Image.Image:
-    """A file (path or file object), PIL image, array or tensor as upright PIL image of 8 bits per channel.
+    """A file (path or file object), PIL image, array or tensor → upright PIL image of 8 bits per channel.
 
-    See `shared_image_pixels.to_mode` for what happens to 16 and 32 bits, floats, palettes and transparency.
+    `shared_image_pixels.to_mode` describes the conversion of 16 and 32 bits, floats, palettes and transparency.
 
     Args:
         mode: `L`, `LA`, `RGB` or `RGBA`.
 
     Raises:
-        TypeError: something that is not an image.
-        ValueError: a file that cannot be read (named), or samples whose range is unclear.
+        TypeError: `image` is no image.
+        ValueError: the file cannot be read, or the range of the samples is unclear.
     """
     source = image
     if isinstance(image, str | os.PathLike) or hasattr(image, "read"):
@@ -103,12 +101,12 @@ def load_image(source, timeout: float | None = None, allow_urls: bool = True, mo
 
     Args:
         timeout: seconds to wait for a URL.
-        allow_urls: fetch `http://` and `https://` addresses, those of this machine and its network too.
+        allow_urls: fetch `http://` and `https://` addresses, those of this machine and its network, too.
         mode: `L`, `LA`, `RGB` or `RGBA`.
 
     Raises:
-        TypeError: something that is not an image.
-        ValueError: a URL where `allow_urls` is off, or what it or the file holds cannot be read.
+        TypeError: `source` is no image.
+        ValueError: `allow_urls` is off and `source` a URL, or the image cannot be read.
     """
     if isinstance(source, str):
         if source.startswith(("http://", "https://")):
@@ -127,9 +125,9 @@ def load_image(source, timeout: float | None = None, allow_urls: bool = True, mo
 
 
 def check_image(source: str | os.PathLike | BinaryIO) -> None:
-    """Finds a broken image file without decoding it: by its header and its end, for PNG by its checksums.
+    """Refuses a broken image file by its header and its end mark, or its checksums (PNG), mostly without decoding it.
 
-    Only a file that fails this, or of a format without an end mark, is decoded to be sure.
+    A file that fails this, or whose format has no end mark, is decoded to be sure.
 
     Raises:
         ValueError: as `open_image`.
@@ -145,18 +143,18 @@ def check_image(source: str | os.PathLike | BinaryIO) -> None:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; as it is where the orientation cannot be read."""
+    """The image turned by its EXIF orientation, or a copy where that cannot be read."""
     try:
         turned = ImageOps.exif_transpose(image)
     except BROKEN:
-        # The picture is whole; only the note on how it was held is not.
+        # The EXIF data are broken, not the pixels.
         turned = image.copy()
-    turned.format = image.format  # tells `image_pixels` how older Pillow opened it
+    turned.format = image.format  # for `shared_image_pixels`, because older Pillow opens some formats in another mode
     return turned
 
 
 def _loaded(image: Image.Image) -> Image.Image:
-    """A PIL image that its caller opened, and that is perhaps not decoded yet."""
+    """A PIL image from a caller, decoded and upright."""
     name = getattr(image, "filename", "") or f"PIL image of format {image.format}"
     if image.format == "EPS":
         raise ValueError(f"Cannot read image {name!r}: decoding PostScript starts Ghostscript; pass a bitmap of it.")
@@ -174,7 +172,7 @@ def _is_whole(file: BinaryIO, image: Image.Image) -> bool:
     if image.format == "PNG":
         try:
             image.verify()
-        except BROKEN:  # its pixels may still be whole, for example where only the end mark is missing
+        except BROKEN:  # the pixels may be whole, for example where only the end mark is missing
             return False
         return True
     if image.format in ("JPEG", "MPO"):

@@ -5,27 +5,27 @@ import torch
 from PIL import Image
 
 CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# Floats may miss their range by less than half an 8-bit level: that is a rounding error.
+# Floats may exceed their range by a rounding error of half an 8-bit level.
 ROUNDING = 0.5 / 255
 
 
 def to_mode(image, mode: str) -> Image.Image:
     """PIL image, array or tensor → PIL image of `mode`.
 
-    - Samples are scaled as `to_uint8` says.
+    - `to_uint8` scales the samples.
     - Transparency (alpha, a transparent colour, a palette with alpha) is kept in `LA` and `RGBA`, and laid on white for
       `L` and `RGB`.
     - CMYK, palette, grey and black-and-white images are converted.
 
     Args:
         image: a PIL image of any mode, a NumPy array `(height, width[, channels])`, or a tensor
-            `(channels, height, width)` or `(height, width)`; arrays with channels in front and tensors with channels at
-            the end are understood where their shape leaves no doubt.
+            `(channels, height, width)` or `(height, width)`; arrays with channels first and tensors with channels last
+            are accepted where the shape leaves no doubt.
         mode: `L`, `LA`, `RGB` or `RGBA`.
 
     Raises:
-        TypeError: something that is not an image.
-        ValueError: an empty image, a shape that is no image's, or what `to_uint8` refuses.
+        TypeError: `image` is no image.
+        ValueError: the image is empty, its shape is none of these, or `to_uint8` refuses its samples.
     """
     if isinstance(image, torch.Tensor):
         tensor = image.detach().cpu()
@@ -55,10 +55,10 @@ def from_array(array: np.ndarray, channels_first: bool = False) -> Image.Image:
     """Array `(height, width[, channels])`, or `(channels, height, width)`, → PIL image of mode L, LA, RGB or RGBA.
 
     Args:
-        channels_first: where the channels are if both ends of the shape could be a number of channels.
+        channels_first: whether channels come first where the shape alone does not tell.
 
     Raises:
-        ValueError: another shape, or what `to_uint8` refuses.
+        ValueError: the shape is none of these, or `to_uint8` refuses the samples.
     """
     if array.ndim == 3:
         front, back = array.shape[0], array.shape[2]
@@ -76,7 +76,7 @@ def from_array(array: np.ndarray, channels_first: bool = False) -> Image.Image:
 
 
 def to_uint8(array: np.ndarray) -> np.ndarray:
-    """Samples of any type → 0 (black) to 255 (white).
+    """Samples of any type → uint8 from 0 (black) to 255 (white).
 
     | type | values | white |
     |---|---|---|
@@ -89,11 +89,11 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
     | floats | 0 to 1 | 1 |
     | | 0 to 255, some of them 2 or more | 255 |
 
-    Floats are never divided by their own largest value: an underexposed photo stays dark.
+    Floats are never divided by their own largest value, so that an underexposed photo stays dark.
 
     Raises:
-        ValueError: NaN or infinite values; floats that are negative, above 255, or with a largest value between 1 and 2
-            (levels of a nearly black image, or shares of white that were not clipped); other types.
+        ValueError: samples are NaN, infinite or of another type; floats are negative, above 255, or have a largest value
+            between 1 and 2, which a nearly black image in levels and an unclipped one in shares of white both have.
     """
     if array.dtype == np.uint8:
         return array
@@ -129,7 +129,7 @@ def _float_white(array: np.ndarray) -> float:
 
 
 def _deep(image: Image.Image) -> Image.Image:
-    """Grey images of 16 or 32 bits."""
+    """A grey image of 16 or 32 bits per sample → 8 bits, with alpha where a grey value is transparent."""
     samples, clear = np.asarray(image), image.info.get("transparency")
     # Older Pillow opens grey files of 16 bits with 32-bit samples.
     if image.mode == "I" and image.format in ("PNG", "PPM") and samples.min() >= 0 and samples.max() <= 65535:

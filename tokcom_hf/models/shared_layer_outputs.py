@@ -1,35 +1,38 @@
-"""`return_dict`, `output_hidden_states` and `output_attentions` as the models here take them.
+"""The arguments `return_dict`, `output_hidden_states` and `output_attentions` of the models' `forward`.
 
-transformers has decorators for both (`can_return_tuple`, `capture_outputs`). The first puts a frame around `forward`, which
-doubles the graph breaks of torch.compile; the second records by hooks that a compiled model shares among threads. Here the
-arguments are named in `forward`, and layer outputs are handed from layer to layer: nothing is kept on a module.
+transformers' decorators for them do not fit: `can_return_tuple` doubles the graph breaks of torch.compile by a frame around
+`forward`, and `capture_outputs` records by hooks, which threads share in a compiled model. Here nothing is kept on a module:
+`forward` names the arguments, and passes a record from layer to layer.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers.utils import ModelOutput
 
+Output = TypeVar("Output", bound=ModelOutput)
 
-def as_asked(output: ModelOutput, config, return_dict: bool | None) -> ModelOutput | tuple:
-    """The output, or a tuple of what is in it where `return_dict`, or the config where it is None, says False."""
+
+def as_asked(output: Output, config, return_dict: bool | None) -> Output | tuple:
+    """The output, or its values as a tuple where `return_dict` (the config's, where None) is False."""
     named = config.return_dict if return_dict is None else return_dict
     return output if named else output.to_tuple()
 
 
 @dataclass
 class LayerRecord:
-    """Collects what the caller asked for; `hidden_states` and `attentions` are None where they were not asked for."""
+    """Hidden states and attention weights of the layers; None where the caller does not want them."""
 
     hidden_states: list[torch.Tensor] | None = None
     attentions: list[torch.Tensor] | None = None
 
     @classmethod
     def asked(cls, config, output_hidden_states: bool | None, output_attentions: bool | None) -> "LayerRecord":
-        """An empty record of what the arguments, or the config where they are None, ask for.
+        """An empty record of what the arguments say, or the config where they are None.
 
         Raises:
-            ValueError: attention weights of an implementation that does not compute them.
+            ValueError: attention weights are wanted of an implementation that does not compute them.
         """
         states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         weights = config.output_attentions if output_attentions is None else output_attentions
@@ -48,7 +51,7 @@ class LayerRecord:
             self.attentions.append(weights)
 
     def end(self, last: torch.Tensor) -> None:
-        """Keeps the hidden states behind a stack of layers and its final norm."""
+        """Keeps the hidden states after a stack of layers and its final norm."""
         if self.hidden_states is not None:
             self.hidden_states.append(last)
 
@@ -60,9 +63,9 @@ class LayerRecord:
 def refuse_layer_outputs(
     config, output_hidden_states: bool | None, output_attentions: bool | None, instead: str
 ) -> None:
-    """Raises ValueError where the arguments, or the config where they are None, ask for outputs that a model has not.
+    """Raises ValueError where layer outputs are wanted, by the arguments or by the config where they are None.
 
-    instead: what the caller may use, a sentence.
+    instead: what the caller may use, as a sentence.
     """
     for name, value in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
         if getattr(config, name) if value is None else value:

@@ -1,7 +1,4 @@
-"""Transformer layers shared by the text models: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
-
-Shapes follow the field's habit: `(batch, length, hidden)`. The attention is bidirectional.
-"""
+"""Layers of the bidirectional transformers: RoPE, grouped-query attention, SwiGLU; shapes are (batch, length, hidden)."""
 
 from collections.abc import Callable
 
@@ -15,7 +12,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 def rotary_embeddings(length: int, config, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of RoPE (arXiv 2104.09864) for positions 0 … length − 1, (1, length, head_dim) each.
 
-    Computed where it is used, in float32: a cached buffer would come back empty from the meta device.
+    They are computed in each call, in float32, because a buffer would be empty after loading through the meta device.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
@@ -48,9 +45,14 @@ def eager_attention(
 def attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention as `module.config` says, (batch, heads, length, head_dim) → (batch, length, heads, head_dim).
+    """Attention by the implementation that `module.config` names.
 
-    The weights (batch, heads, queries, keys) come second, None where the implementation does not compute them.
+    Args:
+        query, key, value: (batch, heads, length, head_dim).
+
+    Returns:
+        (batch, length, heads, head_dim), and the weights (batch, heads, queries, keys) where the implementation computes
+        them, else None.
     """
     function: Callable = eager_attention
     if module.config._attn_implementation != "eager":
@@ -59,7 +61,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention in both directions with biased q/k/v projections."""
+    """Bidirectional grouped-query self-attention with biased q/k/v projections."""
 
     is_causal = False
 
@@ -81,7 +83,7 @@ class Attention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the output (batch, length, hidden) and, with "eager" attention, the weights."""
+        """Returns the output (batch, length, hidden), and the weights where the implementation computes them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(shape).transpose(1, 2)
@@ -107,7 +109,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Pre-norm transformer block; returns what `Attention` returns."""
+    """Pre-norm transformer block; returns hidden states and attention weights."""
 
     def __init__(self, config):
         super().__init__()

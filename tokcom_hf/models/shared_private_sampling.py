@@ -1,8 +1,8 @@
-"""Sampling in transformers' `generate` from a private generator, which may be one of many threads'.
+"""Sampling in transformers' `generate` from a private generator, so that threads do not share random numbers.
 
-`generate(do_sample=True)` draws from torch's global generator. Here the same distribution is drawn greedily: the warpers
-that `generate` would add (temperature, top-k, top-p, ...) run as logits processors, and the last processor adds Gumbel
-noise of the call's own generator, for argmax(logits + Gumbel noise) is distributed as softmax(logits).
+`generate(do_sample=True)` draws from torch's global generator. Here `generate` is greedy and its distribution the same: the
+warpers that it would add (temperature, top-k, top-p, ...) run as logits processors, and a last one adds Gumbel noise of the
+private generator, because argmax(logits + Gumbel noise) is distributed as softmax(logits).
 """
 
 import copy
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation import logits_process
 
-# What `generate` falls back to. With these values none of them warps, top_k apart.
+# Defaults of `generate`, at which none of them but top_k changes logits.
 DEFAULTS = {
     "do_sample": False,
     "num_beams": 1,
@@ -39,19 +39,19 @@ DEFAULTS = {
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds Gumbel noise to logits `(batch, vocabulary)`, so that their largest is a sample of their softmax."""
+    """Adds Gumbel noise to logits `(batch, vocabulary)`, so that the largest is a sample of their softmax."""
 
     def __init__(self, generator: torch.Generator):
         self.generator = generator
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # Drawn where the generator lives; -log of an exponential variable is a Gumbel variable.
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Drawn on the generator's device; −log of an exponential variable is a Gumbel variable.
         noise = torch.empty(scores.shape, device=self.generator.device).exponential_(generator=self.generator)
         return scores.float() - noise.to(scores.device).log()
 
 
 def sampling_options(model, options: dict[str, Any]) -> dict[str, Any]:
-    """Values of `DEFAULTS`' keys that `model.generate(**options)` would use."""
+    """The values that `model.generate(**options)` would use for the keys of `DEFAULTS`."""
     values = dict(DEFAULTS)
     for config in (model.generation_config, options.get("generation_config")):
         if config is not None:
@@ -60,11 +60,7 @@ def sampling_options(model, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def warpers(values: dict[str, Any]) -> LogitsProcessorList:
-    """The processors that `generate` adds for sampling, in its order.
-
-    Args:
-        values: of `sampling_options`.
-    """
+    """The processors that `generate` adds for sampling, in its order; `values` come from `sampling_options`."""
     found = LogitsProcessorList()
     if values["temperature"] not in (None, 1.0):
         found.append(TemperatureLogitsWarper(float(values["temperature"])))
@@ -86,13 +82,13 @@ def warpers(values: dict[str, Any]) -> LogitsProcessorList:
 
 
 def private_options(model, options: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    """`options` of a sampling `generate` call, rewritten so that they draw from `generator`; others come back unchanged.
+    """Options of `generate` that draw from `generator` where the given ones sample; others come back unchanged.
 
     Args:
-        options: keyword arguments of `generate`, with `num_return_sequences=1` (repeat the inputs).
+        options: keyword arguments of `generate`, with `num_return_sequences=1` (the caller repeats the inputs).
 
     Raises:
-        ValueError: beams that sample, which draw inside `generate`.
+        ValueError: the options sample with beams, which draw inside `generate`.
     """
     values = sampling_options(model, options)
     if not values["do_sample"]:
@@ -109,9 +105,9 @@ def private_options(model, options: dict[str, Any], generator: torch.Generator) 
 
 
 def one_config(options: dict[str, Any]) -> dict[str, Any]:
-    """`options` of `generate`, those of generation written into a copy of their `generation_config` where there is one.
+    """Options of `generate` of which generation options are moved into a copy of the `generation_config`, if there is one.
 
-    `generate` is going to refuse a configuration together with such options.
+    Future versions of `generate` refuse such options beside a configuration.
     """
     config = copy.deepcopy(options.get("generation_config"))
     if config is None:

@@ -1,7 +1,7 @@
-"""Loading that refuses a checkpoint which does not hold exactly the model's weights.
+"""StrictLoading: refuses a checkpoint that does not hold exactly the model's weights.
 
-transformers fills missing weights with random values, leaves out unexpected ones and casts integers, each with a warning
-at most: the model then runs and is wrong. `StrictLoading` makes them errors that name the tensors.
+With a warning at most, transformers fills missing weights with random values, ignores unexpected ones and casts integers;
+the model then runs and is wrong. Here these are errors that name the tensors.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,14 +20,14 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class StrictLoading(PreTrainedModel):
     """`PreTrainedModel` whose `from_pretrained` refuses missing, unexpected, non-finite and integer weights.
 
-    What older folders may lack or have in excess is named in `_keys_to_ignore_on_load_missing` and
-    `_keys_to_ignore_on_load_unexpected`; tied weights are no omission, and `ignore_mismatched_sizes=True` keeps its meaning.
+    `_keys_to_ignore_on_load_missing` and `_keys_to_ignore_on_load_unexpected` name what older folders may lack or have in
+    excess. Tied weights may be missing, and `ignore_mismatched_sizes=True` has its usual meaning.
     """
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         check_ties(model, load_config.device_map)
-        # A quantized checkpoint holds integers on purpose.
+        # The weights of a quantized checkpoint may be integers.
         if load_config.hf_quantizer is None:
             check_values(model, stored_tensors(state_dict, checkpoint_files))
         return PreTrainedModel._load_pretrained_model(
@@ -53,7 +53,7 @@ def opened(path) -> Iterator[safe_open]:
 
 
 def check_shapes(model: PreTrainedModel, load_config, loading_info) -> None:
-    """Raises RuntimeError, as transformers does, for a tensor of another shape than the model's, and names it."""
+    """Raises RuntimeError, as transformers does, where a tensor has another shape than the model's; names it."""
     if load_config.ignore_mismatched_sizes:
         return
     for name, stored, wanted in sorted(loading_info.mismatched_keys):
@@ -112,7 +112,7 @@ def check_keys(model: PreTrainedModel, missing: Iterable[str], unexpected: Itera
 
 
 def check_ties(model: PreTrainedModel, device_map: dict[str, Any] | None) -> None:
-    """Raises ValueError where a device map offloads one of two tied weights and not the other: accelerate cannot."""
+    """Raises ValueError where a device map offloads one of two tied weights only, which accelerate cannot do."""
 
     def place(weight: str) -> Any:
         fitting = [name for name in device_map or {} if name == "" or f"{weight}.".startswith(f"{name}.")]

@@ -1,4 +1,4 @@
-"""What models around a base model share on disk: where the base is, whether it still is what it was, weight files."""
+"""Files of models around a base model: where the base is, whether it is unchanged, reading and checking weights."""
 
 import inspect
 import json
@@ -31,13 +31,15 @@ _DTYPES = {
 
 
 def locate_base(reference: str, name: str | os.PathLike | None) -> tuple[str, str | None]:
-    """Where the base of the saved model `name` is: `(Hub name or folder, None)`, or `(name, subfolder)` for `./subfolder`.
+    """Where the base of a saved model is: `(Hub name or folder, None)`, or `(name, subfolder)` for `./subfolder`.
 
-    `name` is None where a configuration and a state dict were given instead of a folder.
+    Args:
+        reference: the base as the saved model's config names it.
+        name: the saved model; None where a configuration and a state dict are given instead of a folder.
 
     Raises:
-        ValueError: the reference leaves the saved folder by a relative path, is the saved model itself, or is neither
-            a Hub name nor an absolute path.
+        ValueError: the reference is a relative path out of the folder, the saved model itself, or neither a Hub name nor an
+            absolute path.
     """
     parts = PurePosixPath(reference.replace("\\", "/")).parts
     if ".." in parts:
@@ -80,18 +82,18 @@ def nothing_wrong() -> dict[str, Any]:
 
 
 def matches_reference(weights: Mapping[str, torch.Tensor], load: Callable[[], nn.Module]) -> bool:
-    """Whether a base model's weights are bit for bit those that its reference gives.
+    """Whether a base model's weights are bit for bit those of its reference.
 
-    The model at the reference is loaded and compared: nothing else sees weights that changed before they were wrapped.
-    Unmerged LoRA matrices do not count, for they are stored beside the base. Offloaded weights (on the meta device) are
-    read from the reference's own files and count as equal.
+    The reference is loaded anew, because weights may have changed before the base was wrapped. Unmerged LoRA matrices do not
+    count, because they are saved beside the base. Offloaded weights (on the meta device) come from the reference's own files
+    and count as equal.
 
     Args:
         weights: state dict of the base model.
-        load: loads the base model anew, in the dtype it has.
+        load: loads the reference in the dtype of the base.
 
     Returns:
-        False also where the reference cannot be loaded: then only saving the base itself keeps it.
+        Whether they are equal; False where the reference cannot be loaded, so that the base itself is saved.
     """
     try:
         expected = load().state_dict()
@@ -130,7 +132,7 @@ def check_generation_config(generation_config) -> None:
 
 
 def named_as_dtype(options: dict) -> dict:
-    """Options of `from_pretrained` in which `torch_dtype`, as `dtype` was called before, has its present name."""
+    """Options of `from_pretrained` with `torch_dtype` under its present name `dtype`."""
     options = dict(options)
     older = options.pop("torch_dtype", None)
     if older is not None and options.get("dtype") is None:
@@ -145,7 +147,7 @@ def grouped(options: dict[str, Any], *groups: Collection[str]) -> list[dict[str,
 
 
 def load_generation_config(model, name: str | os.PathLike | None, given: GenerationConfig | None, **hub) -> None:
-    """Gives `model` the generation config `given`, else the one saved at `name`; its base's own where there is neither."""
+    """Sets the generation config of `model` to `given`, else to the one saved at `name`, else leaves that of the base."""
     if given is not None:
         model.generation_config = given
     elif name is not None:
@@ -154,14 +156,14 @@ def load_generation_config(model, name: str | os.PathLike | None, given: Generat
 
 
 def check_saving_options(options: dict) -> None:
-    """Refuses keywords of `save_pretrained` that nothing takes; transformers would pass over them.
+    """Refuses keywords that `save_pretrained` of transformers would ignore.
 
     Raises:
-        TypeError: an unknown keyword.
-        ValueError: `safe_serialization=False`.
+        TypeError: a keyword is unknown.
+        ValueError: `safe_serialization` is False.
     """
     known = {"commit_message", "create_pr", "private", "repo_id"}
-    # Names of older versions: files are safetensors whatever they say.
+    # Names of older versions, in which files need not be safetensors.
     known |= {"safe_serialization", "save_function"}
     known |= set(inspect.signature(PreTrainedModel.save_pretrained).parameters)
     unknown = sorted(options.keys() - known)
@@ -215,22 +217,22 @@ def stored_dtypes(files: list[str]) -> dict[str, torch.dtype]:
 
 
 def remove_weights(folder: str | os.PathLike, variant: str | None = None) -> None:
-    """Deletes the weight files of an earlier save, of which transformers would read one file before newer shards."""
+    """Deletes the weight files of an earlier save, because transformers reads one file rather than newer shards."""
     middle = "" if variant is None else f".{variant}"
     for name in (f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"):
         Path(folder, name).unlink(missing_ok=True)
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
-    """Refuses weights that cannot be those of the model.
+    """Refuses weights that do not fit the model.
 
     Args:
-        weights: what was read.
-        expected: state dict of the model to be filled.
-        where: the file's name, for the message.
+        weights: weights that were read.
+        expected: state dict of the model.
+        where: name of the file, for the message.
 
     Raises:
-        ValueError: a weight is missing, unexpected, of another shape or kind of number, NaN or infinite; it is named.
+        ValueError: a weight is missing, unexpected, of another shape or kind of number, NaN or infinite.
     """
     missing = sorted(expected.keys() - weights.keys())
     unexpected = sorted(weights.keys() - expected.keys())
@@ -257,10 +259,10 @@ def check_finite(name: str, value: torch.Tensor, where: str) -> None:
 
 @contextmanager
 def computed_buffers_kept(base: nn.Module) -> Iterator[None]:
-    """Within this context a cast of `base` leaves its non-persistent buffers in their dtype, as loading in that dtype does.
+    """Context in which a cast of `base` leaves its non-persistent buffers in their dtype, as loading in that dtype does.
 
-    `.to(torch.bfloat16)` would round the frequencies of rotary positions, which no file holds: a saved and loaded model
-    would differ from the one that was cast.
+    `.to(torch.bfloat16)` would round the frequencies of RoPE, which no file holds: after saving and loading, the model would
+    differ from the one that was cast.
     """
     kept = [
         (module, name, module._buffers[name])

@@ -30,8 +30,8 @@ class ContextEncoder(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """States of the context.
@@ -66,7 +66,7 @@ class ContextEncoder(nn.Module):
         start = torch.tensor([self.start_token_id], device=logits.device)
         return logits.index_fill(-1, start, torch.finfo(logits.dtype).min)
 
-    def cross_entropy(self, states: torch.Tensor, labels: torch.LongTensor, first: int, last: int) -> torch.Tensor:
+    def cross_entropy(self, states: torch.Tensor, labels: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Mean nats per token of heads first … last − 1.
 
         Args:

@@ -23,8 +23,8 @@ from .tokcom_token_stream import TokenStream
 class TokComGenerateOutput(ModelOutput):
     """sequences: (batch, length) ids, prompt first; latents: (batch, generated chunks, latent), the VAE's."""
 
-    sequences: torch.LongTensor | None = None
-    latents: torch.FloatTensor | None = None
+    sequences: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
 
 
 @dataclass
@@ -36,12 +36,12 @@ class Prompt:
     mask: of `ids`, 1 = token; None: no padding.
     """
 
-    given: torch.LongTensor
-    ids: torch.LongTensor
-    mask: torch.LongTensor | None = None
+    given: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, model: Any, input_ids: torch.LongTensor | None, attention_mask: torch.LongTensor | None) -> "Prompt":
+    def of(cls, model: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> "Prompt":
         """Checks prompts (batch, length) with padding on either side, and moves the padding to the left.
 
         Raises:
@@ -109,7 +109,7 @@ class TextSoFar:
         elif prompt.ids.shape[1]:
             self.prefix = model.standardize(model.encode(prompt.ids)).repeat_interleave(copies, 0)
 
-    def read(self, ids: torch.LongTensor) -> None:
+    def read(self, ids: torch.Tensor) -> None:
         """Appends the tokens of a finished block, (rows, tokens)."""
         if self.mask is not None:
             self.mask = nn.functional.pad(self.mask, (0, ids.shape[1]), value=1)
@@ -152,7 +152,7 @@ class TextSoFar:
 
 def generate_blocks(
     model: Any, prompt: Prompt, settings: GenerationSettings, generator: torch.Generator | None, streamer: Any = None
-) -> torch.LongTensor | TokComGenerateOutput:
+) -> torch.Tensor | TokComGenerateOutput:
     """Generates after prompts, `num_return_sequences` times after each; the steps of `TokComModel.generate`."""
     config = model.config
     copies = settings.num_return_sequences * (1 if prompt.ids.shape[1] else settings.batch_size)
@@ -202,7 +202,7 @@ def generate_blocks(
 
 
 def denoise_text(
-    model: Any, input_ids: torch.LongTensor, noise_level: float, num_steps: int, sampler: str | None, generator: Any
+    model: Any, input_ids: torch.Tensor, noise_level: float, num_steps: int, sampler: str | None, generator: Any
 ) -> torch.Tensor:
     """VAE latents of known tokens (rows, length), mixed with noise and denoised; arguments as of `denoise_reconstruct`.
 
@@ -241,15 +241,15 @@ def draw_noise(model: Any, shape, temperature: float, generator: torch.Generator
     return noise.to(execution_device(model), model.dtype)
 
 
-def execution_device(model: nn.Module) -> torch.device:
+def execution_device(model: Any) -> torch.device:
     """Where the model computes, which accelerate's hooks know where its weights are offloaded."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     places = (getattr(hook, "execution_device", None) for hook in hooks if hook is not None)
     place = next((place for place in places if place is not None), None)
-    return model.device if place is None else torch.device(place)
+    return torch.device(model.device if place is None else place)
 
 
-def ended(ids: torch.LongTensor, settings: GenerationSettings) -> torch.LongTensor:
+def ended(ids: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:
     """Ids (rows, tokens) with `fill_id` after the first end token of each row."""
     if not settings.eos_token_ids:
         return ids
@@ -258,7 +258,7 @@ def ended(ids: torch.LongTensor, settings: GenerationSettings) -> torch.LongTens
     return ids.masked_fill(after, settings.fill_id)
 
 
-def all_ended(ids: list[torch.LongTensor], settings: GenerationSettings) -> bool:
+def all_ended(ids: list[torch.Tensor], settings: GenerationSettings) -> bool:
     """Whether every row holds an end token."""
     so_far = torch.cat(ids, dim=1)
     end = torch.tensor(settings.eos_token_ids, device=so_far.device, dtype=so_far.dtype)

@@ -183,7 +183,7 @@ def _new_tokens(model, prompt: torch.Tensor | None, given: dict, configured: dic
         if value <= width:
             raise ValueError(f"max_length={value} counts the prompt, which has {width} tokens: nothing is left.")
         return value - width
-    if value < 1:
+    if value is None or value < 1:
         what = "max_new_tokens" if name == "max_new_tokens" else "The number of chunks to generate"
         raise ValueError(f"{what} must be at least 1, got {value}.")
     return value if name == "max_new_tokens" else value * chunk

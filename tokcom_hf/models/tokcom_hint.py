@@ -24,7 +24,7 @@ class Hint(nn.Sequential):
         super().__init__(norm, nn.Linear(width, size), nn.SiLU(), nn.Linear(size, config.latent_size))
         self.chunk_size, self.tokens = config.chunk_size, config.hint_tokens
 
-    def noisy_latents(self, input_ids: torch.LongTensor, latents: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+    def noisy_latents(self, input_ids: torch.Tensor, latents: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         """Shifted noisy latents of all chunks that have `hint_tokens` tokens before them, (chunks, latent), row after row.
 
         Args:

@@ -21,13 +21,13 @@ class TokComOutput(ModelOutput):
     clean_latents: predictions in the flow's space, (rows, blocks, chunks, latent).
     """
 
-    loss: torch.FloatTensor | None = None
-    flow_loss: torch.FloatTensor | None = None
-    mse_loss: torch.FloatTensor | None = None
-    cross_entropy_loss: torch.FloatTensor | None = None
-    next_token_loss: torch.FloatTensor | None = None
-    later_token_loss: torch.FloatTensor | None = None
-    clean_latents: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    flow_loss: torch.Tensor | None = None
+    mse_loss: torch.Tensor | None = None
+    cross_entropy_loss: torch.Tensor | None = None
+    next_token_loss: torch.Tensor | None = None
+    later_token_loss: torch.Tensor | None = None
+    clean_latents: torch.Tensor | None = None
 
 
 def block_shape(config: Any, length: int, offset: int = 0, block_size: int = 0) -> tuple[int, int, int]:
@@ -55,7 +55,7 @@ def block_shape(config: Any, length: int, offset: int = 0, block_size: int = 0) 
 
 def check_shapes(
     config: Any,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     shape: tuple[int, ...],
     attention_mask: torch.Tensor | None,
     latents: torch.Tensor | None,
@@ -96,8 +96,8 @@ class Blocks:
     """
 
     x1: torch.Tensor
-    labels: torch.LongTensor
-    starts: torch.LongTensor
+    labels: torch.Tensor
+    starts: torch.Tensor
     padded: bool
 
     def real(self) -> torch.Tensor:
@@ -125,8 +125,8 @@ class Blocks:
 
 def cut_blocks(
     model: Any,
-    input_ids: torch.LongTensor,
-    attention_mask: torch.LongTensor | None,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     latents: torch.Tensor | None,
     offset: int,
     shape: tuple[int, ...],
@@ -172,9 +172,9 @@ def add_head_losses(
     model: Any,
     output: Any,
     states: torch.Tensor,
-    input_ids: torch.LongTensor,
-    attention_mask: torch.LongTensor | None,
-    starts: torch.LongTensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    starts: torch.Tensor,
 ) -> None:
     """Adds the losses of the context's heads: of the next token at every state, of the later tokens where blocks start.
 

@@ -20,13 +20,13 @@ class TokenStream:
         self.left = settings.new_tokens
         self.ended: torch.Tensor | None = None
 
-    def start(self, prompt: torch.LongTensor) -> None:
+    def start(self, prompt: torch.Tensor) -> None:
         """prompt: (rows, length), also with length 0, because a streamer may be told to skip the first thing it gets."""
         self.ended = torch.zeros(len(prompt), dtype=torch.bool)
         if self.streamer is not None:
             self.streamer.put(prompt.cpu())
 
-    def put(self, ids: torch.LongTensor) -> None:
+    def put(self, ids: torch.Tensor) -> None:
         """ids: (rows, tokens) of the next finished block."""
         if self.streamer is None or self.ended is None:
             return

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-# Scores held at once, (rows × codes): 16 MiB of float32 stays close to the processor's cache and far from its memory.
+# Scores (rows × codes) of one part: 16 MiB of float32, which is near the size of a processor's cache.
 MAX_SCORES = 1 << 22
 
 
 def code_scores(vectors: torch.Tensor, codebook: torch.Tensor, penalty: torch.Tensor | None = None) -> torch.Tensor:
-    """x·e − (‖e‖² + penalty)/2, which orders codes as the negative squared distance (less a penalty per code) does.
+    """x·e − (‖e‖² + penalty)/2: a code with a larger score is nearer, its penalty counted as squared distance.
 
     Args:
         vectors: `(n, d)`.
@@ -34,7 +34,7 @@ def _offsets(codebook: torch.Tensor, penalty: torch.Tensor | None) -> torch.Tens
 def nearest_codes(
     vectors: torch.Tensor, codebook: torch.Tensor, penalty: torch.Tensor | None = None, max_scores: int = MAX_SCORES
 ) -> torch.Tensor:
-    """Index `(n,)` of the code of least squared distance and `penalty (k,)`, `max_scores` scores in memory at a time."""
+    """Index `(n,)` of the code of least squared distance plus `penalty (k,)`; `max_scores` bounds the scores in memory."""
     bias = _offsets(codebook, penalty)
     table = codebook.t()
     rows = max(1, max_scores // codebook.shape[0])
@@ -58,9 +58,9 @@ def cluster_sums(vectors: torch.Tensor, codes: torch.Tensor, codebook_size: int)
 
 
 def sample_rows(weights: torch.Tensor, number: int, seed: int) -> torch.Tensor:
-    """Draws up to `number` distinct rows with probability proportional to `weights (n,)`; equal seeds draw equally.
+    """Indices of up to `number` distinct rows, drawn with probability proportional to `weights (n,)`.
 
-    The randomness is drawn on the CPU, so that every rank and every device draws the same rows.
+    The random numbers come from the CPU, so that a seed gives the same rows on every rank and device.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.empty(weights.shape[0]).exponential_(generator=generator).clamp_min_(1e-20).to(weights.device)
@@ -68,21 +68,21 @@ def sample_rows(weights: torch.Tensor, number: int, seed: int) -> torch.Tensor:
     return (weights.float().clamp_min(0) / noise).topk(number).indices
 
 
-# Squared distances of float32 vectors overflow beyond this length: (2 · 1e18)² is 4e36, the largest float32 3.4e38.
+# Longest vectors whose squared distances fit into float32: (2 · 1e18)² is 4e36, and the largest float32 is 3.4e38.
 LARGEST_NORM = 1e18
 
 
 class NonFiniteFeaturesError(ValueError, FloatingPointError):
-    """Features that no code can be near to: an input's fault (ValueError), or training's that diverged."""
+    """Features without a nearest code: a wrong input (ValueError), or training that diverged (FloatingPointError)."""
 
 
 @torch.no_grad()
 def check_finite(vectors: torch.Tensor, user: str) -> None:
     """Raises ValueError where a row of `vectors (n, d)` is NaN, infinite or longer than `LARGEST_NORM`.
 
-    user: what needs the vectors, for the message.
+    user: the operation that needs the vectors, for the message.
     """
-    # NaN compares false, so that the negation refuses it.
+    # Negated, because comparisons with NaN are false.
     wrong = ~(vectors.abs().amax(1) * vectors.shape[1] ** 0.5 <= LARGEST_NORM)
     if bool(wrong.any()):
         raise NonFiniteFeaturesError(
@@ -96,26 +96,26 @@ def check_finite(vectors: torch.Tensor, user: str) -> None:
 def kmeans(
     vectors: torch.Tensor, codebook_size: int, iterations: int = 10, seed: int = 0, spherical: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lloyd's k-means; empty clusters move to the vectors worst served.
+    """Lloyd's k-means; empty clusters move to the vectors farthest from their centres.
 
     Args:
         vectors: `(n, d)` float32.
-        codebook_size: k; may exceed n, the surplus centres are then noisy copies.
+        codebook_size: number of centres k; those beyond n are noisy copies of vectors.
         iterations: passes over the vectors.
-        seed: of the choice of starting vectors.
+        seed: seed of the first centres.
         spherical: keep centres on the unit sphere.
 
     Returns:
         centres `(k, d)` and the number of vectors of each `(k,)`.
 
     Raises:
-        ValueError: no vectors, or vectors with NaN, infinite or overflowing values, between which there are no distances.
+        ValueError: there are no vectors, or their values are NaN, infinite or too large for distances.
     """
     number, width = vectors.shape
     check_finite(vectors, "k-means")
     if number == 0 or codebook_size < 1:
         raise ValueError(f"k-means needs at least one vector and one centre, got {number} and {codebook_size}.")
-    # k-means++ in rounds: later starts are drawn in proportion to their distance from the earlier ones.
+    # k-means++ in rounds: later centres are drawn in proportion to the squared distance to earlier ones.
     round_size = max(1, codebook_size // 4)
     centres = vectors[sample_rows(vectors.new_ones(number), round_size if codebook_size > 8 else 1, seed)]
     while len(centres) < min(codebook_size, number):
@@ -159,14 +159,14 @@ def rank_of_process() -> int:
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; the tensor itself where there is one process."""
+    """The sum over ranks, in place; with one process, the tensor itself."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows `(n, d)` of all ranks, rank after rank; ranks give as many rows as the poorest of them has."""
+    """Rows `(n, d)` of all ranks, rank after rank; each rank gives as many as the one with the fewest has."""
     if world_size() == 1:
         return rows
     smallest = torch.tensor(rows.shape[0], device=rows.device)

@@ -1,4 +1,4 @@
-"""What all quantizers share: projections, straight-through gradient, lookup and the count of codes."""
+"""Quantizer: the projections, the straight-through gradient, the lookup and the counts that all quantizers share."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ USAGE_DECAY = 0.99
 
 @dataclass
 class QuantizerOutput(ModelOutput):
-    """What a quantizer returns.
+    """Output of a quantizer.
 
     embeddings: `(..., input_size)`, with a gradient to the features.
     codes: `(...)` int64.
     commitment_loss: mean squared distance between projected features and their codes (scalar).
-    entropy_loss: (mean per-sample entropy − entropy of the mean assignment) / log K, in [−1, 1]; 0 where unused. Without the
-        first part where `entropy_term` is `use`.
-    diversity_loss: 1 − entropy of the mean assignment / log K, in [0, 1]; 0 where unused.
+    entropy_loss: (mean entropy of each vector's assignment − entropy of the mean assignment) / log K, in [−1, 1]; without
+        the first part where `entropy_term` is `use`; 0 where no weight asks for it.
+    diversity_loss: 1 − entropy of the mean assignment / log K, in [0, 1]; 0 where no weight asks for it.
     """
 
     embeddings: torch.Tensor | None = None
@@ -34,19 +34,22 @@ class QuantizerOutput(ModelOutput):
 
 
 class Float32Linear(nn.Linear):
-    """Linear layer that computes in float32 whatever the type of its weights."""
+    """Linear layer that computes in float32, whatever the dtype of its weights."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return F.linear(features, self.weight.float(), self.bias.float())
 
 
 class Quantizer(nn.Module, ABC):
-    """Projections in and out, straight-through gradient, and the count of codes; subclasses pick the codes.
+    """Base class of quantizers; subclasses choose the codes.
 
-    `enabled = False` lets features through unquantized (codes are still reported): the trainer's warm-up.
-    `update_in_forward = True` applies codebook statistics in each training forward; a trainer that accumulates
-    gradients sets it to False and calls `update()` once per optimizer step.
+    enabled: False returns the features unquantized, with their codes; the trainer's warm-up sets it.
+    update_in_forward: True moves the codebook in each training forward. A trainer that accumulates gradients sets it to
+        False and calls `update()` once per optimizer step.
     """
+
+    usage: torch.Tensor
+    usage_weight: torch.Tensor
 
     def __init__(self, config, input_size: int, width: int):
         super().__init__()
@@ -55,19 +58,19 @@ class Quantizer(nn.Module, ABC):
         project = width != input_size
         self.project_in = Float32Linear(input_size, width) if project else nn.Identity()
         self.project_out = Float32Linear(width, input_size) if project else nn.Identity()
-        # Whether the assignments' entropies are asked for at all: they cost a table of vectors × codes.
+        # Entropies cost a table of vectors × codes, so they are computed only for a loss that has them.
         self.measures_entropy = bool(config.entropy_weight or config.diversity_weight)
         self.enabled = True
         self.update_in_forward = True
         self.temperature = 0.0
         self.last_count: torch.Tensor | None = None
         self._pending: torch.Tensor | None = None
-        # Exponential average of each code's share of the vectors, with the weight that corrects its start.
+        # Moving average of each code's share of the vectors, and the weight that corrects its start at zero.
         self.register_buffer("usage", torch.zeros(config.codebook_size))
         self.register_buffer("usage_weight", torch.zeros(()))
 
     def reset_buffers(self) -> None:
-        """Refills buffers after construction on the meta device."""
+        """Fills the buffers, which construction on the meta device leaves empty."""
         self.usage.zero_()
         self.usage_weight.zero_()
 
@@ -85,7 +88,7 @@ class Quantizer(nn.Module, ABC):
         return vectors
 
     def entropy_loss(self, vectors: torch.Tensor) -> torch.Tensor:
-        """See `QuantizerOutput`; differentiable in `vectors`. Zero for quantizers whose codes need no such term."""
+        """`entropy_loss` of `QuantizerOutput`, differentiable in `vectors`; zero unless a subclass defines it."""
         return vectors.new_zeros(())
 
     def entropy_losses(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,27 +96,27 @@ class Quantizer(nn.Module, ABC):
         return self.entropy_loss(vectors), vectors.new_zeros(())
 
     def look_ahead(self, micro_batches: list[torch.Tensor]) -> None:
-        """Sees all micro-batches of the coming optimizer step, before the first of them is trained on.
+        """Scans the micro-batches of the next optimizer step, prepared vectors `(n, width)` each; every rank must call it.
 
-        The entropy of the mean assignment is no mean over micro-batches: with this, `entropy_loss` takes it over all
-        of them, as one large batch would. Each entry holds prepared vectors `(n, width)`. Every rank must call it.
+        The entropy of a mean is no mean of entropies: after this, `entropy_loss` is that of all micro-batches together, as
+        in one large batch.
         """
 
     def connect(self, vectors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The chosen code vectors with a gradient to `vectors`: straight-through."""
+        """The chosen code vectors, with the straight-through gradient to `vectors`."""
         return vectors + (chosen - vectors).detach()
 
-    def nearest(self, vectors: torch.Tensor) -> torch.LongTensor:
-        """Vectors `(n, width)` → the codes `(n,)` of inference; subclasses that draw codes in training override it."""
+    def nearest(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors `(n, width)` → the codes `(n,)` of inference; for subclasses that draw other codes in training."""
         return self.assign(vectors)[0]
 
     # ---------------------------------------------------------------- interface
     @torch.no_grad()
-    def encode(self, features: torch.Tensor) -> torch.LongTensor:
-        """Features `(..., input_size)` → codes `(...)` of inference, also in training mode; nothing is recorded.
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `(..., input_size)` → codes `(...)` of inference, in training mode, too; nothing is recorded.
 
         Raises:
-            ValueError: features that are NaN or infinite have no nearest code.
+            ValueError: features are NaN or infinite.
         """
         with torch.autocast(features.device.type, enabled=False):
             vectors = self.prepare(self.project_in(features.float()).reshape(-1, self.width))
@@ -121,7 +124,7 @@ class Quantizer(nn.Module, ABC):
             return self.nearest(vectors).reshape(features.shape[:-1])
 
     def forward(self, features: torch.Tensor, learns: bool = True) -> QuantizerOutput:
-        """Quantizes `(..., input_size)`; in training the statistics are recorded unless `learns` is False."""
+        """Quantizes features `(..., input_size)`; training records statistics unless `learns` is False."""
         with torch.autocast(features.device.type, enabled=False):
             vectors = self.prepare(self.project_in(features.float()).reshape(-1, self.width))
             codes, chosen = self.assign(vectors)
@@ -133,7 +136,7 @@ class Quantizer(nn.Module, ABC):
             if not self.enabled:
                 commitment = commitment * 0
             elif self.training and learns:
-                # One NaN would stay in the moving averages of the codebook for ever.
+                # A NaN would stay in the moving averages for ever.
                 check_finite(vectors.detach(), "Training of the codebook")
                 self.record(codes, vectors.detach(), chosen)
                 if self.update_in_forward:
@@ -152,7 +155,7 @@ class Quantizer(nn.Module, ABC):
 
         Raises:
             TypeError: codes are not integers.
-            ValueError: a code outside [0, codebook_size).
+            ValueError: a code is outside [0, codebook_size).
         """
         if codes.dtype.is_floating_point or codes.dtype in (torch.bool, torch.complex64):
             raise TypeError(f"Codes must be integers, got {codes.dtype}.")
@@ -166,13 +169,13 @@ class Quantizer(nn.Module, ABC):
     # ---------------------------------------------------------------- statistics
     @torch.no_grad()
     def record(self, codes: torch.Tensor, vectors: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Remembers one training forward until the next `update()`."""
+        """Adds the statistics of one training forward to those of the next `update()`."""
         count = torch.bincount(codes, minlength=self.codebook_size).float()
         self._pending = count if self._pending is None else self._pending + count
 
     @torch.no_grad()
     def update(self, allow_reset: bool = True) -> None:
-        """Applies what was recorded since the last call, summed over ranks; every rank must call it."""
+        """Applies what all ranks recorded since the last call; every rank must call it."""
         if self._pending is None:
             return
         self.last_count = all_reduce(self._pending)

@@ -35,6 +35,14 @@ class EMAQuantizer(Quantizer):
     number of ranks do not change what a code becomes.
     """
 
+    codebook: torch.Tensor
+    code_sum: torch.Tensor
+    code_share: torch.Tensor
+    ema_weight: torch.Tensor
+    num_updates: torch.Tensor
+    initialized: torch.Tensor
+    penalty: torch.Tensor | None
+
     def __init__(self, config, input_size: int):
         super().__init__(config, input_size, config.codebook_dim)
         self.config = config
@@ -83,7 +91,7 @@ class EMAQuantizer(Quantizer):
     def vectors_of(self, codes: torch.Tensor) -> torch.Tensor:
         return self.codebook.float()[codes]
 
-    def nearest(self, vectors: torch.Tensor) -> torch.LongTensor:
+    def nearest(self, vectors: torch.Tensor) -> torch.Tensor:
         return nearest_codes(vectors, self.codebook.float(), self.penalty)
 
     def assign(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

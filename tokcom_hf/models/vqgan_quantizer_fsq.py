@@ -7,10 +7,7 @@ from .vqgan_quantizer_base import Quantizer
 
 
 class FSQQuantizer(Quantizer):
-    """Finite scalar quantization: each of a few bounded dimensions is rounded to one of `levels` values.
-
-    It has no entropy term, as in the paper.
-    """
+    """Rounds each of a few bounded dimensions to one of 4 or 8 levels; as in the paper there is no entropy term."""
 
     def __init__(self, config, input_size: int):
         levels = default_fsq_levels(config.codebook_size)

@@ -1,4 +1,4 @@
-"""Lookup-free quantization (2310.05737) with the exact entropy of its factorised codes."""
+"""Lookup-free quantization (2310.05737), with the exact entropy of codes whose bits are independent."""
 
 import math
 
@@ -10,7 +10,7 @@ from .vqgan_quantizer_base import Quantizer
 
 
 class LFQQuantizerHead(Quantizer):
-    """Lookup-free quantization: code = Σ bit_i · 2^i with bit_i = [vector_i > 0]; code vectors are ±1."""
+    """Lookup-free quantization: code Σ bit_i · 2^i with bit_i = [vector_i > 0], and code vectors of ±1."""
 
     def __init__(self, config, input_size: int):
         super().__init__(config, input_size, int(math.log2(config.codebook_size)))
@@ -30,26 +30,26 @@ class LFQQuantizerHead(Quantizer):
     def entropy_loss(self, vectors: torch.Tensor) -> torch.Tensor:
         logits = self.bit_logits(vectors)
         if not (self.training and self._step_logits):
-            # Out of training a rank may be alone (pictures), and would wait for the others for ever.
+            # Across ranks in training only: a rank that evaluates alone would wait for the others for ever.
             per_sample, batch = factorised_entropy(logits, across_ranks=self.training)
             return (per_sample - batch) / math.log(self.codebook_size)
         per_sample, _ = factorised_entropy(logits)
         parts = [part.chunk(world_size()) for part in self._step_logits]
         mine, rank = self._micro_batch, rank_of_process()
         self._micro_batch += 1
-        # Everything but this part of the global batch enters as a constant.
+        # The rest of the global batch enters as a constant.
         rows = [
             logits[: len(part)] if (position, owner) == (mine, rank) else part
             for position, owners in enumerate(parts)
             for owner, part in enumerate(owners)
         ]
         _, batch = factorised_entropy(torch.cat(rows))
-        # The trainer averages gradients over the parts, each of which holds only its own share.
+        # Times the number of parts, because the trainer averages gradients over them and each has its own share only.
         batch = batch.detach() + len(rows) * (batch - batch.detach())
         return (per_sample - batch) / math.log(self.codebook_size)
 
     def bit_logits(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Log odds `(n, bits)` of each bit: softmax over ±1 codes of −‖x − e‖²/T factorises into bits with 4x/T."""
+        """Log odds `(n, bits)` of each bit, 4x/T: the factors of softmax(−‖x − e‖²/T) over codes e of ±1."""
         return 4 * vectors / self.entropy_temperature
 
     @torch.no_grad()
@@ -59,6 +59,6 @@ class LFQQuantizerHead(Quantizer):
 
     @torch.no_grad()
     def update(self, allow_reset: bool = True) -> None:
-        """Counts codes; there is no codebook to move."""
+        """Counts codes; this quantizer has no codebook to move."""
         self._step_logits = []
         super().update(allow_reset)

@@ -1,7 +1,7 @@
-"""Vector quantizers behind one interface: `ema` (learned codebook), `fsq` (rounding) and `lfq` (binary).
+"""The quantizers by name: `ema` (learned codebook), `fsq` (rounding) and `lfq` (signs).
 
-Every quantizer maps features `(..., input_size)` to embeddings of the same shape and integer codes `(...)` in
-[0, codebook_size). The arithmetic is float32 whatever the autocast, so that codes do not depend on it.
+Each maps features `(..., input_size)` to embeddings of the same shape and integer codes `(...)` in [0, codebook_size), in
+float32 under any autocast, so that codes do not depend on it.
 """
 
 from .vqgan_quantizer_base import Quantizer, QuantizerOutput
@@ -27,5 +27,5 @@ __all__ = [
 
 
 def build_quantizer(config, input_size: int) -> Quantizer:
-    """The quantizer named by `config.quantizer`, for features of `input_size` channels."""
+    """The quantizer that `config.quantizer` names, for features of `input_size` channels."""
     return QUANTIZERS[config.quantizer](config, input_size)
