@@ -50,7 +50,9 @@ class FiniteGuard:
         if everywhere:
             bad = first_of_all_ranks(bad)
         if bad is not None:
-            raise self.error(f"The weights hold NaN or infinity ({bad})", self.trainer.state.global_step)
+            raise self.error(
+                f"Weights or optimizer states hold NaN or infinity ({bad})", self.trainer.state.global_step
+            )
 
     def _nonfinite(self) -> list[str]:
         trainer = self.trainer
