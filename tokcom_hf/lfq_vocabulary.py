@@ -1,4 +1,4 @@
-"""Functions to add LFQ tokens to a model and to ask where they are."""
+"""The documented functions: `expand_vocab_for_lfq` adds LFQ tokens to a model, `get_lfq_token_range` gives their ids."""
 
 from .models.lfq_rows import vocabulary_of
 from .models.lfq_tokens import check_output_dim
@@ -20,7 +20,7 @@ def expand_vocab_for_lfq(
     freeze_original: bool = True,
     tokenizer=None,
 ) -> LFQExpandedModel:
-    """Adds 2^output_dim tokens behind the rows of a model's vocabulary; ids below keep their meaning and their rows.
+    """Adds 2^output_dim tokens behind the vocabulary of a model, whose own ids and rows do not change.
 
     Args:
         model: a loaded model, or its Hub name or folder.
@@ -41,12 +41,13 @@ def get_lfq_token_range(model, lfq_config: dict | None = None) -> tuple[int, int
     """`(start, end)` of a model's LFQ ids, end exclusive.
 
     Args:
-        model: an expanded model, a joint model around one (its `language_model`), the result of its `merge_and_unload()`,
-            or a plain one: then the range it would get.
-        lfq_config: `{"output_dim": bits per code}`; needed for a plain model (16 bits where None), checked otherwise.
+        model: an expanded model, a joint model around one, the result of `merge_and_unload()`; or a plain model, for the
+            range that it would get.
+        lfq_config: `{"output_dim": bits per code}`. A plain model is taken to get so many, 16 where None; another must have
+            so many.
 
     Raises:
-        ValueError: the model has LFQ tokens of another size.
+        ValueError: the model has LFQ tokens of another number of bits.
     """
     inner = getattr(model, "language_model", None)
     model = inner if isinstance(inner, LFQExpandedModel) else model

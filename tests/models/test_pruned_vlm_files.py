@@ -188,7 +188,7 @@ def test_peft_adapters_come_back(vlm, tmp_path):
     get_peft_model(inner, LoraConfig(r=2, target_modules=["q_proj"]))
     inner.save_pretrained(tmp_path / "middle")
     assert any(".lora_A." in name for name in load_file(tmp_path / "middle" / "model.safetensors"))
-    with pytest.raises(ValueError, match="holds LoRA adapters"):
+    with pytest.raises(ValueError, match="training checkpoint with LoRA adapters"):
         PrunedVLM.from_pretrained(tmp_path / "middle")
 
 

@@ -13,7 +13,7 @@ from .shared_removed_fields import take_removed
 INIT_METHODS = ("random", "zeros", "mean")
 # Removed fields and their former defaults. Any other order of bits would permute every image.
 REMOVED = {"bit_order": "least_significant_first"}
-# What may build a base model; AutoModel serves remote code that registers no other.
+# Auto classes that build a base model; AutoModel is for remote code that registers no other.
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 
 
@@ -21,26 +21,26 @@ AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMode
 class LFQExpandedConfig(PreTrainedConfig):
     """A language or vision-language model and the 2^output_dim visual tokens added to its vocabulary.
 
-    What the tokens are:
-    output_dim: bits of an LFQ code, 1 to 24; 2^output_dim ids are added.
-    lfq_start_token_id: first new id, the number of embedding rows of the base model (which a padded vocabulary makes
-        larger than its tokenizer); checked when a checkpoint is loaded.
-    text_vocab_size: ids below it may be generated as text; `len(tokenizer)` keeps the padding rows of a padded
-        vocabulary out of generated text. None: all ids below `lfq_start_token_id`.
+    The tokens:
+        output_dim: bits of an LFQ code, 1 to 24; 2^output_dim ids are added.
+        lfq_start_token_id: first new id, which is the number of embedding rows of the base model (a padded vocabulary has
+            more rows than its tokenizer has ids).
+        text_vocab_size: ids from here to `lfq_start_token_id` are padding rows, which no mode of `generate` gives. None:
+            there are none.
 
-    How the new rows start and train:
-    embedding_init_method: `random` (normal, `embedding_init_std`), `zeros`, or `mean` (mean of the old rows plus small
-        offsets that differ with the bits, so that 2^output_dim rows are not one point).
-    embedding_init_std: standard deviation of `random` rows and of the offsets of `mean` (>= 0).
-    freeze_original: the base model's vocabulary tables do not train. Its other weights follow their own
-        `requires_grad`; `LFQExpandedModel.freeze_base()` freezes them too.
+    Initial values and training of the new rows:
+        embedding_init_method: `random` (normal), `zeros`, or `mean` (mean of the old rows plus small offsets that depend on
+            the bits, so that rows differ).
+        embedding_init_std: standard deviation of `random` rows and of the offsets of `mean`, >= 0.
+        freeze_original: the base model's vocabulary tables are frozen. `LFQExpandedModel.freeze_base()` also freezes its
+            other weights.
 
-    Where the base model is:
-    base_config: its configuration as a dictionary.
-    base_auto_class: the Auto class that builds it, one of `AUTO_CLASSES`.
-    base_model_name_or_path: its Hub name or folder; `./base` is a folder inside the saved one.
-    base_revision: commit of the Hub repository it was loaded from.
-    base_included: its weights are in this checkpoint; otherwise they are read from `base_model_name_or_path`.
+    The base model:
+        base_config: its configuration as a dictionary.
+        base_auto_class: the Auto class that builds it, one of `AUTO_CLASSES`.
+        base_model_name_or_path: its Hub name or folder; `./base` is a folder inside the saved one.
+        base_revision: the commit it was loaded from on the Hub.
+        base_included: whether its weights are in this checkpoint, or at `base_model_name_or_path`.
     """
 
     model_type = "tokcom_lfq_expanded"
@@ -62,7 +62,7 @@ class LFQExpandedConfig(PreTrainedConfig):
         take_removed(kwargs, REMOVED)
         self.custom_pipelines = PipelineTasks("lfq", kwargs.pop("custom_pipelines", None))
         check_output_dim(self.output_dim)
-        # Not a field: it follows from two others. Another model's configuration, which names no LFQ id, is left to loading.
+        # Not a field: it follows from two others. `from_pretrained` refuses other models' configurations, without an LFQ id.
         given = kwargs.pop("vocab_size", None)
         if given is not None and self.lfq_start_token_id and given != self.vocab_size:
             raise ValueError(
@@ -89,7 +89,7 @@ class LFQExpandedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved. Remote code is announced for one Auto class; this model also answers to its base model's."""
+        """The configuration as saved, with remote code announced also for the base model's Auto class."""
         values = super().to_dict()
         classes = values.get("auto_map") or {}
         names = ("AutoModel", self.base_auto_class)
@@ -119,12 +119,12 @@ class LFQExpandedConfig(PreTrainedConfig):
         return getattr(transformers, self.base_auto_class)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
-        """The language model's configuration with the vocabulary it has now, which generation reads."""
+        """The language model's configuration with the larger vocabulary, which generation reads."""
         if self.base_config is None:
             return self
         values = self.base_config
         if values["model_type"] not in CONFIG_MAPPING:
-            # Remote code: its classes are known only where the base model is loaded. Its language model's are enough.
+            # Classes of remote code are known only where the base model is loaded; the language model's values suffice.
             text = _as_config(values.get("llm_config") or values.get("text_config") or values)
         else:
             text = _as_config(values).get_text_config(*args, **kwargs)

@@ -21,21 +21,21 @@ REMOVED = {
 
 @strict
 class LFQConfig(PreTrainedConfig):
-    """Vision features become binary codes, and codes embeddings of a language model. Defaults are the documented numbers.
+    """Vision features ↔ binary codes → embeddings of a language model. Numbers default to those of the documents.
 
     What you will most likely change:
         input_size: width of the vision features.
-        llm_hidden_size: width of the embeddings, that of the language model.
-        num_tokens: features per image, a square grid; None takes any number.
-        output_dim: bits per feature, 1 to 24; the vocabulary gains 2^output_dim tokens.
+        llm_hidden_size: width of the embeddings, which is the language model's.
+        num_tokens: features per image, a square grid; None for any number.
+        output_dim: bits of a feature's code, 1 to 24; the vocabulary gains 2^output_dim tokens.
 
     Encoder:
-        variant: `transformer` reads all features of an image together; `linear` is one projection of each feature.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: of the transformer.
-        qk_norm: RMS-normalise queries and keys per head.
+        variant: `transformer` (features of an image attend to each other) or `linear` (one projection of each feature).
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: shape of the transformer.
+        qk_norm: RMSNorm on the queries and keys of each head.
 
     Codes:
-        group_norm: normalise the bits' logits of an image, without learned scale and shift, before their sign is taken.
+        group_norm: normalise all logits of an image's bits together, without learned scale and shift.
     """
 
     model_type = "tokcom_lfq"

@@ -22,20 +22,20 @@ def checked_mode(mode: str) -> str:
 
 @strict
 class PrunedVLMConfig(PreTrainedConfig):
-    """A vision-language model by reference, and what removes its vision tokens.
+    """A vision-language model (the base), by reference, and the stages that remove its vision tokens.
 
-    base_model_name_or_path: Hub name or absolute folder of the VLM. `base` is the subfolder of that name in the saved
-        folder, which is how `save_pretrained(..., include_base=True)` stores everything together.
-    base_revision: branch, tag or commit of a base on the Hub, so that later commits there change nothing here.
-    base_included: the base's weights are in the folder's own weight files, beside the heads': it was trained or changed.
-    base_config: the VLM's own configuration as a dictionary.
+    base_model_name_or_path: Hub name or absolute folder of the base. `base` means the subfolder of that name in the saved
+        folder, which `save_pretrained(..., include_base=True)` writes.
+    base_revision: branch, tag or commit of a base on the Hub, which pins it.
+    base_included: the base's weights are in the folder's own weight files, beside the heads', because they were changed.
+    base_config: the base's configuration as a dictionary.
     token_merger, layer_pruner: configurations of the learned stages as dictionaries, or None for no such stage.
     strategy: a training-free strategy instead of the learned stages (`pruning_strategies.STRATEGIES` or `fastv`).
-    keep: vision tokens per image that the strategy keeps; an image that has fewer keeps them all.
-    strategy_layer: the layer before which `fastv` removes tokens.
+    keep: vision tokens that the strategy keeps per image; a smaller image keeps all of its tokens.
+    strategy_layer: the layer of the language model before which `fastv` removes tokens.
     strategy_seed: seed of the `random` strategy.
-    pruning_mode: `hard` (tokens are removed), `soft` (their keys are damped), `merge_only` (no layer pruner) or
-        `origin` (the unmodified model).
+    pruning_mode: `hard` (tokens are removed), `soft` (log(mask) is added to their attention scores), `merge_only` (stage 1
+        alone) or `origin` (the base as it is).
     """
 
     model_type = "tokcom_pruned_vlm"
@@ -71,7 +71,7 @@ class PrunedVLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def tokens_kept(self, tokens: int) -> int:
-        """Vision tokens that stage 1 leaves, at most, of an image of `tokens` tokens; in every mode but `origin`."""
+        """Vision tokens that stage 1 leaves, at most, of an image of `tokens` tokens, in every mode but `origin`."""
         if self.token_merger is not None:
             of_one = TokenMergerConfig(**self.token_merger).tokens_kept
         elif self.keep is None or self.strategy in LAYER_STRATEGIES:
@@ -82,7 +82,7 @@ class PrunedVLMConfig(PreTrainedConfig):
         return tokens // tile * of_one(tile)
 
     def _tile_tokens(self) -> int | None:
-        """Tokens of a tile in families whose tiles are reduced one by one, as if each were an image."""
+        """Tokens of a tile in the families that treat every tile as an image of its own; None in the others."""
         base = self.base_config or {}
         sizes = base.get("vision_config") or {}
         if base.get("model_type") == "aya_vision":

@@ -11,12 +11,12 @@ REMOVED = {"spectral_norm": True}
 
 @strict
 class PruningDiscriminatorConfig(PreTrainedConfig):
-    """Tells hidden states of the unpruned model from those of the pruned one, at answer positions.
+    """A discriminator between hidden states of the unpruned and of the pruned model, at answer positions.
 
     hidden_size: the language model's width.
-    layers: which hidden states it reads, counted from the end (the documented -1, -3, -5).
-    internal_size: width of its layers.
-    dropout: of the first hidden layer.
+    layers: the hidden states it reads, counted from the end (the documented -1, -3, -5).
+    internal_size: width of its hidden layers.
+    dropout: dropout probability behind the first hidden layer.
     """
 
     model_type = "tokcom_pruning_discriminator"

@@ -11,27 +11,26 @@ REMOVED = {"min_tokens": 1}
 
 @strict
 class LayerPrunerConfig(PreTrainedConfig):
-    """Stage 2: keep/drop heads before chosen layers of the language model. The defaults are the documented numbers.
+    """Stage 2: heads before chosen layers of the language model drop vision tokens. Numbers default to the documents'.
 
     What you will most likely change:
         hidden_size: the language model's width.
         layers: prune before these layers (0 is the first one).
         keep_tokens: tokens left per image after each of them, for example `[96, 48]`; None uses `keep_ratio`.
-        keep_ratio: share of the tokens that arrive at a layer which goes on: one number for all layers (0.5 at three layers
-            leaves 1/2, 1/4, 1/8), or a hierarchical schedule with one number per layer (`[0.7, 0.5, 0.3]` leaves 0.7, 0.35,
-            0.105: early layers drop few tokens, later ones most of what they get).
+        keep_ratio: share of the arriving tokens that a layer keeps: one number for all layers (0.5 at three layers leaves
+            1/2, 1/4, 1/8), or one per layer (`[0.7, 0.5, 0.3]` leaves 0.7, 0.35, 0.105).
 
     Kind:
-        pruner_type: `cross_attention` (vision tokens attend to the question) or `simple` (tokens by themselves).
-        selection: `topk` keeps exactly the budget; `threshold` keeps what has probability > 0.5, so that easy images
-            keep less.
-        architecture: `normalized` heads have LayerNorms and a residual connection around the attention; `documented` ones
+        pruner_type: `cross_attention` (vision tokens attend to the question) or `simple` (each token alone).
+        selection: `topk` keeps exactly the budget; `threshold` keeps tokens of probability > 0.5, and at least one per
+            image, so that the number depends on the image.
+        architecture: `normalized` heads have LayerNorms and a residual connection around the attention; `documented` heads
             have neither, and their masks are Gumbel-softmax([0, logit] / temperature) with noise of scale 1.
-        internal_size, num_attention_heads: shape of the heads.
+        internal_size, num_attention_heads: width and attention heads of each pruning head.
         scorer_size: hidden width of the last two layers; `internal_size` where None.
-        gumbel_noise: draw the masks at random, around the logits, while training.
+        gumbel_noise: in training the masks are samples around the logits.
         straight_through: train on the hard decision with the gradient of the soft one. A soft mask of 0.001 still lets
-            a sharply attended token through, so heads trained on soft masks may drop what the model goes on reading.
+            a sharply attended token through, so heads trained on soft masks may drop tokens that the model still reads.
     """
 
     model_type = "tokcom_layer_pruner"
@@ -88,7 +87,7 @@ class LayerPrunerConfig(PreTrainedConfig):
 
     @property
     def keep_ratios(self) -> list[float]:
-        """The share that goes on, for every layer of `layers`."""
+        """The share of arriving tokens that each layer of `layers` keeps."""
         return (
             list(self.keep_ratio) if isinstance(self.keep_ratio, list) else [self.keep_ratio] * len(self.layers or ())
         )

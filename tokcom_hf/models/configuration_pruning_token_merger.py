@@ -13,37 +13,37 @@ REMOVED = {"max_tokens": 576}
 
 @strict
 class TokenMergerConfig(PreTrainedConfig):
-    """Stage 1: N vision tokens become M before the language model. The defaults are the documented numbers.
+    """Stage 1: N vision tokens become M before the language model. Numbers default to those of the documents.
 
     What you will most likely change:
         feature_size: width of the vision features (1024 for LLaVA-1.5's CLIP tower).
         question_size: width of the language model's embeddings (4096 for LLaVA-1.5-7B).
-        merge_ratio: share of tokens that stay; used where `target_merge_tokens` is None.
-        target_merge_tokens: tokens that stay per image; an image that has fewer keeps them all.
+        merge_ratio: share of an image's tokens that stay, where `target_merge_tokens` is None.
+        target_merge_tokens: number of tokens that stay per image; a smaller image keeps all of its tokens.
 
     Kind:
-        merger_type: `simple` scores tokens by themselves; `question_aware` lets them attend to the question first;
-            `fixed_pooling` has one learned query per merged token, modulated by the question.
-        question_dependent_ratio: every row keeps a number of its own, and only those tokens go on. `learned` (or True): a
-            linear layer predicts the share from the question; `confidence`: the best tokens that hold a learned share of the
-            scores' probability, so that a question whose scores point at few tokens gets few.
-        min_ratio, max_ratio: bounds of that share. With `max_ratio` the mean over a batch is trained towards `merge_ratio`
+        merger_type: `simple` scores each token alone; `question_aware` lets tokens attend to the question before;
+            `fixed_pooling` has one learned query per merged token, shifted by the question.
+        question_dependent_ratio: every row keeps a number of tokens of its own. `learned` (or True): a linear layer predicts
+            the share from the question. `confidence`: a row keeps the best tokens that hold a learned mass of
+            softmax(scores), so that peaked scores keep few.
+        min_ratio, max_ratio: bounds of that share. With `max_ratio` training holds the mean over a batch at `merge_ratio`
             (or `target_merge_tokens`); without it `merge_ratio` is the upper bound.
-        attention_guided: adds the logarithm of an attention, with a learned weight, to the scores: `question`: how much the
-            question's tokens attend to each vision token, for every VLM; `tower` (or True): what each token receives in the
-            vision tower, for VLMs whose tower tells (LLaVA).
+        attention_guided: adds log(attention), times a learned weight, to the scores. `question`: the attention of the
+            question's tokens to each vision token, for every VLM. `tower` (or True): the attention that each token receives
+            in the vision tower, for VLMs whose tower gives it (LLaVA).
 
     Computation:
-        architecture: `normalized` compares unit vectors at a learned scale, whatever the temperature, and divides merged
-            tokens by what they received, so that their norms stay as they were; `documented` is the documented merger:
-            softmax(QKᵀ/√d / temperature) of two projections of the features, merged by weightsᵀ · features, Gumbel noise
-            of scale 1, no normalisation anywhere.
+        architecture: `normalized` assigns by cosine similarity at a learned scale, independent of the temperature, and
+            divides weights by their column sums, which keeps the norms of features. `documented` assigns by
+            softmax(QKᵀ/√d / temperature) of two projections of the features, merges by weightsᵀ · features, has Gumbel
+            noise of scale 1 and no normalisation.
 
     Shape:
-        internal_size, num_attention_heads: of the scorer and of the similarity space.
+        internal_size, num_attention_heads: width and heads of the scorer and of the projections.
         scorer_size: hidden width of the scorer; `internal_size` where None.
-        initial_scale: of the cosine similarities that spread tokens over centres.
-        gumbel_noise: draw the centres at random, around the scores, while training.
+        initial_scale: initial scale of the cosine similarities.
+        gumbel_noise: in training the centres are a sample (Gumbel-top-k of the scores) instead of the top-k.
     """
 
     model_type = "tokcom_token_merger"
@@ -110,14 +110,14 @@ class TokenMergerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def tokens_kept(self, tokens: int) -> int:
-        """Tokens left, at most, of an image of `tokens` tokens: at least 1, at most all of them."""
+        """Tokens left, at most, of an image of `tokens` tokens; from 1 to `tokens`."""
         if self.max_ratio is None:
             return self.tokens_wanted(tokens)
-        # Rounding of the product must not add a slot.
+        # 1e-6: a product such as 0.7 · 10 = 7.000000000000001 must not add a slot.
         return max(1, math.ceil(self.max_ratio * tokens - 1e-6))
 
     def tokens_wanted(self, tokens: int) -> int:
-        """The budget for an image of `tokens` tokens: their number, or their mean where it depends on the question."""
+        """The budget for an image of `tokens` tokens; where the number depends on the question, its mean over a batch."""
         target = self.target_merge_tokens
         wanted = max(1, round(self.merge_ratio * tokens)) if target is None else min(target, tokens)
         return wanted if self.max_ratio is None else min(wanted, self.tokens_kept(tokens))

@@ -1,4 +1,4 @@
-"""Calls of an `LFQExpandedModel`'s base model: which keywords it takes, so that a misspelt one is named, not passed over."""
+"""The keywords of an `LFQExpandedModel`'s base model. A misspelt one raises; models with `**kwargs` would ignore it."""
 
 import inspect
 from typing import Any
@@ -22,9 +22,9 @@ def named(*values: Any) -> dict[str, Any]:
 
 
 def keywords_of(base) -> frozenset[str]:
-    """Names that act in a base model's forward, `labels` aside.
+    """Names of the keywords that act in a base model's forward, without `labels`.
 
-    Where it takes `**kwargs`, it hands them to its language model and to attention: what these name acts, too.
+    A forward with `**kwargs` hands them to its language model and to attention, so their keywords act, too.
     """
     parameters = _parameters(base)
     names = set(parameters)
@@ -44,7 +44,7 @@ def cache_keyword_of(base) -> str:
 
 
 def acting(model, inputs: dict) -> dict:
-    """The keywords of a call of the base model, without those that are None.
+    """The keywords with which the base model is called: `inputs` without those that are None.
 
     Args:
         model: the `LFQExpandedModel`.

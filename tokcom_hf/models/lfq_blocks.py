@@ -18,10 +18,10 @@ NORM_EPS = 1e-6
 
 
 def rotary_2d(grid: tuple[int, int], head_dim: int, theta: float, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin `(1, rows · columns, head_dim)` for features in reading order.
+    """cos and sin `(1, rows · columns, head_dim)` of the rotary positions of features in reading order.
 
-    The first half of the pairs turns with the row, the second with the column. Computed where it is used: a buffer would
-    come back empty from the meta device.
+    The first half of the pairs turns with the row, the second with the column. There is no buffer for them:
+    `from_pretrained` would leave a non-persistent one uninitialised.
     """
     quarter = head_dim // 4
     frequencies = theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)

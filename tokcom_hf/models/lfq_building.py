@@ -59,7 +59,7 @@ def auto_class_of(model: PreTrainedModel) -> str:
     """Name of the Auto class that builds a model of this class.
 
     Raises:
-        ValueError: a class of transformers that neither Auto class for language or image-text-to-text models builds.
+        ValueError: a class of transformers that neither AutoModelForCausalLM nor AutoModelForImageTextToText builds.
     """
     for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if auto_class._model_mapping.get(type(model.config), None) is type(model):
@@ -73,7 +73,7 @@ def auto_class_of(model: PreTrainedModel) -> str:
 
 
 def load_base(name: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """A causal or image-text-to-text model by name, whichever its configuration asks for."""
+    """The causal or image-text-to-text model at a Hub name or in a folder; keywords as of `from_pretrained`."""
     name = os.fspath(name)
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise OSError(f"No such model folder: {name!r}.")
@@ -85,7 +85,7 @@ def load_base(name: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
 
 def reference_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    """Name or absolute folder that a model was loaded from, and the Hub revision; (None, None) for one built in memory."""
+    """Hub name or absolute folder that a model was loaded from, and its commit; (None, None) where built in memory."""
     name = model.config.name_or_path or None
     if name is not None and os.path.isdir(name):
         return os.path.abspath(name), None

@@ -1,4 +1,4 @@
-"""Saving and loading `LFQExpandedModel`: the new rows with a reference to the base model, or everything."""
+"""Saving and loading `LFQExpandedModel`: the new rows with a reference to the base model, or with its weights."""
 
 import os
 
@@ -26,7 +26,7 @@ from .shared_wrapped_base import (
 )
 
 ROWS = "lfq_rows."
-# Of the saved folder alone, or what the Auto classes and pipelines hand on.
+# Keywords of `from_pretrained` about the saved folder, and those that Auto classes and pipelines hand on.
 _OTHER = (
     "variant",
     "state_dict",
@@ -50,8 +50,8 @@ def save_lfq_expanded(model, save, folder, include_base: bool | None, state_dict
         state_dict: weights to save instead of the model's own (distributed training gives them).
 
     Raises:
-        ValueError: the base model cannot be included, because only its own remote code builds it or LoRA is not merged;
-            or it was not to be included, but its reference does not give these weights.
+        ValueError: a base model of remote code or with unmerged LoRA, which cannot be included; or
+            `include_base=False` where the reference does not give these weights.
     """
     check_saving_options(kwargs)
     config = model.config
@@ -93,10 +93,10 @@ def save_lfq_expanded(model, save, folder, include_base: bool | None, state_dict
             config.base_model_name_or_path = _reference(reference, folder)
     config.base_included = include_base
     if kwargs.get("is_main_process", True) and not any(value.is_meta for value in weights.values()):
-        # Weights that are still on disk may be in these very files.
+        # Offloaded weights may still be in these very files.
         remove_weights(folder, kwargs.get("variant"))
     try:
-        # Names stay as they are: the renaming some VLMs do on saving is not undone below a prefix.
+        # Some VLMs rename weights on saving, which loading would not undo behind the prefix `base.`.
         save(folder, state_dict=weights, **kwargs | {"save_original_format": False})
     finally:
         config.base_model_name_or_path = reference
@@ -106,8 +106,8 @@ def _refuse_adapters(model, base_weights: dict) -> None:
     adapters = [name for name in base_weights if ".lora_" in name or ".base_layer." in name]
     if adapters or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"This model has adapters that are not merged ({adapters[:1] or 'added with add_adapter'}), which its own "
-            "files cannot hold. Save the PeftModel that get_peft_model(model, LoraConfig(..., modules_to_save="
+            f"This model has LoRA adapters that are not merged ({adapters[:1] or 'added with add_adapter'}), which its "
+            "own files cannot hold. Save the PeftModel that get_peft_model(model, LoraConfig(..., modules_to_save="
             "['lfq_rows'])) gives, or merge the adapters first."
         )
 
@@ -118,9 +118,9 @@ def _is_reference(model, base_weights: dict) -> bool:
     if config.base_model_name_or_path is None:
         return False
     if getattr(base, "hf_quantizer", None) is not None:
-        # Quantized weights cannot have been trained.
+        # Quantized weights do not train.
         return True
-    # Remote code that runs already was trusted when the base model was loaded.
+    # Remote code that runs now was trusted when the base model was loaded.
     trusted = type(base).__module__.startswith("transformers_modules")
     where = {"revision": config.base_revision, "trust_remote_code": trusted}
     return matches_reference(
@@ -130,24 +130,24 @@ def _is_reference(model, base_weights: dict) -> bool:
 
 
 def _reference(base: str, folder) -> str:
-    """Where a base model's folder is: below the folder saved to (`./base`, which moves along), or its absolute path."""
+    """The reference to a base model's folder: `./base` where it is inside the folder saved to, else its absolute path."""
     base, folder = os.path.abspath(base), os.path.abspath(folder)
     return f"./{os.path.relpath(base, folder)}" if base.startswith(folder + os.sep) else base
 
 
 def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_code: bool = False, **kwargs):
-    """Loads everything from the folder, or the base model from where the configuration says and the new rows.
+    """Loads the new rows, and the base model from the same folder or from where the configuration says.
 
     Args:
         cls: `LFQExpandedModel`.
         load: `PreTrainedModel.from_pretrained`, bound to it.
         name: Hub name or folder.
-        base_trust_remote_code: whether code of the base model's repository may run; `trust_remote_code` is about `name`.
+        base_trust_remote_code: whether code of the base model's repository may run; `trust_remote_code` concerns `name`.
 
     Raises:
         OSError: the folder, its weights or the base model cannot be found.
         TypeError: an unknown keyword.
-        ValueError: the weights do not fit the configuration or the base model, or are not finite numbers.
+        ValueError: weights that do not fit the configuration or the base model, or are not finite.
     """
     kwargs = named_as_dtype(kwargs)
     hub = {key: kwargs[key] for key in (*HUB_OPTIONS, "subfolder") if kwargs.get(key) is not None}
@@ -180,7 +180,7 @@ def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_cod
 
 
 def _rows_are_float32(name, hub: dict, kwargs: dict) -> bool:
-    """Whether a checkpoint with its base stores the rows in float32, whatever the base model's dtype is."""
+    """Whether a checkpoint that includes its base stores the rows in float32."""
     for path in weight_files(name, kwargs.get("variant"), **hub):
         with opened(path) as file:
             if f"{ROWS}embedding" in file.keys():  # noqa: SIM118 (no iteration over the file itself)
@@ -225,14 +225,14 @@ def _load_rows(cls, name, config, hub: dict, base_trust_remote_code: bool, kwarg
 def _load_base(name, config, hub: dict, trusted: bool, kwargs: dict) -> PreTrainedModel:
     """The base model that the configuration of the saved model `name` refers to.
 
-    A folder inside the saved one is then named by its absolute path, under which it is found from any other place.
+    The configuration then names a folder inside the saved one by its absolute path.
     """
     reference = config.base_model_name_or_path
     where, subfolder = locate_base(reference, name)
     if subfolder is not None:
         where_options = hub | {"subfolder": "/".join(filter(None, (hub.get("subfolder"), subfolder)))}
     else:
-        # The saved model's own revision says nothing about another repository.
+        # `revision` is one of the saved model's repository.
         where_options = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
         where_options["revision"] = config.base_revision
     loading = {key: kwargs[key] for key in LOADING_OPTIONS if key in kwargs}
@@ -242,14 +242,14 @@ def _load_base(name, config, hub: dict, trusted: bool, kwargs: dict) -> PreTrain
         _check_base(name, config, where, where_options, trusted)
         base = config.base_class().from_pretrained(where, trust_remote_code=trusted, **where_options, **loading)
     if subfolder is not None:
-        # Only a folder of this machine can be named from another place; a subfolder on the Hub is saved again.
+        # A subfolder on the Hub has no name of its own; the next save includes it.
         folder = os.path.join(os.path.abspath(name), where_options["subfolder"])
         config.base_model_name_or_path = folder if os.path.isdir(folder) else None
     return base
 
 
 def _check_base(name, config, where: str, where_options: dict, trusted: bool) -> None:
-    """Refuses a base model of another kind than the configuration says, and one whose code is not trusted."""
+    """Raises ValueError for a base model of another type than the configuration says, or with code that is not trusted."""
     values, _ = LFQExpandedConfig.get_config_dict(where, **where_options)
     kind, wanted = values.get("model_type"), config.base_config["model_type"]
     if kind != wanted:

@@ -1,4 +1,4 @@
-"""Generation of text and of images: which ids may follow, and the options that `LFQExpandedModel.generate` hands on."""
+"""Generation of text and images with an `LFQExpandedModel`: the logits processor of a mode, and options of `generate`."""
 
 import torch
 from transformers import LogitsProcessor
@@ -12,10 +12,10 @@ class LFQModeLogitsProcessor(LogitsProcessor):
     """Allows only text ids, only LFQ ids, or text with whole images in it.
 
     Args:
-        mode: `text`: no LFQ id. `image`: only LFQ ids. `mixed`: text, and where an LFQ id appears, exactly
-            `num_image_tokens` of them in a row; the next id is text again.
+        mode: `text`: no LFQ id. `image`: only LFQ ids. `mixed`: text, and runs of exactly `num_image_tokens` LFQ ids with
+            text between them.
         lfq_token_range: `(start, end)`, end exclusive.
-        text_vocab_size: ids from here to `start` are padding rows, never allowed.
+        text_vocab_size: ids from here to `start` are padding rows, which are never allowed.
         num_image_tokens: tokens of one image in `mixed` mode.
     """
 
@@ -36,7 +36,7 @@ class LFQModeLogitsProcessor(LogitsProcessor):
         elif self.mode == "image":
             scores[:, :start] = -torch.inf
         else:
-            # Length of the run of LFQ ids that each row ends with.
+            # Number of LFQ ids at the end of each row.
             inside = ((input_ids >= start) & (input_ids < end)).long()
             run = inside.flip(-1).cumprod(-1).sum(-1)
             unfinished = run % self.count != 0

@@ -23,14 +23,14 @@ _THREAD = threading.local()
 
 @dataclass
 class LossCall:
-    """One forward with labels: what the head was given and gave.
+    """One forward with labels: input and output of the head.
 
     Attributes:
         model: the `LFQExpandedModel` whose forward it is.
-        narrow: the head computes the last position only, which is enough to see whether the base model changes logits.
+        narrow: the head computes the last position only, which shows whether the base model changes logits behind it.
         hidden: the head's input `(batch, length, hidden)`.
         logits: the head's output, new ids included.
-        gradient_sink: where the loss leaves its gradient of tied rows for the lookup to add to.
+        gradient_sink: takes the loss's gradient of tied rows, to which the lookup's backward adds its own.
     """
 
     model: torch.nn.Module
@@ -42,7 +42,7 @@ class LossCall:
 
 @contextmanager
 def caught(model: nn.Module, narrow: bool) -> Iterator[LossCall]:
-    """Within this context the hooks of `model` tell what its head was given and gave, in the calling thread."""
+    """Within this context the hooks of `model` record input and output of its head, for the calling thread."""
     before = getattr(_THREAD, "call", None)
     _THREAD.call = LossCall(model, narrow)
     try:
@@ -54,7 +54,7 @@ def caught(model: nn.Module, narrow: bool) -> Iterator[LossCall]:
 class VocabularyHooks:
     """Hooks of one `LFQExpandedModel` on the embedding and the head of its base model.
 
-    They read `model.lfq_rows` when they run, not before: peft replaces that module by one of its own.
+    They look up `model.lfq_rows` at every call, because peft replaces that module.
     """
 
     def __init__(self, model):
@@ -68,7 +68,7 @@ class VocabularyHooks:
         head.register_forward_hook(self.with_new_logits)
 
     def remove(self, *modules: nn.Module) -> None:
-        """Takes them off again."""
+        """Removes the hooks from these modules."""
         for module in modules:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
@@ -76,29 +76,29 @@ class VocabularyHooks:
 
     def without_new_ids(self, module, args):
         ids = args[0]
-        known = ids.masked_fill(ids >= self.model.config.lfq_start_token_id, 0)
-        # The hook behind the embedding is given this same tensor.
-        known.lfq_ids = ids
-        return (known, *args[1:])
+        base_ids = ids.masked_fill(ids >= self.model.config.lfq_start_token_id, 0)
+        # The hook behind the embedding gets this tensor.
+        base_ids.lfq_ids = ids
+        return (base_ids, *args[1:])
 
     def with_new_rows(self, module, args, output):
         index = args[0].lfq_ids - self.model.config.lfq_start_token_id
         rows = self.model.lfq_rows(index.clamp(min=0), self._gradient_sink()).to(output)
-        # Gemma multiplies embeddings inside its embedding layer; new rows live on the same scale.
+        # Gemma scales embeddings inside its embedding layer.
         scale = getattr(module, "embed_scale", None)
         if scale is not None:
             rows = rows * scale
         return torch.where((index >= 0).unsqueeze(-1).to(output.device), rows, output)
 
     def _call(self) -> LossCall | None:
-        """The forward with labels of this model that the calling thread is in."""
+        """The calling thread's forward with labels through this model, if it is in one."""
         call = getattr(_THREAD, "call", None)
         return call if call is not None and call.model is self.model else None
 
     def _gradient_sink(self) -> GradientSink | None:
-        """Where the loss leaves its gradient of tied rows for this lookup to add to; None where no loss follows.
+        """The sink of tied rows' gradients for this lookup; None where no loss follows.
 
-        The same in the first step as in all later ones: another order of sums would show in a resumed run's last bit.
+        Used from step one: another summation order would break bitwise resume.
         """
         call = self._call()
         tied = (
@@ -119,7 +119,7 @@ class VocabularyHooks:
         return (args[0][:, -1:], *args[1:]) if call.narrow else None
 
     def with_new_logits(self, module, args, output):
-        # The rows' own forward, so that hooks which bring offloaded weights back run.
+        # Through the module's forward, for accelerate's hooks bring offloaded weights back there.
         logits = torch.cat([output, self.model.lfq_rows(args[0], as_head=True).to(output)], dim=-1)
         call = self._call()
         if call is not None:

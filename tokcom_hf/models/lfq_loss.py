@@ -1,4 +1,4 @@
-"""The loss of an `LFQExpandedModel`, computed in chunks from the head's input, so that no step holds all logits."""
+"""The loss of an `LFQExpandedModel`, computed in chunks from the head's input: no step holds all logits."""
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ def _run(model, inputs: dict, narrow: bool):
 
 
 def _in_memory(model) -> bool:
-    """Whether old and new rows are in memory: offloaded weights are there only while their own module runs."""
+    """Whether old and new rows are in memory; offloaded weights are only while their module runs."""
     modules = (vocabulary_of(model.base)[1], model.lfq_rows)
     return not any(parameter.is_meta for module in modules for parameter in module.parameters())
 
@@ -62,7 +62,7 @@ def _loss(model, logits: torch.Tensor, call: LossCall, labels: torch.Tensor, num
     _, head = vocabulary_of(model.base)
     plain = model.plain_head is True or (model.plain_head is None and _is_plain(head, logits, hidden))
     if not plain or not _in_memory(model):
-        # The base model changes logits behind its head: its formula is kept, at the price of all logits.
+        # The base model changes logits behind its head (or weights are offloaded): use its full logits.
         flat = logits[:, :-1].flatten(0, 1).float()
         loss = F.cross_entropy(flat, shifted.to(flat.device), reduction="mean" if num_items is None else "sum")
         return loss if num_items is None else loss / num_items

@@ -1,17 +1,16 @@
-"""Where `LFQQuantizer` starts: freshly drawn weights fitted to the features at both of its ends."""
+"""Initial values of `LFQQuantizer`: its first and its last layers fitted to the features."""
 
 import torch
 import torch.nn.functional as F
 
-# Share of the mean variance. Directions of much less variance count as noise and stay faint.
+# Share of the mean variance. Directions of much smaller variance are taken for noise and not amplified.
 WHITENING_FLOOR = 0.3
 
 
 def whitening_of(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean `(width,)` and matrix `(width, width)` that make the directions of vectors `(n, width)` vary nearly alike.
+    """Mean `(width,)` and matrix `(width, width)` of a regularised whitening of vectors `(n, width)`, float64 on the CPU.
 
-    A variance v becomes v / (v + floor), with a floor of `WHITENING_FLOOR` times the mean variance. float64, on the CPU:
-    not every accelerator has it.
+    A variance v along a principal axis becomes v / (v + floor), with floor = `WHITENING_FLOOR` · mean variance.
     """
     vectors = vectors.detach().cpu().double()
     mean = vectors.mean(0)

@@ -1,4 +1,4 @@
-"""The new rows of a vocabulary, apart from the old tables, and where a base model keeps those."""
+"""`LFQRows`, the new rows of a vocabulary, and access to the old tables in a base model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 
 class GradientSink:
-    """Holds the dictionary in which the loss leaves its gradient of tied rows; see `split_cross_entropy`.
+    """Takes the loss's gradient of tied rows from `split_cross_entropy`.
 
-    A bare dictionary would not do: hooks that move a module's arguments between devices copy dictionaries.
+    An object, not a dictionary: accelerate's hooks copy the dictionaries among a module's arguments.
     """
 
     def __init__(self):
@@ -20,7 +20,7 @@ class GradientSink:
 
 
 class _TiedLookup(torch.autograd.Function):
-    """Embedding lookup that adds its gradient to the one the loss left of the same table: one dense tensor, not two."""
+    """Embedding lookup whose backward adds to the loss's gradient of the same table: one dense tensor instead of two."""
 
     @staticmethod
     def forward(ctx, weight, index, sink):
@@ -40,8 +40,8 @@ class _TiedLookup(torch.autograd.Function):
 class LFQRows(nn.Module):
     """Embedding, head and bias rows of 2^output_dim new tokens.
 
-    Parameters: `embedding` (rows, hidden); `head` (rows, hidden), absent where the base model ties its tables: then
-    `embedding` serves both sides; `bias` (rows,) where the base model's head has one.
+    Parameters: `embedding` (rows, hidden); `head` (rows, hidden), or None where the base model ties its tables and
+    `embedding` is both; `bias` (rows,) where the base model's head has one.
     """
 
     def __init__(self, rows: int, hidden_size: int, tied: bool, bias: bool):
@@ -60,8 +60,8 @@ class LFQRows(nn.Module):
         """Embeddings `(..., hidden)` of row numbers, or logits `(..., rows)` of hidden states.
 
         Args:
-            inputs: int64 row numbers `(...)`; with `as_head` hidden states `(..., hidden)`, whose dtype the product has.
-            gradient_sink: of tied rows in training; see `split_cross_entropy`.
+            inputs: int64 row numbers `(...)`; with `as_head` hidden states `(..., hidden)`, whose dtype logits get.
+            gradient_sink: for the gradient of tied rows in training.
             as_head: compute logits.
         """
         if as_head:
@@ -73,7 +73,7 @@ class LFQRows(nn.Module):
 
 
 def text_host(base: nn.Module) -> nn.Module:
-    """The module that owns the vocabulary: the model itself, or `language_model` in remote code with an `llm_config`."""
+    """The module with the vocabulary: the model itself, or its `language_model` in remote code with an `llm_config`."""
     inner: Any = getattr(base, "language_model", None)
     if hasattr(base.config, "llm_config") and inner is not None:
         return inner
@@ -84,8 +84,8 @@ def vocabulary_of(base: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
     """Input embedding and output head of a base model.
 
     Raises:
-        ValueError: there is no head, or the two do not agree on the number of rows.
-        TypeError: not an ordinary embedding and linear layer.
+        ValueError: no head, or different shapes.
+        TypeError: the embedding is no nn.Embedding, or the head has no weight.
     """
     host, name = text_host(base), type(base).__name__
     head = host.get_output_embeddings()
@@ -109,7 +109,7 @@ def vocabulary_of(base: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module with a `weight` computes: with an offloaded weight, where its hook brings it."""
+    """The device on which a module with a `weight` computes, also where the weight is offloaded."""
     weight: Any = module.weight
     hook: Any = getattr(module, "_hf_hook", None)
     return weight.device if hook is None or not weight.is_meta else torch.device(hook.execution_device)
@@ -117,7 +117,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 @contextmanager
 def weights_at_hand(module: nn.Module) -> Iterator[nn.Module]:
-    """Within this context a module's weights are in memory, also those that are offloaded to CPU or disk."""
+    """Within this context a module's weights are in memory, offloaded ones included."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         yield module
@@ -133,8 +133,8 @@ def weights_at_hand(module: nn.Module) -> Iterator[nn.Module]:
 def initialize_rows(rows: torch.Tensor, old: torch.Tensor, method: str, std: float, output_dim: int) -> None:
     """Fills new rows `(2^output_dim, hidden)` in place.
 
-    `mean`: mean of the old rows plus Σ_i ±w_i over the bits of the row number, w_i normal with variance std² / bits,
-    so offsets have standard deviation `std` and codes that share bits start close to each other.
+    `mean` gives the mean of the old rows plus Σ_i ±w_i over the bits of the row number, with w_i ~ N(0, std² / bits). The
+    offsets have standard deviation `std`, and codes that share bits start close to each other.
     """
     if method == "zeros":
         rows.zero_()
@@ -174,6 +174,6 @@ def draw_rows(rows: LFQRows, base: nn.Module, config) -> None:
                 method, std = config.embedding_init_method, config.embedding_init_std
                 initialize_rows(new, old.weight, method, std, config.output_dim)
     if rows.bias is not None:
-        # A new id starts with the mean bias of the old ones, so that it is neither favoured nor suppressed.
+        # The mean bias neither favours nor suppresses new ids.
         with weights_at_hand(head):
             rows.bias.fill_(float(head.bias.float().mean()))

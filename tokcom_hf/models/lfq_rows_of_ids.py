@@ -1,14 +1,14 @@
-"""Rows of ids of an `LFQProcessor` cut and padded as transformers' tokenizers do, LFQ tokens included."""
+"""Truncation and padding of `LFQProcessor`'s rows of ids, LFQ tokens included, as transformers' tokenizers do it."""
 
 import inspect
 from dataclasses import dataclass
 
-# A tokenizer's keywords that have no meaning, or no single one, for rows with LFQ tokens in them.
+# Keywords of tokenizers without a defined meaning for rows with LFQ tokens.
 REFUSED = (
     "text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words", "return_overflowing_tokens",
     "return_offsets_mapping", "return_special_tokens_mask", "return_length", "return_token_type_ids",
 )  # fmt: skip
-# Larger values of `model_max_length` mean that a tokenizer knows no limit.
+# A tokenizer without a limit has a larger `model_max_length`.
 LARGE = 10**20
 
 
@@ -36,7 +36,7 @@ def row_lengths(tokenizer, padding, truncation, max_length, pad_to_multiple_of, 
     """The options of a tokenizer call, checked.
 
     Raises:
-        ValueError: an unknown option, or a limit asked for where none is known.
+        ValueError: an unknown option, or a limit that neither the call nor the tokenizer gives.
     """
     padding, truncation = getattr(padding, "value", padding), getattr(truncation, "value", truncation)
     paddings = {False: None, None: None, "do_not_pad": None, True: "longest", "longest": "longest", "max_length": 0}
@@ -72,11 +72,11 @@ def finish_rows(batch: dict, around: tuple[list, list], lengths: RowLengths, ima
     """Rows cut to length, with the special tokens around them and padding.
 
     Args:
-        batch: `input_ids` and whatever else has one value per id, as lists of rows.
-        around: ids before and after each row; they are never cut.
+        batch: `input_ids` and everything else with one value per id, as lists of rows.
+        around: special ids before and after each row, which are never cut.
         lengths: how rows are cut and padded.
-        image_token: id of the base model's image placeholder, where known.
-        has_images: the rows belong to images, whose placeholders must stay.
+        image_token: id of the base model's image placeholder, or None.
+        has_images: whether the rows have image placeholders, which must not be cut.
 
     Raises:
         ValueError: a cut that would remove image tokens, or no padding token where one is needed.
@@ -116,7 +116,7 @@ def _pad(batch: dict, lengths: RowLengths) -> dict:
 
 
 def known_options(processor) -> set[str] | None:
-    """Keywords that a base model's processor takes beside text and images; None where it does not say."""
+    """Keywords that a base model's processor takes beside text and images; None where it does not declare them."""
     parameters = inspect.signature(processor.__call__).parameters
     known = {name for name, kind in parameters.items() if kind.kind is not kind.VAR_KEYWORD}
     if len(known) == len(parameters):

@@ -1,4 +1,4 @@
-"""Old and new vocabulary rows as one table: looked at, and merged for good."""
+"""Old and new vocabulary rows as one table: views of it, and the final merge."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .lfq_rows import text_host, vocabulary_of
 
 
 class SplitTable(nn.Module):
-    """A view of one side of the vocabulary. It owns no parameters, so that none is registered twice."""
+    """A view of the embedding or of the head over old and new rows. It registers no parameters a second time."""
 
     # The model, its embedding or head, and whether that is the head.
     _view: tuple[Any, Any, bool]
@@ -26,9 +26,9 @@ class SplitTable(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """`(old + 2^output_dim, hidden)`, joined: a copy made when it is read, with the rows' gradients in `.grad`.
+        """`(old + 2^output_dim, hidden)`, a copy of both tables, with their gradients in `.grad`.
 
-        `.grad` is None before a backward; rows that do not train have zeros there.
+        `.grad` is None before a backward, and zero in frozen rows.
         """
         old, new = self._tables()
         joined = join_tables(old, new)
@@ -74,9 +74,10 @@ class JoinedHead(SplitTable):
 
 
 class OldHead(nn.Module):
-    """What the base model's `nn.Linear` head becomes: the same product, but no `nn.Linear` to libraries.
+    """The class of the base model's `nn.Linear` head in an `LFQExpandedModel`: it computes the same.
 
-    LoRA on the head would see old ids only. So `target_modules="all-linear"` leaves it out, and peft refuses it by name.
+    LoRA on the head would change logits of old ids only. As this is no `nn.Linear`, `target_modules="all-linear"` leaves it
+    out and peft refuses it by name.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -87,7 +88,7 @@ class OldHead(nn.Module):
 
 
 def join_tables(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Old rows with new rows below, without gradient, on the old rows' device in their dtype."""
+    """Old rows and below them new rows, detached, on the old rows' device and in their dtype."""
     return torch.cat([old.detach(), new.detach().to(old)])
 
 

@@ -1,8 +1,8 @@
-"""Text behind an LFQ token, encoded and decoded as the inside of a text and not as its start.
+"""Encoding and decoding of text behind an LFQ token, which is not the start of a text.
 
-Tokenizers of Llama's kind put a space before whatever they are given and take it off again in decoding. So "red<lfq:3>ring"
-and "red<lfq:3> ring" would become the same ids. Such a piece is encoded behind an anchor, a short text whose ids are then
-removed. Tokenizers that keep spaces as they are (GPT-2's kind), or know none at all, need no anchor.
+Tokenizers like Llama's put a space before every text and remove it in decoding, so that "red<lfq:3>ring" and
+"red<lfq:3> ring" would have the same ids. Such a piece is encoded behind an anchor: a short text whose ids are then removed.
+Tokenizers that keep spaces (like GPT-2's) or have none need no anchor.
 """
 
 
@@ -12,20 +12,20 @@ def encode_piece(tokenizer, text: str) -> list[int]:
 
 
 def eats_spaces(tokenizer) -> bool:
-    """Whether a tokenizer loses a space at the start of a text that it keeps inside one."""
+    """Whether a tokenizer drops a space at the start of a text, but not inside one."""
     same = encode_piece(tokenizer, "a") == encode_piece(tokenizer, " a")
     return same and any(_behind(tokenizer, anchor, "a") is not None for anchor in _anchors(tokenizer))
 
 
 def anchor_of(tokenizer, piece: str) -> str:
-    """A text to put before `piece`, which no token of `piece` grows together with; empty where there is none."""
+    """A text that can precede `piece` without sharing a token with it; empty where none is found."""
     return next((anchor for anchor in _anchors(tokenizer) if _behind(tokenizer, anchor, piece) is not None), "")
 
 
 def decode_behind(tokenizer, ids: list[int], skip_special_tokens: bool = False, **options) -> str:
-    """Text of ids that stand behind other tokens: a leading space stays."""
+    """Text of ids that follow other tokens, with a leading space if they have one."""
     if skip_special_tokens:
-        # Not by the tokenizer: it would skip the anchor too.
+        # Removed here, because the tokenizer would also skip the anchor.
         ids = [token for token in ids if token not in tokenizer.all_special_ids]
     for anchor in _anchors(tokenizer):
         before = encode_piece(tokenizer, anchor)
@@ -36,13 +36,13 @@ def decode_behind(tokenizer, ids: list[int], skip_special_tokens: bool = False, 
 
 
 def _anchors(tokenizer) -> list[str]:
-    # A special token is always one token, but some tokenizers put their space behind it, too.
+    # A special token never merges with its neighbours, but some tokenizers put a space behind it; so others follow.
     special = [token for token in (tokenizer.eos_token, tokenizer.bos_token) if token]
     return [*special, "\n", ".", ",", "1", "a"]
 
 
 def _behind(tokenizer, anchor: str, text: str) -> list[int] | None:
-    """Ids of a text behind an anchor; None where the anchor's ids change before it, or a space behind it is lost."""
+    """Ids of a text behind an anchor; None where the text changes the anchor's ids or a space behind it is dropped."""
     before = encode_piece(tokenizer, anchor)
     found = []
     for continued in (text, f" {text}"):

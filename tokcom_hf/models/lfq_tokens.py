@@ -1,4 +1,4 @@
-"""Binary codes and token ids: id = start + Σ_i bit_i · 2^i, bit 0 least significant, in exact integer arithmetic."""
+"""Binary codes ↔ token ids: id = start + Σ_i bit_i · 2^i, bit 0 least significant, in integer arithmetic."""
 
 import torch
 
@@ -6,10 +6,10 @@ MAX_OUTPUT_DIM = 24
 
 
 def check_output_dim(output_dim: int) -> int:
-    """Returns `output_dim`.
+    """`output_dim`, if it is an integer from 1 to 24 (2^24 rows of width 4096 are 128 GiB in bfloat16).
 
     Raises:
-        ValueError: not an integer from 1 to 24; 2^24 rows of width 4096 already are 128 GiB of bfloat16.
+        ValueError: otherwise.
     """
     if isinstance(output_dim, bool) or not isinstance(output_dim, int) or not 1 <= output_dim <= MAX_OUTPUT_DIM:
         raise ValueError(
@@ -39,7 +39,7 @@ def encode_lfq_codes_to_tokens(lfq_codes: torch.Tensor, start_token_id: int, out
         raise ValueError(
             f"The last dimension of lfq_codes must hold output_dim={output_dim} bits, got shape {tuple(lfq_codes.shape)}."
         )
-    # Booleans shifted as int64: a sum in a floating dtype loses low bits (bfloat16 keeps 8 of them).
+    # In int64: a floating-point sum would lose low bits (bfloat16 has 8).
     place = torch.arange(output_dim, device=lfq_codes.device)
     return (lfq_codes > 0).long().bitwise_left_shift(place).sum(-1) + start_token_id
 

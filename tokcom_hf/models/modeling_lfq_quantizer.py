@@ -1,7 +1,7 @@
 """`LFQQuantizer`: vision features to binary codes and on to embeddings of a language model, without a codebook.
 
-Bit i is 1 where sigmoid(logit_i) > 0.5. The straight-through gradient passes through the sigmoid. The embeddings are a
-function of the code alone, so that a code drawn by a language model decodes like one that was read off an image.
+Bit i is 1 where sigmoid(logit_i) > 0.5, with the sigmoid's gradient (straight-through). Embeddings depend on the code alone,
+so that a code that a language model generates decodes like one of an image.
 
 Source: lookup-free quantization 2310.05737 (MAGVIT-v2).
 """
@@ -23,9 +23,9 @@ from .shared_strict_loading import StrictLoading
 from .vqgan_code_search import all_reduce, world_size
 
 ROPE_THETA = 10000.0
-# The entropy loss sees sigmoid(logit / temperature): below 1 it asks for clear bits.
+# The entropy loss reads sigmoid(logit / temperature). Below 1 small logits already count as sure bits.
 ENTROPY_TEMPERATURE = 0.25
-# Of the entropy loss in `.loss`, beside the reconstruction loss.
+# Weight of the entropy loss in `.loss`; the reconstruction loss has weight 1.
 ENTROPY_WEIGHT = 0.1
 
 
@@ -34,16 +34,16 @@ class LFQQuantizerOutput(ModelOutput):
     """Result of `LFQQuantizer`.
 
     Attributes:
-        loss: weighted sum of the two losses below, with the config's weights.
+        loss: reconstruction_loss + 0.1 · entropy_loss.
         embeddings: `(batch, n, llm_hidden_size)`, with a straight-through gradient to the features.
         codes: int64 `(batch, n, output_dim)` of 0 and 1.
-        entropy_loss: (mean entropy of a feature's code − entropy of the mean code) / (output_dim · ln 2), in [−1, 1];
-            −1 where every feature is sure of its code and all codes are used alike.
-        reconstruction_loss: squared distance of embeddings to targets, as a share of the targets' mean square.
+        entropy_loss: (mean entropy of a feature's code − entropy of the mean code) / (output_dim · ln 2), in [−1, 1]; −1
+            where the bits of every feature are certain and all codes are equally frequent.
+        reconstruction_loss: mean squared error of embeddings to targets, divided by the targets' mean square.
         sample_entropy, batch_entropy: the two entropies in nats.
-        logits: float32 `(batch, n, output_dim)`, of the bits.
-        hidden_states: where asked for, `(batch, n, width)` before the first block and after each; the normalised
-            features alone in the `linear` variant.
+        logits: float32 `(batch, n, output_dim)`, logits of the bits.
+        hidden_states: with `output_hidden_states=True`, `(batch, n, width)` before the first block and after each; in the
+            `linear` variant the normalised features alone.
     """
 
     loss: torch.Tensor | None = None
@@ -86,7 +86,7 @@ class LFQQuantizer(StrictLoading):
             nn.GELU(),
             nn.Linear(config.llm_hidden_size, config.llm_hidden_size),
         )
-        # What training starts from is set by `match_features`: steps of an optimizer are then small beside any features.
+        # `match_features` sets these to the scale and mean of the features, which optimizer steps would take long to reach.
         self.embedding_scale = nn.Parameter(torch.ones(config.llm_hidden_size))
         self.embedding_shift = nn.Parameter(torch.zeros(config.llm_hidden_size))
         self.post_init()
@@ -100,7 +100,10 @@ class LFQQuantizer(StrictLoading):
     ) -> torch.Tensor:
         """Features `(batch, n, input_size)` → float32 logits `(batch, n, output_dim)`; a bit is 1 where its logit > 0.
 
-        `grid` gives (rows, columns) of n features that are not a square; `hidden` receives the hidden states.
+        Args:
+            features: of images.
+            grid: (rows, columns) of n features that are not a square.
+            hidden: list that the hidden states are appended to.
         """
         hidden = [] if hidden is None else hidden
         grid = self._check_features(features, grid)
@@ -143,11 +146,10 @@ class LFQQuantizer(StrictLoading):
     def match_features(self, features: torch.Tensor, grid: tuple[int, int] | None = None) -> None:
         """Fits freshly drawn weights to features `(batch, n, input_size)` at both ends; call it once, before training.
 
-        The first layer gets features of nearly equal variance in all directions but the faintest (regularised
-        whitening): a small difference that matters, such as a dot on an object, then moves bits nearly as readily as a
-        large one. Where the widths agree, embeddings get the features' scale, and the last layer becomes the ridge
-        regression of the features on what their codes give it: freshly drawn embeddings are so small that a language
-        model trained on features sees nothing in them.
+        The first layer whitens the features (regularised), so that small differences that matter, such as a dot on an
+        object, move bits nearly as readily as large ones. Where the widths agree, embeddings get the features' scale, and
+        the last layer becomes the ridge regression of the features on its inputs: freshly drawn embeddings are too small
+        for a language model that was trained on features.
 
         Raises:
             ValueError: features of a wrong shape.
@@ -156,9 +158,9 @@ class LFQQuantizer(StrictLoading):
         match_features(self, features, grid)
 
     def _embed(self, bits: torch.Tensor) -> torch.Tensor:
-        # ±1 instead of 0 and 1: no bit pattern is the origin.
+        # ±1 instead of 0 and 1, so that no code is the zero vector.
         made = self.from_bits((2 * bits - 1).to(self.from_bits[0].weight.dtype))
-        # `decode` is no forward, which is where accelerate brings offloaded weights back.
+        # accelerate brings offloaded weights back in `forward` only, and `decode` is called without it.
         with weights_at_hand(self):
             return made * self.embedding_scale + self.embedding_shift
 
@@ -172,21 +174,19 @@ class LFQQuantizer(StrictLoading):
         return_dict: bool | None = None,
         return_loss: bool = True,
     ) -> LFQQuantizerOutput | tuple:
-        """Quantizes.
+        """Quantizes features.
 
         Args:
             features: `(batch, n, input_size)`.
-            targets: `(batch, n, llm_hidden_size)` that the embeddings shall resemble: what the language model would be
-                given without quantization. The features themselves where the widths agree; otherwise the
-                reconstruction loss is 0.
+            targets: `(batch, n, llm_hidden_size)` that the embeddings shall resemble: the language model's input without
+                quantization. None: the features where the widths agree; otherwise the reconstruction loss is 0.
             grid: (rows, columns) of n features that are not a square.
             output_hidden_states: also return the hidden states.
             return_dict: False for a tuple without the fields that are None.
-            return_loss: False leaves the losses and entropies out. (`Trainer` evaluates a model without labels by its
-                own loss where it knows this argument.)
+            return_loss: False leaves losses and entropies out. (`Trainer` needs this argument to evaluate by `.loss`.)
 
         Raises:
-            ValueError: features or targets of a wrong shape, or attentions asked for: they are not kept.
+            ValueError: features or targets of a wrong shape, or `output_attentions`.
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("LFQQuantizer keeps no attentions; leave output_attentions out.")
@@ -195,7 +195,7 @@ class LFQQuantizer(StrictLoading):
         logits = self.bit_logits(features, grid, hidden)
         probability = logits.sigmoid()
         codes = (logits > 0).long()
-        # In this order the sum is exactly 0 or 1, so that embeddings equal `decode(codes)` to the last digit.
+        # In this order the sum is exactly 0 or 1, so that embeddings equal `decode(codes)` bit for bit.
         bits = probability + (codes - probability).detach()
         embeddings = self._embed(bits)
         losses = self._losses(logits, embeddings, features, targets) if return_loss else {}
@@ -234,7 +234,7 @@ class LFQQuantizer(StrictLoading):
         targets = targets.detach().float()
         scale = targets.square().mean()
         if self.training:
-            # The same scale on every rank, so that ranks together compute what one process would.
+            # One scale for all ranks, so that several ranks compute the loss of a single process.
             scale = all_reduce(scale.clone()) / world_size()
         return F.mse_loss(embeddings.float(), targets) / scale.clamp_min(1e-12)
 

@@ -1,8 +1,8 @@
 """`PrunedVLM`: any supported vision-language model with fewer vision tokens.
 
-Stage 1 works before the language model: a `TokenMerger` or a training-free strategy turns an image's tokens into fewer.
-Stage 2 works inside it: before chosen layers a `LayerPruner` (or FastV) decides which vision tokens go on. In `hard`
-mode the others are removed from hidden states, masks and KV cache; positions of what stays do not change.
+Stage 1 works before the language model: a `TokenMerger` or a training-free strategy reduces the tokens of each image.
+Stage 2 works inside it: before chosen layers a `LayerPruner` (or FastV) selects vision tokens. In `hard` mode the others are
+removed from hidden states, masks and KV cache, and the selected ones keep their rotary positions.
 """
 
 import os
@@ -34,14 +34,19 @@ if TYPE_CHECKING:
 
 
 class PrunedVLM(AroundBase, GenerationMixin):
-    """A VLM, its pruning stages and a mode."""
+    """A VLM with pruning stages and a pruning mode.
+
+    model = PrunedVLM.from_base("llava-hf/llava-1.5-7b-hf", strategy="divprune", keep=64)
+    model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
+    model.token_report()                                # tokens per layer, FLOPs, KV memory
+    """
 
     config: PrunedVLMConfig
     config_class = PrunedVLMConfig
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
     accepts_loss_kwargs = False
-    # Trained at small learning rates, which bfloat16 weights would mostly round away.
+    # At small learning rates bfloat16 weights would round most updates away.
     _keep_in_fp32_modules_strict = ["token_merger", "layer_pruner"]
 
     def __init__(self, config: PrunedVLMConfig, base: PreTrainedModel | None = None):
@@ -76,12 +81,10 @@ class PrunedVLM(AroundBase, GenerationMixin):
 
         Args:
             model: a loaded VLM, or a Hub name or folder.
-            token_merger, layer_pruner: the learned stages, as modules or configurations (fresh weights, in float32
-                whatever the VLM's precision, so that small learning rates move them).
+            token_merger, layer_pruner: the learned stages, as modules, or as configurations for fresh float32 weights.
             strategy, keep: a training-free strategy and the tokens it leaves per image.
             pruning_mode: see `PrunedVLMConfig`.
-            options: `strategy_layer` and `strategy_seed`, see there; and, where `model` is a name, options of
-                `from_pretrained` for it: `dtype`, `device_map`, `attn_implementation`, `revision`, `token`, ...
+            options: `strategy_layer`, `strategy_seed`; where `model` is a name, also options of `from_pretrained`.
 
         Raises:
             TypeError: a keyword that is not known, or loading options for a model that is loaded already.
@@ -104,8 +107,8 @@ class PrunedVLM(AroundBase, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads the heads, and the base model from where the configuration says.
 
-        `dtype`, `device_map` and the like are the base's; without `dtype` the base comes in the precision it was saved
-        in. The heads keep their own. Fields of `PrunedVLMConfig` may be given, for example `pruning_mode`.
+        Keywords are those of transformers, which act on the base (without `dtype` it has the precision it was saved in;
+        heads always have theirs), and fields of `PrunedVLMConfig`, for example `pruning_mode`.
         """
         return load_pruned_vlm(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
@@ -114,9 +117,11 @@ class PrunedVLM(AroundBase, GenerationMixin):
 
         Args:
             save_directory: folder.
-            include_base: True: the whole base too, in the subfolder `base`. None: only where its reference would not
-                give it back, because it was trained, merged, cast, resized or built in memory; its weights are then
-                in the folder's own files, where a resumed training finds them. False: never.
+            include_base: True: also the base, in the subfolder `base`. None: its weights, in the folder's own files,
+                where its reference does not give them (trained, merged, cast, resized, built in memory). False: never.
+
+        Raises:
+            ValueError: `include_base=False` where weights would be lost.
         """
         save_pruned_vlm(self, super().save_pretrained, save_directory, include_base, **kwargs)
 
@@ -138,12 +143,12 @@ class PrunedVLM(AroundBase, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are expected; of an offloaded model not where its first weight happens to be."""
+        """The device of inputs, `head_device`; an offloaded model's first weight may be elsewhere."""
         return self.head_device
 
     @property
     def head_device(self) -> torch.device:
-        """Where the heads and the prompt are: the device on which the base embeds its tokens."""
+        """The device of the heads and of the prompt, on which the base embeds its tokens."""
         table: Any = self.base.get_input_embeddings()
         device = getattr(getattr(table, "_hf_hook", None), "execution_device", None)
         return table.weight.device if device is None else torch.device(device)
@@ -186,23 +191,22 @@ class PrunedVLM(AroundBase, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> PrunedVLMOutput | tuple:
-        """One pass over a prompt, or over new text where `cache` holds a prompt.
+        """Runs a prompt, or new text behind the prompt that `cache` holds.
 
         Args:
             input_ids: `(batch, length)`, image placeholders included.
-            attention_mask: `(batch, length)`, padding on either side; with a filled cache its last columns count.
+            attention_mask: `(batch, length)`, padding on either side; with a filled cache its last columns are read.
             position_ids: rotary positions, `(batch, length)` or `(3, batch, length)`, instead of the family's own.
-            cache, past_key_values: a `PrunedCache` under its new or its old name; an empty one, or `use_cache=True`,
-                starts a cache.
-            labels: `(batch, length)`, -100 where there is nothing to learn. The heads read the text before them.
-            pixel_values, image_sizes, image_grid_thw, batch_num_images: what the family's processor gives for images.
-            mm_token_type_ids: accepted, for processors give it; image places are known from `input_ids`.
+            cache, past_key_values: a `PrunedCache`, under transformers' present or former name; an empty one is filled.
+            use_cache: fill a new cache, where none is given.
+            labels: `(batch, length)`, -100 where nothing is predicted. The heads read the text before the first label only.
+            pixel_values, image_sizes, image_grid_thw, batch_num_images: tensors of the family's processor.
+            mm_token_type_ids: taken because processors give it, and not read: `input_ids` shows the placeholders.
             logits_to_keep: logits of so many last places, or of these places; 0 for all.
-            pruning_mode: overrides the model's mode for this call.
+            pruning_mode: instead of the model's own, for this call.
 
         Raises:
-            ValueError: images or a mode for a cached turn, videos, `output_attentions`, images that do not match the
-                prompt's placeholders.
+            ValueError: images or a mode for a cached turn, videos, attentions, images without their placeholders.
         """
         check_call(self.config, input_ids, output_attentions)
         images = image_inputs(
@@ -213,14 +217,14 @@ class PrunedVLM(AroundBase, GenerationMixin):
         states: list | None = [] if wants_states else None
         if cache is not None and cache.segments:
             check_cached_turn(cache, images, pruning_mode, use_cache)
-            hidden, told = decode(self, input_ids, cache, attention_mask, position_ids, states)
+            hidden, pruning = decode(self, input_ids, cache, attention_mask, position_ids, states)
         else:
             mode = self.pruning_mode if pruning_mode is None else checked_mode(pruning_mode)
             prompt = None if cache is None else cache.take_prompt(len(input_ids))
             prompt = prompt or prepare_prompt(self, input_ids, attention_mask, position_ids, labels, images, mode)
-            hidden, told = run_prompt(self, prompt, cache, states, input_ids.shape[1])
+            hidden, pruning = run_prompt(self, prompt, cache, states, input_ids.shape[1])
         logits, loss = self._logits_and_loss(hidden, logits_to_keep, labels)
-        output = PrunedVLMOutput(loss, logits, cache, hidden_states=states and tuple(states), **told)
+        output = PrunedVLMOutput(loss, logits, cache, hidden_states=states and tuple(states), **pruning)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _logits_and_loss(self, hidden, logits_to_keep, labels) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -248,21 +252,19 @@ class PrunedVLM(AroundBase, GenerationMixin):
         pruning_mode: str | None = None,
         **options,
     ):
-        """`GenerationMixin.generate` on the reduced prompt.
+        """`GenerationMixin.generate` behind the reduced prompt.
 
         Args:
-            inputs, input_ids: prompt ids `(batch, length)` under either name; they and the arguments up to
-                `mm_token_type_ids` are what the processor gives, as for `forward`.
-            pruning_mode: overrides the model's mode for this call.
+            inputs, input_ids, …, mm_token_type_ids: prompt ids under either name and the processor's other tensors.
+            pruning_mode: instead of the model's own, for this call.
             options: generation options, logits processors, a streamer and the like.
 
         Returns:
-            Ids `(batch, length + new)`; with `return_dict_in_generate=True` an output that also holds `token_report`,
-            the dictionary that `token_report()` gives for this prompt.
+            Ids `(batch, length + new)`; with `return_dict_in_generate=True` an output that also has `token_report`.
 
         Raises:
-            ValueError: options that would not act: `use_cache=False` (heads would read their own answer), a cache or a
-                cache implementation, `labels`, `output_attentions`, videos, and names that nothing takes.
+            ValueError: options that could not act: `use_cache=False`, a cache or a cache implementation, `labels`,
+                `output_attentions`, videos, and names that nothing takes.
         """
         if input_ids is not None and inputs is not None:
             raise ValueError("inputs and input_ids are two names of one argument; give one of them.")
@@ -276,7 +278,7 @@ class PrunedVLM(AroundBase, GenerationMixin):
         output = super().generate(
             input_ids=input_ids, attention_mask=mask, generation_config=generation_config, **{CACHE: cache}, **options
         )
-        # Classifier-free guidance runs prompts of its own in between.
+        # Classifier-free guidance has run further prompts in between.
         self.last_prompt.record = cache.record
         if not torch.is_tensor(output):
             output["token_report"] = token_report(self, cache.record)

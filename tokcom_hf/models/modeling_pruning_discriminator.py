@@ -1,4 +1,4 @@
-"""`PruningDiscriminator`: real (unpruned) or fake (pruned), from hidden states at answer positions."""
+"""`PruningDiscriminator`: tells hidden states of the unpruned model (real) from those of the pruned one (fake)."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from .configuration_pruning_discriminator import PruningDiscriminatorConfig
 from .shared_strict_loading import StrictLoading
 
-# As many as spectral_norm itself begins with.
+# Power iterations for the norm of fresh weights, as many as torch's spectral_norm starts with.
 POWER_ITERATIONS = 15
 
 
@@ -24,7 +24,7 @@ class PruningDiscriminatorOutput(ModelOutput):
 
 
 class PruningDiscriminator(StrictLoading):
-    """One small network per layer read; their logits are averaged."""
+    """One small network for each hidden state in `config.layers`; the logit is the mean over networks."""
 
     config: PruningDiscriminatorConfig
     config_class = PruningDiscriminatorConfig
@@ -49,40 +49,46 @@ class PruningDiscriminator(StrictLoading):
 
     def _init_weights(self, module: nn.Module) -> None:
         if is_parametrized(module):
-            # Its weight is computed from another tensor, which may be elsewhere while a folder is loaded; it was drawn
-            # where the layer was made.
+            # `spectral_norm` computes the weight from another tensor, which was drawn when the layer was built and may
+            # be on the meta device while a folder is loaded.
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
     @torch.no_grad()
     def reinitialize(self) -> None:
-        """Draws all weights anew, for the documented re-initialisation."""
+        """Draws all weights anew: the documented re-initialisation in training."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # Its `weight` is computed anew at every reading: only the tensor behind it can be drawn.
+                # `module.weight` is computed at every access; the stored tensor is `original`.
                 weight = module.parametrizations.weight.original
                 fresh = nn.Linear(module.in_features, module.out_features, device=weight.device, dtype=weight.dtype)
                 weight.copy_(fresh.weight)
                 module.bias.copy_(fresh.bias)
                 for _ in range(POWER_ITERATIONS):
-                    module.weight  # noqa: B018 (each reading in training is a power iteration towards the new norm)
+                    module.weight  # noqa: B018 (in training every access is one power iteration)
 
     def forward(
         self, hidden_states: list[torch.Tensor], answer_mask: torch.Tensor, return_dict: bool | None = None
     ) -> torch.Tensor | tuple | PruningDiscriminatorOutput:
-        """Logit of "unpruned" per row.
+        """One logit per row, high for the unpruned model.
 
         Args:
             hidden_states: one `(batch, length, hidden)` per layer in `config.layers`.
             answer_mask: `(batch, length)`, 1 at answer positions.
-            return_dict: None gives the bare logits, False a tuple of them, True an output object.
+            return_dict: None for the logits alone, False for a tuple of them, True for an output object.
 
         Returns:
-            `(batch,)` logits, the mean over answer positions and layers.
+            `(batch,)` logits, means over answer positions and layers.
+
+        Raises:
+            ValueError: another number of hidden states than `config.layers`.
         """
         if len(hidden_states) != len(self.networks):
-            raise ValueError(f"Expected {len(self.networks)} hidden states, got {len(hidden_states)}.")
+            raise ValueError(
+                f"Expected {len(self.networks)} hidden states, one per layer in {self.config.layers}, got "
+                f"{len(hidden_states)}."
+            )
         weight = answer_mask.float()
         total = weight.sum(-1).clamp(min=1)
         dtype = next(self.networks.parameters()).dtype

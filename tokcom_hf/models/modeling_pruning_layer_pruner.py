@@ -1,4 +1,4 @@
-"""`LayerPruner`: at chosen layers, which vision tokens may go on."""
+"""`LayerPruner`: selects the vision tokens that chosen layers keep."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .configuration_pruning_layer_pruner import LayerPrunerConfig
 from .pruning_question_attention import QuestionAttention
 from .shared_strict_loading import StrictLoading
 
-# Mask of a dropped token in straight-through training: sharp models see through 1e-6, and its inverse must be finite.
+# Mask of a dropped token in straight-through training. Sharp attention still sees a token at 1e-6; 1/mask must be finite.
 DROPPED = 1e-30
 
 
@@ -19,10 +19,10 @@ class LayerPrunerOutput(ModelOutput):
     """Result of `LayerPruner`.
 
     Attributes:
-        keep_logits: `(batch, n)`; above 0 means keep, where selection is `threshold`.
+        keep_logits: `(batch, n)`; with selection `threshold` above 0 means keep.
         keep_mask: bool `(batch, n)`, the hard decision.
-        soft_mask: `(batch, n)` in (0, 1), its differentiable version at the given temperature.
-        target: `(batch,)`, tokens the budget allows.
+        soft_mask: `(batch, n)` in [0, 1], the decision's differentiable relaxation at the given temperature.
+        target: `(batch,)`, number of tokens that the budget allows.
     """
 
     keep_logits: torch.Tensor | None = None
@@ -48,7 +48,7 @@ class PrunerHead(nn.Module):
         self.score = nn.Sequential(norm(size), nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
     def forward(self, vision_hidden, question_embeddings=None, question_mask=None) -> torch.Tensor:
-        # A head computes in its own precision, which may be higher than the hidden states'.
+        # Heads compute in their own dtype: float32 also over a bfloat16 VLM.
         dtype = self.vision_proj.weight.dtype
         tokens = self.vision_proj(self.vision_norm(vision_hidden.to(dtype)))
         if hasattr(self, "attention"):
@@ -66,7 +66,7 @@ class LayerPruner(StrictLoading):
     config: LayerPrunerConfig
     config_class = LayerPrunerConfig
     main_input_name = "vision_hidden"
-    # Its small attention to the question is torch's fused one, unless `eager` is asked for.
+    # `QuestionAttention` uses torch's fused attention for all of these.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -74,7 +74,7 @@ class LayerPruner(StrictLoading):
     def __init__(self, config: LayerPrunerConfig):
         super().__init__(config)
         self.heads = nn.ModuleDict({str(layer): PrunerHead(config) for layer in config.layers})
-        # What `forward` takes by default; training anneals it.
+        # Default of `forward`; training anneals it.
         self.temperature = 0.1
         self.post_init()
 
@@ -89,20 +89,20 @@ class LayerPruner(StrictLoading):
         temperature: float | None = None,
         return_dict: bool | None = None,
     ) -> LayerPrunerOutput | tuple:
-        """Decides before layer `layer_index`.
+        """Selects the tokens that layer `layer_index` keeps.
 
         Args:
             layer_index: one of `config.layers`.
             vision_hidden: `(batch, n, hidden_size)`.
-            question_embeddings: `(batch, q, hidden_size)`.
-            question_mask: `(batch, q)`.
-            vision_mask: bool `(batch, n)`, False on padding; padding is never kept.
-            images: `(batch, n)` image numbers; the budget holds per image. One image per row where None.
-            temperature: of the soft mask, and of the Gumbel noise while training; > 0. The module's own where None.
-            return_dict: False gives a tuple of what the output holds, in its order.
+            question_embeddings: `(batch, q, hidden_size)`, needed for `pruner_type="cross_attention"`.
+            question_mask: `(batch, q)`, 1 on tokens of the question.
+            vision_mask: bool `(batch, n)`, False on padding, which is never kept.
+            images: `(batch, n)`, each token's image number; the budget is per image. One image per row where None.
+            temperature: of the soft mask, and of the Gumbel noise in training; > 0. The module's own where None.
+            return_dict: False for a tuple.
 
         Raises:
-            ValueError: no head at that layer.
+            ValueError: no head at that layer, or a question that is missing.
         """
         if str(layer_index) not in self.heads:
             raise ValueError(f"There is no head for layer {layer_index}; heads are at {self.config.layers}.")
@@ -112,7 +112,7 @@ class LayerPruner(StrictLoading):
         temperature = max(float(self.temperature if temperature is None else temperature), 1e-6)
         noisy = logits
         if self.training and self.config.gumbel_noise:
-            # The difference of two Gumbel variables is logistic: one per token decides keep against drop.
+            # Keep against drop is a difference of two Gumbel variables, which is one logistic variable per token.
             uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
             scale = 1.0 if self.config.architecture == "documented" else temperature
             noisy = logits + scale * (uniform.log() - (-uniform).log1p())
@@ -124,7 +124,7 @@ class LayerPruner(StrictLoading):
             wanted = self._budget(layer_index, members.sum(-1))
             target = target + wanted
             if self.config.selection == "threshold":
-                # Above the threshold, or the image's best tokens where too few are: no image goes without any.
+                # Every image keeps at least its best token.
                 at_least = members.sum(-1).clamp(max=1)
                 chosen = members & ((noisy > 0) | _top(noisy, members, at_least)[0])
                 keep |= chosen
@@ -141,7 +141,7 @@ class LayerPruner(StrictLoading):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _budget(self, layer_index: int, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens to keep of `tokens` (per row); a budget above what is there keeps everything."""
+        """Number of tokens to keep of `tokens`, `(batch,)`: at least 1, at most all of them."""
         place = self.config.layers.index(layer_index)
         if self.config.keep_tokens is None:
             wanted = (self.config.keep_ratios[place] * tokens).round().long()
@@ -151,11 +151,10 @@ class LayerPruner(StrictLoading):
 
 
 def _straight_through(keep: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """1 where kept, nearly 0 where dropped; backward the gradient of `gate`, in rows of bounded size.
+    """Forward 1 where kept and nearly 0 where dropped; backward the gradient of `gate`, bounded per row.
 
-    The derivative of the loss by the mask of a dropped token tells what letting it in would change, but grows with
-    exp(attention logit); without a bound a few sharply attended tokens would drown all others. Without the dropped
-    tokens' part, kept tokens would only learn that they mislead where the right one is missing.
+    The derivative of the loss with respect to a dropped token's mask shows what keeping the token would change. It grows
+    with exp(attention logit), so without a bound a few sharply attended tokens would dominate the gradient.
     """
     if gate.requires_grad:
         bound = 1.0 / len(gate)
@@ -165,7 +164,7 @@ def _straight_through(keep: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 
 def _top(logits: torch.Tensor, members: torch.Tensor, wanted: torch.Tensor):
-    """The `wanted` (per row) highest members, and the level halfway between the last kept and the first dropped."""
+    """The `wanted` highest members of each row, and the level midway between the last kept and the first dropped logit."""
     masked = logits.detach().masked_fill(~members, float("-inf"))
     ordered, order = masked.sort(-1, descending=True)
     rank = torch.empty_like(order).scatter_(
@@ -175,6 +174,6 @@ def _top(logits: torch.Tensor, members: torch.Tensor, wanted: torch.Tensor):
     last = ordered.gather(-1, (wanted - 1).clamp(min=0)[:, None])
     following = ordered.gather(-1, wanted.clamp(max=logits.shape[1] - 1)[:, None])
     everything = (wanted >= members.sum(-1))[:, None]
-    # Where nothing is dropped the level lies far below every logit, so that soft masks are 1.
+    # Rows that drop nothing get a level far below every logit, so that their soft masks are 1.
     level = torch.where(everything, last - 1e4, (last + following) / 2)
     return keep, torch.nan_to_num(level, nan=0.0, posinf=0.0, neginf=0.0).squeeze(-1)

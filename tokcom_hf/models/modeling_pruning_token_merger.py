@@ -1,9 +1,9 @@
 """`TokenMerger`: N vision tokens in, M merged tokens out, chosen with the question in mind.
 
-The kept tokens are centres. Every token spreads itself over the centres by similarity, each centre becomes the weighted
-mean of what it received (weights divided by their **column** sums, so norms stay as they were). The choice of centres
-is a hard top-k; a straight-through factor on each centre's column gives the scorer its gradient. With
-`architecture="documented"` assignment and merging are the documented formulas (`TokenMergerConfig.architecture`).
+The M best-scored tokens are centres. Every token is assigned softly to the centres by similarity, and each centre becomes
+the weighted mean of the tokens assigned to it: weights are divided by their column sums, which keeps the norms of features.
+The choice of centres is a hard top-k; a straight-through factor on each centre's column gives the scorer a gradient. With
+`architecture="documented"` assignment and merging follow the documented formulas (`TokenMergerConfig.architecture`).
 """
 
 import math
@@ -18,20 +18,20 @@ from .pruning_question_attention import QuestionAttention, QuestionGuide
 from .pruning_question_ratio import confident_count, within
 from .shared_strict_loading import StrictLoading
 
-# `confidence` is this many times smaller than the logit of its probability, so that learning rates of 2e-5 (a logit in 500
-# steps) and of 2e-3 both move it.
+# The parameter `confidence` is the logit of a probability divided by this number, so that a learning rate of 2e-5 moves the
+# logit by 1 in 500 steps.
 CONFIDENCE_SCALE = 100.0
-# Learned queries of `fixed_pooling`: as many as LLaVA-1.5's image has tokens.
+# Learned queries of `fixed_pooling`, as many as an image of LLaVA-1.5 has tokens.
 MAX_QUERIES = 576
 
 
 class TokenMerger(StrictLoading):
-    """Merges vision tokens before the language model."""
+    """Merges the vision tokens of an image before the language model."""
 
     config: TokenMergerConfig
     config_class = TokenMergerConfig
     main_input_name = "vision_features"
-    # Its small attention to the question is torch's fused one, unless `eager` is asked for.
+    # `QuestionAttention` uses torch's fused attention for all of these.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -40,7 +40,7 @@ class TokenMerger(StrictLoading):
         super().__init__(config)
         size = config.internal_size
         documented, hidden = config.architecture == "documented", config.scorer_size or size
-        # Built only where used: an unused parameter would stop distributed training.
+        # Modules exist only where they are used: DistributedDataParallel refuses parameters without a gradient.
         if not documented:
             self.feature_norm = nn.LayerNorm(config.feature_size)
         if not documented or config.merger_type == "question_aware":
@@ -68,7 +68,7 @@ class TokenMerger(StrictLoading):
         self.ratio_head = nn.Linear(size, 1) if learned else None
         confident = config.question_dependent_ratio == "confidence"
         self.confidence = nn.Parameter(torch.empty(())) if confident else None
-        # What `forward` takes by default; training anneals it.
+        # Default of `forward`; training anneals it.
         self.temperature = 0.1
         self.post_init()
 
@@ -81,13 +81,13 @@ class TokenMerger(StrictLoading):
             if self.attention_weight is not None:
                 self.attention_weight.fill_(1.0)
             if self.confidence is not None:
-                # Tokens that hold nine tenths of the probability.
+                # The initial probability is 0.9.
                 self.confidence.fill_(math.log(9.0) / CONFIDENCE_SCALE)
             if self.config.merger_type == "fixed_pooling":
                 self.queries.normal_(0.0, 1.0)
 
     def tokens_kept(self, tokens: int) -> int:
-        """M for an image of `tokens` tokens: at least 1, at most all of them."""
+        """Tokens left, at most, of an image of `tokens` tokens."""
         return self.config.tokens_kept(tokens)
 
     def forward(
@@ -100,17 +100,21 @@ class TokenMerger(StrictLoading):
         return_dict: bool | None = None,
         use_gumbel: bool | None = None,
     ) -> TokenMergerOutput | tuple:
-        """Merges.
+        """Merges the tokens of a batch of images of one size.
 
         Args:
             vision_features: `(batch, n, feature_size)`.
             question_embeddings: `(batch, q, question_size)`, needed unless `merger_type` is `simple`.
             question_mask: `(batch, q)`, 1 on real tokens.
-            attention_scores: `(batch, n)` received attention, for `attention_guided` by the tower.
-            temperature: of the Gumbel noise and of the straight-through factor while training, and of the assignment in the
+            attention_scores: `(batch, n)` attention that each token received in the vision tower, needed for
+                `attention_guided="tower"`.
+            temperature: of the Gumbel noise and the straight-through factor in training, and of the assignment in the
                 documented architecture; > 0. The module's own `temperature` where None.
-            return_dict: False gives a tuple of what the output holds, in its order.
-            use_gumbel: draw the centres at random, around the scores; None: while training, where the configuration says so.
+            return_dict: False for a tuple.
+            use_gumbel: add Gumbel noise to the scores before the top-k. None: in training, where `gumbel_noise` is set.
+
+        Raises:
+            ValueError: a missing question or missing attention, or more centres than `fixed_pooling` has queries.
         """
         temperature = self.temperature if temperature is None else temperature
         noise = self.training and self.config.gumbel_noise if use_gumbel is None else use_gumbel
@@ -154,10 +158,9 @@ class TokenMerger(StrictLoading):
             weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
         merged = weights.transpose(1, 2).to(vision_features.dtype) @ vision_features
         if not documented:
-            # The column sums cancel the gate in the forward value (it is 1) and in part of its gradient; this factor
-            # passes the whole of it on.
+            # Dividing by column sums cancels the gate and part of its gradient; this factor restores that part.
             merged = merged * gate[..., None].to(vision_features.dtype)
-        # Where all rows keep `count` tokens, that number is a constant: the documented loss would have no gradient.
+        # `count` is a constant without gradient, so the documented loss takes the expected number instead.
         kept = scores.sigmoid().sum(-1) if wanted is None else wanted
         return TokenMergerOutput(
             merged_features=merged,
@@ -192,7 +195,7 @@ class TokenMerger(StrictLoading):
         return entropy + wanted.mean() / assignment.shape[1]
 
     def _documented_similarity(self, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """QKᵀ/√d, `(batch, n, m)`: all tokens are queries, the chosen ones keys."""
+        """QKᵀ/√d, `(batch, n, m)`: queries are all tokens, keys the centres."""
         centres = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
         queries, keys = self.q_proj(features).float(), self.k_proj(centres).float()
         return queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
@@ -213,7 +216,7 @@ class TokenMerger(StrictLoading):
         return question, (question * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def _guide(self, tokens, question, question_mask, attention_scores) -> torch.Tensor | None:
-        """What `attention_guided` adds to the scores, `(batch, n)`."""
+        """The summand that `attention_guided` adds to the scores, `(batch, n)`."""
         if self.attention_weight is None:
             return None
         if self.question_guide is not None:
@@ -223,7 +226,7 @@ class TokenMerger(StrictLoading):
         return self.attention_weight * attention_scores.float().add(1e-6).log()
 
     def _wanted(self, scores, pooled, count: int) -> torch.Tensor | None:
-        """Tokens that each row keeps, `(batch,)` with a gradient; None where all keep `count`."""
+        """Number of tokens that each row keeps, `(batch,)`, differentiable; None where every row keeps `count`."""
         config, tokens = self.config, scores.shape[1]
         if self.confidence is not None:
             mass = torch.sigmoid(CONFIDENCE_SCALE * self.confidence.float())
@@ -235,7 +238,7 @@ class TokenMerger(StrictLoading):
         return share * tokens
 
     def _gates(self, scores, ranked, order, count, wanted, temperature):
-        """Per centre a factor that is 1 forward and differentiable backward, and whether the slot is in use."""
+        """Per centre a factor that is 1 forward and has a gradient backward, and whether the row uses that slot."""
         chosen = scores.gather(-1, ranked[:, :count])
         following = ranked[:, count : count + 1] if count < scores.shape[1] else ranked[:, -1:]
         threshold = (chosen[:, -1:] + scores.gather(-1, following)).detach() / 2
@@ -262,7 +265,7 @@ class TokenMerger(StrictLoading):
             logits = logits + guide[..., None]
         weights = logits.softmax(1)
         merged = weights.transpose(1, 2).to(features.dtype) @ features
-        # A pooled token has no place of its own: places are spread evenly, so that rotary positions stay in range.
+        # A pooled token comes from no single place; evenly spread places keep rotary positions in range.
         index = ((torch.arange(count, device=features.device) + 0.5) * features.shape[1] / count).long()
         entropy = -(weights * weights.clamp(min=1e-9).log()).sum(1).mean()
         return TokenMergerOutput(

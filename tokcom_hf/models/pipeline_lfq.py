@@ -21,7 +21,7 @@ DECODER_FOLDER = "image_decoder"
 
 
 class LFQImageTextPipeline(PromptPipeline):
-    """Captions to pictures, or prompts to text with pictures in it.
+    """Draws captions, or continues prompts with text and images.
 
     pipe = pipeline("lfq-image-text", model=folder)
     pipe("a red circle", guidance_scale=3.0)[0]["images"][0].save("circle.png")
@@ -29,18 +29,18 @@ class LFQImageTextPipeline(PromptPipeline):
     Returns `[{"generated_text", "token_ids", "images"}]` for one request, a list of such lists for several.
 
     Keyword arguments, at construction or call: `mode` (`image` by default; `text`, `mixed`), `num_image_tokens` (the image
-    decoder's own number by default), `guidance_scale` (above 1 the caption counts more; the prompt without a caption is
-    what it is compared with), `num_return_sequences`, `seed` or `generator`, `return_full_text` (True: with the prompt),
-    everything `generate` takes (it samples by default; also as `generate_kwargs={...}`), `batch_size` (all of a list at once
-    by default), `num_workers`, and for a base model that sees images `timeout` and `allow_urls` (False refuses URLs; by
-    default they are fetched, as transformers does, those of this machine and its network too).
+    decoder's number by default), `guidance_scale` (above 1: classifier-free guidance against a prompt without caption),
+    `num_return_sequences`, `seed` or `generator`, `return_full_text` (True: with the prompt), everything `generate` takes
+    (it samples by default; also as `generate_kwargs={...}`), `batch_size` (a whole list by default), `num_workers`, and for a
+    base model that takes images `timeout` and `allow_urls` (False refuses URLs; by default they are fetched as transformers
+    does, also from this machine and its network).
 
     Args:
-        image_decoder: a model with `decode_codes` (a VQGAN with `quantizer="lfq"`), or its folder or Hub id; the folder
-            `image_decoder` of the model's own repository by default. None there either: ids only.
-        decoder_revision: branch, tag or commit of an `image_decoder` given by its Hub id.
-        decoder_trust_remote_code: run code of the `image_decoder`'s repository. Trust in the model's repository does not
-            extend to it; a VQGAN needs none.
+        image_decoder: a model with `decode_codes` (a VQGAN with `quantizer="lfq"`), or its folder or Hub name. None: the
+            folder `image_decoder` of the model's repository; without one the images are ids.
+        decoder_revision: branch, tag or commit of an `image_decoder` named by its Hub name.
+        decoder_trust_remote_code: run code of the `image_decoder`'s repository, to which trust in the model's repository
+            does not extend. A VQGAN needs none.
     """
 
     family = "lfq"
@@ -79,7 +79,7 @@ class LFQImageTextPipeline(PromptPipeline):
         return before, forward, after
 
     def preprocess(self, inputs: list, mode: str = "image", **kwargs) -> dict[str, Any]:  # type: ignore[override]  # rows
-        """Requests → left-padded ids; a text in `image` mode inside the processor's `image_prompt`."""
+        """Requests → left-padded ids; in `image` mode a text is put into the processor's `image_prompt`."""
         prompts = self.prompts(inputs, **kwargs)
         texts = [render(prompt, self._prompt_processor()) for prompt in prompts]
         if mode == "image":
@@ -90,11 +90,11 @@ class LFQImageTextPipeline(PromptPipeline):
         return self.grouped(prompts, texts)
 
     def _prompt_processor(self):
-        """What knows the image token and the chat template."""
+        """The processor with the image token and the chat template."""
         return self.processor if self.processor.base is None else self.processor.base
 
     def _image_prompt(self, caption: str) -> str:
-        # Not str.format: caption and prompt may hold braces of their own.
+        # `str.format` would fail on other braces in prompt or caption.
         return self.processor.image_prompt.replace("{caption}", caption)
 
     def encode(self, texts: list[str], images: list[list], special: bool) -> dict[str, Any]:
@@ -156,12 +156,12 @@ class LFQImageTextPipeline(PromptPipeline):
             return self.image_processor.postprocess(self.image_decoder.decode_codes(codes))[0]
 
     def save_pretrained(self, save_directory, include_base: bool | None = None, **kwargs) -> None:
-        """Saves everything the pipeline needs; `pipeline(model=folder, trust_remote_code=True)` brings it back.
+        """Saves the pipeline, for `pipeline(model=folder, trust_remote_code=True)`.
 
         Args:
             save_directory: folder.
-            include_base: with the base model's weights. None: yes, unless its code is not part of transformers; then the
-                folder refers to it.
+            include_base: with the base model's weights. None: where its code is part of transformers; otherwise the folder
+                refers to it.
             kwargs: for the model's `save_pretrained`.
         """
         if include_base is None:
@@ -186,7 +186,7 @@ def _left_padded(batch: dict[str, Any], pad_token_id: int | None) -> dict[str, A
             tensors[name] = torch.tensor([[fill] * (max(lengths) - len(row)) + row for row in rows])
         else:
             tensors[name] = rows
-    # transformers knows how to join images, whatever its image processors give.
+    # BatchFeature joins every form of image tensors that processors return.
     return dict(BatchFeature(tensors, tensor_type="pt"))
 
 
@@ -197,7 +197,7 @@ def _own_decoder(model) -> tuple[VQGAN, VQGANImageProcessor] | None:
     """
     name = model.config.name_or_path
     if not name:
-        # Built in memory: a folder of that name below the working directory is nobody's.
+        # Built in memory: an empty name would mean the working directory.
         return None
     if os.path.isdir(name):
         if not (Path(name) / DECODER_FOLDER / "config.json").is_file():

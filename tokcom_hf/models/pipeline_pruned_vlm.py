@@ -1,4 +1,4 @@
-"""`pipeline("pruned-image-text-to-text")`: a question about an image, answered with fewer vision tokens."""
+"""`pipeline("pruned-image-text-to-text")`: answers questions about images with fewer vision tokens."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from .shared_private_sampling import one_config
 class PrunedImageTextToTextPipeline(PromptPipeline):
     """Answers `{"image": path, URL, data URI or PIL image, "text": prompt with <image>}`, a chat, or a text without image.
 
-    Returns `{"generated_text": answer, "token_report": tokens per layer, FLOPs and KV memory}`, a list of such results for
-    several requests and for `num_return_sequences` above 1. The report is that of the batch a request ran in.
+    Returns `{"generated_text": answer, "token_report": tokens per layer, FLOPs and KV memory}`, or a list of such results
+    for several requests or `num_return_sequences` above 1. The report is that of the batch in which the request ran.
 
     Keyword arguments, at construction or call: everything `generate` takes (greedy, 64 new tokens by default; also as
     `generate_kwargs={...}`), `pruning_mode`, `return_full_text` (True: the prompt, or the chat, with the answer), `seed`
-    or `generator` (where `do_sample=True`), `batch_size`, `num_workers`, `timeout` and `allow_urls` (False refuses URLs; by
-    default they are fetched, as transformers does, those of this machine and its network too).
+    or `generator` (where `do_sample=True`), `batch_size`, `num_workers`, `timeout` and `allow_urls` (False refuses URLs;
+    by default they are fetched as transformers does, also from this machine and its network).
     """
 
     family = "pruned_vlm"
@@ -59,11 +59,11 @@ class PrunedImageTextToTextPipeline(PromptPipeline):
         return results
 
     def save_pretrained(self, save_directory, include_base: bool = True, **kwargs) -> None:
-        """Saves everything the pipeline needs; `pipeline(model=folder, trust_remote_code=True)` brings it back.
+        """Saves the pipeline, for `pipeline(model=folder, trust_remote_code=True)`.
 
         Args:
             save_directory: folder.
-            include_base: with the whole base model, so that the folder needs nothing else.
+            include_base: with the base model, so that the folder needs no other.
             kwargs: for the model's `save_pretrained`.
         """
         super().save_pretrained(save_directory, include_base=include_base, **kwargs)
@@ -74,7 +74,7 @@ def _processor_of(model):
     for name in (model.config.name_or_path, model.config.base_model_name_or_path):
         if name:
             try:
-                # Its code, if it has any, may be another repository's, which was not trusted with this one.
+                # Trust in the model's repository does not extend to code of the base's.
                 return AutoProcessor.from_pretrained(name, trust_remote_code=False)
             except (OSError, ValueError) as error:
                 reason = error

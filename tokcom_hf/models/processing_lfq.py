@@ -1,7 +1,7 @@
-"""`LFQProcessor`: text, images and LFQ tokens of an `LFQExpandedModel`, without a single string added to its tokenizer.
+"""`LFQProcessor`: text, images and LFQ tokens of an `LFQExpandedModel`, with nothing added to its tokenizer.
 
-An LFQ token is written `<lfq:12345>`, where 12345 is its id less the first LFQ id. Adding 65,536 such strings to a tokenizer
-would make it crawl; here text between markers goes through the tokenizer as it is and markers are read as numbers.
+An LFQ token is written `<lfq:12345>`, where 12345 is its id minus the first LFQ id. Markers are read as numbers and the text
+between them goes through the tokenizer: a tokenizer with 65,536 added strings would be very slow.
 """
 
 import re
@@ -18,7 +18,7 @@ from .shared_tokenizer_size import tokenizer_size
 
 MARKER = re.compile(r"<lfq:(\d+)>")
 BASE_FOLDER = "base_processor"
-# Keywords of a chat template's call that act on the ids it is made into.
+# Keywords of `apply_chat_template` that act on ids.
 ROW_OPTIONS = (
     "images", "padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask",
     "return_tensors",
@@ -26,16 +26,16 @@ ROW_OPTIONS = (
 
 
 class LFQProcessor(ProcessorMixin):
-    """Tokenizer (and image processor) of a base model, and the LFQ ids behind them.
+    """Tokenizer (and image processor) of a base model, extended by LFQ tokens.
 
     Args:
         tokenizer: the base model's.
-        lfq_start_token_id: first LFQ id, `model.config.lfq_start_token_id` (with a padded vocabulary it is larger than
-            `len(tokenizer)`).
+        lfq_start_token_id: first LFQ id, `model.config.lfq_start_token_id`; larger than `len(tokenizer)` where the
+            vocabulary is padded.
         output_dim: bits per code.
-        base: the base model's whole processor where it sees images.
-        image_prompt: text before an image's tokens, with `{caption}` in it; with an empty caption it is the prompt that
-            guidance compares with.
+        base: the base model's processor, where it takes images.
+        image_prompt: text before an image's tokens, with `{caption}` in it. With an empty caption it is the unconditional
+            prompt of classifier-free guidance.
 
     processor = LFQProcessor.from_model(expanded, base_tokenizer_or_processor)
     batch = processor(text="a red circle <lfq:17><lfq:4>", return_tensors="pt")
@@ -66,13 +66,13 @@ class LFQProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template or getattr(base or tokenizer, "chat_template", None))
         self._text_size = size
         self._spaces: bool | None = None
-        # Not an attribute that transformers saves by itself: two processors cannot share one processor_config.json.
+        # No attribute that transformers saves: two processors cannot share one processor_config.json.
         self.base = base
         self.has_base = has_base or base is not None
 
     @classmethod
     def from_model(cls, model, base, image_prompt: str = "{caption}") -> "LFQProcessor":
-        """For an `LFQExpandedModel` and its base model's tokenizer or processor."""
+        """The processor of an `LFQExpandedModel`; `base` is its base model's tokenizer or processor."""
         tokenizer = getattr(base, "tokenizer", base)
         start, output_dim = model.config.lfq_start_token_id, model.config.output_dim
         return cls(tokenizer, start, output_dim, base=None if tokenizer is base else base, image_prompt=image_prompt)
@@ -92,21 +92,21 @@ class LFQProcessor(ProcessorMixin):
         add_special_tokens: bool = True,
         **kwargs,
     ):
-        """Texts with `<lfq:N>` markers, and images for a base model that sees them, to one batch.
+        """One batch of texts with `<lfq:N>` markers, and of images where the base model takes them.
 
         Args:
             text: string or list of strings.
-            images: what the base model's processor takes, in the order of its placeholders in the texts.
+            images: images in the form that the base model's processor takes, in the order of their placeholders.
             padding, truncation, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors,
-                add_special_tokens: as everywhere in transformers, for a whole row with its LFQ tokens.
+                add_special_tokens: as in transformers, for rows with their LFQ tokens.
             kwargs: for the base model's processor, where there is one.
 
         Returns:
-            `input_ids`, `attention_mask` and whatever else the base model's processor makes.
+            `input_ids`, `attention_mask` and everything else that the base model's processor returns.
 
         Raises:
             TypeError: a keyword that nothing takes, or a text that is no string.
-            ValueError: a marker beyond the 2^output_dim codes, images for a base model without eyes, no text, or a
+            ValueError: a marker beyond the 2^output_dim codes, images for a base model that takes none, no text, or a
                 length that would cut an image's tokens.
         """
         if text is None:
@@ -130,9 +130,16 @@ class LFQProcessor(ProcessorMixin):
         return BatchFeature(finished | rest, tensor_type=return_tensors)
 
     def _encode(self, parts: list[list[str | int]], images, options: dict):
-        """What the base model's tokenizer or processor gives for all pieces, and its values per token, joined to rows.
+        """Encodes the pieces of all rows in one call, and joins everything with one value per token to rows.
 
-        What has one value per token follows the ids, with 0 at LFQ tokens (mm_token_type_ids); the rest passes through.
+        Args:
+            parts: per row texts and code numbers in order.
+            images: for the base model's processor.
+            options: its keywords.
+
+        Returns:
+            The output for the pieces; and by name rows of `input_ids` and of other values per token (mm_token_type_ids),
+            which are 0 at LFQ tokens.
         """
         texts, heads = [], []
         for row in parts:
@@ -161,7 +168,7 @@ class LFQProcessor(ProcessorMixin):
         return encoded, batch
 
     def _check_options(self, options: dict) -> None:
-        """Refuses a keyword that the base model's processor does not know; a tokenizer alone takes none."""
+        """Raises TypeError for a keyword that the base model's processor does not take; a tokenizer alone takes none."""
         known: set[str] | None = set()
         if self.base is not None:
             known = known_options(self.base)
@@ -175,7 +182,7 @@ class LFQProcessor(ProcessorMixin):
         return self._spaces
 
     def _split(self, text: str) -> list[str | int]:
-        """Text and code numbers in order; no empty text."""
+        """Texts, none of them empty, and code numbers in order."""
         parts: list[str | int] = []
         for index, part in enumerate(MARKER.split(text)):
             if index % 2 == 0:
@@ -187,7 +194,7 @@ class LFQProcessor(ProcessorMixin):
         return parts
 
     def _special_ids(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text."""
+        """Special ids that the tokenizer puts before and after a text."""
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         for start in range(len(full) - len(bare) + 1):
@@ -219,7 +226,7 @@ class LFQProcessor(ProcessorMixin):
         return [self.decode(row, skip_lfq_tokens, **kwargs) for row in sequences]
 
     def split_images(self, token_ids, num_image_tokens: int | None = None) -> list[torch.Tensor]:
-        """Runs of LFQ ids in one row, each as int64 ids `(n,)`; of exactly `num_image_tokens` where given."""
+        """Runs of LFQ ids in one row, each int64 `(n,)`, or cut into images of exactly `num_image_tokens`."""
         runs = [torch.tensor(run) for is_lfq, run in self._runs(token_ids) if is_lfq]
         if num_image_tokens is None:
             return runs
@@ -231,7 +238,7 @@ class LFQProcessor(ProcessorMixin):
         return decode_tokens_to_lfq_codes(token_ids, self.lfq_start_token_id, self.output_dim)
 
     def render(self, codes: torch.Tensor) -> str:
-        """Markers of code numbers `(n,)` or `(h, w)`, as `VQGAN.encode` gives them."""
+        """Markers of code numbers `(n,)` or `(h, w)`, which `VQGAN.encode` returns."""
         return "".join(f"<lfq:{code}>" for code in codes.flatten().tolist())
 
     def _runs(self, token_ids) -> list[tuple[bool, list[int]]]:
@@ -240,7 +247,7 @@ class LFQProcessor(ProcessorMixin):
         for token in token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids):
             inside = start <= token < end
             if self._text_size <= token and not inside:
-                # A padding row of the table: it has no text.
+                # Padding rows of the table have no text.
                 continue
             if not runs or runs[-1][0] != inside:
                 runs.append((inside, []))
@@ -248,7 +255,7 @@ class LFQProcessor(ProcessorMixin):
         return runs
 
     def apply_chat_template(self, conversation, tokenize: bool = False, **kwargs):  # type: ignore[override]  # as called
-        """The base model's chat template; markers in its texts are read like elsewhere where `tokenize` is set."""
+        """The base model's chat template as text; with `tokenize=True` as a batch, its markers read as in a call."""
         owner = self.tokenizer if self.base is None else self.base
         options = {name: value for name, value in kwargs.items() if name in ROW_OPTIONS}
         template = {name: value for name, value in kwargs.items() if name not in ROW_OPTIONS}

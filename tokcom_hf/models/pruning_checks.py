@@ -1,4 +1,4 @@
-"""What `PrunedVLM` refuses, in words: parts that do not fit each other, and arguments that could not act."""
+"""Checks of `PrunedVLM`: stages that do not fit the base model, and arguments that could not act."""
 
 import inspect
 
@@ -9,11 +9,11 @@ from .shared_wrapped_base import check_generation_config, check_ids
 
 
 def check_stages(model) -> None:
-    """Refuses stages that do not fit the base model.
+    """Checks that the stages fit the base model.
 
     Raises:
-        ValueError: layers beyond the language model's, an unknown strategy, widths that differ, or a budget that asks
-            for more tokens than arrive.
+        ValueError: layers that the language model does not have, an unknown strategy, widths that differ, or a budget
+            above the number of tokens that arrive.
     """
     depth = len(model.family.text_model.layers)
     at = model.layer_pruner.config.layers if model.layer_pruner is not None else []
@@ -39,7 +39,7 @@ def check_stages(model) -> None:
         family = model.base.config.model_type
         raise ValueError(
             f"attention_guided={merger.attention_guided!r} reads the vision tower's attention, which {family!r} does not "
-            "give; set attention_guided to 'question', the question's attention to the image, which every VLM has."
+            "give; set attention_guided to 'question', the question's attention to the image, which every VLM gives."
         )
     reads_question = hasattr(model.token_merger, "question_proj")
     if merger.feature_size != size or (reads_question and merger.question_size != width):
@@ -50,7 +50,10 @@ def check_stages(model) -> None:
 
 
 def _check_budget(model, merger) -> None:
-    """No stage may want more tokens than the one before leaves; images of many sizes are clamped as they come."""
+    """Refuses a stage that wants more tokens than the stage before leaves.
+
+    Where images have many sizes the numbers are not known before; a stage then keeps all tokens of a smaller image.
+    """
     budget = model.layer_pruner.config.keep_tokens if model.layer_pruner is not None else None
     left = model.family.tokens_per_image
     for name, wanted in (("keep", model.config.keep), ("target_merge_tokens", merger and merger.target_merge_tokens)):
@@ -68,7 +71,7 @@ def _check_budget(model, merger) -> None:
 
 
 def check_call(config, input_ids, output_attentions: bool | None) -> None:
-    """Refuses a forward pass that asks for attentions or has no ids of a prompt; errors as of `check_ids`."""
+    """Raises ValueError for a forward pass that asks for attentions or has no `input_ids`; further as `check_ids`."""
     _refuse_attentions(config.output_attentions if output_attentions is None else output_attentions)
     if input_ids is None:
         raise ValueError("PrunedVLM needs input_ids: it finds the images by their placeholders.")
@@ -76,7 +79,6 @@ def check_call(config, input_ids, output_attentions: bool | None) -> None:
 
 
 def _refuse_attentions(wanted: bool | None) -> None:
-    """Raises ValueError where attention weights are asked for."""
     if wanted:
         raise ValueError(
             "PrunedVLM returns no attentions: its layers hold different tokens, so the weights would not line up. "
@@ -85,7 +87,7 @@ def _refuse_attentions(wanted: bool | None) -> None:
 
 
 def check_cached_turn(cache, images: dict, pruning_mode: str | None, use_cache: bool | None) -> None:
-    """Refuses what cannot act on new tokens after a cached prompt."""
+    """Raises ValueError for arguments that cannot act on new tokens behind a cached prompt."""
     if images:
         raise ValueError(
             f"{', '.join(images)} came with a filled cache, but a cached turn takes text only: give the whole "
@@ -100,7 +102,7 @@ def check_cached_turn(cache, images: dict, pruning_mode: str | None, use_cache: 
 
 
 def check_generation(model, input_ids, generation_config: GenerationConfig | None, options: dict) -> None:
-    """Refuses options that `generate` could not follow."""
+    """Raises ValueError for options of `generate` that could not act."""
     if input_ids is None:
         raise ValueError("generate needs input_ids; call it with the processor's output.")
     check_ids(input_ids)
@@ -120,8 +122,8 @@ def check_generation(model, input_ids, generation_config: GenerationConfig | Non
     if any("video" in name for name in options):
         raise ValueError("PrunedVLM takes images only (videos are not supported).")
     taken = inspect.signature(GenerationMixin.generate).parameters.keys() | vars(GenerationConfig()).keys()
-    # What concerns the decoding loop is checked there, where its names are known.
+    # transformers' own loop refuses names that neither it nor `forward` knows.
     inputs = inspect.signature(type(model).forward).parameters.keys() | {"inputs_embeds"}
     refused = sorted(options.keys() & inputs - taken)
     if refused:
-        raise ValueError(f"generate does not take {', '.join(refused)}; only forward does, or nothing.")
+        raise ValueError(f"generate does not take {', '.join(refused)}; leave it out.")

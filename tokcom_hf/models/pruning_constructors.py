@@ -1,4 +1,4 @@
-"""The heads under the names and with the arguments of the documents."""
+"""`TokenMerger` and `LayerPruner` under the documents' names, with the documents' arguments."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,7 +11,7 @@ from .modeling_pruning_token_merger import TokenMerger
 
 
 def _check(settings: dict[str, Any], config: type) -> None:
-    """Raises TypeError for a name that is no field of `config`, which would take it without using it."""
+    """Raises TypeError for a name that is no field of `config`: a configuration would store it without effect."""
     known = {field.name for field in fields(config)}
     unknown = [name for name in settings if name not in known]
     if unknown:

@@ -1,4 +1,4 @@
-"""The decoder loop of `PrunedVLM`: layer after layer, with fewer and fewer vision tokens."""
+"""The decoder loop of `PrunedVLM`, in which layers see fewer and fewer vision tokens."""
 
 from dataclasses import replace
 
@@ -75,7 +75,7 @@ def run_layers(
             stream = stream.keep(~stream.vision | _most_attended(attention, stream, model.config.keep))
             changed = True
         if changed or reads:
-            # Eager attention wants the mask as numbers; a bias of zeros makes it so.
+            # Eager attention needs the mask in floating point, which a bias of zeros makes it.
             added = stream.hidden.new_zeros(stream.mask.shape) if reads and bias is None else bias
             mask = attention_mask(
                 layer.self_attn.config if reads else config, stream.hidden, stream.mask, added, cache, number
@@ -109,7 +109,7 @@ def decode(
     positions: torch.Tensor | None = None,
     states: list | None = None,
 ) -> tuple[torch.Tensor, dict]:
-    """Runs new tokens against the cache, where each run of layers has its own keys.
+    """Runs new tokens against the cache, whose layers hold different keys.
 
     Args:
         model: the `PrunedVLM`.
@@ -162,7 +162,7 @@ def _prune(model, number: int, stream: Stream, bias: torch.Tensor | None, mode: 
         stream.hidden,
         stream.hidden,
         stream.question,
-        # A token that an earlier layer dropped stays dropped, also where soft mode still carries it along.
+        # In soft mode tokens that an earlier layer dropped are still in the stream; they stay dropped.
         vision_mask=stream.vision if alive is None else stream.vision & alive,
         images=stream.images.clamp(min=0),
         temperature=model.temperature,
@@ -182,19 +182,19 @@ def _prune(model, number: int, stream: Stream, bias: torch.Tensor | None, mode: 
 
 
 def _with_attention(layer, hidden: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an `eager_copy` of a layer returns, and its attention weights `(batch, heads, queries, keys)`."""
+    """Output of an `eager_copy` of a layer, and its attention weights `(batch, heads, queries, keys)`."""
     weights: list[torch.Tensor] = []
     layer.self_attn.register_forward_hook(lambda module, args, output: weights.append(output[1]))
     return layer(hidden, **inputs), weights[0]
 
 
 def _most_attended(attention: torch.Tensor, stream: Stream, keep: int) -> torch.Tensor:
-    """FastV (arXiv 2403.06764): the vision tokens the last text token attends to most, `keep` per image."""
+    """FastV (arXiv 2403.06764): the vision tokens that the last token attends to most, `keep` per image."""
     places = torch.arange(stream.mask.shape[1], device=stream.mask.device)
     last = (places * stream.mask).amax(-1)
     received = attention.mean(1)[torch.arange(len(last), device=last.device), last]
     received = received.masked_fill(~stream.vision, -1.0)
-    # An image that has fewer tokens than `keep` adds only those to the budget of its row.
+    # A row's budget is the sum over its images of `keep`, or of the image's tokens where it has fewer.
     numbers = torch.arange(int(stream.images.max()) + 1, device=stream.mask.device)
     tokens = (stream.images[..., None] == numbers).sum(1)
     budget = tokens.clamp(max=keep).sum(-1)

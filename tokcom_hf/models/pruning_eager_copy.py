@@ -1,4 +1,4 @@
-"""Reading attention weights of a model that other threads may be running."""
+"""`eager_copy`: reads attention weights of a module while other threads run it."""
 
 import copy
 import functools
@@ -8,18 +8,18 @@ from torch import nn
 
 
 def eager_copy(module: nn.Module, configs: dict | None = None) -> nn.Module:
-    """A copy of `module` that shares its weights, computes attention eagerly and may be given hooks of its own.
+    """A copy of `module` that shares its weights, computes attention eagerly and can be given hooks of its own.
 
-    The module and its configuration stay as they are, so a thread that runs them meanwhile sees nothing of this.
+    The module and its configuration are not changed, so threads that run it are not affected.
 
     Args:
-        module: a decoder layer, a vision tower or the like.
-        configs: copies of configurations made so far, by the id of the original (used by the recursion).
+        module: for example a decoder layer or a vision tower.
+        configs: of the recursion: copied configurations by the id of the original.
     """
     configs = {} if configs is None else configs
     view = copy.copy(module)
     for name, value in vars(module).items():
-        # Hooks and children are dictionaries, which a shallow copy shares; the weights' dictionaries are to be shared.
+        # A shallow copy shares dictionaries: weights shall be shared, hooks and children shall not.
         if isinstance(value, dict) and name not in ("_parameters", "_buffers"):
             vars(view)[name] = value.copy()
     for name, child in module._modules.items():
@@ -31,7 +31,7 @@ def eager_copy(module: nn.Module, configs: dict | None = None) -> nn.Module:
             configs[id(config)]._attn_implementation = "eager"
         view.config = configs[id(config)]
     if "_old_forward" in vars(module):
-        # The hooks of accelerate (offloading) call the forward of the module that they were put on.
+        # accelerate's hooks (offloading) call the forward of the module that they were registered on.
         vars(view)["_old_forward"] = types.MethodType(type(module).forward, view)
         vars(view)["forward"] = functools.partial(vars(module)["forward"].func, view)
     return view

@@ -43,7 +43,7 @@ class LlavaFamily(VLMFamily):
         features = torch.cat([states[:, first:] for states in chosen], dim=-1)
         received = None
         if with_attention:
-            # hidden_states[i] is what layer i - 1 put out, and has one entry more than attentions.
+            # hidden_states[i] is the output of layer i - 1; attentions has one entry less.
             index = layers[-1] if layers[-1] < 0 else layers[-1] - 1
             received = list(output.attentions[index].mean((1, 2))[:, first:])
         return ImageTokens(list(features), received, [output.last_hidden_state.shape[1]] * len(features))
@@ -109,7 +109,7 @@ class AyaVisionFamily(VLMFamily):
 
     def features(self, inputs, with_attention=False):
         tokens = super().features(inputs, with_attention)
-        # The projector puts neighbouring patches together before its matrices.
+        # The projector merges neighbouring patches before its linear layers.
         tokens.projected = sum(map(len, tokens.features))
         return tokens
 

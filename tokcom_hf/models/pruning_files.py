@@ -1,4 +1,4 @@
-"""Saving and loading `PrunedVLM`: the heads, and the base model by reference, in a subfolder or in the same file."""
+"""Saving and loading `PrunedVLM`: its heads, and its base by reference, in a subfolder or in the same weight files."""
 
 import json
 import os
@@ -31,13 +31,13 @@ from .shared_wrapped_base import (
 INCLUDED = "base"
 # Keywords of `from_pretrained` that are about the saved folder itself.
 _OF_FOLDER = ("generation_config", "output_loading_info", "use_safetensors", "variant", "subfolder")
-# What AutoModel hands on about the code that it has chosen by then.
+# Keywords that AutoModel hands on; they concern the code, which is loaded by then.
 _OF_AUTO = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
 
 
 # ---------------------------------------------------------------------- saving
 def save_pruned_vlm(model, save, folder, include_base: bool | None, state_dict=None, **kwargs) -> None:
-    """Writes the configuration, the heads, and the base model where nothing else would give it back.
+    """Writes the configuration, the heads, and the base where its reference does not give its weights.
 
     Args:
         model: the `PrunedVLM`.
@@ -55,7 +55,7 @@ def save_pruned_vlm(model, save, folder, include_base: bool | None, state_dict=N
     push, kwargs = grouped(kwargs, ("push_to_hub", "repo_id", "commit_message", "create_pr", "private"))
     weights = model.state_dict() if state_dict is None else state_dict
     if getattr(model, "_hf_peft_config_loaded", False):
-        # An adapter added by `add_adapter` is saved alone, as for every model of transformers.
+        # A LoRA adapter added by `add_adapter` is saved alone, as in transformers.
         save(folder, state_dict=weights, **kwargs)
         return
     main = kwargs.get("is_main_process", True)
@@ -67,14 +67,14 @@ def save_pruned_vlm(model, save, folder, include_base: bool | None, state_dict=N
     config.base_model_name_or_path = reference
     kept = weights
     if not config.base_included:
-        # Adapters that are still being trained belong to the checkpoint; merging makes them part of the base.
+        # LoRA matrices in training belong to the checkpoint; merged ones are part of the base.
         kept = {name: value for name, value in weights.items() if not name.startswith("base.") or ".lora_" in name}
-        # Safetensors needs at least one tensor; a training-free strategy has none.
+        # A weight file needs a tensor, and a training-free strategy has none.
         kept = kept or {"no_heads": torch.zeros(1)}
     if main:
         remove_weights(folder, kwargs.get("variant"))
     try:
-        # Names stay as they are: the renaming some VLMs do on saving would not be undone below the prefix `base.`.
+        # Some VLMs rename weights on saving, which loading would not undo behind the prefix `base.`.
         save(folder, state_dict=kept, **kwargs | {"save_original_format": False})
     finally:
         config.base_model_name_or_path, config.base_included = before
@@ -92,7 +92,7 @@ def save_pruned_vlm(model, save, folder, include_base: bool | None, state_dict=N
 
 
 def _base_to_write(model, inner: dict, folder, include_base: bool | None) -> tuple[str | None, bool]:
-    """The reference that the saved configuration gets, and whether the base's weights go beside the heads'."""
+    """The base's reference in the saved configuration, and whether its weights are saved beside the heads'."""
     reference, revision = model.config.base_model_name_or_path, model.config.base_revision
     if include_base:
         return INCLUDED, False
@@ -114,7 +114,7 @@ def _base_to_write(model, inner: dict, folder, include_base: bool | None) -> tup
 
 
 def _add_auto_class(path: Path) -> None:
-    """Remote code is announced for one Auto class only; this model answers to a second one."""
+    """Announces remote code for a second Auto class; transformers announces it for one."""
     values = json.loads(path.read_text(encoding="utf-8"))
     classes = values.get("auto_map", {})
     if "AutoModel" in classes:
@@ -123,7 +123,7 @@ def _add_auto_class(path: Path) -> None:
 
 
 def _push(folder, token, options: dict) -> None:
-    """Uploads the finished folder, so that the repository holds what the folder holds."""
+    """Uploads the finished folder with all of its files."""
     api, name = HfApi(token=token), options.get("repo_id") or Path(folder).name
     repo_id = api.create_repo(name, private=options.get("private"), exist_ok=True).repo_id
     api.upload_folder(
@@ -144,8 +144,8 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
         load: `PreTrainedModel.from_pretrained`, bound to it.
         name: Hub name or folder.
         config: instead of the folder's own.
-        state_dict: the heads' weights instead of the folder's own, or those of heads and base (names with `base.`).
-        kwargs: the Hub's options and the loader's, and fields of `PrunedVLMConfig` that are to differ.
+        state_dict: weights instead of the folder's own, of the heads, or of heads and base (names with `base.`).
+        kwargs: options of `from_pretrained`, and fields of `PrunedVLMConfig` that replace the folder's.
 
     Raises:
         OSError: the folder, its weights or the base model cannot be found.
@@ -160,7 +160,7 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
     if config is None or isinstance(config, str | os.PathLike):
         config = PrunedVLMConfig.from_pretrained(config or name, subfolder=subfolder, **hub)
     elif not isinstance(config, PrunedVLMConfig):
-        # Remote code may have read the configuration with its own copy of the class.
+        # Remote code reads configurations with its own copy of the class.
         if config.model_type != PrunedVLMConfig.model_type:
             raise ValueError(f"PrunedVLM needs a PrunedVLMConfig, got {type(config).__name__}.")
         config = PrunedVLMConfig.from_dict(config.to_dict())
@@ -203,13 +203,13 @@ def _load_reference(name, config, hub: dict, subfolder: str, loading: dict, give
 
 
 def _fill_heads(model, name, weights: dict) -> None:
-    """Puts the heads' weights in, in the precision they were saved in, beside the base's embeddings."""
+    """Fills the heads in the dtype they were saved in, on the device of the base's embeddings."""
     weights = {key: value for key, value in weights.items() if key != "no_heads"}
     adapters = sorted(key for key in weights if ".lora_" in key)
     if adapters:
         raise ValueError(
-            f"{name} holds LoRA adapters ({adapters[0]}, ...), a training checkpoint: resume the training from it, or "
-            "merge the adapters before saving."
+            f"{name} is a training checkpoint with LoRA adapters ({adapters[0]}, ...): resume the training from it, or "
+            "merge the adapters and save again."
         )
     heads = {key: value for key, value in model.state_dict().items() if not key.startswith("base.")}
     check_weights(weights, heads, str(name))
@@ -223,7 +223,7 @@ def _fill_heads(model, name, weights: dict) -> None:
 def _load_everything(load, name, config, options: dict, given: dict, files: list[str]):
     """Heads and base from one set of files."""
     dtypes = stored_dtypes(files)
-    # Other shapes are named below; transformers' own error would only point at its log.
+    # The error below names wrong shapes; transformers' own refers to its log.
     options = options | given | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load(name, config=config, **options)
     problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys")}

@@ -1,7 +1,7 @@
 """FLOPs and KV memory of a VLM whose layers see different numbers of tokens.
 
-Multiplications and additions are counted apart (a matrix product of (a, b) and (b, c) is 2abc). Per decoder layer with
-n tokens: attention projections 2·n·d·(d_q + 2·d_kv) + 2·n·d_q·d, scores and values 4·n²·d_q, MLP 6·n·d·m.
+A multiplication and an addition are two FLOPs: a matrix product of (a, b) and (b, c) has 2abc. A decoder layer with n tokens
+has 2·n·d·(d_q + 2·d_kv) + 2·n·d_q·d for the projections of attention, 4·n²·d_q for scores and values, 6·n·d·m for the MLP.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def decoder_layer_flops(config, tokens: float, keys: float | None = None) -> float:
-    """FLOPs of one decoder layer for `tokens` queries against `keys` keys (as many as queries by default)."""
+    """FLOPs of one decoder layer for `tokens` queries and `keys` keys; as many keys as queries where None."""
     keys = tokens if keys is None else keys
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads * head
@@ -21,13 +21,13 @@ def decoder_layer_flops(config, tokens: float, keys: float | None = None) -> flo
 
 
 def vision_tower_flops(config, patches: float | Sequence[float], windows: Sequence[int] = ()) -> float:
-    """FLOPs of a ViT: projections 8·n·d², scores 4·n²·d, MLP 4·n·d·m or, where it is gated, 6·n·d·m.
+    """FLOPs of a ViT: per layer 8·n·d² for projections, 4·n²·d for scores and values, 4·n·d·m for the MLP (gated: 6·n·d·m).
 
     Args:
         config: the tower's configuration.
         patches: n, the patches that attend to each other; a list for several sequences.
-        windows: sizes of the windows within which the other layers attend, where `fullatt_block_indexes` names those
-            that attend to everything: they have Σ 4·w²·d scores.
+        windows: sizes w of the attention windows of all layers that are not in `config.fullatt_block_indexes`; their scores
+            and values are Σ 4·w²·d.
     """
     # Qwen2-VL's `hidden_size` is the language model's width.
     width = getattr(config, "embed_dim", None) or config.hidden_size
@@ -41,7 +41,7 @@ def vision_tower_flops(config, patches: float | Sequence[float], windows: Sequen
 
 
 def linear_flops(module: nn.Module | None, tokens: float) -> float:
-    """2 · parameters · tokens over the linear layers of `module`: every one is applied once per token."""
+    """FLOPs of the linear layers of `module`, each applied once per token: 2 · weights · tokens."""
     if module is None:
         return 0.0
     return 2.0 * tokens * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
@@ -78,12 +78,12 @@ def pruner_head_flops(pruner, tokens: float, question: float) -> float:
 
 
 def question_attention_flops(size: int, tokens: float, question: float) -> float:
-    """Query and output projections on the tokens, keys and values on the question, scores and values."""
+    """FLOPs of a `QuestionAttention`: projections of tokens and question, scores and values."""
     return 4 * tokens * size**2 + 4 * question * size**2 + 4 * tokens * question * size
 
 
 def kv_cache_bytes(config, tokens_per_layer: Sequence[float], bytes_per_value: int) -> float:
-    """Bytes of keys and values for one row."""
+    """Bytes of the keys and values of one row in all layers."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_values = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
     return 2.0 * key_values * bytes_per_value * sum(tokens_per_layer)

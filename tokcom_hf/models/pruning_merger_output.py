@@ -13,14 +13,14 @@ class TokenMergerOutput(ModelOutput):
     Attributes:
         merged_features: `(batch, m, d)`.
         merge_weights: `(batch, n, m)`, columns sum to 1.
-        keep_index: `(batch, m)`, sorted places of the centres among the n tokens.
-        keep_mask: bool `(batch, m)`, False on slots beyond a row's own m (question-dependent ratio only).
-        scores: `(batch, n)` importance.
-        kept_tokens: `(batch,)` expected number of kept tokens, differentiable: the sum of sigmoid(scores), or what the
-            question-dependent ratio gives.
-        sparsity_loss: (kept_tokens - m)², mean over the batch: the documented sparsity loss. With `max_ratio`, (mean of
-            kept_tokens - budget)²: rows may differ, their mean is held.
-        entropy_loss: mean entropy (nats) of the assignment of a token to centres, plus the predicted share kept.
+        keep_index: `(batch, m)`, places of the centres among the n tokens, ascending.
+        keep_mask: bool `(batch, m)`; False on slots that a row with a smaller number of its own does not use.
+        scores: `(batch, n)`, importance of each token.
+        kept_tokens: `(batch,)` expected number of kept tokens, differentiable: the sum of sigmoid(scores), or the number
+            that the question-dependent ratio gives.
+        sparsity_loss: the documented (kept_tokens - m)², mean over the batch. With `max_ratio` (mean of kept_tokens -
+            budget)², which holds the mean and lets rows differ.
+        entropy_loss: mean entropy (nats) of a token's assignment to centres; without `max_ratio` plus the predicted share.
     """
 
     merged_features: torch.Tensor | None = None

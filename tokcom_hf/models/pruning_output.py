@@ -10,20 +10,20 @@ from .pruning_stream import PrunedCache
 
 @dataclass
 class PrunedVLMOutput(ModelOutput):
-    """Result of `PrunedVLM`; everything with a length axis is aligned with the input, removed places are zero.
+    """Result of `PrunedVLM`. Tensors of the input's length are aligned with it; removed places are zero.
 
     Attributes:
         loss: mean cross-entropy over the labels.
         logits: `(batch, length, vocab)`.
-        cache: the pruned KV cache; `past_key_values` is another name for it.
-        hidden_states: per layer `(batch, length, hidden)`, with `output_hidden_states=True`.
-        soft_masks, keep_masks, keep_logits: per pruned layer `(batch, length)` over the tokens at that layer; 1 on text.
+        cache: the pruned KV cache, also as `past_key_values`.
+        hidden_states: with `output_hidden_states=True`, per layer `(batch, length, hidden)`.
+        soft_masks, keep_masks, keep_logits: per pruned layer `(batch, tokens of that layer)`; masks are 1 on text.
         merge_weights: per group of equally large images `(images, n, m)`.
-        merge_sparsity_loss: (expected number of kept tokens - target)², mean over images.
+        merge_sparsity_loss: see `TokenMergerOutput.sparsity_loss`, mean over images.
         merge_entropy_loss: entropy of the assignment of tokens to centres, see `TokenMergerOutput.entropy_loss`.
         merge_kept_tokens: expected number of kept tokens, mean over images.
-        keep_rates: per pruned layer, soft share kept over the budget's share, `(batch,)`.
-        kept_index: per decoder layer, original places `(batch, tokens)` (-1 on padding).
+        keep_rates: per pruned layer `(batch,)`, the soft masks' share of kept tokens minus the budget's share.
+        kept_index: per decoder layer `(batch, tokens)`, places in the input, -1 on padding.
     """
 
     loss: torch.Tensor | None = None
@@ -40,7 +40,7 @@ class PrunedVLMOutput(ModelOutput):
     keep_rates: tuple | None = None
     kept_index: tuple | None = None
 
-    # Generation reads the cache under the name its transformers has, users under the name they know.
+    # The generation loop of transformers before 5.24 reads the cache as past_key_values.
     @property
     def past_key_values(self) -> PrunedCache | None:
         return self.cache

@@ -8,9 +8,10 @@ from .shared_layers import eager_attention
 
 
 class QuestionAttention(nn.Module):
-    """Multi-head cross-attention `(batch, n, size)` to `(batch, q, size)`; zero where a row has no question.
+    """Multi-head attention of tokens `(batch, n, size)` to a question `(batch, q, size)`; zero in rows without a question.
 
-    config: with `internal_size` and `num_attention_heads`; torch's fused attention, unless it asks for `eager`.
+    Args:
+        config: with `internal_size` and `num_attention_heads`. Attention is torch's fused one, or `eager` where it says so.
     """
 
     def __init__(self, config):
@@ -42,7 +43,7 @@ class QuestionAttention(nn.Module):
 
 
 class QuestionGuide(nn.Module):
-    """How much each vision token `(batch, n, token_size)` is attended to by the question's tokens `(batch, q, size)`.
+    """Attention that each vision token `(batch, n, token_size)` receives from the question's tokens `(batch, q, size)`.
 
     Args:
         config: with `internal_size` and `num_attention_heads`.
@@ -58,7 +59,7 @@ class QuestionGuide(nn.Module):
     def forward(
         self, tokens: torch.Tensor, question: torch.Tensor, question_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Shares `(batch, n)` that sum to 1: the mean over heads and question tokens, even where a row has no question."""
+        """Shares `(batch, n)` that sum to 1, means over heads and question tokens; uniform in rows without a question."""
         split = lambda x: x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # noqa: E731
         query, keys = split(self.query(question)), split(self.key(tokens))
         attention = (query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5).float().softmax(-1).mean(1)

@@ -1,24 +1,23 @@
-"""How many vision tokens a question needs: as many as hold a share of the scores' probability."""
+"""The number of vision tokens that a question needs: as many as hold a given probability mass of softmax(scores)."""
 
 import torch
 
 
 def confident_count(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """The number of best tokens that together reach a probability.
+    """The number of best tokens that together reach a probability mass (nucleus, Holtzman et al. 2020).
 
-    A question whose scores point at few tokens gets few, one whose scores are spread gets many (nucleus, Holtzman et al.
-    2020, here over tokens to keep). The number is whole; its gradient by `mass` is that of the sum of
-    sigmoid(logit(mass) - logit(probability before the token)).
+    Peaked scores give a small number, flat scores a large one. The value is an integer; its gradient with respect to `mass`
+    is that of the sum of sigmoid(logit(mass) - logit(mass of the better tokens)).
 
     Args:
-        scores: `(batch, n)`, read without gradient: they are not to grow sharper in order to save tokens.
+        scores: `(batch, n)`, detached, so that the budget does not sharpen them.
         mass: scalar in (0, 1).
 
     Returns:
         `(batch,)` float, 1 to n.
     """
     probabilities = scores.detach().float().softmax(-1).sort(-1, descending=True).values
-    # What the better tokens hold already; rounding may take it to 1.
+    # Mass of the better tokens. Rounding may take it to 1.
     before = (probabilities.cumsum(-1) - probabilities).clamp(max=1 - 1e-6)
     hard = (before < mass).sum(-1).clamp(min=1).float()
     soft = torch.sigmoid(torch.logit(mass, eps=1e-6) - torch.logit(before, eps=1e-6)).sum(-1)
@@ -26,5 +25,5 @@ def confident_count(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
 
 
 def within(count: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """`count` clamped to [low, high] in value only, so that a budget moves those that lie outside, too."""
+    """`count` clamped to [low, high] in value but not in gradient, so that values outside still learn from a budget."""
     return count.detach().clamp(low, high) + (count - count.detach())

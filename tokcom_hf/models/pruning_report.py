@@ -1,4 +1,4 @@
-"""What a prompt cost: vision tokens per layer, FLOPs with the heads' own, KV memory, against the unpruned model."""
+"""Costs of a prompt beside those of the unpruned model: vision tokens per layer, FLOPs (the heads' included), KV memory."""
 
 import threading
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from .pruning_strategies import STRATEGIES
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """What a pass over a prompt worked on, from which its costs follow.
+    """Numbers of tokens in a pass over a prompt, from which its costs follow.
 
     Attributes:
         mode: pruning mode.
@@ -41,7 +41,7 @@ class PromptRecord:
 
 
 class LastPrompt(threading.local):
-    """The record of the last prompt of the thread that asks; a copy of the model starts with none."""
+    """The record of the calling thread's last prompt; a copy of the model starts without one."""
 
     record: PromptRecord | None = None
 
@@ -75,7 +75,7 @@ class _Means:
 
 
 def token_report(model, record: PromptRecord) -> dict:
-    """What a prompt cost, as means over its rows.
+    """Costs of a prompt, as means over its rows.
 
     Args:
         model: the `PrunedVLM`.
@@ -189,7 +189,7 @@ def _parts(model, means: _Means) -> dict[str, float]:
 
 
 def _patches(model, vision: float) -> int:
-    """Patches the tower works on for one image; families that shuffle or merge pixels have more patches than tokens."""
+    """Patches of one image in the vision tower: more than tokens in families that shuffle or merge pixels."""
     config = model.base.config
     if hasattr(config, "downsample_ratio"):
         return round(vision / config.downsample_ratio**2) + 1

@@ -1,8 +1,8 @@
 """Training-free reduction of vision tokens: each strategy maps one image's tokens to `keep` tokens.
 
-Every function takes features `(tokens, width)`, the number to keep, optional received attention `(tokens,)` and a
-generator, and returns the kept features `(keep, width)` (merged where the strategy merges) and their sorted places
-`(keep,)`. `fastv` is not here: it selects inside the language model, see `PrunedVLM`.
+Every function takes features `(tokens, width)`, the number to keep, received attention `(tokens,)` or None and a generator
+or None, and returns the kept or merged features `(keep, width)` and their places `(keep,)`, ascending. `fastv` works inside
+the language model, see pruning_decoder.py.
 """
 
 import torch
@@ -12,7 +12,7 @@ Kept = tuple[torch.Tensor, torch.Tensor]
 
 
 def random_tokens(features, keep, attention=None, generator=None) -> Kept:
-    """A uniformly random subset: the baseline that most published methods do not beat."""
+    """A uniformly random subset."""
     noise = torch.rand(len(features), generator=generator).to(features.device)
     index = noise.argsort()[:keep].sort().values
     return features[index], index
@@ -26,7 +26,7 @@ def uniform_tokens(features, keep, attention=None, generator=None) -> Kept:
 
 
 def pooled_tokens(features, keep, attention=None, generator=None) -> Kept:
-    """Means over `keep` nearly equal runs of the flattened image; the place is the middle of each run."""
+    """Means over `keep` runs of nearly equal length of the flattened image, placed at the middle of each run."""
     group = torch.arange(len(features), device=features.device) * keep // len(features)
     sums = features.new_zeros(keep, features.shape[1]).index_add(0, group, features)
     counts = torch.bincount(group, minlength=keep)[:, None]
@@ -35,10 +35,10 @@ def pooled_tokens(features, keep, attention=None, generator=None) -> Kept:
 
 
 def divprune_tokens(features, keep, attention=None, generator=None) -> Kept:
-    """DivPrune-like (arXiv 2503.02175): greedily adds the token farthest (cosine) from those chosen.
+    """DivPrune (arXiv 2503.02175): greedily adds the token of largest cosine distance to the chosen ones.
 
-    The published method compares projected embeddings; here they are the features given, in LLaVA and InternVL those
-    from before the projector.
+    Differs from the published method: it compares projected embeddings, this the given features, which in LLaVA and
+    InternVL come from before the projector.
     """
     units = F.normalize(features.float(), dim=-1)
     distance = 1.0 - units @ units.T
@@ -57,10 +57,10 @@ def divprune_tokens(features, keep, attention=None, generator=None) -> Kept:
 
 
 def tome_tokens(features, keep, attention=None, generator=None) -> Kept:
-    """ToMe-like (arXiv 2210.09461): rounds of bipartite matching that merge the most similar pairs, weighted by size.
+    """ToMe (arXiv 2210.09461): rounds of bipartite matching that merge the most similar pairs, weighted by size.
 
-    The published method merges inside the vision tower's blocks, by their keys and with proportional attention; here it
-    is the tower's output that is merged.
+    Differs from the published method: it merges in the vision tower's blocks by their keys, with proportional attention;
+    this merges the tower's output.
     """
     values = features.float()
     sizes = values.new_ones(len(values))
@@ -82,12 +82,12 @@ def tome_tokens(features, keep, attention=None, generator=None) -> Kept:
 
 
 def visionzip_tokens(features, keep, attention=None, generator=None, contextual_share: float = 0.15) -> Kept:
-    """VisionZip-like (arXiv 2412.04467): the tokens with most received attention, and a few merged of the rest.
+    """VisionZip (arXiv 2412.04467): the tokens that receive most attention, and a few tokens merged from the rest.
 
-    The published method takes the attention of the CLS token where there is one, keeps that token, matches by keys and
-    adds the mean of what it merges to the target; here it is the mean of all received attention, the features, and the
-    mean alone. Received attention comes from the vision tower; where a family does not give it, the attention of the
-    features to each other stands in.
+    Differs from the published method: it ranks by the attention of the CLS token where there is one and keeps that token,
+    matches by keys, and adds the mean of the merged tokens to their target. This ranks by the mean attention received in
+    the vision tower, matches by features, and takes the mean alone. Families whose tower gives no attention are ranked by
+    the similarity of the features to each other.
     """
     if attention is None:
         units = F.normalize(features.float(), dim=-1)
@@ -116,5 +116,5 @@ STRATEGIES = {
     "visionzip": visionzip_tokens,
     "divprune": divprune_tokens,
 }
-# Chosen inside the language model instead of before it.
+# Strategies that select inside the language model.
 LAYER_STRATEGIES = ("fastv",)

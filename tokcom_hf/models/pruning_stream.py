@@ -1,7 +1,7 @@
-"""Taking tokens out of hidden states, masks, positions and the KV cache of a running decoder.
+"""Removal of tokens from the hidden states, masks, positions and KV cache of a decoder between two layers.
 
-Removed tokens leave no trace in later layers: no query, no key, no cache entry. What stays keeps its rotary position.
-Rows may keep different numbers of tokens; the shorter rows are filled up at the end with slots that the mask hides.
+In later layers removed tokens have no query, no key and no cache entry; the others keep their rotary positions. Rows that
+keep fewer tokens than others are padded at the end.
 """
 
 from dataclasses import dataclass, replace
@@ -16,17 +16,17 @@ from .shared_cache_name import CACHE
 
 @dataclass
 class Stream:
-    """The tokens on their way through the decoder.
+    """The tokens that a decoder layer sees.
 
     Attributes:
         hidden: `(batch, length, hidden)`.
         mask: bool `(batch, length)`, False on padding.
         positions: rotary positions `(batch, length)` or `(3, batch, length)`.
         vision: bool `(batch, length)`, True on vision tokens.
-        question: bool `(batch, length)`, True on the text the heads may read: no vision, no padding, no answer.
-        index: `(batch, length)`, each token's place in the original sequence.
-        images: `(batch, length)`, number of the image within its row, -1 on text.
-        removed: whether anything has been removed yet.
+        question: bool `(batch, length)`, True on the text that the heads read: no vision, no padding, no answer.
+        index: `(batch, length)`, each token's place in the input.
+        images: `(batch, length)`, number of the token's image within its row, -1 on text.
+        removed: whether any token has been removed.
     """
 
     hidden: torch.Tensor
@@ -39,10 +39,10 @@ class Stream:
     removed: bool = False
 
     def keep(self, keep: torch.Tensor) -> "Stream":
-        """The stream without the tokens where `keep` (bool, `(batch, length)`) is False; unchanged if all are kept."""
+        """The stream without the tokens where `keep`, bool `(batch, length)`, is False; itself where all are kept."""
         keep = keep & self.mask
         counts = keep.sum(-1)
-        # One transfer from the device for both.
+        # Both numbers in one transfer from the device.
         length, dropped = torch.stack([counts.max(), (self.mask & ~keep).sum()]).tolist()
         if not dropped:
             return self
@@ -63,7 +63,7 @@ class Stream:
         )
 
     def repeat(self, times: int) -> "Stream":
-        """Every row `times` times, as beam search wants it."""
+        """The stream with every row `times` times, for beam search."""
         if times == 1:
             return self
         rows = {name: value for name, value in vars(self).items() if name not in ("positions", "removed")}
@@ -71,12 +71,12 @@ class Stream:
         return replace(self, **repeated, positions=self.positions.repeat_interleave(times, -2))
 
     def restore(self, hidden: torch.Tensor, length: int) -> torch.Tensor:
-        """Puts `hidden` back to the original places `(batch, length, hidden)`; removed places are zero."""
+        """`hidden` at the places of the input, `(batch, length, hidden)`, zero where tokens were removed."""
         if not self.removed:
             return hidden
         full = hidden.new_zeros(hidden.shape[0], length, hidden.shape[-1])
         alive = self.mask[..., None]
-        # Hidden slots may share an index with a removed token only, never with a kept one, so adding is safe.
+        # Adding is safe: a padding slot shares its index with a removed token only, and is zeroed.
         return full.scatter_add(1, self.index[..., None].expand_as(hidden), hidden * alive)
 
 
@@ -95,13 +95,13 @@ class Prompt:
     merged: dict
 
     def repeat(self, rows: int) -> "Prompt":
-        """The prompt with every row repeated, so that there are `rows`, as beam search wants it."""
+        """The prompt with every row repeated so that there are `rows`, for beam search."""
         return replace(self, stream=self.stream.repeat(rows // len(self.stream.hidden)))
 
 
 @dataclass
 class Segment:
-    """From layer `start` on, the cached keys have this padding mask `(batch, keys)` and, in soft mode, this bias."""
+    """The padding mask `(batch, keys)` and, in soft mode, the bias of the cached keys from layer `start` on."""
 
     start: int
     mask: torch.Tensor
@@ -109,18 +109,18 @@ class Segment:
 
 
 class PrunedCache(DynamicCache):
-    """A KV cache whose layers hold different tokens, with the masks needed to go on decoding.
+    """A KV cache whose layers hold different tokens, with the masks that decoding needs.
 
     Attributes:
-        prompt: the prepared prompt that `generate` hands to the first forward pass.
+        prompt: the prepared prompt, from `generate` to the first forward pass.
         mode: the pruning mode of the prompt that the cache holds.
-        record: what `token_report` tells of that prompt.
+        record: that prompt's record, for `token_report`.
         segments: runs of layers that hold the same tokens.
         next_position: `(batch,)`, rotary position of the next new token.
     """
 
     def __init__(self):
-        # Without a configuration no layer's cache slides: within the window, which is all there is, none has to.
+        # Without a configuration no layer gets a sliding cache, which `check_window` makes unnecessary.
         super().__init__()
         self.prompt: Prompt | None = None
         self.mode: str | None = None
@@ -154,14 +154,14 @@ class PrunedCache(DynamicCache):
 
     @property
     def is_croppable(self) -> bool:
-        """False: a generation loop that steps back must look for another way."""
+        """False: assisted decoding, which crops caches, is not possible."""
         return False
 
     def crop(self, *args, **kwargs):
         raise ValueError("A pruned cache cannot be cropped; assisted decoding is not supported with token pruning.")
 
     def extend(self, mask: torch.Tensor) -> None:
-        """Makes room in every mask for new tokens; `mask` `(batch, new)` is False on padding among them."""
+        """Appends new tokens to every mask; `mask` `(batch, new)` is False on padding among them."""
         for segment in self.segments:
             segment.mask = torch.cat([segment.mask, mask.to(segment.mask.device)], dim=-1)
             if segment.bias is not None:
@@ -185,10 +185,10 @@ def cache_for(cache, use_cache: bool | None) -> PrunedCache | None:
 def attention_mask(
     config, hidden: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None, cache, layer: int
 ) -> torch.Tensor | None:
-    """The mask a decoder layer wants: causal, without padding, plus `bias` on the key columns.
+    """The attention mask of a decoder layer: causal, without padding, plus `bias` on the key columns.
 
-    Multiplying a hidden state by a number does nothing before RMSNorm; adding log(number) to a token's key column is
-    what converges to its removal. A token always sees itself in full.
+    A soft mask m of a token becomes log(m) on its key column, which converges to its removal as m goes to 0. (A factor on
+    its hidden state would have no effect: RMSNorm cancels it.) The diagonal has no bias: a token always sees itself.
 
     Args:
         config: the text config (its attention implementation decides the mask's form).

@@ -1,4 +1,4 @@
-"""`AroundBase`: what models with another model of transformers inside, their `base`, have in common."""
+"""`AroundBase`: the common part of models that contain another model of transformers, their `base`."""
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -7,7 +7,7 @@ from .shared_wrapped_base import computed_buffers_kept
 
 
 class AroundBase(PreTrainedModel):
-    """A model around another one, its `base`, which keeps its class and its way of checkpointing gradients."""
+    """A model around another one, its `base`, to which it leaves embeddings, generation settings and checkpointing."""
 
     base: PreTrainedModel
     supports_gradient_checkpointing = True
@@ -16,18 +16,18 @@ class AroundBase(PreTrainedModel):
     _supports_attention_backend = True
 
     def set_base(self, base: PreTrainedModel | None, auto_class) -> PreTrainedModel:
-        """Makes `base` the model inside; where it is None, one with fresh weights, which loading fills.
+        """Makes `base` the model inside and returns it.
 
         Args:
-            base: a model whose weights are there already.
-            auto_class: builds a model of `config.make_base_config()`.
+            base: a model with its weights; None for a new one, whose weights are loaded afterwards.
+            auto_class: Auto class of the new one, which `config.make_base_config()` describes.
         """
         if base is None:
             attention = self.config._attn_implementation
             options = {} if attention in (None, "sdpa") else {"attn_implementation": attention}
             base = auto_class.from_config(self.config.make_base_config(), dtype=torch.get_default_dtype(), **options)
         else:
-            # `post_init` draws the weights of all modules that are not marked.
+            # Marked modules keep their weights in `post_init`.
             for module in base.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]  # a mark of transformers, no tensor
         if getattr(base, "generation_config", None) is None:
@@ -37,12 +37,12 @@ class AroundBase(PreTrainedModel):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The base model's, which generates; it is saved with this model."""
+        """That of the base model."""
         return self.base.generation_config
 
     @generation_config.setter
     def generation_config(self, config: GenerationConfig) -> None:
-        # transformers sets one of its own before there is a base model.
+        # transformers sets a default before there is a base model.
         if "base" in self._modules:
             self.base.generation_config = config
 
