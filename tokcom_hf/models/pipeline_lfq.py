@@ -32,8 +32,8 @@ class LFQImageTextPipeline(PromptPipeline):
     decoder's number by default), `guidance_scale` (above 1: classifier-free guidance against a prompt without caption),
     `num_return_sequences`, `seed` or `generator`, `return_full_text` (True: with the prompt), everything `generate` takes
     (it samples by default; also as `generate_kwargs={...}`), `batch_size` (a whole list by default), `num_workers`, and for
-    a base model that takes images `timeout` and `allow_urls` (False refuses URLs; by default they are fetched as transformers
-    does, also from this machine and its network).
+    a base model that takes images `timeout` and `allow_urls` (False refuses URLs; by default they are fetched as
+    transformers does, also from this machine and its network).
 
     Args:
         image_decoder: a model with `decode_codes` (a VQGAN with `quantizer="lfq"`), or its folder or Hub name. None: the
