@@ -78,8 +78,7 @@ _request = _Request()
 
 def _handle(signum: int, frame: Any) -> None:
     if os.getpid() != _request.process:
-        # A worker of a DataLoader, forked from this process: its parent ends it.
-        return
+        return  # see `_in_child`
     first = _request.signum is None
     if _request.receive(signum):
         os._exit(128 + signum)
@@ -103,6 +102,21 @@ def training_is_over() -> None:
 def noted_signal() -> int | None:
     """The signal that this process has received in training; None for none."""
     return _request.signum if _request.training else None
+
+
+def _in_child() -> None:
+    """SIGTERM ends a forked process (a worker of a DataLoader or of `Dataset.map`); SIGINT is its parent's matter."""
+    if not _request.active:
+        return
+    _request.active = _request.training = False
+    # Else a signal to the child would wake the parent's watcher.
+    signal.set_wakeup_fd(-1)
+    if signal.getsignal(signal.SIGTERM) is _handle:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 @contextmanager

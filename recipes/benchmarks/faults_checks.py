@@ -54,21 +54,9 @@ def told(run: Run) -> list[str]:
     return [] if "error:" in run.log or "stopped by" in run.log else ["no word of what was wrong"]
 
 
-def last_step(run: Run) -> tuple[int, int]:
-    """(training, step) of the last whole step; (0, 0) where there was none."""
-    return max(run.steps(), default=(0, 0))
-
-
-def first_step(run: Run) -> tuple[int, int] | None:
-    """(training, step) of the first step that was taken; None where there was none left."""
-    return min(run.steps(), default=None)
-
-
 def steps_lost(before: Run, after: Run) -> int:
     """Steps that the resumed run took again."""
-    again = set(before.steps()) & set(after.steps())
-    # Trainings are counted anew in every process: the same training where its steps go on.
-    return len(again) if before.steps() and after.steps() else 0
+    return len(set(before.steps()) & set(after.steps()))
 
 
 def seconds_to_resume(run: Run) -> float | None:

@@ -36,8 +36,8 @@ class Fault:
         place: "start"; "step" (inside a training step), "checkpoint", "final" (file operations behind the last training),
             "evaluation" (inside the last training), "final_evaluation" (behind it); "time" (seconds); "" for nothing.
         count: the how-manieth of these, from 1.
-        what: a signal's name, "file size" (no file may grow beyond 4 kB from then on), "delete" (the output folder) or "nan"
-            (in the weights).
+        what: a signal's name, "file size" (no file may grow beyond 32 kB from then on), "delete" (the output folder) or
+            "nan" (in the weights).
         target: "worker" (this process) or "launcher" (its parent).
         seconds: of the place "time".
         rank: the process to which it happens.
@@ -116,7 +116,7 @@ class Moments:
         self.write(event="fault", place=fault.place, counts=self.counts)
         if fault.what == "file size":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         elif fault.what == "delete":
             shutil.rmtree(self.folder)
         elif fault.what == "nan":
@@ -220,7 +220,7 @@ class Moments:
         return original(trainer, *args, **kwargs)
 
     def step_end(self, original, handler, args, state, control):
-        self.write(event="step", training=self.done, step=state.global_step)
+        self.write(event="step", training=os.path.basename(args.output_dir), step=state.global_step)
         return original(handler, args, state, control)
 
 

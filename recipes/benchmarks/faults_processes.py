@@ -54,8 +54,8 @@ class Run:
     orphans: list[int] = field(default_factory=list)
     late: float = 0.0
 
-    def steps(self) -> list[tuple[int, int]]:
-        """(training, step) of the steps that were taken."""
+    def steps(self) -> list[tuple[str, int]]:
+        """(folder of the training, step) of the steps that were taken."""
         return [(e["training"], e["step"]) for e in self.journal if e["event"] == "step" and e["rank"] == 0]
 
     @property

@@ -27,35 +27,35 @@ def moment(bench: Bench, name: str, when: str, signal: str, target: str, draw: r
     return Fault(place, count, signal, target)
 
 
-def scenarios(
-    bench: Bench, names: list[str], processes: tuple[int, ...], reduced: bool, seed: int
-) -> Iterator[Scenario]:
-    """One scenario per recipe, signal, moment and target.
+def scenarios(bench: Bench, names: list[str], processes: int, reduced: bool, seed: int) -> Iterator[Scenario]:
+    """One scenario per recipe, signal and moment.
 
     Args:
-        processes: 0 signals a fork of the recipe; 1 and 2 go through `accelerate launch`, and signal launcher and worker.
+        processes: 0 sends the signal to a fork of the recipe, 1 to `accelerate launch`; with 2 ranks SIGTERM goes to the
+            launcher and SIGINT to a worker, in the middle of training.
+        reduced: one signal per recipe, at each another moment.
     """
     draw = random.Random(seed)
-    for count in processes:
-        for name in names:
-            for signal in SIGNALS:
-                for when in MOMENTS:
-                    if reduced and draw.random() < 0.8:
-                        continue
-                    # The matrix of two ranks takes one moment in the middle; launching them is what takes time.
-                    if count == 2 and when != "mid training":
-                        continue
-                    for target in (
-                        ("worker",) if count == 0 else ("launcher",) if count == 1 else ("launcher", "worker")
-                    ):
-                        yield one(bench, name, when, moment(bench, name, when, signal, target, draw), count)
+    for row, name in enumerate(names):
+        for number, signal in enumerate(SIGNALS):
+            for place, when in enumerate(MOMENTS):
+                if reduced and (number, place) != (row % 2, (2 * row + 1) % len(MOMENTS)):
+                    continue
+                if processes == 2 and when != "mid training":
+                    continue
+                target = "worker" if processes == 0 or (processes == 2 and signal == "SIGINT") else "launcher"
+                yield one(bench, name, when, moment(bench, name, when, signal, target, draw), processes)
 
 
 def one(bench: Bench, name: str, when: str, fault: Fault, processes: int) -> Scenario:
     """A signal, and the same command again."""
     job = JOBS[name]
     how = {0: "", 1: ", accelerate launch", 2: ", accelerate launch of 2 processes"}[processes]
-    case = Case("signals", name, f"{fault.what} to the {fault.target}{how}: {when} ({fault.place} {fault.count})")
+    case = Case(
+        {0: "signals", 1: "launcher", 2: "two"}[processes],
+        name,
+        f"{fault.what} to the {fault.target}{how}: {when} ({fault.place} {fault.count})",
+    )
     folder = bench.folder(name)
     bench.copy_base(job, folder)
     run = yield Start(job, folder, fault, processes=processes)

@@ -135,6 +135,22 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_a_forked_worker_is_ended_without_ending_its_parent():
+    with stop_on_signals():
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        # SIGINT of a terminal reaches all; the parent alone decides.
+        os.kill(child, signal.SIGINT)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        time.sleep(2 * stopping.WATCH_SECONDS)
+        assert stopping._request.signum is None
+
+
 def test_a_second_signal_and_a_wait_that_no_signal_reaches_end_at_once(tmp_path):
     code = """
         import os, signal, sys, threading, time

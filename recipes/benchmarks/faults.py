@@ -1,0 +1,158 @@
+"""Kills, signals, damaged checkpoints, full disks, NaN and lost ranks: does every run go on, and end where it would have?
+
+    python recipes/benchmarks/faults.py                                 # the whole matrix, on two quiet cores
+    python recipes/benchmarks/faults.py --counts reduced                # what the tests run
+    python recipes/benchmarks/faults.py --only kills damage --jobs vae vqgan
+
+Every run is a recipe at a tiny size, disturbed at an exact moment (`faults_moments.py`) and then started again with the
+same command. "Equal" means that all weights it leaves are bitwise those of the undisturbed run. Sections: `kills`
+(SIGKILL: a third at random, a third inside a checkpoint's write, a third inside the final save), `damage` (one file of the
+newest checkpoint truncated, emptied, missing or swapped), `signals` (SIGTERM and SIGINT to the recipe at five moments),
+`launcher` (the same through `accelerate launch`, to the launcher), `two` (two gloo ranks, to launcher and worker), `disk`
+(no room, folder removed, NaN) and `ranks` (one of two ranks killed). Seconds to resume are without Python's imports.
+Prints a table and writes JSON; exit code 1 where anything was wrong.
+"""
+
+import importlib
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import faults_damage
+import faults_kills
+import faults_signals
+from faults_checks import Case, write_json
+from faults_jobs import JOBS, TRAINERS
+from faults_processes import Bench, Scenario
+
+from tokcom_hf.cli import parse_recipe, run_recipe
+
+SECTIONS = ("kills", "damage", "signals", "launcher", "two", "disk", "ranks")
+# A reduced run takes those that need no launcher: a start of Python costs as much as five tiny runs.
+REDUCED = ("kills", "damage", "signals", "disk")
+KILLS, DAMAGES = {"full": 21, "reduced": 1}, {"full": 16, "reduced": 1}
+
+
+@dataclass
+class FaultArguments:
+    """What is disturbed, how often, and where the results go."""
+
+    counts: str = field(default="full", metadata={"help": "full, or reduced: one of each kind per trainer."})
+    only: list[str] | str | None = field(default=None, metadata={"help": f"Sections: {', '.join(SECTIONS)}."})
+    jobs: list[str] | str | None = field(default=None, metadata={"help": f"Runs: {', '.join(JOBS)}."})
+    seed: int = field(default=0, metadata={"help": "Seed of the moments."})
+    parallel: int = field(default=2, metadata={"help": "Runs at a time."})
+    output_dir: str = field(default="outputs/benchmarks/faults", metadata={"help": "Folder of runs and logs."})
+    output: str = field(default="", metadata={"help": "Result file (JSON); results.json of that folder if not set."})
+
+    def __post_init__(self):
+        if self.counts not in KILLS:
+            raise ValueError(f"counts is full or reduced, got {self.counts!r}.")
+        self.only = [self.only] if isinstance(self.only, str) else self.only
+        self.only = self.only or list(REDUCED if self.counts == "reduced" else SECTIONS)
+        self.jobs = [self.jobs] if isinstance(self.jobs, str) else self.jobs or list(JOBS)
+        for names, known in ((self.only, SECTIONS), (self.jobs, JOBS)):
+            if unknown := sorted(set(names) - set(known)):
+                raise ValueError(f"Unknown: {', '.join(unknown)}; there are {', '.join(known)}.")
+
+
+def section(bench: Bench, name: str, args: FaultArguments) -> Iterator[Scenario]:
+    """The scenarios of a section."""
+    jobs, reduced = list(args.jobs or ()), args.counts == "reduced"
+    trainers = [job for job in jobs if job in TRAINERS]
+    if name == "kills":
+        return faults_kills.scenarios(bench, trainers, KILLS[args.counts], args.seed)
+    if name == "damage":
+        return faults_damage.scenarios(bench, trainers[:3] if reduced else trainers, DAMAGES[args.counts], args.seed)
+    if name == "disk":
+        return faults_damage.disk_scenarios(bench, trainers[-4:] if reduced else trainers, reduced, args.seed)
+    if name == "ranks":
+        return faults_kills.rank_scenarios(bench, trainers)
+    processes = {"signals": 0, "launcher": 1, "two": 2}[name]
+    return faults_signals.scenarios(bench, trainers[-3:] if reduced else jobs, processes, reduced, args.seed)
+
+
+def summary(cases: list[Case]) -> list[dict]:
+    """A row per section and run."""
+    rows = []
+    for suite, job in dict.fromkeys((case.suite, case.job) for case in cases):
+        group = [case for case in cases if (case.suite, case.job) == (suite, job)]
+        lost = [case.figures["lost"] for case in group if case.figures.get("lost") is not None]
+        resumes = [case.figures["to_resume"] for case in group if case.figures.get("to_resume") is not None]
+        outcomes = [case.figures["outcome"] for case in group if "outcome" in case.figures]
+        rows.append(
+            {
+                "section": suite,
+                "run": job,
+                "cases": len(group),
+                "right": sum(not case.wrong for case in group),
+                "steps_lost_most": max(lost, default=None),
+                "steps_lost_mean": round(statistics.mean(lost), 2) if lost else None,
+                "seconds_to_resume": round(statistics.median(resumes), 2) if resumes else None,
+                "fell_back": outcomes.count("fell back") if outcomes else None,
+                "refused": outcomes.count("refused") if outcomes else None,
+                "silent": outcomes.count("silent") if outcomes else None,
+                "orphans": sum("an orphan" in case.wrong for case in group),
+                "seconds_of_workers_behind_launcher": max((c.figures.get("late", 0.0) for c in group), default=0.0),
+                "seconds_of_other_ranks": max((case.figures.get("ended", 0.0) for case in group), default=0.0),
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict], cases: list[Case]) -> None:
+    print(f"\n{'section':10s} {'run':18s} {'right':>9s}  steps lost   to resume  fell back/refused/silent  orphans")
+    for row in rows:
+        lost = "" if row["steps_lost_most"] is None else f"{row['steps_lost_mean']:.1f}, most {row['steps_lost_most']}"
+        resume = "" if row["seconds_to_resume"] is None else f"{row['seconds_to_resume']:.1f} s"
+        outcome = "" if row["fell_back"] is None else f"{row['fell_back']}/{row['refused']}/{row['silent']}"
+        right = f"{row['right']}/{row['cases']}"
+        print(
+            f"{row['section']:10s} {row['run']:18s} {right:>9s}  {lost:12s} {resume:>9s}  {outcome:>24s}  {row['orphans']:7d}"
+        )
+    for case in cases:
+        if case.wrong:
+            print(f"WRONG {case.suite} {case.job}: {case.fault}: {'; '.join(case.wrong)}")
+    print(f"\n{sum(not case.wrong for case in cases)} of {len(cases)} cases right")
+
+
+def main(argv: list[str] | None = None) -> list[Case]:
+    args = FaultArguments(**parse_recipe(__doc__ or "", {"run": FaultArguments}, None, argv)["run"])
+    started = time.monotonic()
+    torch.set_num_threads(1)
+    for job in JOBS.values():
+        importlib.import_module(job.recipe)
+    work = Path(args.output_dir)
+    for folder in ("runs", "whole", "templates", "logs"):
+        shutil.rmtree(work / folder, ignore_errors=True)
+    bench = Bench(work, args.parallel)
+    cases: list[Case] = []
+    for name in args.only or ():
+        began = time.monotonic()
+        scenarios = section(bench, name, args)
+        trainers = [job for job in args.jobs or () if job in TRAINERS]
+        needed = args.jobs if name in ("signals", "launcher", "two") and args.counts == "full" else trainers
+        bench.prepare(needed or ())
+        found = bench.run(scenarios)
+        cases += found
+        print(
+            f"{name}: {sum(not c.wrong for c in found)} of {len(found)} right, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+    rows = summary(cases)
+    seconds = round(time.monotonic() - started, 1)
+    more = {"counts": args.counts, "seed": args.seed, "seconds": seconds, "rows": rows}
+    write_json(Path(args.output or work / "results.json"), cases, more)
+    print_table(rows, cases)
+    return cases
+
+
+if __name__ == "__main__":
+    run_recipe(lambda: sys.exit(int(any(case.wrong for case in main()))))
