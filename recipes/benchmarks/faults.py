@@ -114,9 +114,8 @@ def print_table(rows: list[dict], cases: list[Case]) -> None:
         resume = "" if row["seconds_to_resume"] is None else f"{row['seconds_to_resume']:.1f} s"
         outcome = "" if row["fell_back"] is None else f"{row['fell_back']}/{row['refused']}/{row['silent']}"
         right = f"{row['right']}/{row['cases']}"
-        print(
-            f"{row['section']:10s} {row['run']:18s} {right:>9s}  {lost:12s} {resume:>9s}  {outcome:>24s}  {row['orphans']:7d}"
-        )
+        print(f"{row['section']:10s} {row['run']:18s} {right:>9s}  {lost:12s} {resume:>9s}  {outcome:>24s}  "
+              f"{row['orphans']:7d}")  # fmt: skip
     for case in cases:
         if case.wrong:
             print(f"WRONG {case.suite} {case.job}: {case.fault}: {'; '.join(case.wrong)}")

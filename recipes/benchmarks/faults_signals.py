@@ -50,12 +50,8 @@ def scenarios(bench: Bench, names: list[str], processes: int, reduced: bool, see
 def one(bench: Bench, name: str, when: str, fault: Fault, processes: int) -> Scenario:
     """A signal, and the same command again."""
     job = JOBS[name]
-    how = {0: "", 1: ", accelerate launch", 2: ", accelerate launch of 2 processes"}[processes]
-    case = Case(
-        {0: "signals", 1: "launcher", 2: "two"}[processes],
-        name,
-        f"{fault.what} to the {fault.target}{how}: {when} ({fault.place} {fault.count})",
-    )
+    suite = {0: "signals", 1: "launcher", 2: "two"}[processes]
+    case = Case(suite, name, f"{fault.what} to the {fault.target}: {when} ({fault.place} {fault.count})")
     folder = bench.folder(name)
     bench.copy_base(job, folder)
     run = yield Start(job, folder, fault, processes=processes)

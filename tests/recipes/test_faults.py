@@ -1,4 +1,4 @@
-"""recipes/benchmarks/faults.py at its reduced count: kills, damaged checkpoints, signals, full disks, NaN; all must be right."""
+"""recipes/benchmarks/faults.py at its reduced count: kills, damaged checkpoints, signals, full disks and NaN."""
 
 import json
 import os
