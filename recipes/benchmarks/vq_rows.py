@@ -119,7 +119,7 @@ def build(method: str, size: int) -> VQGAN:
     """The common network with the quantizer of one row."""
     ours = {"codebook_dim": size.bit_length() - 1} | OURS | (WIDE if size <= WIDE_CODES else {})
     own = {"ours": ours, "ours_cosine": ours | {"codebook_similarity": "cosine"}, "paper": PAPER}
-    shared = {name: value for name, value in ours.items() if name not in READ_BY}
+    shared = {name: value for name, value in ours.items() if name not in READ_BY and name != "codebook_dim"}
     own["ours_fsq"] = shared | {"quantizer": "fsq"}
     own["ours_lfq"] = shared | {"quantizer": "lfq", "entropy_weight": 0.3, "entropy_temperature": 0.3}
     own["ours_no_warmup"] = ours

@@ -155,7 +155,7 @@ def test_diversity_alone_spreads_codes_without_asking_for_sure_choices():
     (gradient,) = torch.autograd.grad(before, vectors)
     after = model.quantizer.entropy_losses(vectors.detach() - 0.1 * gradient / gradient.norm())[1]
     assert 0 <= after < before <= 1
-    with pytest.raises(ValueError, match=r"'lfq' does not read diversity_weight=1\.0 \(read by ema\)"):
+    with pytest.raises(ValueError, match=r"'lfq' does not read diversity_weight=1\.0 \(default 0\.0\)"):
         VQGANConfig(quantizer="lfq", diversity_weight=1.0)
     assert VQGAN(VQGANConfig(**NETWORK, **QUIET))(torch.zeros(1, 3, 16, 16)).diversity_loss is None
 

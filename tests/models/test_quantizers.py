@@ -317,13 +317,17 @@ def test_an_option_is_read_by_the_quantizer_or_refused(quantizer, tmp_path):
     assert other.keys() == READ_BY.keys()
     VQGANConfig(quantizer=quantizer, entropy_weight=0.0, temperature=0.0, reset_fraction=0.0)
     defaults = VQGANConfig(quantizer=quantizer)
+    if quantizer != "ema":
+        assert VQGANConfig(quantizer=quantizer, codebook_dim=8).latent_channels == 8
+        with pytest.raises(ValueError, match=r"does not read codebook_dim=16 \(default 256\)"):
+            VQGANConfig(quantizer=quantizer, codebook_dim=16, latent_channels=8)
     for name, value in other.items():
         if quantizer in READ_BY[name]:
             config = VQGANConfig(quantizer=quantizer, **{name: value})
             config.save_pretrained(tmp_path)
             assert getattr(VQGANConfig.from_pretrained(tmp_path), name) == value
             continue
-        with pytest.raises(ValueError, match=rf"'{quantizer}' does not read {name}={value!r} \(read by ema"):
+        with pytest.raises(ValueError, match=rf"'{quantizer}' does not read {name}={value!r} \(default"):
             VQGANConfig(quantizer=quantizer, **{name: value})
         stored = defaults.to_dict() | {name: value}
         (tmp_path / "config.json").write_text(json.dumps(stored))

@@ -214,13 +214,19 @@ class VQGANConfig(PreTrainedConfig):
             and getattr(self, name) != defaults[name]
             and not (name in OFF_AT_ZERO and getattr(self, name) == 0)
         }
+        # Other quantizers have a width of their own; the option then says what the latent channels are, or nothing.
+        width = math.log2(self.codebook_size) if self.quantizer == "lfq" else self.latent_channels
+        if self.quantizer != "ema" and self.codebook_dim not in (
+            defaults["codebook_dim"],
+            self.latent_channels,
+            width,
+        ):
+            idle["codebook_dim"] = self.codebook_dim
         if self.transformers_version is not None:
             for name in idle:
                 setattr(self, name, defaults[name])
         elif idle:
-            given = ", ".join(
-                f"{name}={value!r} (read by {' and '.join(READ_BY[name])})" for name, value in idle.items()
-            )
+            given = ", ".join(f"{name}={value!r} (default {defaults[name]!r})" for name, value in idle.items())
             raise ValueError(
-                f"The quantizer {self.quantizer!r} does not read {given}; leave out what it does not read."
+                f"The quantizer {self.quantizer!r} does not read {given}; leave it out, or choose quantizer='ema'."
             )
