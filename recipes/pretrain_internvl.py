@@ -12,32 +12,34 @@ Leaves a folder in the format of `OpenGVLab/InternVL3-1B-hf`: model, tokenizer, 
 `results.json` with the held-out accuracy. `recipes/train_joint_lfq.py` takes that folder, or a real checkpoint, as `--base`.
 """
 
-import json
 import math
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import InternVLVisionConfig, Qwen2Config, set_seed
 
-from tokcom_hf.cards import SCENES, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.captions import SceneArguments
 from tokcom_hf.data.packed_vqa import PackedVQACollator
-from tokcom_hf.data.scene_questions import SceneQuestionDataset
-from tokcom_hf.data.vqa import VQACollator, scene_rows
-from tokcom_hf.evaluation.vqa_generation import generate_answers
+from tokcom_hf.data.scene_rows import SceneArguments, scene_rows
 from tokcom_hf.fingerprints import settings_of
-from tokcom_hf.hub import take_upload
-from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
+from tokcom_hf.hub import Upload, take_upload
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
-from tokcom_hf.small_models.dense_pretraining import TowerLesson, earlier_accuracy, pretrain_tower
+from tokcom_hf.small_models.dense_pretraining import TowerLesson
 from tokcom_hf.small_models.small_internvl import build_small_internvl
+from tokcom_hf.small_models.vlm_recipe import (
+    answer_accuracy,
+    teach_tower,
+    train_small_vlm,
+    training_scenes,
+    write_report,
+)
 from tokcom_hf.small_models.vlm_training import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.base import average_files
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "pretrain_internvl.yaml"
 
@@ -66,101 +68,84 @@ SECTIONS = {
 }
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Trains, saves and returns the results (empty on all ranks but the first)."""
+def read_arguments(argv: list[str] | None):
+    """Values of all sections, run arguments, the scenes, training arguments, and where the model is pushed."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run, scenes = RunArguments(**values["run"]), SceneArguments(**values["scenes"])
     if len(run.questions_per_type) != len(scenes.types):
         raise RecipeError(f"--questions_per_type {run.questions_per_type} needs a number for each of {scenes.types}.")
     upload = take_upload(values["training"])
-    folder = RunFolder(run, "pretrain_internvl", folders=("tower",))
-    out = folder.path
-    state = PartialState()
-    use_all_cores(run.threads)
-    set_seed(run.seed)
-    started = time.time()
-    model, processor = build_small_internvl(values["vision"], values["text"])
-    state.print(f"{model.num_parameters():,} parameters", flush=True)
     values["training"].pop("resume_from_checkpoint", None)
-    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed}
-    args = SmallVLMTrainingArguments(**arguments)
-    train = SceneQuestionDataset(
-        max(1, args.max_steps) * args.train_batch_size * args.gradient_accumulation_steps * state.num_processes,
-        run.seed,
-        scenes.image_size,
-        dict(zip(scenes.types, run.questions_per_type)),
-        **scenes.sampling(),
-    )
-    folder.start({"": settings_of(SECTIONS, values)})
-    checkpoint = folder.checkpoint(average_files(args))
-    seen = earlier_accuracy(out / "tower")
-    if run.tower_steps and checkpoint is None:
-        seen = teach_tower(model, processor, run, scenes, args, folder)
-    # The tower can see by now, and training goes twice as fast without its backward pass.
+    args = SmallVLMTrainingArguments(**values["training"] | {"output_dir": run.output_dir, "seed": run.seed})
+    return values, run, scenes, args, upload
+
+
+def build_data(questions: list[int], scenes: SceneArguments, args: SmallVLMTrainingArguments):
+    """Scenes to train on, drawn as they are read, with so many questions of each type."""
+    return training_scenes(args, scenes, questions)
+
+
+def build_model(values):
+    """An untrained InternVL and its processor."""
+    model, processor = build_small_internvl(values["vision"], values["text"])
+    PartialState().print(f"{model.num_parameters():,} parameters", flush=True)
+    return model, processor
+
+
+def teach(model, processor, run: RunArguments, scenes: SceneArguments, args) -> dict[str, float]:
+    """Teaches tower and projector alone; returns what a linear probe then reads from features of held-out scenes."""
+    inner, side = model.model, math.isqrt(processor.image_seq_length)
+    features = lambda pixels: inner.get_image_features(pixel_values=pixels).pooler_output  # noqa: E731
+    lesson = TowerLesson(scenes.image_size, side, run.tower_steps, seed=run.seed, scenes=scenes.sampling())
+    return teach_tower(inner.vision_tower, features, processor, args, lesson, (inner.multi_modal_projector,))
+
+
+def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArguments, train) -> SmallVLMTrainer:
+    """The trainer of projector and language model, and of a tower that was taught nothing."""
+    # A taught tower can see by now, and training goes twice as fast without its backward pass.
     model.model.vision_tower.requires_grad_(run.tower_steps == 0)
-    trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
-    folder.train(trainer)
-    trainer.use_averaged_weights()
-    trainer.unwrapped_model.requires_grad_(True)
-    trainer.save_model(str(out))
-    if not trainer.is_world_process_zero():
-        return {}
-    with folder.whole() as place:
-        processor.save_pretrained(place)
+    return SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
+
+
+def report(
+    trainer, processor, run: RunArguments, scenes: SceneArguments, seen: dict, started: float, upload: Upload | None
+) -> dict[str, Any]:
+    """Measures accuracy by question type; writes results.json and the card; returns the results."""
+    out, model = Path(run.output_dir), trainer.unwrapped_model
+    processor.save_pretrained(out)
     held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, scenes)
-    answers = generate_answers(trainer.unwrapped_model, VQACollator(processor, answers=False), held_out)
-    scores = vqa_accuracy(answers, [row["answers"][0] for row in held_out])
-    accuracy = accuracy_by_type(scores, [row["types"][0] for row in held_out])
-    results = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed, "tower": seen}
+    accuracy = answer_accuracy(model, processor, held_out)
+    results: dict[str, Any] = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed, "tower": seen}
     results["steps"] = trainer.state.global_step
     # Of a resumed run the training of all its parts, too.
     results["seconds"] = round(max(time.time() - started, trainer.training_seconds), 1)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    write_model_card(
-        out,
-        "small_vlm",
-        tags=["vision-language"],
-        pipeline_tag="image-text-to-text",
-        repo_id=None if upload is None else upload.repo_id,
-        dataset=SCENES,
-        language="en",
-        measured={"accuracy": accuracy},
-        name="InternVL",
-        parameters=trainer.unwrapped_model.num_parameters(),
-        results=results,
-    )
+    measured = {"accuracy": accuracy}
+    write_report(out, "InternVL", model, results, measured, None if upload is None else upload.repo_id)
     print(f"held-out accuracy on {len(held_out)} questions, {results['seconds']:.0f} s")
     for kind, value in accuracy.items():
         print(f"  {kind:10s} {100 * value:5.1f} %")
-    folder.finish()
-    if upload is not None:
-        print("pushed to", upload.push(out))
     return results
 
 
-def teach_tower(
-    model, processor, run: RunArguments, scenes: SceneArguments, args, folder: RunFolder
-) -> dict[str, float]:
-    """Tower and projector alone; returns what a linear probe then reads from features of held-out scenes."""
-    inner = model.model
-    seen = pretrain_tower(
-        inner.vision_tower,
-        lambda pixels: inner.get_image_features(pixel_values=pixels).pooler_output,
-        processor.image_processor,
-        TowerLesson(
-            scenes.image_size,
-            math.isqrt(processor.image_seq_length),
-            run.tower_steps,
-            seed=run.seed,
-            scenes=scenes.sampling(),
-        ),
-        Path(args.output_dir) / "tower",
-        extra_modules=(inner.multi_modal_projector,),
-        resume=folder.resumes,
-        trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
-    )
-    PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))
-    return seen
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains the tower, then the rest; measures, saves and returns the results (empty on all ranks but the first)."""
+    values, run, scenes, args, upload = read_arguments(argv)
+    folder = RunFolder(run, "pretrain_internvl", folders=("tower",))
+    use_all_cores(run.threads)
+    set_seed(run.seed)
+    started = time.time()
+    train = build_data(run.questions_per_type, scenes, args)
+    model, processor = build_model(values)
+    teacher = partial(teach, model, processor, run, scenes, args) if run.tower_steps else None
+    builder = partial(build_trainer, model, processor, run, args, train)
+    trainer, seen = train_small_vlm(folder, settings_of(SECTIONS, values), args, teacher, builder)
+    if not trainer.is_world_process_zero():
+        return {}
+    results = report(trainer, processor, run, scenes, seen, started, upload)
+    folder.finish()
+    if upload is not None:
+        print("pushed to", upload.push(folder.path))
+    return results
 
 
 if __name__ == "__main__":

@@ -11,30 +11,33 @@ Leaves a folder in the format of `llava-hf/llava-1.5-7b-hf`: model, processor, m
 pruning recipes take that folder, or the name of a real checkpoint, as `--base_model`.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import CLIPVisionConfig, LlamaConfig, set_seed
 
-from tokcom_hf.cards import SCENES, write_model_card
-from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.packed_vqa import PackedVQACollator
-from tokcom_hf.data.scene_questions import SceneQuestionDataset
+from tokcom_hf.data.scene_rows import SceneArguments, scene_rows
 from tokcom_hf.data.scenes import COLOURS, QUESTION_TYPES, SHAPES
-from tokcom_hf.data.vqa import VQACollator, scene_rows
-from tokcom_hf.evaluation.vqa_generation import generate_answers
 from tokcom_hf.fingerprints import settings_of
-from tokcom_hf.hub import take_upload
-from tokcom_hf.metrics.vqa import accuracy_by_type, vqa_accuracy
+from tokcom_hf.hub import Upload, take_upload
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
-from tokcom_hf.small_models.dense_pretraining import TowerLesson, earlier_accuracy, pretrain_tower
+from tokcom_hf.small_models.dense_pretraining import TowerLesson
 from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
+from tokcom_hf.small_models.vlm_recipe import (
+    answer_accuracy,
+    teach_tower,
+    train_small_vlm,
+    training_scenes,
+    write_report,
+)
 from tokcom_hf.small_models.vlm_training import SmallVLMTrainer, SmallVLMTrainingArguments
 from tokcom_hf.threads import use_all_cores
-from tokcom_hf.trainers.base import average_files
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "pretrain_vlm.yaml"
 
@@ -60,19 +63,10 @@ class RunArguments(RunFolderArguments):
     threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
 
-    def __post_init__(self):
-        if len(self.questions_per_type) != len(QUESTION_TYPES):
-            raise ValueError(f"questions_per_type needs a number for each of {QUESTION_TYPES}.")
-
-    def sampling(self) -> dict:
-        """Options of `sample_scene`."""
-        return {
-            "min_objects": self.min_objects,
-            "max_objects": self.max_objects,
-            "grid": self.grid,
-            "shapes": SHAPES[: self.num_shapes],
-            "colours": tuple(COLOURS)[: self.num_colours],
-        }
+    def scenes(self, image_size: int) -> SceneArguments:
+        """The scenes of these arguments, with `image_size` pixels per side."""
+        names = ("num_shapes", "num_colours", "min_objects", "max_objects", "grid")
+        return SceneArguments(image_size, **{name: getattr(self, name) for name in names})
 
 
 SECTIONS = {
@@ -83,118 +77,96 @@ SECTIONS = {
 }
 
 
-def main() -> None:
-    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
+def read_arguments(argv: list[str] | None):
+    """Values of all sections, run arguments, the scenes, training arguments, and where the model is pushed."""
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run = RunArguments(**values["run"])
+    if len(run.questions_per_type) != len(QUESTION_TYPES):
+        raise RecipeError(
+            f"--questions_per_type {run.questions_per_type} needs a number for each of {QUESTION_TYPES}."
+        )
+    scenes = run.scenes(CLIPVisionConfig(**values["vision"]).image_size)
     upload = take_upload(values["training"])
-    folder = RunFolder(run, "pretrain_vlm", folders=("tower",))
-    out = folder.path
-    state = PartialState()
-    use_all_cores(run.threads)
-    set_seed(run.seed)
-    started = time.time()
+    values["training"].pop("resume_from_checkpoint", None)
+    args = SmallVLMTrainingArguments(**values["training"] | {"output_dir": run.output_dir, "seed": run.seed})
+    return values, run, scenes, args, upload
+
+
+def build_data(run: RunArguments, scenes: SceneArguments, args: SmallVLMTrainingArguments):
+    """Scenes to train on, drawn as they are read."""
+    return training_scenes(args, scenes, run.questions_per_type, run.captions)
+
+
+def build_model(values):
+    """An untrained LLaVA and its processor."""
     vision = CLIPVisionConfig(**values["vision"])
     processor = scene_processor(vision.image_size, vision.patch_size)
     model = build_small_llava(vision, values["text"], processor)
-    state.print(f"{model.num_parameters():,} parameters", flush=True)
-    values["training"].pop("resume_from_checkpoint", None)
-    arguments = values["training"] | {"output_dir": str(out), "seed": run.seed}
-    args = SmallVLMTrainingArguments(**arguments)
-    scenes_per_step = args.train_batch_size * args.gradient_accumulation_steps * state.num_processes
-    train = SceneQuestionDataset(
-        max(1, args.max_steps) * scenes_per_step,
-        run.seed,
-        vision.image_size,
-        dict(zip(QUESTION_TYPES, run.questions_per_type)),
-        run.captions,
-        **run.sampling(),
-    )
-    folder.start({"": settings_of(SECTIONS, values)})
-    checkpoint = folder.checkpoint(average_files(args))
-    if run.tower_steps and checkpoint is None:
-        seen = teach_tower(model, processor, run, args, folder)
-    else:
-        seen = earlier_accuracy(out / "tower")
+    PartialState().print(f"{model.num_parameters():,} parameters", flush=True)
+    return model, processor
+
+
+def teach(model, processor, run: RunArguments, scenes: SceneArguments, args) -> dict[str, float]:
+    """Teaches the tower alone, patch by patch; returns what a linear probe then reads from held-out patches."""
+    tower, vision = model.model.vision_tower, model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    lesson = TowerLesson(scenes.image_size, side, run.tower_steps, seed=run.seed, scenes=scenes.sampling())
+    return teach_tower(tower, lambda pixels: tower(pixels).last_hidden_state[:, 1:], processor, args, lesson)
+
+
+def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArguments, train) -> SmallVLMTrainer:
+    """The trainer of the language model and, with --train_tower, of the tower."""
     tower = model.model.vision_tower.requires_grad_(run.train_tower)
     if run.train_tower:
         # LLaVA reads the tower before its last norm, which hence never gets a gradient.
         tower.post_layernorm.requires_grad_(False)
-    trainer = SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
-    folder.train(trainer)
-    trainer.use_averaged_weights()
-    trainer.save_model(str(out))
-    if trainer.is_world_process_zero():
-        with folder.whole() as place:
-            processor.save_pretrained(place)
-        # Of a resumed run the training of all its parts, too.
-        started = min(started, time.time() - trainer.training_seconds)
-        model, repo_id = trainer.unwrapped_model.requires_grad_(True), None if upload is None else upload.repo_id
-        report(out, model, processor, run, vision.image_size, seen, started, repo_id)
-        folder.finish()
-        if upload is not None:
-            print("pushed to", upload.push(out))
-
-
-def teach_tower(
-    model, processor, run: RunArguments, args: SmallVLMTrainingArguments, folder: RunFolder
-) -> dict[str, float]:
-    """The tower alone, patch by patch; returns what a linear probe then reads from held-out patches."""
-    tower, vision = model.model.vision_tower, model.config.vision_config
-    seen = pretrain_tower(
-        tower,
-        lambda pixels: tower(pixels).last_hidden_state[:, 1:],
-        processor.image_processor,
-        TowerLesson(
-            vision.image_size,
-            vision.image_size // vision.patch_size,
-            run.tower_steps,
-            seed=run.seed,
-            scenes=run.sampling(),
-        ),
-        Path(args.output_dir) / "tower",
-        resume=folder.resumes,
-        trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
-    )
-    PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))
-    return seen
+    return SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
 
 
 def report(
-    out: Path, model, processor, run: RunArguments, image_size: int, seen: dict, started: float, repo_id: str | None
+    trainer, processor, run: RunArguments, scenes: SceneArguments, seen: dict, started: float, upload: Upload | None
 ) -> None:
-    """Accuracy by question type on held-out questions, with the picture and (language prior) on other pictures."""
-    scenes = {name: getattr(run, name) for name in ("num_shapes", "num_colours", "min_objects", "max_objects", "grid")}
-    scenes["image_size"] = image_size
-    held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, **scenes)
+    """Measures accuracy by question type, with the picture and on other pictures; writes results.json and the card."""
+    out, model = Path(run.output_dir), trainer.unwrapped_model.requires_grad_(True)
+    processor.save_pretrained(out)
+    # Of a resumed run the training of all its parts, too.
+    started = min(started, time.time() - trainer.training_seconds)
+    held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, scenes)
     rows = [held_out[i] for i in range(len(held_out))]
     # Each question with the picture of another question of its type: what the words alone are worth.
     step = len(QUESTION_TYPES)
     blind = [row | {"image": rows[(i + step) % len(rows)]["image"]} for i, row in enumerate(rows)]
-    accuracy = {}
-    for name, part in (("accuracy", rows), ("accuracy_other_picture", blind)):
-        answers = generate_answers(model, VQACollator(processor, answers=False), part)
-        scores = vqa_accuracy(answers, [row["answers"][0] for row in part])
-        accuracy[name] = accuracy_by_type(scores, [row["types"][0] for row in part])
-    results = accuracy | {"tower": seen, "scenes": scenes, "seed": run.seed}
+    accuracy = {
+        "accuracy": answer_accuracy(model, processor, rows),
+        "accuracy_other_picture": answer_accuracy(model, processor, blind),
+    }
+    told = {name: value for name, value in vars(scenes).items() if name != "types"}
+    results: dict[str, Any] = accuracy | {"tower": seen, "scenes": told, "seed": run.seed}
     results["seconds"] = round(time.time() - started, 1)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    write_model_card(
-        out,
-        "small_vlm",
-        tags=["vision-language"],
-        pipeline_tag="image-text-to-text",
-        repo_id=repo_id,
-        dataset=SCENES,
-        language="en",
-        measured=accuracy,
-        name="LLaVA",
-        parameters=model.num_parameters(),
-        results=results,
-    )
+    write_report(out, "LLaVA", model, results, accuracy, None if upload is None else upload.repo_id)
     print(f"held-out accuracy on {len(rows)} questions, {results['seconds']:.0f} s")
     print(f"  {'':10s} {'':>7s} with another question's picture")
     for kind, value in accuracy["accuracy"].items():
         print(f"  {kind:10s} {100 * value:5.1f} % {100 * accuracy['accuracy_other_picture'][kind]:5.1f} %")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains the tower, then the whole; measures and saves."""
+    values, run, scenes, args, upload = read_arguments(argv)
+    folder = RunFolder(run, "pretrain_vlm", folders=("tower",))
+    use_all_cores(run.threads)
+    set_seed(run.seed)
+    started = time.time()
+    train = build_data(run, scenes, args)
+    model, processor = build_model(values)
+    teacher = partial(teach, model, processor, run, scenes, args) if run.tower_steps else None
+    builder = partial(build_trainer, model, processor, run, args, train)
+    trainer, seen = train_small_vlm(folder, settings_of(SECTIONS, values), args, teacher, builder)
+    if trainer.is_world_process_zero():
+        report(trainer, processor, run, scenes, seen, started, upload)
+        folder.finish()
+        if upload is not None:
+            print("pushed to", upload.push(folder.path))
 
 
 if __name__ == "__main__":

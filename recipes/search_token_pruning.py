@@ -14,19 +14,20 @@ from pathlib import Path
 from train_token_pruning import (
     DEFAULT_CONFIG,
     SECTIONS,
-    build_discriminator,
+    build_data,
     build_model,
-    check_merge_budget,
     choose_gpus,
+    collators,
     ensure_small_vlm,
 )
 from train_token_pruning import RunArguments as TrainArguments
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoProcessor, set_seed
 
 from tokcom_hf import TokenPruningTrainer, TokenPruningTrainingArguments
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
+from tokcom_hf.data.vqa_sources import VQASourceArguments, vqa_collator
 from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
+from tokcom_hf.trainers.pruning_build import build_discriminator, check_merge_budget
 
 
 @dataclass
@@ -39,8 +40,9 @@ class RunArguments(TrainArguments):
     storage: str | None = field(default=None, metadata={"help": "Optuna storage, to go on with a search."})
 
 
-def main() -> None:
-    search(parse_recipe(__doc__, SECTIONS | {"run": RunArguments}, DEFAULT_CONFIG, aliases=TRAIN_TOKEN_PRUNING))
+def main(argv: list[str] | None = None) -> None:
+    """Reads the arguments and searches."""
+    search(parse_recipe(__doc__, SECTIONS | {"run": RunArguments}, DEFAULT_CONFIG, argv, TRAIN_TOKEN_PRUNING))
 
 
 def search(values: dict) -> None:
@@ -59,9 +61,6 @@ def search(values: dict) -> None:
         import optuna  # noqa: F401
     except ImportError as error:
         raise RecipeError("The search needs Optuna: pip install 'tokcom_hf[search]'.") from error
-    ensure_small_vlm(run.base_model)
-    processor = AutoProcessor.from_pretrained(run.base_model)
-    train, held_out = load_vqa_rows(source, run.base_model)
     fixed = {
         "output_dir": run.output_dir,
         "seed": run.seed,
@@ -72,24 +71,26 @@ def search(values: dict) -> None:
         "early_stopping_patience": 0,
     }
     args = TokenPruningTrainingArguments(**values["training"] | fixed)
+    ensure_small_vlm(run.base_model)
+    processor = AutoProcessor.from_pretrained(run.base_model)
+    train, held_out = build_data(run, source)
 
     def fresh_model(trial=None):
         set_seed(run.seed)
-        return build_model(AutoModelForImageTextToText.from_pretrained(run.base_model, dtype=run.dtype), run, values)
+        return build_model(run, values)
 
     probe = fresh_model()
     check_merge_budget(values["merger"], probe.base, vqa_collator(source, processor), train)
     kept = None if source.max_vision_tokens is None else probe.config.tokens_kept
-    discriminator = build_discriminator(probe, args, values)
+    discriminator = build_discriminator(probe, values["discriminator"]) if args.adversarial_weight > 0 else None
     del probe
     trainer = TokenPruningTrainer(
         model_init=fresh_model,
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=vqa_collator(source, processor, kept=kept),
-        generation_collator=vqa_collator(source, processor, answers=False, kept=kept),
         discriminator=discriminator,
+        **collators(source, processor, kept),
     )
     best = trainer.hyperparameter_search(
         hp_space=search_space,

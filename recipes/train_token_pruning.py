@@ -16,19 +16,12 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
-from tokcom_hf import (
-    LayerPrunerConfig,
-    PrunedVLM,
-    PruningDiscriminator,
-    PruningDiscriminatorConfig,
-    TokenMergerConfig,
-    TokenPruningTrainer,
-    TokenPruningTrainingArguments,
-)
+from tokcom_hf import PrunedVLM, TokenPruningTrainer, TokenPruningTrainingArguments
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, scene_options, vqa_collator
@@ -36,10 +29,11 @@ from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
 from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.gpus import use_gpus
-from tokcom_hf.hub import take_upload
-from tokcom_hf.pruning_checkpoint import convert_discriminator, convert_merger, convert_pruners, read_parts
+from tokcom_hf.hub import Upload, take_upload
+from tokcom_hf.pruning_checkpoint import read_parts
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
+from tokcom_hf.trainers.pruning_build import PRUNING_SECTIONS, build_discriminator, build_heads, check_merge_budget
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_token_pruning.yaml"
 SMALL_VLM = "outputs/small_vlm"
@@ -74,103 +68,17 @@ class RunArguments(RunFolderArguments):
     gpus_per_subtask: int | None = field(
         default=None, metadata={"help": "GPUs of one run; accelerate launch --num_processes starts as many processes."}
     )
-    threads: int | None = field(
-        default=None,
-        metadata={
-            "help": "CPU threads of a single process; all cores by default (accelerate launch alone gives one)."
-        },
-    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32 or bfloat16."})
 
 
-SECTIONS = {
-    "run": RunArguments,
-    "data": VQASourceArguments,
-    "merger": TokenMergerConfig,
-    "pruner": LayerPrunerConfig,
-    "discriminator": PruningDiscriminatorConfig,
-    "training": TokenPruningTrainingArguments,
-}
+SECTIONS = {"run": RunArguments, "data": VQASourceArguments, **PRUNING_SECTIONS}
 
 
-def main() -> None:
-    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, aliases=TRAIN_TOKEN_PRUNING)
-    run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
-    if wants_search(run):
-        sys.path.insert(0, str(Path(__file__).parent))
-        import search_token_pruning
-
-        return search_token_pruning.search(values)
-    choose_gpus(run)
-    upload = take_upload(values["training"])
-    folder = RunFolder(run, "train_token_pruning")
-    out = folder.path
-    # Before the small model is trained, which takes minutes.
-    values["training"].pop("resume_from_checkpoint", None)
-    args = TokenPruningTrainingArguments(**values["training"] | {"output_dir": str(out), "seed": run.seed})
-    use_all_cores(run.threads)
-    ensure_small_vlm(run.base_model, run.threads)
-    started = time.time()
-    set_seed(run.seed)
-    info("Loading backbone and dataset...")
-    base = AutoModelForImageTextToText.from_pretrained(run.base_model, dtype=run.dtype)
-    processor = AutoProcessor.from_pretrained(run.base_model)
-    train, held_out = load_vqa_rows(source, run.base_model)
-    check_merge_budget(values["merger"], base, vqa_collator(source, processor), train)
-    parts = read_parts(run.init_from, run.init_step) if run.init_from else {}
-    model = build_model(base, run, values, parts)
-
-    discriminator = build_discriminator(model, args, values, parts)
-    info("Freezing backbone parameters..." if not args.lora_r else "Adding LoRA adapters to the frozen backbone...")
-    info("Creating Trainer...")
-    trainer = TokenPruningTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=vqa_collator(source, processor, kept=model.config.tokens_kept),
-        generation_collator=vqa_collator(source, processor, answers=False, kept=model.config.tokens_kept),
-        discriminator=discriminator,
-    )
-    folder.start({"": settings_of(SECTIONS, values)})
-    announce(model, args, values["merger"])
-    folder.train(trainer)
-    trainer.use_averaged_weights()
-    if args.lora_r:
-        trainer.merge_lora()
-    if not trainer.is_world_process_zero():
-        return
-    # What is pushed must not refer to a folder of this machine.
-    whole = bool(args.lora_r) or (upload is not None and Path(run.base_model).is_dir())
-    with folder.whole() as place:
-        model.save_pretrained(place, include_base=True if whole else None)
-        processor.save_pretrained(place)
-    seconds = max(time.time() - started, trainer.training_seconds)
-    report(out, model, processor, source, held_out, run, args, seconds, None if upload is None else upload.repo_id)
-    folder.finish()
-    if upload is not None:
-        print("pushed to", upload.push(out))
-
-
-def ensure_small_vlm(base_model: str, threads: int | None = None) -> None:
-    """Trains the small LLaVA where the default base model does not exist yet."""
-    if base_model != SMALL_VLM or (Path(base_model) / "config.json").is_file():
-        return
-    state = PartialState()
-    state.wait_for_everyone()
-    state.print(f"{SMALL_VLM} does not exist yet; training it first (recipes/pretrain_vlm.py)")
-    sys.path.insert(0, str(Path(__file__).parent))
-    import pretrain_vlm
-
-    # All ranks take part: the training is distributed like this one.
-    before, sys.argv = sys.argv, ["pretrain_vlm.py", "--overwrite"]
-    if threads:
-        sys.argv += ["--threads", str(threads)]
-    try:
-        pretrain_vlm.main()
-    finally:
-        sys.argv = before
-    state.wait_for_everyone()
+def read_arguments(argv: list[str] | None) -> tuple[dict[str, Any], RunArguments, VQASourceArguments]:
+    """Values of all sections, run arguments and the data's."""
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_TOKEN_PRUNING)
+    return values, RunArguments(**values["run"]), VQASourceArguments(**values["data"])
 
 
 def wants_search(run: RunArguments) -> bool:
@@ -194,59 +102,67 @@ def wants_search(run: RunArguments) -> bool:
 
 
 def choose_gpus(run: RunArguments) -> None:
+    """Lets the run see its GPUs only; to be called before anything else touches one."""
     told = use_gpus(run.available_gpus, run.gpus_per_subtask)
     if told:
         info(told)
 
 
 def info(text: str) -> None:
-    """One line of the first process's terminal."""
+    """Prints a line of the first process."""
     PartialState().print(f"[INFO] {text}", flush=True)
 
 
-def check_merge_budget(merger: dict, base, collator, rows) -> None:
-    """Raises RecipeError where `merge_ratio` and `target_merge_tokens` are both set and differ by more than a token."""
-    ratio, target = merger.get("merge_ratio"), merger.get("target_merge_tokens")
-    if ratio is None or target is None:
+def ensure_small_vlm(base_model: str, threads: int | None = None) -> None:
+    """Trains the small LLaVA where the default base model does not exist yet."""
+    if base_model != SMALL_VLM or (Path(base_model) / "config.json").is_file():
         return
-    row = collator([rows[0]])
-    tokens = int((row["input_ids"] == base.config.image_token_id).sum())
-    if abs(ratio * tokens - target) > 1:
-        raise RecipeError(
-            f"merge_ratio {ratio} keeps {round(ratio * tokens)} of an image's {tokens} vision tokens, but "
-            f"target_merge_tokens is {target}; give one of them (--target_merge_tokens none drops the configuration's)."
-        )
+    state = PartialState()
+    state.wait_for_everyone()
+    state.print(f"{SMALL_VLM} does not exist yet; training it first (recipes/pretrain_vlm.py)")
+    sys.path.insert(0, str(Path(__file__).parent))
+    import pretrain_vlm
+
+    # All ranks take part: the training is distributed like this one.
+    pretrain_vlm.main(["--overwrite", *(["--threads", str(threads)] if threads else [])])
+    state.wait_for_everyone()
 
 
-def build_model(base, run: RunArguments, values, parts: dict | None = None) -> PrunedVLM:
-    """Heads that fit the base model: fresh ones, or those of `parts`, state dicts by name (`read_parts`)."""
+def build_data(run: RunArguments, source: VQASourceArguments):
+    """Training and held-out rows."""
+    return load_vqa_rows(source, run.base_model)
+
+
+def build_model(run: RunArguments, values, parts: dict | None = None) -> PrunedVLM:
+    """The base model with heads that fit it, fresh ones or those of `parts` (`read_parts`), or with a strategy."""
+    base = AutoModelForImageTextToText.from_pretrained(run.base_model, dtype=run.dtype)
     if run.strategy:
         return PrunedVLM.from_base(base, strategy=run.strategy, keep=run.keep)
-    probe = PrunedVLM.from_base(base)
-    width, features = probe.family.text_config.hidden_size, probe.family.feature_size
-    merger = pruner = None
     if run.merger:
         info("Creating Token Merger...")
-        settings = values["merger"] | {"feature_size": features, "question_size": width}
-        state = (parts or {}).get("token_merger")
-        merger = TokenMergerConfig(**settings) if state is None else convert_merger(state, **settings)
     if run.pruners:
         info("Creating Layer-Specific Pruners...")
-        settings = values["pruner"] | {"hidden_size": width}
-        state = (parts or {}).get("layer_pruners")
-        pruner = LayerPrunerConfig(**settings) if state is None else convert_pruners(state, **settings)
-    return PrunedVLM.from_base(base, merger, pruner)
+    return build_heads(
+        base, values["merger"] if run.merger else None, values["pruner"] if run.pruners else None, parts
+    )
 
 
-def build_discriminator(model: PrunedVLM, args, values, parts: dict | None = None) -> PruningDiscriminator | None:
-    """A discriminator of the language model's width, where the losses need one."""
-    if args.adversarial_weight <= 0:
-        return None
-    info("Creating Discriminator...")
-    width = model.family.text_config.hidden_size
-    config = PruningDiscriminatorConfig(**values["discriminator"] | {"hidden_size": width})
-    state = (parts or {}).get("discriminator")
-    return PruningDiscriminator(config) if state is None else convert_discriminator(state, config)
+def collators(source: VQASourceArguments, processor, kept) -> dict[str, Any]:
+    """A trainer's collators for training and for answers; images leave as many tokens as the model's heads keep."""
+    return {
+        "data_collator": vqa_collator(source, processor, kept=kept),
+        "generation_collator": vqa_collator(source, processor, answers=False, kept=kept),
+    }
+
+
+def build_trainer(
+    model: PrunedVLM, processor, args: TokenPruningTrainingArguments, source: VQASourceArguments, data, discriminator
+) -> TokenPruningTrainer:
+    """The trainer of `data`, training and held-out rows."""
+    given = {"train_dataset": data[0], "eval_dataset": data[1], "discriminator": discriminator}
+    return TokenPruningTrainer(
+        model=model, args=args, **given, **collators(source, processor, model.config.tokens_kept)
+    )
 
 
 def announce(model: PrunedVLM, args: TokenPruningTrainingArguments, given: dict) -> None:
@@ -264,11 +180,24 @@ def announce(model: PrunedVLM, args: TokenPruningTrainingArguments, given: dict)
     info(f"Temperature: {args.temperature_start} → {args.temperature_end}")
 
 
-def report(out: Path, model, processor, source, held_out, run, args, seconds: float, repo_id: str | None) -> None:
-    """All modes on the held-out rows: printed, saved and put into the model card."""
-    collator = vqa_collator(source, processor, answers=False, kept=model.config.tokens_kept)
+def report(
+    trainer: TokenPruningTrainer,
+    processor,
+    run: RunArguments,
+    source: VQASourceArguments,
+    started: float,
+    upload: Upload | None,
+) -> None:
+    """Saves heads and processor, measures all modes on the held-out rows; writes results.json and card, prints a table."""
+    out, model, held_out = Path(run.output_dir), trainer.unwrapped_model, trainer.eval_dataset
+    # What is pushed must not refer to a folder of this machine.
+    whole = bool(trainer.args.lora_r) or (upload is not None and Path(run.base_model).is_dir())
+    model.save_pretrained(out, include_base=True if whole else None)
+    processor.save_pretrained(out)
+    seconds = max(time.time() - started, trainer.training_seconds)
     modes = ("origin", "merge_only", "soft", "hard")
-    table = {m: evaluate_mode(model, collator, held_out, m, args.eval_max_new_tokens) for m in modes}
+    length = trainer.args.eval_max_new_tokens
+    table = {mode: evaluate_mode(model, trainer.generation_collator, held_out, mode, length) for mode in modes}
     slim = {
         m: {k: v for k, v in r.items() if k not in ("scores", "answers", "merged_tokens")} for m, r in table.items()
     }
@@ -281,7 +210,7 @@ def report(out: Path, model, processor, source, held_out, run, args, seconds: fl
         "token_pruning",
         tags=["token-pruning", "vision-language"],
         pipeline_tag="image-text-to-text",
-        repo_id=repo_id,
+        repo_id=None if upload is None else upload.repo_id,
         base=run.base_model,
         dataset=card_dataset(SCENES, source.dataset_name, source.dataset_config, source.eval_file),
         language="en" if not (source.dataset_name or source.eval_file) else None,
@@ -302,6 +231,49 @@ def report(out: Path, model, processor, source, held_out, run, args, seconds: fl
             f"{mode:12s} {100 * result['accuracy']['all']:7.1f}% {100 * result['flops_ratio']:6.1f}% "
             f"{100 * result['sequence_kept']:7.1f}%  {tokens}"
         )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains the heads, or searches their settings with --mode optuna."""
+    values, run, source = read_arguments(argv)
+    if wants_search(run):
+        sys.path.insert(0, str(Path(__file__).parent))
+        import search_token_pruning
+
+        return search_token_pruning.search(values)
+    choose_gpus(run)
+    upload = take_upload(values["training"])
+    folder = RunFolder(run, "train_token_pruning")
+    values["training"].pop("resume_from_checkpoint", None)
+    args = TokenPruningTrainingArguments(**values["training"] | {"output_dir": run.output_dir, "seed": run.seed})
+    use_all_cores(run.threads)
+    ensure_small_vlm(run.base_model, run.threads)
+    started = time.time()
+    set_seed(run.seed)
+    info("Loading backbone and dataset...")
+    processor = AutoProcessor.from_pretrained(run.base_model)
+    data = build_data(run, source)
+    parts = read_parts(run.init_from, run.init_step) if run.init_from else {}
+    model = build_model(run, values, parts)
+    check_merge_budget(values["merger"], model.base, vqa_collator(source, processor), data[0])
+    discriminator = None
+    if args.adversarial_weight > 0:
+        info("Creating Discriminator...")
+        discriminator = build_discriminator(model, values["discriminator"], parts.get("discriminator"))
+    info("Adding LoRA adapters to the frozen backbone..." if args.lora_r else "Freezing backbone parameters...")
+    info("Creating Trainer...")
+    trainer = build_trainer(model, processor, args, source, data, discriminator)
+    folder.start({"": settings_of(SECTIONS, values)})
+    announce(model, args, values["merger"])
+    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
+    trainer.use_averaged_weights()
+    if args.lora_r:
+        trainer.merge_lora()
+    if trainer.is_world_process_zero():
+        report(trainer, processor, run, source, started, upload)
+        folder.finish()
+        if upload is not None:
+            print("pushed to", upload.push(folder.path))
 
 
 if __name__ == "__main__":

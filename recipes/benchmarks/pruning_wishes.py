@@ -18,18 +18,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
-from tokcom_hf import (
-    LayerPrunerConfig,
-    PrunedVLM,
-    PruningDiscriminatorConfig,
-    TokenMergerConfig,
-    TokenPruningTrainer,
-    TokenPruningTrainingArguments,
-)
+from tokcom_hf import PrunedVLM
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
 from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.threads import use_all_cores
+from tokcom_hf.trainers.pruning_build import PRUNING_SECTIONS, build_heads, train_heads
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_pruning.yaml"
 # 64 vision tokens of the small VLM become 12, then 6 and 3.
@@ -71,15 +65,8 @@ class RunArguments:
         self.rows = [self.rows] if isinstance(self.rows, str) else self.rows
 
 
-SECTIONS = {
-    "run": RunArguments,
-    "data": VQASourceArguments,
-    "merger": TokenMergerConfig,
-    "pruner": LayerPrunerConfig,
-    # The default configuration has one; there is no adversarial part here.
-    "discriminator": PruningDiscriminatorConfig,
-    "training": TokenPruningTrainingArguments,
-}
+# The default configuration has a discriminator, too; there is no adversarial part here.
+SECTIONS = {"run": RunArguments, "data": VQASourceArguments, **PRUNING_SECTIONS}
 
 
 def main() -> None:
@@ -118,29 +105,11 @@ def train(run: RunArguments, values: dict, processor, out: Path) -> PrunedVLM:
     """A merger and pruners, trained with LoRA and merged into the base."""
     set_seed(run.seed)
     base = AutoModelForImageTextToText.from_pretrained(run.base_model)
-    probe = PrunedVLM.from_base(base)
-    width, features = probe.family.text_config.hidden_size, probe.family.feature_size
-    model = PrunedVLM.from_base(
-        base,
-        TokenMergerConfig(**values["merger"] | {"feature_size": features, "question_size": width}),
-        LayerPrunerConfig(**values["pruner"] | {"hidden_size": width}),
-    )
+    model = build_heads(base, values["merger"], values["pruner"])
     source = VQASourceArguments(**values["data"])
     rows, _ = load_vqa_rows(source, run.base_model)
-    arguments = values["training"] | {
-        "output_dir": str(out / "work"), "seed": run.seed, "max_steps": run.steps, "adversarial_weight": 0.0,
-        "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
-    trainer = TokenPruningTrainer(
-        model=model,
-        args=TokenPruningTrainingArguments(**arguments),
-        train_dataset=rows,
-        data_collator=vqa_collator(source, processor),
-    )
-    trainer.train()
-    if trainer.args.lora_r:
-        trainer.merge_lora()
-    return model.eval()
+    fixed = {"output_dir": str(out / "work"), "seed": run.seed, "max_steps": run.steps, "adversarial_weight": 0.0}
+    return train_heads(model, values["training"] | fixed, rows, vqa_collator(source, processor))
 
 
 def measure(model: PrunedVLM, processor, values: dict, rows, mode: str) -> dict:

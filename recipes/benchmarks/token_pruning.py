@@ -21,15 +21,7 @@ import torch
 from downsampled_vlm import can_downsample, downsampled_vlm, shrunk
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
-from tokcom_hf import (
-    LayerPrunerConfig,
-    PrunedVLM,
-    PruningDiscriminator,
-    PruningDiscriminatorConfig,
-    TokenMergerConfig,
-    TokenPruningTrainer,
-    TokenPruningTrainingArguments,
-)
+from tokcom_hf import PrunedVLM
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa import VQADataset
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
@@ -37,6 +29,7 @@ from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.metrics.vqa import paired_bootstrap
 from tokcom_hf.models.pruning_strategies import LAYER_STRATEGIES, STRATEGIES
 from tokcom_hf.threads import use_all_cores
+from tokcom_hf.trainers.pruning_build import PRUNING_SECTIONS, build_heads, train_heads
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_pruning.yaml"
 OURS, RANDOM_TUNED, GREY = "merger + pruners + LoRA", "random + LoRA", "question only (other picture)"
@@ -73,14 +66,7 @@ class RunArguments:
     ablations: bool = field(default=True, metadata={"help": "Also train the ablations (first seed only)."})
 
 
-SECTIONS = {
-    "run": RunArguments,
-    "data": VQASourceArguments,
-    "merger": TokenMergerConfig,
-    "pruner": LayerPrunerConfig,
-    "discriminator": PruningDiscriminatorConfig,
-    "training": TokenPruningTrainingArguments,
-}
+SECTIONS = {"run": RunArguments, "data": VQASourceArguments, **PRUNING_SECTIONS}
 
 
 class Comparison:
@@ -104,43 +90,21 @@ class Comparison:
         return self.evaluate(self.train(self.heads(merger, pruners), seed, **changes))
 
     def heads(self, merger: bool, pruners: bool) -> PrunedVLM:
-        base = self.base()
-        probe = PrunedVLM.from_base(base)
-        width, features = probe.family.text_config.hidden_size, probe.family.feature_size
-        first = TokenMergerConfig(**self.values["merger"] | {"feature_size": features, "question_size": width})
-        second = LayerPrunerConfig(**self.values["pruner"] | {"hidden_size": width})
-        return PrunedVLM.from_base(base, first if merger else None, second if pruners else None)
+        """The base with fresh heads."""
+        first, second = self.values["merger"], self.values["pruner"]
+        return build_heads(self.base(), first if merger else None, second if pruners else None)
 
     def base_written(self) -> int:
         """When the base's weights were written, 0 for a Hub name: a base trained anew is another base."""
         return sum(path.stat().st_mtime_ns for path in Path(self.run.base_model).glob("*.safetensors"))
 
     def train(self, model: PrunedVLM, seed: int, rows=None, processor=None, **changes) -> PrunedVLM:
-        arguments = self.values["training"] | changes | {
-            "output_dir": str(Path(self.run.output_dir) / "work"),
-            "seed": seed,
-            "remove_unused_columns": False,
-            "save_strategy": "no",
-            "eval_strategy": "no",
-            "disable_tqdm": True,
-        }  # fmt: skip
-        args = TokenPruningTrainingArguments(**arguments)
-        discriminator = None
-        if args.adversarial_weight > 0:
-            width = model.family.text_config.hidden_size
-            config = PruningDiscriminatorConfig(**self.values["discriminator"] | {"hidden_size": width})
-            discriminator = PruningDiscriminator(config)
-        trainer = TokenPruningTrainer(
-            model=model,
-            args=args,
-            train_dataset=self.train_rows if rows is None else rows,
-            data_collator=vqa_collator(self.source, processor or self.processor),
-            discriminator=discriminator,
-        )
-        trainer.train()
-        if args.lora_r:
-            trainer.merge_lora()
-        return model.eval()
+        """The model, trained on our rows, or on `rows`, with some training arguments changed."""
+        place = {"output_dir": str(Path(self.run.output_dir) / "work"), "seed": seed}
+        arguments = self.values["training"] | changes | place
+        collator = vqa_collator(self.source, processor or self.processor)
+        data = self.train_rows if rows is None else rows
+        return train_heads(model, arguments, data, collator, self.values["discriminator"])
 
     def evaluate(self, model: PrunedVLM, rows=None, mode: str = "hard", processor=None) -> dict:
         length = self.values["training"].get("eval_max_new_tokens", 4)

@@ -1,0 +1,112 @@
+"""Builds what token pruning trains, from the sections of a recipe: heads that fit a base model, and a discriminator."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..cli import RecipeError
+from ..models.configuration_pruning_discriminator import PruningDiscriminatorConfig
+from ..models.configuration_pruning_layer_pruner import LayerPrunerConfig
+from ..models.configuration_pruning_token_merger import TokenMergerConfig
+from ..models.modeling_pruned_vlm import PrunedVLM
+from ..models.modeling_pruning_discriminator import PruningDiscriminator
+from ..pruning_checkpoint import StateDict, convert_discriminator, convert_merger, convert_pruners
+from .pruning import TokenPruningTrainer, TokenPruningTrainingArguments
+
+# Sections of a recipe that trains heads, beside its own.
+PRUNING_SECTIONS = {
+    "merger": TokenMergerConfig,
+    "pruner": LayerPrunerConfig,
+    "discriminator": PruningDiscriminatorConfig,
+    "training": TokenPruningTrainingArguments,
+}
+
+
+def build_heads(
+    base: Any,
+    merger: Mapping[str, Any] | None,
+    pruner: Mapping[str, Any] | None,
+    parts: Mapping[str, StateDict] | None = None,
+) -> PrunedVLM:
+    """Puts heads of the base model's sizes on it.
+
+    Args:
+        base: vision-language model.
+        merger: fields of `TokenMergerConfig` but the sizes; None for no merger.
+        pruner: fields of `LayerPrunerConfig` but the size; None for no pruners.
+        parts: weights of "token_merger" and "layer_pruners" (`pruning_checkpoint.read_parts`); a missing part starts anew.
+    """
+    given, probe = parts or {}, PrunedVLM.from_base(base)
+    width, features = probe.adapter.text_config.hidden_size, probe.adapter.feature_size
+    first: Any = None
+    second: Any = None
+    if merger is not None:
+        settings = {**merger, "feature_size": features, "question_size": width}
+        state = given.get("token_merger")
+        first = TokenMergerConfig(**settings) if state is None else convert_merger(state, **settings)
+    if pruner is not None:
+        settings = {**pruner, "hidden_size": width}
+        state = given.get("layer_pruners")
+        second = LayerPrunerConfig(**settings) if state is None else convert_pruners(state, **settings)
+    return PrunedVLM.from_base(base, first, second)
+
+
+def build_discriminator(
+    model: PrunedVLM, settings: Mapping[str, Any], state: StateDict | None = None
+) -> PruningDiscriminator:
+    """A discriminator of the language model's width: a fresh one, or one with the documented weights `state`."""
+    config = PruningDiscriminatorConfig(**{**settings, "hidden_size": model.adapter.text_config.hidden_size})
+    return PruningDiscriminator(config) if state is None else convert_discriminator(state, config)
+
+
+def check_merge_budget(merger: Mapping[str, Any], base: Any, collator: Any, rows: Any) -> None:
+    """Checks that `merge_ratio` and `target_merge_tokens`, where both are set, mean the same number of tokens.
+
+    Args:
+        merger: fields of `TokenMergerConfig`.
+        base: vision-language model.
+        collator: makes a batch of `rows`, whose first one's vision tokens are counted.
+
+    Raises:
+        RecipeError: the two differ by more than a token.
+    """
+    ratio, target = merger.get("merge_ratio"), merger.get("target_merge_tokens")
+    if ratio is None or target is None:
+        return
+    row = collator([rows[0]])
+    tokens = int((row["input_ids"] == base.config.image_token_id).sum())
+    if abs(ratio * tokens - target) > 1:
+        raise RecipeError(
+            f"merge_ratio {ratio} keeps {round(ratio * tokens)} of an image's {tokens} vision tokens, but "
+            f"target_merge_tokens is {target}; give one of them (--target_merge_tokens none drops the configuration's)."
+        )
+
+
+def train_heads(
+    model: PrunedVLM,
+    arguments: Mapping[str, Any],
+    rows: Any,
+    collator: Any,
+    discriminator: Mapping[str, Any] | None = None,
+) -> PrunedVLM:
+    """Trains a model's heads without checkpoints or evaluations, merges LoRA into the base; for comparisons of settings.
+
+    Args:
+        model: to be trained, in place.
+        arguments: fields of `TokenPruningTrainingArguments`.
+        rows: training rows.
+        collator: makes batches of them.
+        discriminator: fields of `PruningDiscriminatorConfig`, for arguments with an adversarial loss.
+
+    Returns:
+        the same model, for evaluation.
+    """
+    quiet = {"remove_unused_columns": False, "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True}
+    args = TokenPruningTrainingArguments(**{**arguments, **quiet})
+    adversary = build_discriminator(model, discriminator or {}) if args.adversarial_weight > 0 else None
+    trainer = TokenPruningTrainer(
+        model=model, args=args, train_dataset=rows, data_collator=collator, discriminator=adversary
+    )
+    trainer.train()
+    if args.lora_r:
+        trainer.merge_lora()
+    return model.eval()
