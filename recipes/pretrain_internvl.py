@@ -92,12 +92,12 @@ def build_model(values):
     return model, processor
 
 
-def teach(model, processor, run: RunArguments, scenes: SceneArguments, args) -> dict[str, float]:
+def teach(model, processor, run: RunArguments, scenes: SceneArguments, args, folder: RunFolder) -> dict[str, float]:
     """Teaches tower and projector alone; returns what a linear probe then reads from features of held-out scenes."""
     inner, side = model.model, math.isqrt(processor.image_seq_length)
     features = lambda pixels: inner.get_image_features(pixel_values=pixels).pooler_output  # noqa: E731
     lesson = TowerLesson(scenes.image_size, side, run.tower_steps, seed=run.seed, scenes=scenes.sampling())
-    return teach_tower(inner.vision_tower, features, processor, args, lesson, (inner.multi_modal_projector,))
+    return teach_tower(inner.vision_tower, features, processor, args, lesson, folder, (inner.multi_modal_projector,))
 
 
 def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArguments, train) -> SmallVLMTrainer:
@@ -108,11 +108,19 @@ def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArg
 
 
 def report(
-    trainer, processor, run: RunArguments, scenes: SceneArguments, seen: dict, started: float, upload: Upload | None
+    run: RunArguments,
+    folder: RunFolder,
+    trainer,
+    processor,
+    scenes: SceneArguments,
+    seen: dict,
+    started: float,
+    upload,
 ) -> dict[str, Any]:
     """Measures accuracy by question type; writes results.json and the card; returns the results."""
-    out, model = Path(run.output_dir), trainer.unwrapped_model
-    processor.save_pretrained(out)
+    out, model = folder.path, trainer.unwrapped_model
+    with folder.whole() as place:
+        processor.save_pretrained(place)
     held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, scenes)
     accuracy = answer_accuracy(model, processor, held_out)
     results: dict[str, Any] = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed, "tower": seen}
@@ -136,12 +144,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     started = time.time()
     train = build_data(run.questions_per_type, scenes, args)
     model, processor = build_model(values)
-    teacher = partial(teach, model, processor, run, scenes, args) if run.tower_steps else None
+    teacher = partial(teach, model, processor, run, scenes, args, folder) if run.tower_steps else None
     builder = partial(build_trainer, model, processor, run, args, train)
     trainer, seen = train_small_vlm(folder, settings_of(SECTIONS, values), args, teacher, builder)
     if not trainer.is_world_process_zero():
         return {}
-    results = report(trainer, processor, run, scenes, seen, started, upload)
+    results = report(run, folder, trainer, processor, scenes, seen, started, upload)
     folder.finish()
     if upload is not None:
         print("pushed to", upload.push(folder.path))

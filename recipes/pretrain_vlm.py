@@ -106,12 +106,12 @@ def build_model(values):
     return model, processor
 
 
-def teach(model, processor, run: RunArguments, scenes: SceneArguments, args) -> dict[str, float]:
+def teach(model, processor, run: RunArguments, scenes: SceneArguments, args, folder: RunFolder) -> dict[str, float]:
     """Teaches the tower alone, patch by patch; returns what a linear probe then reads from held-out patches."""
     tower, vision = model.model.vision_tower, model.config.vision_config
     side = vision.image_size // vision.patch_size
     lesson = TowerLesson(scenes.image_size, side, run.tower_steps, seed=run.seed, scenes=scenes.sampling())
-    return teach_tower(tower, lambda pixels: tower(pixels).last_hidden_state[:, 1:], processor, args, lesson)
+    return teach_tower(tower, lambda pixels: tower(pixels).last_hidden_state[:, 1:], processor, args, lesson, folder)
 
 
 def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArguments, train) -> SmallVLMTrainer:
@@ -124,11 +124,19 @@ def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArg
 
 
 def report(
-    trainer, processor, run: RunArguments, scenes: SceneArguments, seen: dict, started: float, upload: Upload | None
+    run: RunArguments,
+    folder: RunFolder,
+    trainer,
+    processor,
+    scenes: SceneArguments,
+    seen: dict,
+    started: float,
+    upload,
 ) -> None:
     """Measures accuracy by question type, with the picture and on other pictures; writes results.json and the card."""
-    out, model = Path(run.output_dir), trainer.unwrapped_model.requires_grad_(True)
-    processor.save_pretrained(out)
+    out, model = folder.path, trainer.unwrapped_model.requires_grad_(True)
+    with folder.whole() as place:
+        processor.save_pretrained(place)
     # Of a resumed run the training of all its parts, too.
     started = min(started, time.time() - trainer.training_seconds)
     held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, scenes)
@@ -159,11 +167,11 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     train = build_data(run, scenes, args)
     model, processor = build_model(values)
-    teacher = partial(teach, model, processor, run, scenes, args) if run.tower_steps else None
+    teacher = partial(teach, model, processor, run, scenes, args, folder) if run.tower_steps else None
     builder = partial(build_trainer, model, processor, run, args, train)
     trainer, seen = train_small_vlm(folder, settings_of(SECTIONS, values), args, teacher, builder)
     if trainer.is_world_process_zero():
-        report(trainer, processor, run, scenes, seen, started, upload)
+        report(run, folder, trainer, processor, scenes, seen, started, upload)
         folder.finish()
         if upload is not None:
             print("pushed to", upload.push(folder.path))

@@ -181,6 +181,7 @@ def announce(model: PrunedVLM, args: TokenPruningTrainingArguments, given: dict)
 
 
 def report(
+    folder: RunFolder,
     trainer: TokenPruningTrainer,
     processor,
     run: RunArguments,
@@ -189,11 +190,12 @@ def report(
     upload: Upload | None,
 ) -> None:
     """Saves heads and processor, measures all modes on the held-out rows; writes results.json and card, prints a table."""
-    out, model, held_out = Path(run.output_dir), trainer.unwrapped_model, trainer.eval_dataset
+    out, model, held_out = folder.path, trainer.unwrapped_model, trainer.eval_dataset
     # What is pushed must not refer to a folder of this machine.
     whole = bool(trainer.args.lora_r) or (upload is not None and Path(run.base_model).is_dir())
-    model.save_pretrained(out, include_base=True if whole else None)
-    processor.save_pretrained(out)
+    with folder.whole() as place:
+        model.save_pretrained(place, include_base=True if whole else None)
+        processor.save_pretrained(place)
     seconds = max(time.time() - started, trainer.training_seconds)
     modes = ("origin", "merge_only", "soft", "hard")
     length = trainer.args.eval_max_new_tokens
@@ -265,12 +267,12 @@ def main(argv: list[str] | None = None) -> None:
     trainer = build_trainer(model, processor, args, source, data, discriminator)
     folder.start({"": settings_of(SECTIONS, values)})
     announce(model, args, values["merger"])
-    trainer.train(folder.checkpoint(trainer.checkpoint_files()))
+    folder.train(trainer)
     trainer.use_averaged_weights()
     if args.lora_r:
         trainer.merge_lora()
     if trainer.is_world_process_zero():
-        report(trainer, processor, run, source, started, upload)
+        report(folder, trainer, processor, run, source, started, upload)
         folder.finish()
         if upload is not None:
             print("pushed to", upload.push(folder.path))

@@ -43,6 +43,7 @@ def teach_tower(
     processor: Any,
     args: SmallVLMTrainingArguments,
     lesson: TowerLesson,
+    folder: RunFolder,
     extra_modules: Sequence[nn.Module] = (),
 ) -> dict[str, float]:
     """Trains a vision tower patch by patch; prints and returns what a linear probe then reads from held-out patches.
@@ -51,16 +52,18 @@ def teach_tower(
         tower: module whose parameters learn, and with it `extra_modules`, which `features` passes through, too.
         features: pixel values -> features `(batch, side², size)`, one per patch in reading order.
         processor: of the VLM.
-        args: of the training that follows; its output folder's subfolder `tower` takes the results.
+        args: of the training that follows.
         lesson: what is taught, and for how long.
+        folder: of the run; its subfolder `tower` takes the results.
     """
     seen = pretrain_tower(
         tower,
         features,
         processor.image_processor,
         lesson,
-        Path(str(args.output_dir)) / "tower",
+        folder.path / "tower",
         extra_modules=extra_modules,
+        resume=folder.resumes,
         trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
     )
     PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))
@@ -92,7 +95,7 @@ def train_small_vlm(
     if teach is not None and checkpoint is None:
         seen = teach()
     trainer = build_trainer()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    folder.train(trainer)
     trainer.use_averaged_weights()
     trainer.unwrapped_model.requires_grad_(True)
     trainer.save_model(str(folder.path))

@@ -36,7 +36,7 @@ def build_heads(
         parts: weights of "token_merger" and "layer_pruners" (`pruning_checkpoint.read_parts`); a missing part starts anew.
     """
     given, probe = parts or {}, PrunedVLM.from_base(base)
-    width, features = probe.adapter.text_config.hidden_size, probe.adapter.feature_size
+    width, features = probe.family.text_config.hidden_size, probe.family.feature_size
     first: Any = None
     second: Any = None
     if merger is not None:
@@ -54,7 +54,7 @@ def build_discriminator(
     model: PrunedVLM, settings: Mapping[str, Any], state: StateDict | None = None
 ) -> PruningDiscriminator:
     """A discriminator of the language model's width: a fresh one, or one with the documented weights `state`."""
-    config = PruningDiscriminatorConfig(**{**settings, "hidden_size": model.adapter.text_config.hidden_size})
+    config = PruningDiscriminatorConfig(**{**settings, "hidden_size": model.family.text_config.hidden_size})
     return PruningDiscriminator(config) if state is None else convert_discriminator(state, config)
 
 
