@@ -27,7 +27,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_rows import SceneArguments, scene_rows
 from tokcom_hf.fingerprints import settings_of
-from tokcom_hf.hub import Upload, take_upload
+from tokcom_hf.hub import take_upload
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.small_models.dense_pretraining import TowerLesson
 from tokcom_hf.small_models.small_internvl import build_small_internvl
@@ -107,16 +107,7 @@ def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArg
     return SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
 
 
-def report(
-    run: RunArguments,
-    folder: RunFolder,
-    trainer,
-    processor,
-    scenes: SceneArguments,
-    seen: dict,
-    started: float,
-    upload,
-) -> dict[str, Any]:
+def report(run: RunArguments, folder: RunFolder, trainer, processor, scenes, seen, started, upload) -> dict[str, Any]:
     """Measures accuracy by question type; writes results.json and the card; returns the results."""
     out, model = folder.path, trainer.unwrapped_model
     with folder.whole() as place:

@@ -25,7 +25,7 @@ from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_rows import SceneArguments, scene_rows
 from tokcom_hf.data.scenes import COLOURS, QUESTION_TYPES, SHAPES
 from tokcom_hf.fingerprints import settings_of
-from tokcom_hf.hub import Upload, take_upload
+from tokcom_hf.hub import take_upload
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.small_models.dense_pretraining import TowerLesson
 from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
@@ -123,16 +123,7 @@ def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArg
     return SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
 
 
-def report(
-    run: RunArguments,
-    folder: RunFolder,
-    trainer,
-    processor,
-    scenes: SceneArguments,
-    seen: dict,
-    started: float,
-    upload,
-) -> None:
+def report(run: RunArguments, folder: RunFolder, trainer, processor, scenes, seen, started, upload) -> None:
     """Measures accuracy by question type, with the picture and on other pictures; writes results.json and the card."""
     out, model = folder.path, trainer.unwrapped_model.requires_grad_(True)
     with folder.whole() as place:
