@@ -21,14 +21,17 @@ from typing import Any
 import torch
 from transformers import AutoModel, LlamaForCausalLM, set_seed
 
-from tokcom_hf.cards import EMBEDDED_TEXT, card_dataset, write_model_card
+from tokcom_hf.cards import write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.data.text import TextRows
 from tokcom_hf.data.text_evaluation import TextSource, load_source
+from tokcom_hf.evaluation.tokcom_stage_report import card_data
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.compute import count_training_flops, matching_llama_config
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
-from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments
+from tokcom_hf.trainers.base import CompressionTrainingArguments
+from tokcom_hf.trainers.causal import CausalTrainer
 from tokcom_hf.trainers.tokcom_budget import tokcom_budget
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_ar_baseline.yaml"
@@ -57,113 +60,56 @@ class RunArguments(RunFolderArguments):
 SECTIONS = {"run": RunArguments, "data": TextSource, "training": CompressionTrainingArguments}
 
 
-class CausalTrainer(CompressionTrainer):
-    """Next-token loss in nats per token on rows of `input_ids` and `attention_mask`; padding does not count."""
+@dataclass
+class Goal:
+    """How large the baseline becomes and for how long it trains: for `tokens` tokens or `flops` operations.
 
-    data_columns = ("input_ids", "attention_mask")
+    matched: size, tokens and operations of the TokCom model that is matched; empty where none is.
+    """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # The loss is a mean over tokens: Trainer shall divide by the accumulation steps, which it leaves to a Llama's loss.
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        outputs = model(**inputs, labels=labels, use_cache=False)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        return loss.detach(), outputs.logits.detach(), labels
+    length: int
+    parameters: int
+    tokens: float | None
+    flops: float | None
+    matched: dict[str, float]
 
 
-def main() -> None:
-    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
+def read_arguments(argv: list[str] | None):
+    """Values of all sections, run arguments, source of the text, training arguments by name, where the model is pushed."""
+    values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
     if run.budget not in ("compute", "tokens"):
         raise RecipeError(f"--budget must be compute or tokens, got {run.budget!r}.")
     if run.match_tokcom is None and (run.parameters is None or (run.tokens is None) == (run.flops is None)):
         raise RecipeError("Give --match_tokcom FOLDER, or --parameters with either --tokens or --flops.")
     upload = take_upload(values["training"])
-    folder = RunFolder(run, "train_ar_baseline")
-    out = folder.path
-    set_seed(run.seed)
-    matched: dict[str, float] = {}
-    length, tokenizer, size = run.length, run.tokenizer, run.parameters
-    tokcom: Any = None
-    if run.match_tokcom is not None:
-        tokcom = AutoModel.from_pretrained(run.match_tokcom)
-        length, tokenizer = tokcom.config.max_chunks * tokcom.config.vae.chunk_size, run.match_tokcom
-    data = load_source(source, length, tokenizer, run.tokenizer_vocab_size)
-    tokens, flops = run.tokens, run.flops
-    if tokcom is not None:
-        matched = tokcom_budget(run.match_tokcom, tokcom, data.train)
-        size = int(matched["parameters"])
-        tokens, flops = (matched["tokens"], None) if run.budget == "tokens" else (None, matched["flops"])
-    config = matching_llama_config(
-        int(size or 0), len(data.tokenizer), run.num_layers, run.head_dim, max(length + 1, 1025)
-    )
+    values["training"].pop("resume_from_checkpoint", None)
+    training = {"seed": run.seed} | values["training"] | {"output_dir": run.output_dir}
+    # Refused now; how many steps they are for is known when a step was measured.
+    CompressionTrainingArguments(**training)
+    return values, run, source, training, upload
+
+
+def build_data(run: RunArguments, source: TextSource) -> tuple[TextRows, Goal]:
+    """The rows, and what the baseline is to reach on them."""
+    if run.match_tokcom is None:
+        data = load_source(source, run.length, run.tokenizer, run.tokenizer_vocab_size)
+        return data, Goal(run.length, int(run.parameters or 0), run.tokens, run.flops, {})
+    tokcom = AutoModel.from_pretrained(run.match_tokcom)
+    length = tokcom.config.max_chunks * tokcom.config.vae.chunk_size
+    data = load_source(source, length, run.match_tokcom, run.tokenizer_vocab_size)
+    matched = tokcom_budget(run.match_tokcom, tokcom, data.train)
+    tokens, flops = (matched["tokens"], None) if run.budget == "tokens" else (None, matched["flops"])
+    return data, Goal(length, int(matched["parameters"]), tokens, flops, matched)
+
+
+def build_model(run: RunArguments, data: TextRows, goal: Goal) -> LlamaForCausalLM:
+    """An untrained Llama of the goal's size with the tokenizer's vocabulary."""
+    positions = max(goal.length + 1, 1025)
+    config = matching_llama_config(goal.parameters, len(data.tokenizer), run.num_layers, run.head_dim, positions)
     config.eos_token_id = config.pad_token_id = data.tokenizer.eos_token_id
     config.bos_token_id = data.tokenizer.eos_token_id
-    model = LlamaForCausalLM(config)
-
-    values["training"].pop("resume_from_checkpoint", None)
-    training = {"seed": run.seed} | values["training"] | {"output_dir": str(out)}
-    batch = int(training.get("per_device_train_batch_size", 8))
-    step_flops = measure_step(model, data.train, batch)
-    global_batch = batch * int(training.get("gradient_accumulation_steps", 1))
-    step_tokens, step_flops = global_batch * length, step_flops * (global_batch / batch)
-    steps = max(1, round(tokens / step_tokens if tokens else (flops or 0.0) / step_flops))
-    print(f"baseline of {model.num_parameters():,} parameters ({config.num_hidden_layers} x {config.hidden_size}); {steps} "
-          f"steps of {step_tokens} tokens and {step_flops:.3g} operations", flush=True)  # fmt: skip
-    arguments = CompressionTrainingArguments(**training | {"max_steps": steps})
-    trainer = CausalTrainer(
-        model=model, args=arguments, train_dataset=data.train, eval_dataset=data.validation,
-        processing_class=data.tokenizer,
-    )  # fmt: skip
-    folder.start({"": settings_of(SECTIONS, values, ignore=("tokens", "flops", "budget"))})
-    folder.train(trainer)
-    trainer.use_averaged_weights()
-    loss = trainer.evaluate()["eval_loss"]
-    print(f"held out: {loss:.4f} nats per token", flush=True)
-    trainer.save_model(str(out))
-    budget = {
-        "parameters": model.num_parameters(),
-        "steps": steps,
-        "tokens": steps * step_tokens,
-        "flops": steps * step_flops,
-        "seconds": round(trainer.training_seconds, 1),
-        "held_out_loss": loss,
-        "held_out_perplexity": math.exp(loss),
-        "matched": run.budget if matched else None,
-        "tokcom": matched,
-    }
-    if trainer.is_world_process_zero():
-        (out / "budget.json").write_text(json.dumps(budget, indent=2), encoding="utf-8")
-        write_model_card(
-            out,
-            "ar_baseline",
-            tags=["text-generation"],
-            pipeline_tag="text-generation",
-            repo_id=None if upload is None else upload.repo_id,
-            dataset=card_dataset(EMBEDDED_TEXT, source.dataset_name, source.dataset_config, source.train_file),
-            language="en" if not (source.dataset_name or source.train_file) else None,
-            measured={"loss": loss, "perplexity": budget["held_out_perplexity"]},
-            config=config,
-            budget=budget,
-            training=arguments,
-            data=source.dataset_name
-            or (Path(source.train_file).name if source.train_file else "the embedded English text"),
-        )
-        folder.finish()
-        print(json.dumps(budget, indent=2))
-        if upload is not None:
-            print("pushed to", upload.push(out))
+    return LlamaForCausalLM(config)
 
 
 def measure_step(model: torch.nn.Module, rows: Any, batch_size: int) -> float:
@@ -172,6 +118,68 @@ def measure_step(model: torch.nn.Module, rows: Any, batch_size: int) -> float:
     flops = count_training_flops(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
     model.zero_grad()
     return float(flops)
+
+
+def build_trainer(training: dict[str, Any], model: LlamaForCausalLM, data: TextRows, goal: Goal):
+    """The trainer of as many steps as reach the goal; beside it what these cost: steps, tokens and operations."""
+    batch = int(training.get("per_device_train_batch_size", 8))
+    step_flops = measure_step(model, data.train, batch)
+    global_batch = batch * int(training.get("gradient_accumulation_steps", 1))
+    step_tokens, step_flops = global_batch * goal.length, step_flops * (global_batch / batch)
+    steps = max(1, round(goal.tokens / step_tokens if goal.tokens else (goal.flops or 0.0) / step_flops))
+    shape = f"{model.config.num_hidden_layers} x {model.config.hidden_size}"
+    print(f"baseline of {model.num_parameters():,} parameters ({shape}); {steps} steps of {step_tokens} tokens and "
+          f"{step_flops:.3g} operations", flush=True)  # fmt: skip
+    args = CompressionTrainingArguments(**training | {"max_steps": steps})
+    given = {"train_dataset": data.train, "eval_dataset": data.validation, "processing_class": data.tokenizer}
+    cost = {"steps": steps, "tokens": steps * step_tokens, "flops": steps * step_flops}
+    return CausalTrainer(model=model, args=args, **given), cost
+
+
+def report(source: TextSource, folder: RunFolder, trainer, budget, upload) -> None:
+    """Writes budget.json and the model card; prints the budget."""
+    (folder.path / "budget.json").write_text(json.dumps(budget, indent=2), encoding="utf-8")
+    write_model_card(
+        folder.path,
+        "ar_baseline",
+        tags=["text-generation"],
+        pipeline_tag="text-generation",
+        repo_id=None if upload is None else upload.repo_id,
+        measured={"loss": budget["held_out_loss"], "perplexity": budget["held_out_perplexity"]},
+        config=trainer.unwrapped_model.config,
+        budget=budget,
+        training=trainer.args,
+        **card_data(source),
+    )
+    print(json.dumps(budget, indent=2))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains for the budget, measures the held-out loss and saves."""
+    values, run, source, training, upload = read_arguments(argv)
+    folder = RunFolder(run, "train_ar_baseline")
+    set_seed(run.seed)
+    data, goal = build_data(run, source)
+    model = build_model(run, data, goal)
+    trainer, cost = build_trainer(training, model, data, goal)
+    folder.start({"": settings_of(SECTIONS, values, ignore=("tokens", "flops", "budget"))})
+    folder.train(trainer)
+    trainer.use_averaged_weights()
+    loss = trainer.evaluate()["eval_loss"]
+    print(f"held out: {loss:.4f} nats per token", flush=True)
+    trainer.save_model(str(folder.path))
+    measured = {
+        "seconds": round(trainer.training_seconds, 1),
+        "held_out_loss": loss,
+        "held_out_perplexity": math.exp(loss),
+        "matched": run.budget if goal.matched else None,
+        "tokcom": goal.matched,
+    }
+    if trainer.is_world_process_zero():
+        report(source, folder, trainer, {"parameters": model.num_parameters()} | cost | measured, upload)
+        folder.finish()
+        if upload is not None:
+            print("pushed to", upload.push(folder.path))
 
 
 if __name__ == "__main__":

@@ -6,22 +6,23 @@
     accelerate launch recipes/train_vqgan.py --config recipes/configs/base/train_vqgan.yaml --dataset_name NAME
     accelerate launch recipes/train_vqgan.py --resume_from_checkpoint true     # go on after an interruption
 
-Writes the model with its image processor and model card, `results.json`, `reconstructions.png`, `codebook.png` and
-`history.png` into output_dir. The discriminator is saved beside it in `discriminator/`.
+Leaves in the output folder: the model (`AutoModel.from_pretrained`), its image processor, a model card, `results.json`,
+`reconstructions.png`, `codebook.png`, `history.png`, and the discriminator in `discriminator/`.
 """
 
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 
-from tokcom_hf.cards import IMAGES, CardDataset, card_dataset, write_model_card
-from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.cards import IMAGES, card_dataset, write_model_card
+from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.images import ImageSource, image_datasets
 from tokcom_hf.documented_names import TRAIN_VQGAN
 from tokcom_hf.fingerprints import settings_of
-from tokcom_hf.hub import take_upload
+from tokcom_hf.hub import Upload, take_upload
 from tokcom_hf.models.configuration_vqgan import VQGANConfig
 from tokcom_hf.models.configuration_vqgan_discriminator import VQGANDiscriminatorConfig
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
@@ -81,77 +82,74 @@ SECTIONS = {
 }
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Runs the recipe and returns its results."""
+def read_arguments(argv: list[str] | None):
+    """Values of all sections, run and training arguments, the model's configuration, and where the model is pushed."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_VQGAN)
     run = RunArguments(**values["run"])
     upload = take_upload(values["training"])
-    folder = RunFolder(run, "train_vqgan", folders=("discriminator", "pictures"))
-    output = folder.path
     values["training"].pop("resume_from_checkpoint", None)
     args = VQGANTrainingArguments(**values["training"] | {"output_dir": run.output_dir})
-    use_all_cores(run.threads)
-    set_seed(args.seed)
-    model = VQGAN.from_pretrained(run.init_from) if run.init_from else VQGAN(VQGANConfig(**values["model"]))
+    config = VQGANConfig.from_pretrained(run.init_from) if run.init_from else VQGANConfig(**values["model"])
+    channels = values["discriminator"].get("in_channels", config.out_channels)
+    if args.adversarial_weight and channels != config.out_channels:
+        raise RecipeError(
+            f"The discriminator sees what the model makes: discriminator.in_channels must be its {config.out_channels} "
+            f"out_channels, got {channels}; leave it out."
+        )
+    return values, run, args, config, upload
+
+
+def build_data(run: RunArguments, config: VQGANConfig):
+    """The image processor, training images and held-out images."""
+    processor = VQGANImageProcessor(config.image_size, config.in_channels, size_divisor=config.downsample_factor)
+    target = None
+    if config.out_channels != config.in_channels:
+        target = VQGANImageProcessor(config.image_size, config.out_channels, size_divisor=config.downsample_factor)
+    source = ImageSource(**{item.name: getattr(run, item.name) for item in fields(ImageSource)})
+    return processor, *image_datasets(processor, source, target)
+
+
+def build_model(run: RunArguments, config: VQGANConfig) -> VQGAN:
+    """The model of --init_from, its codebook grown by --expand_codebook, or an untrained one."""
+    model = VQGAN.from_pretrained(run.init_from) if run.init_from else VQGAN(config)
     if run.expand_codebook:
         model.expand_codebook(run.expand_codebook)
-    config = model.config
+    return model
+
+
+def build_trainer(values, args: VQGANTrainingArguments, model: VQGAN, data) -> VQGANTrainer:
+    """The trainer of the model and, with an adversarial loss, of a discriminator of its channels."""
+    processor, train, held_out = data
     discriminator = None
     if args.adversarial_weight:
-        settings = {"in_channels": config.out_channels, **values["discriminator"]}
-        if settings["in_channels"] != config.out_channels:
-            raise ValueError(
-                f"The discriminator sees what the model makes: discriminator.in_channels must be its {config.out_channels} "
-                f"out_channels, got {settings['in_channels']}; leave it out."
-            )
+        settings = {"in_channels": model.config.out_channels, **values["discriminator"]}
         discriminator = VQGANDiscriminator(VQGANDiscriminatorConfig(**settings))
-    processor = VQGANImageProcessor(config.image_size, config.in_channels, size_divisor=config.downsample_factor)
-    target = VQGANImageProcessor(config.image_size, config.out_channels, size_divisor=config.downsample_factor)
-    source = ImageSource(**{item.name: getattr(run, item.name) for item in fields(ImageSource)})
-    train_set, eval_set = image_datasets(
-        processor, source, target if config.out_channels != config.in_channels else None
-    )
-    trainer = VQGANTrainer(
-        model,
-        args,
-        discriminator,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=processor,
-    )
-    folder.start({"": settings_of(SECTIONS, values)})
-    folder.train(trainer)
-    trainer.use_averaged_weights()
-    trainer.average = None
-    metrics = trainer.evaluate()
-    trainer.save_model(str(output))
-    results = {
+    given = {"train_dataset": train, "eval_dataset": held_out, "processing_class": processor}
+    return VQGANTrainer(model, args, discriminator, **given)
+
+
+def measure(trainer: VQGANTrainer, run: RunArguments) -> dict[str, Any]:
+    """Evaluates the trained model on the held-out images; returns what results.json says."""
+    metrics, train, held_out = trainer.evaluate(), trainer.train_dataset, trainer.eval_dataset
+    return {
         "data": Path(run.image_dir).name if run.image_dir else run.dataset_name or "procedural images",
-        "train_images": len(train_set),
-        "held_out_images": len(eval_set),
-        "skipped_files": len(getattr(getattr(train_set, "dataset", train_set), "skipped", [])),
-        "seed": args.seed,
+        "train_images": len(train),
+        "held_out_images": len(held_out),
+        "skipped_files": len(getattr(getattr(train, "dataset", train), "skipped", [])),
+        "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
         "minutes": round(trainer.training_seconds / 60, 2),
-        "parameters": model.num_parameters(),
+        "parameters": trainer.unwrapped_model.num_parameters(),
         "metrics": {name.removeprefix("eval_"): value for name, value in metrics.items()},
     }
-    if trainer.is_world_process_zero():
-        if discriminator is not None:
-            with folder.whole("discriminator") as place:
-                discriminator.save_pretrained(place)
-        dataset = card_dataset(IMAGES, run.dataset_name, file=run.image_dir)
-        write_results(trainer, results, output, dataset, None if upload is None else upload.repo_id)
-        folder.finish()
-        if upload is not None:
-            print("pushed to", upload.push(output))
-    return results
 
 
-def write_results(
-    trainer: VQGANTrainer, results: dict, output: Path, dataset: CardDataset, repo_id: str | None
-) -> None:
-    """Pictures, JSON, model card and a few printed lines."""
+def report(folder: RunFolder, trainer: VQGANTrainer, run: RunArguments, results: dict, upload: Upload | None) -> None:
+    """Saves the discriminator; draws pictures; writes results.json and the model card; prints a summary."""
+    output = folder.path
+    if trainer.discriminator is not None:
+        with folder.whole("discriminator") as place:
+            trainer.discriminator.save_pretrained(place)
     pair = trainer.held_out_pictures()
     if pair is not None:
         reconstruction_grid(*pair).save(output / "reconstructions.png")
@@ -159,20 +157,19 @@ def write_results(
     if not (drawn and plot_history(trainer.state.log_history, output / "history.png")):
         print(NO_MATPLOTLIB)
     (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    config = trainer.unwrapped_model.config
+    config, metrics = trainer.unwrapped_model.config, results["metrics"]
     write_model_card(
         output,
         "vqgan",
         tags=["image-tokenizer", "vqgan", config.quantizer],
         pipeline_tag="image-to-image",
-        repo_id=repo_id,
-        dataset=dataset,
-        measured=results["metrics"],
+        repo_id=None if upload is None else upload.repo_id,
+        dataset=card_dataset(IMAGES, run.dataset_name, file=run.image_dir),
+        measured=metrics,
         config=config,
         training=trainer.args,
         results=results,
     )
-    metrics = results["metrics"]
     print(
         f"held-out, {results['held_out_images']} images: utilization {100 * metrics['utilization']:.1f} % of "
         f"{config.codebook_size} codes, normalized entropy {metrics['normalized_entropy']:.3f}, "
@@ -180,6 +177,29 @@ def write_results(
         f"{results['minutes']} min"
     )
     print(f"reconstructions: {output / 'reconstructions.png'}")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains, measures and saves; returns the results."""
+    values, run, args, config, upload = read_arguments(argv)
+    folder = RunFolder(run, "train_vqgan", folders=("discriminator", "pictures"))
+    use_all_cores(run.threads)
+    set_seed(args.seed)
+    data = build_data(run, config)
+    model = build_model(run, config)
+    trainer = build_trainer(values, args, model, data)
+    folder.start({"": settings_of(SECTIONS, values)})
+    folder.train(trainer)
+    trainer.use_averaged_weights()
+    trainer.average = None
+    results = measure(trainer, run)
+    trainer.save_model(str(folder.path))
+    if trainer.is_world_process_zero():
+        report(folder, trainer, run, results, upload)
+        folder.finish()
+        if upload is not None:
+            print("pushed to", upload.push(folder.path))
+    return results
 
 
 if __name__ == "__main__":
