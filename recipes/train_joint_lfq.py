@@ -33,6 +33,7 @@ from tokcom_hf.data.captions import JointLFQCollator, SceneArguments, read_image
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.documented_names import TRAIN_JOINT_LFQ
 from tokcom_hf.evaluation.lfq_joint import evaluate_joint
+from tokcom_hf.evaluation.lfq_joint_report import print_report
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.plots.lfq import plot_joint_training
@@ -87,8 +88,8 @@ class RunArguments(RunFolderArguments):
 SECTIONS = {"run": RunArguments, "quantizer": LFQConfig, "training": JointLFQTrainingArguments}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains, evaluates, saves; returns the results (empty on all ranks but the first)."""
+def read_arguments(argv: list[str] | None):
+    """Values of all sections, run and training arguments, and where the models are pushed."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_JOINT_LFQ)
     run = RunArguments(**values["run"])
     if not run.expand_vocabulary:
@@ -97,73 +98,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if bool(run.image_text_file) != bool(run.eval_file):
         raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
     upload = take_upload(values["training"])
-    folder = RunFolder(run, "train_joint_lfq", folders=("quantizer", "model"))
-    out = folder.path
-    state = PartialState()
-    use_all_cores(run.threads)
-    started = time.time()
-    ensure_small_internvl(run.base, state)
-    pretraining = time.time() - started
-    set_seed(run.seed)
-    processor = TileProcessor.from_pretrained(run.base)
-    base = AutoModelForImageTextToText.from_pretrained(run.base, dtype=run.dtype)
-    model = build_model(base, processor, run, values["quantizer"])
-    train, held_out = load_rows(run)
-    sizes = {"quantizer": model.quantizer.parameters(), "new rows": model.new_rows(), "base": base.parameters()}
-    parameters = {name: sum(p.numel() for p in part) for name, part in sizes.items()}
-    state.print(f"{len(train):,} training and {len(held_out):,} held-out images; parameters: "
-                + ", ".join(f"{name} {count:,}" for name, count in parameters.items()), flush=True)  # fmt: skip
-
     own = {name: value for name, value in values["training"].items() if name != "resume_from_checkpoint"}
-    args = JointLFQTrainingArguments(**own | {"output_dir": str(out), "seed": run.seed})
-    trainer = JointLFQTrainer(
-        model,
-        args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=JointLFQCollator(processor, run.prompt, run.caption_prompt, run.packed_questions),
-        generation_collator=VQACollator(processor, run.prompt, answers=False),
-    )
-    folder.start({"": settings_of(SECTIONS, values)})
-    before = evaluate_joint(trainer, held_out)
-    began = time.time()
-    start_error = trainer.start_quantizer()
-    if math.isfinite(start_error):
-        state.print(f"quantizer fitted to features: {start_error:.1%} of their whitened variance is lost", flush=True)
-    starting = time.time() - began
-    folder.train(trainer)
-    trainer.use_averaged_weights()
-    after = evaluate_joint(trainer, held_out)
-    if not trainer.is_world_process_zero():
-        return {}
-    results = {
-        "before": before,
-        "after": after,
-        "parameters": parameters,
-        "start_error": start_error if math.isfinite(start_error) else None,
-        "steps": trainer.state.global_step,
-        "train_images": len(train),
-        "held_out_images": len(held_out),
-        "data": Path(run.image_text_file).name if run.image_text_file else "procedural scenes",
-        "base": run.base,
-        "quantizer_input": run.quantizer_input,
-        "seed": run.seed,
-        "seconds": {
-            "pretraining": round(pretraining, 1),
-            "training": round(starting + trainer.training_seconds, 1),
-        },
-    }
-    report(folder, trainer, processor, results, run, None if upload is None else upload.repo_id)
-    folder.finish()
-    if upload is not None:
-        print("pushed to", upload.push(out / "model"), upload.push(out / "quantizer", "-quantizer"))
-    return results
+    args = JointLFQTrainingArguments(**own | {"output_dir": run.output_dir, "seed": run.seed})
+    LFQConfig(**values["quantizer"])
+    return values, run, args, upload
 
 
-def ensure_small_internvl(base: str, state: PartialState) -> None:
+def ensure_small_internvl(base: str) -> None:
     """Trains the small InternVL where the default base does not exist yet."""
     if base != SMALL_INTERNVL or (Path(base) / "results.json").is_file():
         return
+    state = PartialState()
     state.wait_for_everyone()
     state.print(f"{SMALL_INTERNVL} does not exist yet; training it first (recipes/pretrain_internvl.py)", flush=True)
     sys.path.insert(0, str(Path(__file__).parent))
@@ -173,23 +118,7 @@ def ensure_small_internvl(base: str, state: PartialState) -> None:
     state.wait_for_everyone()
 
 
-def build_model(base, processor: TileProcessor, run: RunArguments, quantizer: dict[str, Any]) -> JointLFQModel:
-    """A quantizer that fits the base model, and the base model with as many new ids as the quantizer has codes."""
-    expansion = {
-        "enabled": run.expand_vocabulary,
-        "embedding_init_method": run.embedding_init_method,
-        "embedding_init_std": run.embedding_init_std,
-        "freeze_original": run.freeze_original,
-    }
-    config = {
-        "model": {"vocab_expansion": expansion, "quantizer_input": run.quantizer_input},
-        "quantizer": {name: value for name, value in quantizer.items() if name not in FIXED}
-        | {"num_tokens": processor.image_seq_length},
-    }
-    return equip_internvl(base, config, processor.tokenizer)
-
-
-def load_rows(run: RunArguments):
+def build_data(run: RunArguments):
     """Training and held-out rows."""
     if run.image_text_file:
         files = (run.image_text_file, run.eval_file)
@@ -203,11 +132,55 @@ def load_rows(run: RunArguments):
     return train, scene_caption_rows(run.eval_images, run.seed + 3_000_017, 1, drawn)
 
 
+def build_model(run: RunArguments, quantizer: dict[str, Any]) -> tuple[JointLFQModel, TileProcessor, dict[str, int]]:
+    """The base model with as many new ids as a quantizer that fits it has codes; its processor, and their sizes."""
+    processor = TileProcessor.from_pretrained(run.base)
+    base = AutoModelForImageTextToText.from_pretrained(run.base, dtype=run.dtype)
+    expansion = {
+        "enabled": run.expand_vocabulary,
+        "embedding_init_method": run.embedding_init_method,
+        "embedding_init_std": run.embedding_init_std,
+        "freeze_original": run.freeze_original,
+    }
+    own = {name: value for name, value in quantizer.items() if name not in FIXED}
+    config = {
+        "model": {"vocab_expansion": expansion, "quantizer_input": run.quantizer_input},
+        "quantizer": own | {"num_tokens": processor.image_seq_length},
+    }
+    model = equip_internvl(base, config, processor.tokenizer)
+    parts = {"quantizer": model.quantizer.parameters(), "new rows": model.new_rows(), "base": base.parameters()}
+    return model, processor, {name: sum(p.numel() for p in part) for name, part in parts.items()}
+
+
+def build_trainer(run: RunArguments, args: JointLFQTrainingArguments, model, processor, data) -> JointLFQTrainer:
+    """The trainer of quantizer, new rows and, with --tune_llm, the language model."""
+    train, held_out = data
+    return JointLFQTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=JointLFQCollator(processor, run.prompt, run.caption_prompt, run.packed_questions),
+        generation_collator=VQACollator(processor, run.prompt, answers=False),
+    )
+
+
+def start_quantizer(trainer: JointLFQTrainer) -> tuple[float | None, float]:
+    """Fits the quantizer to features before training; returns the share of variance lost, if it was, and seconds."""
+    began = time.time()
+    error = trainer.start_quantizer()
+    if math.isfinite(error):
+        text = f"quantizer fitted to features: {error:.1%} of their whitened variance is lost"
+        PartialState().print(text, flush=True)
+    return error if math.isfinite(error) else None, time.time() - began
+
+
 def report(
-    place: RunFolder, trainer: JointLFQTrainer, processor, results: dict[str, Any], run, repo_id: str | None
+    run: RunArguments, place: RunFolder, trainer: JointLFQTrainer, processor, results: dict[str, Any], upload
 ) -> None:
-    """Models, cards, `results.json` and figure; prints what was measured."""
-    out, before, after = place.path, results["before"], results["after"]
+    """Saves the models; writes their cards, results.json and the figure; prints what was measured."""
+    out, after = place.path, results["after"]
+    repo_id = None if upload is None else upload.repo_id
     model = trainer.unwrapped_model
     # What is pushed must not refer to a folder of this machine.
     whole = repo_id is not None and Path(run.base).is_dir()
@@ -243,32 +216,59 @@ def report(
             language_model=model.language_model.config,
             training=trainer.args,
         )
-    row = lambda name: f"{before[name]:.4f} before, {after[name]:.4f} after training"  # noqa: E731
-    print(f"\nheld-out, {results['held_out_images']} images, {after['tokens']:,} tokens")
-    if model.draws:
-        print(f"  generation loss {after['generation_loss']:.3f} nats per token; all codes alike would give ln "
-              f"{model.quantizer.config.codebook_size:,} = {after['generation_chance']:.3f}, before training "
-              f"{before['generation_loss']:.3f}")  # fmt: skip
-        print(f"    without captions {after['generation_loss_no_caption']:.3f}; entropy of the codes' own frequencies "
-              f"{after['entropy']:.3f}")  # fmt: skip
-    print(f"  understanding KL, quantized features: {row('quantized_kl')}")
-    print(f"  understanding KL, continuous features: {row('continuous_kl')}")
-    if model.draws:
-        print(f"  probability of an image token where an answer's first token follows: {row('lfq_mass_first')}")
-    if "agreement" in after:
-        print(f"  answers from quantized features equal the teacher's: {after['agreement']:.1%} of {after['questions']} "
-              f"({before['agreement']:.1%} before); from continuous ones {after['continuous_agreement']:.1%}")  # fmt: skip
-        print(f"  answers that are right: teacher {after['teacher_accuracy']:.1%}, "
-              f"quantized {after['accuracy']:.1%}")  # fmt: skip
-    print(f"  bits: means {after['bit_mean_min']:.3f} to {after['bit_mean_max']:.3f}, {after['dead_bits']} dead; flip "
-          f"rates {min(after['flip_rate']):.3f} to {max(after['flip_rate']):.3f}; correlation mean "
-          f"{after['mean_correlation']:.3f}, largest {after['max_correlation']:.3f}")  # fmt: skip
-    print(f"  codes in use: {after['active']:,}, {after['utilization']:.2%} where {after['utilization_ceiling']:.2%} is "
-          f"the ceiling of so few tokens; perplexity {after['perplexity']:.0f}")  # fmt: skip
+    print_report(results, model.quantizer.config.codebook_size, model.draws)
     print(NO_MATPLOTLIB if not drawn else f"figure: {out / 'joint_training.png'}")
     seconds = results["seconds"]
     print(f"models, cards and results in {out} after {seconds['pretraining']:.0f} s of pretraining and "
           f"{seconds['training']:.0f} s of joint training")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains, measures and saves; returns the results (empty on all ranks but the first)."""
+    values, run, args, upload = read_arguments(argv)
+    folder = RunFolder(run, "train_joint_lfq", folders=("quantizer", "model"))
+    use_all_cores(run.threads)
+    started = time.time()
+    ensure_small_internvl(run.base)
+    pretraining = time.time() - started
+    set_seed(run.seed)
+    train, held_out = build_data(run)
+    model, processor, parameters = build_model(run, values["quantizer"])
+    sizes = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
+    counts = f"{len(train):,} training and {len(held_out):,} held-out images"
+    PartialState().print(f"{counts}; parameters: {sizes}", flush=True)
+    trainer = build_trainer(run, args, model, processor, (train, held_out))
+    folder.start({"": settings_of(SECTIONS, values)})
+    before = evaluate_joint(trainer, held_out)
+    start_error, starting = start_quantizer(trainer)
+    folder.train(trainer)
+    trainer.use_averaged_weights()
+    after = evaluate_joint(trainer, held_out)
+    if not trainer.is_world_process_zero():
+        return {}
+    results = {
+        "before": before,
+        "after": after,
+        "parameters": parameters,
+        "start_error": start_error,
+        "steps": trainer.state.global_step,
+        "train_images": len(train),
+        "held_out_images": len(held_out),
+        "data": Path(run.image_text_file).name if run.image_text_file else "procedural scenes",
+        "base": run.base,
+        "quantizer_input": run.quantizer_input,
+        "seed": run.seed,
+        "seconds": {
+            "pretraining": round(pretraining, 1),
+            "training": round(starting + trainer.training_seconds, 1),
+        },
+    }
+    report(run, folder, trainer, processor, results, upload)
+    folder.finish()
+    if upload is not None:
+        place = folder.path
+        print("pushed to", upload.push(place / "model"), upload.push(place / "quantizer", "-quantizer"))
+    return results
 
 
 if __name__ == "__main__":
