@@ -15,25 +15,23 @@ scenes every generated picture is checked for the shapes and colours of its capt
 import json
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlamaConfig, set_seed
+from transformers import LlamaConfig, set_seed
 
-from tokcom_hf import VQGAN, LFQExpandedModel, LFQProcessor, VQGANConfig, VQGANImageProcessor, VQGANTrainingArguments
+from tokcom_hf import LFQExpandedModel, LFQProcessor, VQGANConfig, VQGANTrainingArguments
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, caption_of, draw_scenes
 from tokcom_hf.data.captions import read_image_text_jsonl
 from tokcom_hf.evaluation.lfq_drawing import evaluate_drawing, tokenize_images
 from tokcom_hf.fingerprints import settings_of
-from tokcom_hf.hub import Upload, take_upload
+from tokcom_hf.hub import take_upload
 from tokcom_hf.models.pipeline_lfq import DECODER_FOLDER
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
-from tokcom_hf.small_models.image_tokenizer import train_image_tokenizer
-from tokcom_hf.small_models.small_llama import train_caption_llama
+from tokcom_hf.small_models.image_token_stages import base_model, image_tokenizer
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments
 
@@ -85,8 +83,18 @@ SECTIONS = {
 }
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains, draws, checks, saves; returns the results."""
+class Parts(NamedTuple):
+    """What makes and reads image tokens, and what building it took, in seconds."""
+
+    decoder: Any
+    image_processor: Any
+    model: LFQExpandedModel
+    processor: LFQProcessor
+    seconds: dict[str, float]
+
+
+def read_arguments(argv: list[str] | None):
+    """Values of all sections, run and training arguments, and where the model is pushed."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run = RunArguments(**values["run"])
     if bool(run.image_text_file) != bool(run.eval_file):
@@ -94,73 +102,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # The finished folder is pushed, not the image tokenizer's own run.
     take_upload(values["vqgan_training"])
     upload = take_upload(values["training"])
-    state = PartialState()
-    folder = RunFolder(run, "image_tokens", (DECODER_FOLDER, "base", ""), ("vqgan_run", "base_run"))
-    output = folder.path
-    use_all_cores(run.threads)
-    set_seed(run.seed)
-    train, held_out = load_rows(run)
-    seconds: dict[str, float] = {}
     for section in ("vqgan_training", "training"):
         values[section].pop("resume_from_checkpoint", None)
-    args = CompressionTrainingArguments(
-        **values["training"]
-        | {"output_dir": str(output), "seed": run.seed, "remove_unused_columns": False, "report_to": "none"}
-    )
+    place = {"output_dir": run.output_dir}
+    fixed = place | {"seed": run.seed, "remove_unused_columns": False, "report_to": "none"}
+    args = CompressionTrainingArguments(**values["training"] | fixed)
     if run.image_tokenizer is None:
         # Refused now, not when it is its turn.
-        VQGANTrainingArguments(**values["vqgan_training"] | {"output_dir": str(output)})
-        VQGANConfig(**{"image_size": run.image_size, **values["vqgan"]})
-    folder.start(stage_settings(values))
+        VQGANTrainingArguments(**values["vqgan_training"] | place)
+        vqgan_config(run, values)
+    return values, run, args, upload
 
-    started = time.perf_counter()
-    decoder, image_processor = image_tokenizer(run, values, folder, train, held_out, state)
-    seconds["image_tokenizer"] = time.perf_counter() - started
-    started = time.perf_counter()
-    base, tokenizer = base_model(run, values, folder, train, state)
-    seconds["base"] = time.perf_counter() - started
-    model, processor = expand(run, base, tokenizer, decoder)
-    share = model.trainable_rows()
-    state.print(
-        f"{share['trainable']:,} of {share['total']:,} vocabulary rows train ({100 * share['share']:.1f} %); "
-        f"LFQ ids {model.lfq_token_range[0]:,} … {model.lfq_token_range[1] - 1:,}",
-        flush=True,
-    )
-    tokens = {
-        name: CaptionTokens([row["caption"] for row in rows], tokenize_images(decoder, image_processor, rows))
-        for name, rows in (("train", train), ("held_out", held_out))
-    }
-    trainer = CompressionTrainer(
-        model,
-        args,
-        train_dataset=tokens["train"],
-        eval_dataset=tokens["held_out"],
-        data_collator=CaptionImageCollator(processor, run.caption_drop),
-    )
-    folder.train(trainer)
-    seconds["training"] = trainer.training_seconds
-    trainer.use_averaged_weights()
-    trainer.data_collator = CaptionImageCollator(processor)
-    loss = trainer.evaluate()["eval_loss"]
-    results: dict[str, Any] = {
-        "data": Path(run.image_text_file).name if run.image_text_file else "procedural scenes",
-        "train_images": len(train),
-        "held_out_captions": len(held_out),
-        "steps": trainer.state.global_step,
-        "seed": run.seed,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "parameters": model.num_parameters(),
-        "generation_loss": loss,
-        "codes": decoder.config.codebook_size,
-    }
-    if trainer.is_world_process_zero():
-        started = time.perf_counter()
-        results |= evaluate_drawing(
-            model, processor, decoder, image_processor, held_out, tokens["held_out"], run, output
-        )
-        results["seconds"]["drawing"] = round(time.perf_counter() - started, 1)
-        save(model, processor, decoder, image_processor, results, run, trainer, folder, upload)
-    return results
+
+def vqgan_config(run: RunArguments, values) -> VQGANConfig:
+    """The configuration of an image tokenizer that is trained here."""
+    return VQGANConfig(**{"image_size": run.image_size, **values["vqgan"]})
 
 
 def stage_settings(values) -> dict[str, dict[str, Any]]:
@@ -173,7 +129,7 @@ def stage_settings(values) -> dict[str, dict[str, Any]]:
     }
 
 
-def load_rows(run: RunArguments):
+def build_data(run: RunArguments):
     """Training and held-out rows with caption and image; no held-out caption is trained on."""
     if run.image_text_file is not None:
         files = (run.image_text_file, run.eval_file or "")
@@ -186,76 +142,7 @@ def load_rows(run: RunArguments):
     return CaptionImages(train, run.image_size), CaptionImages(held_out, run.image_size)
 
 
-def image_tokenizer(run, values, folder: RunFolder, train, held_out, state):
-    """The VQGAN that makes tokens: given, left by an interrupted run, or trained here."""
-    output = folder.path
-    name = run.image_tokenizer or (output / DECODER_FOLDER if folder.is_finished(DECODER_FOLDER) else None)
-    if name is not None:
-        decoder, image_processor = AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
-    else:
-        config = VQGANConfig(**{"image_size": run.image_size, **values["vqgan"]})
-        image_processor = VQGANImageProcessor(
-            config.image_size, config.in_channels, size_divisor=config.downsample_factor
-        )
-        decoder = train_image_tokenizer(
-            VQGAN(config),
-            image_processor,
-            crowded(run) or train,
-            held_out,
-            values["vqgan_training"],
-            output / "vqgan_run",
-            run.seed,
-            partial(folder.train, stage=DECODER_FOLDER, folder="vqgan_run"),
-        )
-        if state.is_main_process:
-            with folder.whole(DECODER_FOLDER) as place:
-                decoder.save_pretrained(place)
-                image_processor.save_pretrained(place)
-        state.wait_for_everyone()
-        folder.finish(DECODER_FOLDER)
-    if getattr(decoder.config, "quantizer", None) != "lfq":
-        raise RecipeError(
-            f"{name} is no VQGAN with quantizer='lfq' (got {getattr(decoder.config, 'quantizer', 'none')!r}); its "
-            "codes have no bits."
-        )
-    return decoder.eval().requires_grad_(False), image_processor
-
-
-def crowded(run: RunArguments) -> CaptionImages | None:
-    """Scenes with most cells filled, from which an image tokenizer learns shapes faster; None with the user's images."""
-    if run.image_text_file is not None:
-        return None
-    cells = run.grid * run.grid
-    scenes = draw_scenes(
-        min(4000, run.train_images),
-        run.seed + 2,
-        dots=run.dots,
-        min_objects=cells // 2,
-        max_objects=cells,
-        grid=run.grid,
-    )
-    return CaptionImages(scenes, run.image_size)
-
-
-def base_model(run, values, folder: RunFolder, train, state):
-    """The language model to expand: given, left by an interrupted run, or a small Llama trained on the captions."""
-    place = folder.path / "base"
-    if run.base is None and not folder.is_finished("base"):
-        captions = [train[index]["caption"] for index in range(len(train))]
-        small, tokenizer = train_caption_llama(
-            captions, values["base_model"], run.base_steps, folder.path / "base_run", run.seed, folder.resumes
-        )
-        if state.is_main_process:
-            with folder.whole("base") as unfinished:
-                small.save_pretrained(unfinished)
-                tokenizer.save_pretrained(unfinished)
-        state.wait_for_everyone()
-        folder.finish("base")
-    name = run.base or str(place)
-    return name, AutoTokenizer.from_pretrained(name)
-
-
-def expand(run, base: str, tokenizer, decoder):
+def expand(run: RunArguments, base: str, tokenizer, decoder):
     """The expanded model and its processor."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -273,9 +160,48 @@ def expand(run, base: str, tokenizer, decoder):
     return model.train(), LFQProcessor.from_model(model, tokenizer, image_prompt=prompt)
 
 
-def save(model, processor, decoder, image_processor, results, run, trainer, folder: RunFolder, upload: Upload | None):
-    """Model, processor, image decoder, card, JSON, and the lines a user reads."""
-    output = folder.path
+def build_model(run: RunArguments, values, folder: RunFolder, train, held_out) -> Parts:
+    """Image tokenizer and language model, given or trained, and the model expanded by the tokenizer's codes."""
+    began = time.perf_counter()
+    config = None if run.image_tokenizer else vqgan_config(run, values)
+    decoder, image_processor = image_tokenizer(run, config, values["vqgan_training"], folder, train, held_out)
+    between = time.perf_counter()
+    base, tokenizer = base_model(run, values["base_model"], folder, train)
+    seconds = {"image_tokenizer": between - began, "base": time.perf_counter() - between}
+    model, processor = expand(run, base, tokenizer, decoder)
+    share = model.trainable_rows()
+    PartialState().print(
+        f"{share['trainable']:,} of {share['total']:,} vocabulary rows train ({100 * share['share']:.1f} %); "
+        f"LFQ ids {model.lfq_token_range[0]:,} … {model.lfq_token_range[1] - 1:,}",
+        flush=True,
+    )
+    return Parts(decoder, image_processor, model, processor, seconds)
+
+
+def build_trainer(run: RunArguments, args: CompressionTrainingArguments, parts: Parts, train, held_out):
+    """The trainer of the language model on captions, each with the codes of its image."""
+    tokens = [
+        CaptionTokens([row["caption"] for row in rows], tokenize_images(parts.decoder, parts.image_processor, rows))
+        for rows in (train, held_out)
+    ]
+    return CompressionTrainer(
+        parts.model,
+        args,
+        train_dataset=tokens[0],
+        eval_dataset=tokens[1],
+        data_collator=CaptionImageCollator(parts.processor, run.caption_drop),
+    )
+
+
+def report(
+    run: RunArguments, folder: RunFolder, trainer, parts: Parts, held_out, results: dict[str, Any], upload
+) -> None:
+    """Draws held-out captions; saves the models; writes pictures, results.json and the card; prints a summary."""
+    started = time.perf_counter()
+    decoder, image_processor, model, processor, _ = parts
+    tokens = trainer.eval_dataset
+    results |= evaluate_drawing(model, processor, decoder, image_processor, held_out, tokens, run, folder.path)
+    results["seconds"]["drawing"] = round(time.perf_counter() - started, 1)
     # What is pushed must not refer to a folder of this machine.
     whole = run.base is None or (upload is not None and Path(run.base).is_dir())
     with folder.whole() as place:
@@ -284,9 +210,9 @@ def save(model, processor, decoder, image_processor, results, run, trainer, fold
         decoder.save_pretrained(place / DECODER_FOLDER)
         image_processor.save_pretrained(place / DECODER_FOLDER)
     results["log"] = [row for row in trainer.state.log_history if "loss" in row]
-    (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    (folder.path / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     write_model_card(
-        output,
+        folder.path,
         "image_tokens",
         tags=["text-to-image", "lfq"],
         pipeline_tag="text-to-image",
@@ -295,11 +221,10 @@ def save(model, processor, decoder, image_processor, results, run, trainer, fold
         dataset=card_dataset(SCENES, file=run.image_text_file),
         language="en" if run.image_text_file is None else None,
         measured={"generation_loss": results["generation_loss"], **results.get("drawn", {})},
-        config=model.config,
+        config=parts.model.config,
         results=results,
         run=run,
     )
-    folder.finish()
     print(
         f"\ncross-entropy of held-out image tokens {results['generation_loss']:.3f} nats (of {results['codes']:,} codes)"
     )
@@ -308,9 +233,41 @@ def save(model, processor, decoder, image_processor, results, run, trainer, fold
             f"  {name:24s} shapes and colours {100 * row['shape_and_colour']:5.1f} %, at their places "
             f"{100 * row['place']:5.1f} %"
         )
-    print(f"pictures: {output / 'generated.png'}, {output / 'completed.png'}")
-    if upload is not None:
-        print("pushed to", upload.push(output))
+    print(f"pictures: {folder.path / 'generated.png'}, {folder.path / 'completed.png'}")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains, draws, checks, saves; returns the results."""
+    values, run, args, upload = read_arguments(argv)
+    folder = RunFolder(run, "image_tokens", (DECODER_FOLDER, "base", ""), ("vqgan_run", "base_run"))
+    use_all_cores(run.threads)
+    set_seed(run.seed)
+    train, held_out = build_data(run)
+    folder.start(stage_settings(values))
+    parts = build_model(run, values, folder, train, held_out)
+    trainer = build_trainer(run, args, parts, train, held_out)
+    folder.train(trainer)
+    trainer.use_averaged_weights()
+    trainer.data_collator = CaptionImageCollator(parts.processor)
+    loss = trainer.evaluate()["eval_loss"]
+    seconds = parts.seconds | {"training": trainer.training_seconds}
+    results: dict[str, Any] = {
+        "data": Path(run.image_text_file).name if run.image_text_file else "procedural scenes",
+        "train_images": len(train),
+        "held_out_captions": len(held_out),
+        "steps": trainer.state.global_step,
+        "seed": run.seed,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "parameters": parts.model.num_parameters(),
+        "generation_loss": loss,
+        "codes": parts.decoder.config.codebook_size,
+    }
+    if trainer.is_world_process_zero():
+        report(run, folder, trainer, parts, held_out, results, upload)
+        folder.finish()
+        if upload is not None:
+            print("pushed to", upload.push(folder.path))
+    return results
 
 
 if __name__ == "__main__":
