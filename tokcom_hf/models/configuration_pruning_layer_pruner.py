@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .pruning_shapes import check_architecture, check_heads
 from .shared_removed_fields import take_removed
 
 # Removed fields and their former defaults.
@@ -57,8 +58,7 @@ class LayerPrunerConfig(PreTrainedConfig):
             raise ValueError(f"layers must be rising layer numbers from 0 on, got {self.layers}.")
         if self.pruner_type not in ("cross_attention", "simple"):
             raise ValueError(f"pruner_type must be cross_attention or simple, got {self.pruner_type!r}.")
-        if self.architecture not in ("normalized", "documented"):
-            raise ValueError(f"architecture must be normalized or documented, got {self.architecture!r}.")
+        check_architecture(self.architecture)
         if self.selection not in ("topk", "threshold"):
             raise ValueError(f"selection must be topk or threshold, got {self.selection!r}.")
         ratios = self.keep_ratios
@@ -78,11 +78,7 @@ class LayerPrunerConfig(PreTrainedConfig):
             raise ValueError(f"keep_tokens needs one falling number per layer {self.layers}, got {tokens}.")
         if tokens is not None and tokens[-1] < 1:
             raise ValueError(f"keep_tokens must be at least 1, got {tokens}.")
-        if self.internal_size % self.num_attention_heads:
-            raise ValueError(
-                f"internal_size {self.internal_size} must be a multiple of num_attention_heads "
-                f"{self.num_attention_heads}."
-            )
+        check_heads(self.internal_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
     @property

@@ -5,6 +5,7 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .pruning_shapes import check_architecture, check_heads
 from .shared_removed_fields import take_removed
 
 # Removed fields and their former defaults.
@@ -69,8 +70,7 @@ class TokenMergerConfig(PreTrainedConfig):
         take_removed(kwargs, REMOVED)
         if self.merger_type not in ("simple", "question_aware", "fixed_pooling"):
             raise ValueError(f"merger_type must be simple, question_aware or fixed_pooling, got {self.merger_type!r}.")
-        if self.architecture not in ("normalized", "documented"):
-            raise ValueError(f"architecture must be normalized or documented, got {self.architecture!r}.")
+        check_architecture(self.architecture)
         if self.architecture == "documented" and self.merger_type == "fixed_pooling":
             raise ValueError(
                 "architecture 'documented' scores tokens: merger_type simple or question_aware; fixed_pooling is normalized."
@@ -102,11 +102,7 @@ class TokenMergerConfig(PreTrainedConfig):
             )
         if self.target_merge_tokens is not None and self.target_merge_tokens < 1:
             raise ValueError(f"target_merge_tokens must be at least 1, got {self.target_merge_tokens}.")
-        if self.internal_size % self.num_attention_heads:
-            raise ValueError(
-                f"internal_size {self.internal_size} must be a multiple of num_attention_heads "
-                f"{self.num_attention_heads}."
-            )
+        check_heads(self.internal_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
     def tokens_kept(self, tokens: int) -> int:

@@ -43,9 +43,8 @@ def save_lfq_expanded(model, save, folder, include_base: bool | None, state_dict
     """Writes the configuration and the new rows, and the base model's weights where `include_base` says so.
 
     Args:
-        model: the `LFQExpandedModel`.
-        save: `PreTrainedModel.save_pretrained`, bound to the model.
-        folder: target folder.
+        model, folder: the `LFQExpandedModel` and the folder for it.
+        save: its inherited `save_pretrained`.
         include_base: None decides as `LFQExpandedModel.save_pretrained` documents.
         state_dict: weights to save instead of the model's own (distributed training gives them).
 
@@ -139,8 +138,7 @@ def load_lfq_expanded(cls, load, name, *args, config=None, base_trust_remote_cod
     """Loads the new rows, and the base model from the same folder or from where the configuration says.
 
     Args:
-        cls: `LFQExpandedModel`.
-        load: `PreTrainedModel.from_pretrained`, bound to it.
+        cls, load: `LFQExpandedModel` and its inherited `from_pretrained`.
         name: Hub name or folder.
         base_trust_remote_code: whether code of the base model's repository may run; `trust_remote_code` concerns `name`.
 

@@ -8,7 +8,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_pruning_layer_pruner import LayerPrunerConfig
 from .pruning_question_attention import QuestionAttention
-from .shared_strict_loading import StrictLoading
+from .pruning_stage import PruningStage
 
 # Mask of a dropped token in straight-through training. Sharp attention still sees a token at 1e-6; 1/mask must be finite.
 DROPPED = 1e-30
@@ -60,22 +60,16 @@ class PrunerHead(nn.Module):
         return self.score(tokens).squeeze(-1).float()
 
 
-class LayerPruner(StrictLoading):
+class LayerPruner(PruningStage):
     """Keep/drop heads, one per layer in `config.layers`."""
 
     config: LayerPrunerConfig
     config_class = LayerPrunerConfig
     main_input_name = "vision_hidden"
-    # `QuestionAttention` uses torch's fused attention for all of these.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
 
     def __init__(self, config: LayerPrunerConfig):
         super().__init__(config)
         self.heads = nn.ModuleDict({str(layer): PrunerHead(config) for layer in config.layers})
-        # Default of `forward`; training anneals it.
-        self.temperature = 0.1
         self.post_init()
 
     def forward(

@@ -16,7 +16,7 @@ from .configuration_pruning_token_merger import TokenMergerConfig
 from .pruning_merger_output import TokenMergerOutput
 from .pruning_question_attention import QuestionAttention, QuestionGuide
 from .pruning_question_ratio import confident_count, within
-from .shared_strict_loading import StrictLoading
+from .pruning_stage import PruningStage
 
 # The parameter `confidence` is the logit of a probability divided by this number, so that a learning rate of 2e-5 moves the
 # logit by 1 in 500 steps.
@@ -25,16 +25,12 @@ CONFIDENCE_SCALE = 100.0
 MAX_QUERIES = 576
 
 
-class TokenMerger(StrictLoading):
+class TokenMerger(PruningStage):
     """Merges the vision tokens of an image before the language model."""
 
     config: TokenMergerConfig
     config_class = TokenMergerConfig
     main_input_name = "vision_features"
-    # `QuestionAttention` uses torch's fused attention for all of these.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
 
     def __init__(self, config: TokenMergerConfig):
         super().__init__(config)
@@ -68,8 +64,6 @@ class TokenMerger(StrictLoading):
         self.ratio_head = nn.Linear(size, 1) if learned else None
         confident = config.question_dependent_ratio == "confidence"
         self.confidence = nn.Parameter(torch.empty(())) if confident else None
-        # Default of `forward`; training anneals it.
-        self.temperature = 0.1
         self.post_init()
 
     @torch.no_grad()
