@@ -1,16 +1,15 @@
 """The vocabulary document's code, as it is printed: only the paths of the imports are this package's."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
+from tests.helpers.recipes import load
 from tokcom_hf import JointLFQModel, LFQExpandedModel
 from tokcom_hf.cli import RecipeError, parse_recipe
 from tokcom_hf.small_models.small_internvl import build_small_internvl
@@ -131,12 +130,7 @@ def here(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_train_joint_lfq", RECIPES / "train_joint_lfq.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("train_joint_lfq")
 
 
 def run(code, **names):

@@ -1,14 +1,13 @@
 """TokCom's commands and its Python snippet, as they are documented: parsed, and run to their end."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.helpers.recipes import load
 from tokcom_hf import DenoisedModel, TokComConfig, TokComModel
 from tokcom_hf.cli import parse_recipe
 from tokcom_hf.data.tokenizers import train_tokenizer
@@ -77,13 +76,6 @@ SHORTER = [
     "--max_length", "64", "--batch_size", "4", "--num_workers", "0", "--tokenizer_path", "tokenizer", "--vae_epochs", "2",
     "--diffusion_epochs", "2", "--num_sample_steps", "3",
 ]  # fmt: skip
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"documented_{name}", ROOT / "recipes" / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 import ast
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.helpers.recipes import load
 from tokcom_hf import VQGAN, VQGANConfig, VQGANDiscriminator
 from tokcom_hf.cli import RecipeError, parse_recipe
 from tokcom_hf.data.images import procedural_scene
@@ -95,13 +94,6 @@ MEANS = {
 # A network and runs small enough for a test; nothing of these is documented.
 SMALL = "--model.base_channels 8 --latent_channels 8 --codebook_dim 8 --discriminator.base_channels 8 --threads 1 "
 SMALL += "--report_to none --disable_tqdm true --init_images 8 --num_pictures 2"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"documented_{name}", ROOT / "recipes" / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """TokCom's documented training configuration: every name acts, and configs/paper holds exactly these values."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.helpers.recipes import load
 from tokcom_hf.cli import parse_recipe
 from tokcom_hf.documented_names import TRAIN_TOKCOM
 
@@ -28,10 +27,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def training():
-    spec = importlib.util.spec_from_file_location("train_config_tokcom", ROOT / "recipes" / "train_tokcom.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("train_tokcom")
 
 
 def settings_of(training, values) -> dict:

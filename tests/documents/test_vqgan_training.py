@@ -1,13 +1,12 @@
 """What the documented VQ-VAE settings do during training."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.recipes import load
 from tokcom_hf import VQGAN, VQGANConfig, VQGANImageProcessor
 from tokcom_hf.cli import parse_recipe, read_yaml
 from tokcom_hf.data.images import ProceduralImages
@@ -230,10 +229,7 @@ def test_the_best_model_may_have_fewer_codes_than_the_last(tmp_path):
 
 
 def recipe():
-    spec = importlib.util.spec_from_file_location("documented_early", ROOT / "recipes" / "train_vqgan.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("train_vqgan")
 
 
 def test_early_stopping_works_with_the_default_configuration(tmp_path):

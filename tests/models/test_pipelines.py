@@ -3,7 +3,6 @@
 import base64
 import copy
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -22,13 +21,12 @@ from transformers import AutoProcessor, GenerationConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 import tokcom_hf
+from tests.helpers.recipes import load
 from tokcom_hf.models.pipeline_prompts import as_prompt, chat_prompt, pair, render
 from tokcom_hf.models.shared_private_sampling import GumbelNoise, private_options, warpers
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("pipeline_threads", ROOT / "recipes/benchmarks/pipeline_threads.py")
-bench = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(bench)
+bench = load("pipeline_threads")
 NAMES = list(bench.BUILDERS)
 VQ = ["vq-reconstruction", "vq-tokenize"]
 VLM = ["lfq-image-text on a VLM", "pruned-image-text-to-text"]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.chromium import PROGRAM, Page
+from tests.helpers.recipes import load
 from tokcom_hf import LFQProcessor, PrunedVLM
 from tokcom_hf.evaluation.tokcom_reconstruction import token_and_chunk_accuracy
 from tokcom_hf.metrics.codebook import codebook_usage
@@ -22,25 +23,15 @@ HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 MISSING = [*(["gradio (pip install '.[demo]')"] * (not HAS_GRADIO)), *(["Chromium"] * (PROGRAM is None))]
 
 
-def loaded(path: Path):
-    spec = importlib.util.spec_from_file_location(f"demo_test_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def demo():
-    """The recipe as a module, found as a script finds its siblings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES))
-        yield loaded(RECIPES / "demo.py")
+    return load("demo")
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict[str, Path]:
     """A tiny random model for every tab, as its recipe leaves one."""
-    build = loaded(RECIPES / "benchmarks" / "pipeline_threads.py")
+    build = load("pipeline_threads")
     builders = {
         "tokcom": build.build_tokcom, "vqgan": build.build_vqgan, "pruned": build.build_pruned_vlm,
         "images": build.build_lfq,

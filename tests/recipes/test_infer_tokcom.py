@@ -1,6 +1,5 @@
 """recipes/infer_tokcom.py: its six modes, its seeds, and its errors."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.recipes import load
 from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.data.tokenizers import train_tokenizer
 
@@ -62,9 +62,7 @@ def folder(request, tmp_path_factory) -> Path:
 @pytest.fixture
 def recipe(monkeypatch, folder, capsys):
     """Runs the recipe's main() in this process; returns what it printed."""
-    spec = importlib.util.spec_from_file_location("infer_tokcom", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("infer_tokcom")
 
     def run(*arguments, model: Path = folder) -> str:
         words = [*map(str, arguments), "--model", str(model), "--device", "cpu"]

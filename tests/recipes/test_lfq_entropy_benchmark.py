@@ -1,22 +1,19 @@
 """recipes/benchmarks/lfq_entropy.py: both sides compute the same thing, from one command."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.recipes import load
+
 PATH = Path(__file__).parents[2] / "recipes" / "benchmarks" / "lfq_entropy.py"
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    spec = importlib.util.spec_from_file_location("benchmark_lfq_entropy", PATH)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+def benchmark():
+    return load("lfq_entropy")
 
 
 def test_values_and_gradients_of_both_agree_in_float64(benchmark):

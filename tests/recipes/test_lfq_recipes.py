@@ -1,6 +1,5 @@
 """`expand_vocab.py` and `image_tokens.py`: what they leave behind, and what they refuse."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,18 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlamaForCausalLM, pipeline
 
+from tests.helpers.recipes import load
 from tokcom_hf import LFQExpandedModel, get_lfq_token_range
 from tokcom_hf.data.tokenizers import train_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-
-
-def recipe(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def base(tmp_path_factory):
 
 
 def test_expanding_a_folder(base, tmp_path, capsys):
-    report = recipe("expand_vocab").main([str(base), str(tmp_path / "out"), "--output_dim", "5"])
+    report = load("expand_vocab").main([str(base), str(tmp_path / "out"), "--output_dim", "5"])
     assert report["lfq_token_range"] == [320, 352] and report["old_logits"] == "bitwise equal"
     assert report["saved"] == "new rows" and report["megabytes"] < 0.1
     assert "LFQ ids 320 … 351" in capsys.readouterr().out
@@ -58,16 +50,16 @@ def test_expanding_a_folder(base, tmp_path, capsys):
 
 
 def test_merging_and_the_small_internvl(base, tmp_path):
-    report = recipe("expand_vocab").main([str(base), str(tmp_path / "plain"), "--merge", "--output_dim", "5"])
+    report = load("expand_vocab").main([str(base), str(tmp_path / "plain"), "--merge", "--output_dim", "5"])
     assert report["saved"] == "merged"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert type(plain) is LlamaForCausalLM and get_lfq_token_range(plain) == (320, 352)
-    report = recipe("expand_vocab").main(["--output_dir", str(tmp_path / "small"), "--output_dim", "8"])
+    report = load("expand_vocab").main(["--output_dir", str(tmp_path / "small"), "--output_dim", "8"])
     assert report["model"] == "InternVLForConditionalGeneration" and report["trainable_rows"]["trainable"] == 256
 
 
 def test_wrong_arguments(base, tmp_path):
-    run = recipe("expand_vocab").main
+    run = load("expand_vocab").main
     with pytest.raises(ValueError, match="1 to 24"):
         run([str(base), str(tmp_path / "out"), "--output_dim", "25"])
     assert not (tmp_path / "out").exists()
@@ -78,7 +70,7 @@ def test_wrong_arguments(base, tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         run([str(base), str(tmp_path / "full")])
     with pytest.raises(ValueError, match="belong together"):
-        recipe("image_tokens").main(["--image_text_file", "x.jsonl", "--output_dir", str(tmp_path / "i")])
+        load("image_tokens").main(["--image_text_file", "x.jsonl", "--output_dir", str(tmp_path / "i")])
 
 
 @pytest.mark.slow

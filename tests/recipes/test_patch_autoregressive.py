@@ -1,6 +1,5 @@
 """recipes/benchmarks/patch_autoregressive.py: a causal head inside chunks, its probabilities, and the command."""
 
-import importlib.util
 import json
 import random
 import sys
@@ -11,18 +10,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.helpers.recipes import load
+
 PATH = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks" / "patch_autoregressive.py"
 WORDS = ["the", "quick", "brown", "fox", "dog", "jumps", "over", "lazy", "old", "house"]
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_patch_autoregressive", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("patch_autoregressive")
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,16 @@
 import hashlib
 import json
 import random
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.recipes import call
 from tokcom_hf.cli import RecipeError
 from tokcom_hf.data.text import load_text_rows
 from tokcom_hf.data.tokenizers import load_tokenizer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "prepare_shakespeare.py"
-
-
-def call(*arguments) -> None:
-    before = sys.argv
-    sys.argv = [RECIPE.name, *map(str, arguments)]
-    try:
-        runpy.run_path(str(RECIPE), run_name="recipe")["main"]()
-    finally:
-        sys.argv = before
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +30,17 @@ def text_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(text_file) -> Path:
     out = text_file.parent / "prepared"
-    call("--text_file", text_file, "--sha256", "none", "--output_dir", out, "--tokenizer_vocab_size", 285)
+    call(
+        "prepare_shakespeare",
+        "--text_file",
+        text_file,
+        "--sha256",
+        "none",
+        "--output_dir",
+        out,
+        "--tokenizer_vocab_size",
+        285,
+    )
     return out
 
 
@@ -70,21 +70,21 @@ def test_another_text_needs_its_own_checksum(text_file, tmp_path):
     arguments = ("--text_file", text_file, "--output_dir", tmp_path / "out", "--tokenizer_vocab_size", 257)
     digest = hashlib.sha256(text_file.read_bytes()).hexdigest()
     with pytest.raises(RecipeError, match=f"{digest}, expected 1f921c97"):
-        call(*arguments)
+        call("prepare_shakespeare", *arguments)
     with pytest.raises(RecipeError, match=f"{digest}, expected {'0' * 64}"):
-        call(*arguments, "--sha256", "0" * 64)
+        call("prepare_shakespeare", *arguments, "--sha256", "0" * 64)
     assert not (tmp_path / "out").exists()
-    call(*arguments, "--sha256", digest.upper())
+    call("prepare_shakespeare", *arguments, "--sha256", digest.upper())
     with pytest.raises(FileExistsError, match="--overwrite"):
-        call(*arguments, "--sha256", digest)
-    call(*arguments, "--sha256", digest, "--overwrite")
+        call("prepare_shakespeare", *arguments, "--sha256", digest)
+    call("prepare_shakespeare", *arguments, "--sha256", digest, "--overwrite")
 
 
 def test_a_text_without_enough_lines_and_a_missing_one_are_refused(tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("one line\nand another\n")
     with pytest.raises(RecipeError, match="nothing is left for development and test"):
-        call("--text_file", short, "--sha256", "none", "--output_dir", tmp_path / "out")
+        call("prepare_shakespeare", "--text_file", short, "--sha256", "none", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(RecipeError, match="--text_file"):
-        call("--output_dir", tmp_path / "out")
+        call("prepare_shakespeare", "--output_dir", tmp_path / "out")

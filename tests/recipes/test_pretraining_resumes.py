@@ -1,6 +1,5 @@
 """pretrain_vlm.py and pretrain_internvl.py go on from a checkpoint with every tensor as it was."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -9,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.helpers.recipes import load
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COMMON = [
@@ -24,11 +25,7 @@ OWN = {"pretrain_vlm": ["--grid", "4"], "pretrain_internvl": ["--scenes.image_si
 @pytest.mark.parametrize("name", OWN)
 def test_a_resumed_pretraining_ends_with_the_same_weights(tmp_path, monkeypatch, name):
     torch.set_num_threads(1)
-    monkeypatch.syspath_prepend(str(RECIPES))
-    spec = importlib.util.spec_from_file_location(f"resumed_{name}", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = load(name)
     out = tmp_path / "out"
     arguments = [f"{name}.py", *COMMON, *OWN[name], "--output_dir", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)

@@ -1,12 +1,12 @@
 """Every configuration of recipes/train_tokcom.py builds its models and trains them; `paper` is the documented system."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from tests.helpers.recipes import load
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*/train_tokcom.yaml"))
@@ -19,12 +19,7 @@ TRAINING = ("vae_training", "denoiser_training", "distillation_training")
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("train_tokcom_recipe", ROOT / "recipes" / "train_tokcom.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("train_tokcom")
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.parent.name)

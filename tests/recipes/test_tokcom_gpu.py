@@ -1,6 +1,5 @@
 """recipes/benchmarks/tokcom_gpu.py: says so without a GPU; its functions run on a CPU at toy size."""
 
-import importlib.util
 import json
 import random
 import sys
@@ -9,18 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.recipes import load
+
 PATH = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks" / "tokcom_gpu.py"
 WORDS = ["the", "quick", "brown", "fox", "dog", "jumps", "over", "lazy", "old", "house"]
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_tokcom_gpu", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("tokcom_gpu")
 
 
 def test_without_a_gpu_it_says_so_and_ends_well(benchmark, monkeypatch, capsys):

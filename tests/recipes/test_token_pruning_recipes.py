@@ -1,12 +1,13 @@
 """The pruning recipes from end to end, at a small setting: pretrain, train, evaluate, search, compare, measure."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.helpers.recipes import load
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL_VLM = [
@@ -25,14 +26,7 @@ def recipe(monkeypatch, script, *arguments):
     torch.set_num_threads(1)
     path = (RECIPES / script).resolve()
     monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-    monkeypatch.syspath_prepend(str(path.parent))
-    monkeypatch.syspath_prepend(str(RECIPES))
-    # A recipe is a script, not part of the package: it is loaded by path, under a name its dataclasses are found by.
-    spec = importlib.util.spec_from_file_location("recipe_" + path.parent.name + "_" + path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    module.main()
+    load(path.stem).main()
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import json
 import random
 import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from tests.helpers.recipes import call
 from tokcom_hf.metrics.compute import matching_llama_config
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "train_ar_baseline.py"
@@ -37,15 +37,6 @@ SMALL = ["--parameters", "40000", "--head_dim", "16", "--num_layers", "1", "--le
          "--learning_rate", "1e-2", "--save_steps", "20", "--save_total_limit", "2"]  # fmt: skip
 
 
-def train(*arguments: str) -> None:
-    before = sys.argv
-    sys.argv = [str(RECIPE), *map(str, arguments)]
-    try:
-        runpy.run_path(str(RECIPE), run_name="recipe")["main"]()
-    finally:
-        sys.argv = before
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     generator = random.Random(0)
@@ -58,21 +49,21 @@ def corpus(tmp_path_factory) -> Path:
 def test_it_learns_within_an_explicit_budget_and_resumes_to_the_same_weights(tmp_path, corpus):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     common = [*SMALL, "--train_file", corpus, "--tokens", 30 * 8 * 16]
-    train(*common, "--output_dir", whole)
+    call("train_ar_baseline", *common, "--output_dir", whole)
     budget = json.loads((whole / "budget.json").read_text())
     assert budget["steps"] == 30 and budget["tokens"] == 30 * 8 * 16 and budget["matched"] is None
     assert budget["parameters"] == pytest.approx(40_000, rel=0.02)
     # Guessing uniformly costs ln 300 = 5.7 nats, knowing the 15 words 2.7 a word and less a token.
     assert budget["held_out_loss"] < 4.5
 
-    train(*common, "--output_dir", broken)
+    call("train_ar_baseline", *common, "--output_dir", broken)
     shutil.rmtree(broken / "checkpoint-30")
     (broken / "model.safetensors").unlink()
-    train(*common, "--output_dir", broken, "--resume_from_checkpoint", "true")
+    call("train_ar_baseline", *common, "--output_dir", broken, "--resume_from_checkpoint", "true")
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, broken))
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(FileExistsError, match="is not empty"):
-        train(*common, "--output_dir", whole)
+        call("train_ar_baseline", *common, "--output_dir", whole)
 
 
 @pytest.mark.slow

@@ -1,14 +1,14 @@
 """recipes/pretrain_internvl.py and train_joint_lfq.py from end to end at a small setting."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
+
+from tests.helpers.recipes import load
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL_BASE = [
@@ -24,20 +24,9 @@ SMALL_RUN = [
 ]  # fmt: skip
 
 
-def load_recipe(monkeypatch, name):
-    torch.set_num_threads(1)
-    path = RECIPES / f"{name}.py"
-    monkeypatch.syspath_prepend(str(RECIPES))
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_pretraining_and_joint_training_leave_models_that_answer_and_draw(tmp_path, monkeypatch, capsys):
-    pretrain, joint = load_recipe(monkeypatch, "pretrain_internvl"), load_recipe(monkeypatch, "train_joint_lfq")
+    pretrain, joint = load("pretrain_internvl"), load("train_joint_lfq")
     base, out = tmp_path / "base", tmp_path / "joint"
     told = pretrain.main(["--output_dir", str(base), *SMALL_BASE])
     assert told["scenes"]["image_size"] == 32 and 0 <= told["accuracy"]["all"] <= 1
@@ -79,7 +68,7 @@ def test_pretraining_and_joint_training_leave_models_that_answer_and_draw(tmp_pa
 
 @pytest.mark.slow
 def test_joint_training_on_json_lines_with_a_frozen_language_model(tmp_path, monkeypatch):
-    pretrain, joint = load_recipe(monkeypatch, "pretrain_internvl"), load_recipe(monkeypatch, "train_joint_lfq")
+    pretrain, joint = load("pretrain_internvl"), load("train_joint_lfq")
     pretrain.main(["--output_dir", str(tmp_path / "base"), *SMALL_BASE])
     lines = []
     for index, colour in enumerate(["red", "green", "blue", "yellow"] * 2):
@@ -99,7 +88,7 @@ def test_joint_training_on_json_lines_with_a_frozen_language_model(tmp_path, mon
 
 @pytest.mark.parametrize("size", ["tiny", "base", "paper"])
 def test_every_configuration_fits_the_recipe(tmp_path, monkeypatch, size):
-    joint = load_recipe(monkeypatch, "train_joint_lfq")
+    joint = load("train_joint_lfq")
     path = RECIPES / "configs" / size / "train_joint_lfq.yaml"
     values = joint.parse_recipe("", joint.SECTIONS, path, [])
     joint.RunArguments(**values["run"])

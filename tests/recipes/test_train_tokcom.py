@@ -1,6 +1,5 @@
 """recipes/train_tokcom.py end to end at toy size, its resume, its errors, and what it leaves behind."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from tests.helpers.recipes import load
 from tokcom_hf.cli import run_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,12 +50,7 @@ def launch(*arguments: str, code: str | None = None, accelerate: bool = False) -
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("train_tokcom_recipe_in_process", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("train_tokcom")
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 import json
 import random
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel
 
+from tests.helpers.recipes import call
 from tokcom_hf.cli import RecipeError
 from tokcom_hf.data.tokenizers import load_tokenizer, train_tokenizer
 
@@ -23,15 +22,6 @@ OPTIONS += [
     "vae_training.learning_rate=0.01",
     "vae_training.warmup_steps=5",
 ]
-
-
-def call(*arguments) -> None:
-    before = sys.argv
-    sys.argv = [BENCHMARK.name, *map(str, arguments)]
-    try:
-        runpy.run_path(str(BENCHMARK), run_name="recipe")["main"]()
-    finally:
-        sys.argv = before
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +44,7 @@ def test_rows_learn_what_their_untrained_controls_do_not(tmp_path, texts, capsys
     out = tmp_path / "out"
     arguments = ["--train_file", train, "--validation_file", held_out, "--tokenizers", "none", tmp_path / "words"]
     arguments += ["--length", 32, "--max_steps", 100, "--output_dir", out, "--rows", 16, "--options", *OPTIONS]
-    call(*arguments, "--chunk_sizes", 2)
+    call("benchmarks/vae_compression", *arguments, "--chunk_sizes", 2)
     table = json.loads((out / "vae_compression.json").read_text())
     assert list(table) == ["2to1_own", "2to1_words"]
     assert [row["vocabulary"] for row in table.values()] == [280, 270]
@@ -73,7 +63,7 @@ def test_rows_learn_what_their_untrained_controls_do_not(tmp_path, texts, capsys
     assert printed.count("untrained") == 2 and f"{100 * table['2to1_own']['token_accuracy_sigma_0.7']:.3f}" in printed
     # Finished rows are kept, new ones come to them.
     arguments[arguments.index("--tokenizers") + 1 : arguments.index("--length")] = [tmp_path / "words"]
-    call(*arguments, "--chunk_sizes", 2, 8)
+    call("benchmarks/vae_compression", *arguments, "--chunk_sizes", 2, 8)
     printed = capsys.readouterr().out
     assert printed.count("training 8to1_words") == 1 == printed.count("(log in")
     table = json.loads((out / "vae_compression.json").read_text())
@@ -84,4 +74,4 @@ def test_rows_learn_what_their_untrained_controls_do_not(tmp_path, texts, capsys
 
 def test_a_chunk_size_that_does_not_divide_the_rows_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="got 32 and 5"):
-        call("--chunk_sizes", 5, "--length", 32, "--output_dir", tmp_path)
+        call("benchmarks/vae_compression", "--chunk_sizes", 5, "--length", 32, "--output_dir", tmp_path)

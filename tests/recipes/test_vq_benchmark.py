@@ -1,8 +1,6 @@
 """recipes/benchmarks/vq_quantizers.py: its table, going on after an interruption, and splits that share no photo."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.recipes import load
+
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks" / "vq_quantizers.py"
 SMALL = ["--steps", "3", "--num_train", "32", "--num_eval", "16", "--batch_size", "4", "--codebook_sizes", "16"]
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("vq_quantizers_benchmark", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up there.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("vq_quantizers")
 
 
 @pytest.mark.slow
