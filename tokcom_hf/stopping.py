@@ -46,7 +46,7 @@ class Stopped(SystemExit):
     def __str__(self) -> str:
         name = signal.Signals(self.signum).name
         if self.checkpoint is None:
-            return f"stopped by {name}; the run is unfinished. The same command with --resume goes on."
+            return f"stopped by {name}; the run is unfinished."
         return (
             f"stopped by {name} after step {self.step}; the run is unfinished. The same command with --resume goes on "
             f"from {self.checkpoint}."

@@ -218,6 +218,14 @@ class Bench:
             start.begin(self.work)
             running[start.pid] = (number, scenario, start)
 
+        try:
+            self._loop(waiting, running, ended, advance)
+        finally:
+            for pid, (_, _, start) in running.items():
+                _kill(pid, start.workers())
+        return [results[number] for number in sorted(results)]
+
+    def _loop(self, waiting, running, ended, advance) -> None:
         while waiting or running or ended:
             while waiting and len(running) + len(ended) < self.parallel:
                 number, scenario = waiting.popleft()
@@ -243,7 +251,6 @@ class Bench:
                     run.journal = [json.loads(line) for line in start.journal.read_text(encoding="utf-8").splitlines()]
                 advance(number, scenario, run)
             time.sleep(0.02)
-        return [results[number] for number in sorted(results)]
 
     # ------------------------------------------------------------------ undisturbed runs
     def prepare(self, names: Iterable[str]) -> None:
