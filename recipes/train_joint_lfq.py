@@ -35,7 +35,7 @@ from tokcom_hf.documented_names import TRAIN_JOINT_LFQ
 from tokcom_hf.evaluation.lfq_joint import evaluate_joint
 from tokcom_hf.evaluation.lfq_joint_report import print_report
 from tokcom_hf.fingerprints import settings_of
-from tokcom_hf.hub import take_upload
+from tokcom_hf.hub import RUN_MARKER, take_upload
 from tokcom_hf.plots.lfq import plot_joint_training
 from tokcom_hf.plots.vqgan import NO_MATPLOTLIB
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
@@ -105,7 +105,7 @@ def read_arguments(argv: list[str] | None):
 
 
 def ensure_small_internvl(base: str) -> None:
-    """Trains the small InternVL where the default base does not exist yet."""
+    """Trains the small InternVL where the default base does not exist yet, or goes on where that was interrupted."""
     if base != SMALL_INTERNVL or (Path(base) / "results.json").is_file():
         return
     state = PartialState()
@@ -114,7 +114,8 @@ def ensure_small_internvl(base: str) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import pretrain_internvl
 
-    pretrain_internvl.main(["--overwrite"])
+    begun = (Path(base) / RUN_MARKER).is_file()
+    pretrain_internvl.main(["--resume" if begun else "--overwrite"])
     state.wait_for_everyone()
 
 

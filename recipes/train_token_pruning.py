@@ -29,7 +29,7 @@ from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
 from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.gpus import use_gpus
-from tokcom_hf.hub import Upload, take_upload
+from tokcom_hf.hub import RUN_MARKER, Upload, take_upload
 from tokcom_hf.pruning_checkpoint import read_parts
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
@@ -114,8 +114,9 @@ def info(text: str) -> None:
 
 
 def ensure_small_vlm(base_model: str, threads: int | None = None) -> None:
-    """Trains the small LLaVA where the default base model does not exist yet."""
-    if base_model != SMALL_VLM or (Path(base_model) / "config.json").is_file():
+    """Trains the small LLaVA where the default base model does not exist yet, or goes on where that was interrupted."""
+    # Its last file; the scenes that it names are those to train on.
+    if base_model != SMALL_VLM or (Path(base_model) / "results.json").is_file():
         return
     state = PartialState()
     state.wait_for_everyone()
@@ -124,7 +125,8 @@ def ensure_small_vlm(base_model: str, threads: int | None = None) -> None:
     import pretrain_vlm
 
     # All ranks take part: the training is distributed like this one.
-    pretrain_vlm.main(["--overwrite", *(["--threads", str(threads)] if threads else [])])
+    begun = (Path(base_model) / RUN_MARKER).is_file()
+    pretrain_vlm.main(["--resume" if begun else "--overwrite", *(["--threads", str(threads)] if threads else [])])
     state.wait_for_everyone()
 
 
