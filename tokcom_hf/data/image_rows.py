@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 
 from ..models.shared_image_files import check_image
 
+# No system opens a longer one.
+LONGEST_PATH = 4096
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)
 
 
@@ -82,6 +84,8 @@ class ImageTextRow:
                 f"Name images inside {str(folder)!r} (links are fine), or allow it with allow_outside=True "
                 "(--allow_outside true)."
             )
+        if len(name) > LONGEST_PATH:
+            raise ValueError(f"{self.place}: image {name[:40]!r}… is no path: it has {len(name):,} characters.")
         path = folder / (name if allow_outside else inside)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{self.place}: image {str(path)!r} does not exist.")

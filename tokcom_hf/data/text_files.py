@@ -2,7 +2,9 @@
 
 import codecs
 import json
+import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 # Files that a text editor shows as gibberish, or that hold fields and not prose.
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
+# Characters of a line of JSON: a file of zeros, or one that is no text, may be a single line as long as the disk.
+LONGEST_LINE = 1 << 26
 OTHER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -24,12 +28,8 @@ def is_json_lines(path: str | Path) -> bool:
     Raises:
         ValueError: the suffix of a compressed file or of a table.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix in COMPRESSED:
-        raise ValueError(f"{path} is compressed; unpack it first.")
-    if suffix in TABLES:
-        raise ValueError(f"{path} is a table; write it as JSON lines (.jsonl), one object per row.")
-    return suffix in JSON_LINES
+    _check_kind(Path(path))
+    return Path(path).suffix.lower() in JSON_LINES
 
 
 def read_text(path: str | Path) -> str:
@@ -39,10 +39,14 @@ def read_text(path: str | Path) -> str:
         OSError: no such file, a folder, or no permission.
         ValueError: not UTF-8; the message names the line.
     """
+    parts, line = [], 1
     with _open(path) as file:
-        text = file.read()
-    _check_encoding(path, text, 1)
-    return text
+        # In parts, so that a large file that is no text is refused before it fills the memory.
+        while part := file.read(LONGEST_LINE):
+            _check_encoding(path, part, line)
+            line += part.count("\n")
+            parts.append(part)
+    return "".join(parts)
 
 
 def read_json_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -52,13 +56,18 @@ def read_json_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
         OSError: no such file, a folder, or no permission.
-        ValueError: a line that is not UTF-8, no JSON object, names a key twice, or holds NaN, an infinite number, or half
-            of a surrogate pair; the message names the line.
+        ValueError: a compressed file or a table, or a line that is not UTF-8, longer than `LONGEST_LINE` characters, no
+            JSON object, names a key twice, or holds NaN, an infinite number, or half of a surrogate pair; the message
+            names the line.
     """
     # Not splitlines(): a JSON string may hold a line separator (U+2028) as it is.
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), ""), 1):
             _check_encoding(path, line, number)
+            if len(line) == LONGEST_LINE:
+                raise ValueError(
+                    f"{path}, line {number}: longer than {LONGEST_LINE:,} characters; write one object on each line."
+                )
             line = line.lstrip("\ufeff")  # inside the file where several were joined
             if line.strip():
                 place = f"{path}, line {number}"
@@ -71,8 +80,17 @@ def _open(path: str | Path):
         raise IsADirectoryError(f"{str(path)!r} is a folder; name a text file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"Text file {str(path)!r} does not exist.")
+    _check_kind(path)
     # Bytes that are not UTF-8 come back as lone surrogates, which `_check_encoding` finds and places.
     return path.open(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _check_kind(path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        raise ValueError(f"{path} is compressed; unpack it first.")
+    if suffix in TABLES:
+        raise ValueError(f"{path} is a table; write it as JSON lines (.jsonl), one object per row.")
 
 
 def _check_encoding(path: str | Path, text: str, line: int) -> None:
@@ -99,7 +117,13 @@ def _check_encoding(path: str | Path, text: str, line: int) -> None:
 def _parse(line: str, place: str) -> dict[str, Any]:
     try:
         # Not strict: a tab or another control character inside a string does no harm.
-        record = json.loads(line, strict=False, parse_constant=_no_number, object_pairs_hook=_without_duplicates)
+        record = json.loads(
+            line,
+            strict=False,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            object_pairs_hook=_without_duplicates,
+        )
     except json.JSONDecodeError as error:
         opened = line.strip() in ("[", "{", "[{")
         hint = "; JSON lines hold one object per line, not one document over many lines" if opened else ""
@@ -125,6 +149,13 @@ def _parse(line: str, place: str) -> dict[str, Any]:
 
 def _no_number(name: str):
     raise ValueError(f"{name} is no number in JSON; write null")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:40]} is beyond the numbers that a float can hold")
+    return value
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
     try:
         with Image.open(source, formats=FORMATS) as image:
             image.load()
+            if image.mode == "P" and not (image.palette and image.palette.palette):
+                raise ValueError("its colours are numbers of a palette, and it has none")
             return upright(image)
     except BROKEN as error:
         raise _unreadable(source, error) from error

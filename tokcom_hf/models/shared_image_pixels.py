@@ -28,6 +28,8 @@ def to_mode(image, mode: str) -> Image.Image:
         ValueError: the image is empty, its shape is none of these, or `to_uint8` refuses its samples.
     """
     if isinstance(image, torch.Tensor):
+        if image.is_meta:
+            raise ValueError("The image is a tensor on the device meta, which holds no values.")
         tensor = image.detach().cpu()
         # NumPy has no bfloat16.
         image = from_array((tensor.float() if tensor.is_floating_point() else tensor).numpy(), channels_first=True)
