@@ -189,4 +189,6 @@ def sources(folder: Path, processor: VQGANImageProcessor) -> Iterator[Case]:
     }.items():
         yield Case("images", f"load_image: {name}", partial(load_image, source), (source[:20], "image"))
     address = "http://127.0.0.1:9/a.png"
-    yield Case("images", "load_image: a URL that is not allowed", partial(load_image, address, None, False), (address,))
+    yield Case(
+        "images", "load_image: a URL that is not allowed", partial(load_image, address, None, False), (address,)
+    )

@@ -100,10 +100,17 @@ class CaptionImageCollator:
         processor: an `LFQProcessor`; its `image_prompt` holds the caption.
         caption_drop: share of rows whose caption is left out, from which guidance learns what an image is without one.
             Drawn from PyTorch's generator, so a resumed run draws the same.
+
+    Raises:
+        ValueError: `caption_drop` outside [0, 1].
     """
 
     processor: Any
     caption_drop: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.caption_drop <= 1:
+            raise ValueError(f"caption_drop must be in [0, 1], got {self.caption_drop}.")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         start = self.processor.lfq_start_token_id

@@ -87,6 +87,8 @@ class VQACollator:
 
 def require_placeholder(name: str, prompt: str, placeholder: str) -> None:
     """Raises ValueError where `prompt` lacks the `placeholder`, misspelt for example: it would be the same for all rows."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"{name} must be a text that contains {placeholder}, got {prompt!r}.")
     if placeholder not in prompt:
         raise ValueError(f"{name} must contain {placeholder}, got {prompt!r}.")
 

@@ -20,6 +20,7 @@ from .modeling_tokcom_denoiser import DenoisedModel
 from .modeling_tokcom_vae import TokComVAE
 from .shared_layer_outputs import as_asked
 from .shared_strict_loading import StrictLoading
+from .shared_tensor_checks import check_ids
 from .tokcom_context_encoder import ContextEncoder
 from .tokcom_flow_matching import interpolate, training_times
 from .tokcom_generation import Prompt, TokComGenerateOutput, denoise_text, generate_blocks
@@ -100,6 +101,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         Raises:
             ValueError: shapes do not fit, or this configuration cannot use an argument.
         """
+        check_ids(input_ids, self.config.vae.vocab_size)
         config = self.config
         # 1. Cut the rows into blocks: clean latents x1, tokens, padding.
         shape = (len(input_ids), *block_shape(config, input_ids.shape[1], offset, block_size))

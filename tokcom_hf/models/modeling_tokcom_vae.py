@@ -18,6 +18,7 @@ from .shared_cross_entropy import chunked_cross_entropy
 from .shared_layer_outputs import LayerRecord, as_asked
 from .shared_layers import Block, rotary_embeddings
 from .shared_strict_loading import StrictLoading
+from .shared_tensor_checks import check_floats, check_ids
 from .tokcom_hint import HINT_WEIGHT, Hint
 
 # KL below this per latent dimension costs nothing.
@@ -214,6 +215,7 @@ class TokComVAE(StrictLoading):
     def fold(self, input_ids: torch.Tensor) -> torch.Tensor:
         """ids (batch, length) → chunks (batch · length / chunk, chunk)."""
         chunk = self.config.chunk_size
+        check_ids(input_ids, self.config.vocab_size)
         if input_ids.shape[-1] % chunk:
             raise ValueError(
                 f"The number of tokens must be a multiple of chunk_size={chunk}, got {input_ids.shape[-1]}."
@@ -275,6 +277,7 @@ class TokComVAE(StrictLoading):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents (batch, chunks, latent) → the likeliest ids (batch, chunks · chunk_size), never the omni token."""
+        check_floats(latents, "latents", "(batch, chunks, latent)", (None, None, self.config.latent_size))
         # Logits of 1024 tokens at a time take 200 MB at a vocabulary of 50,000.
         at_once = max(1, 1024 // (self.config.chunk_size * max(1, len(latents))))
         return torch.cat([self.decode_logits(part).argmax(dim=-1) for part in latents.split(at_once, dim=1)], dim=1)

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from .configuration_vqgan import VQGANConfig
 from .shared_layer_outputs import as_asked, refuse_layer_outputs
 from .shared_strict_loading import StrictLoading
+from .shared_tensor_checks import check_floats
 from .vqgan_network import Decoder, Encoder, ResidualBlock, SpatialAttention  # noqa: F401 (importable from here, too)
 from .vqgan_quantizers import EMAQuantizer, Quantizer, build_quantizer
 
@@ -170,8 +171,10 @@ class VQGAN(StrictLoading):
             TypeError: codes are not integers.
             ValueError: codes are not three-dimensional, or outside [0, codebook_size).
         """
-        if codes.ndim != 3:
-            raise ValueError(f"codes must have shape (batch, h, w), got {tuple(codes.shape)}.")
+        if not torch.is_tensor(codes):
+            raise TypeError(f"codes must be a tensor (batch, h, w) of integers, got {type(codes).__name__}.")
+        if codes.ndim != 3 or 0 in codes.shape:
+            raise ValueError(f"codes must have shape (batch, h, w), none of them 0, got {tuple(codes.shape)}.")
         embeddings = self.quantizer.lookup(codes).to(self.decoder.conv_out.weight.dtype)
         return self.decoder(embeddings.permute(0, 3, 1, 2))
 
@@ -193,14 +196,14 @@ class VQGAN(StrictLoading):
         self.config.codebook_size = codebook_size
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
-        config, shape = self.config, tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != config.in_channels:
+        channels, factor = self.config.in_channels, self.config.downsample_factor
+        shape = f"(batch, {channels}, height, width)"
+        # In training the quantizer looks at all features, on every device.
+        check_floats(pixel_values, "pixel_values", shape, (None, channels, None, None), finite=not self.training)
+        height, width = pixel_values.shape[2:]
+        if height % factor or width % factor:
             raise ValueError(
-                f"pixel_values must have shape (batch, {config.in_channels}, height, width), got {shape}."
-            )
-        if min(shape[2:]) < 1 or any(side % config.downsample_factor for side in shape[2:]):
-            raise ValueError(
-                f"Height and width must be positive multiples of {config.downsample_factor}, got {shape[2]}×{shape[3]}; "
+                f"Height and width must be positive multiples of {factor}, got {height}×{width}; "
                 "resize or crop the images (VQGANImageProcessor does)."
             )
 

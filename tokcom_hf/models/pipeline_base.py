@@ -91,7 +91,7 @@ class BatchedPipeline(Pipeline):
         if _is_lazy(inputs):
             read = _rows_of(inputs, self._dataset_row)
             return self._results(read, size or self.default_batch_size or 1, workers, parameters)
-        if not hasattr(inputs, "__iter__") and not hasattr(inputs, "__getitem__"):
+        if isinstance(inputs, dict) or not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")):
             raise TypeError(f"This pipeline takes one input or a list of them, got {type(inputs).__name__}.")
         rows = list(inputs)
         size = size or self.default_batch_size or max(1, len(rows))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
-from .shared_wrapped_base import check_ids
+from .shared_tensor_checks import check_ids
 from .tokcom_flow_matching import Denoise, denoising_steps, interpolate, sample, sampling_times, self_conditioned
 from .tokcom_generation_settings import GenerationSettings, check_sampler
 from .tokcom_token_stream import TokenStream
@@ -53,13 +53,7 @@ class Prompt:
                 raise ValueError("attention_mask says which tokens of a prompt are padding; there is no prompt.")
             nothing = torch.empty(1, 0, dtype=torch.long, device=execution_device(model))
             return cls(nothing, nothing)
-        check_ids(input_ids)
-        size = model.config.vae.vocab_size
-        if input_ids.min() < 0 or input_ids.max() >= size:
-            raise ValueError(
-                f"input_ids must be in 0 … {size - 1}, got {int(input_ids.min())} … {int(input_ids.max())}; was the prompt "
-                "written by this model's tokenizer?"
-            )
+        check_ids(input_ids, model.config.vae.vocab_size, every_device=True)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask.shape != input_ids.shape:
             raise ValueError(

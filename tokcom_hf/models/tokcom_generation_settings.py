@@ -155,6 +155,8 @@ def _configured(model, generation_config: GenerationConfig | None) -> dict[str, 
 def _temperature(found: dict[str, Any]) -> float:
     """The factor of the flow's noise."""
     sampled, temperature = found.get("do_sample"), found.get("temperature")
+    if temperature is not None and not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {temperature!r}.")
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must not be negative, and finite, got {temperature}.")
     if temperature is not None and sampled is not None and sampled != (temperature > 0):

@@ -157,7 +157,7 @@ class Quantizer(nn.Module, ABC):
             TypeError: codes are not integers.
             ValueError: a code is outside [0, codebook_size).
         """
-        if codes.dtype.is_floating_point or codes.dtype in (torch.bool, torch.complex64):
+        if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
             raise TypeError(f"Codes must be integers, got {codes.dtype}.")
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size):
             raise ValueError(
