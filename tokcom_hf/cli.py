@@ -12,7 +12,7 @@ those that only the file has set.
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +56,8 @@ def parse_recipe(
     if config_path is not None:
         if not Path(config_path).is_file():
             raise RecipeError(f"Configuration file {str(config_path)!r} does not exist.")
-        loaded = read_yaml(read_text(config_path)) or {}
-        for section, mapping in loaded.items():
-            if section not in sections:
-                documented = list(_leaves({section: mapping}, aliases or {}))
-                # The documents write options without a section, too.
-                known = {
-                    *(aliases or {}),
-                    *(field for cls in sections.values() for field in fields_of(cls) if aliases),
-                }
-                if not any(path in known for path, _ in documented):
-                    raise RecipeError(
-                        f"{config_path}: unknown section {section!r}; this recipe has {', '.join(sections)}."
-                    )
-            else:
-                documented = [(f"{section}.{field}", value) for field, value in (mapping or {}).items()]
-            for path, value in documented:
-                _set(values, sections, path, value, f"{config_path}: ", aliases)
+        for path, value in _read_config(config_path, sections, aliases or {}):
+            _set(values, sections, path, value, f"{config_path}: ", aliases)
     typed: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for flag, value in overrides:
         _set(typed, sections, flag, value, "--", aliases)
@@ -83,6 +68,29 @@ def parse_recipe(
                     values[name].pop(replaced, None)
         values[name] |= given
     return values
+
+
+def _read_config(file: str | Path, sections: dict[str, type], aliases: Aliases) -> Iterator[tuple[str, Any]]:
+    """Yields (path with dots, value) for the options that a configuration file sets."""
+    try:
+        loaded = read_yaml(read_text(file)) or {}
+    except ValueError as error:
+        raise RecipeError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from None
+    if not isinstance(loaded, dict):
+        kind = type(loaded).__name__
+        raise RecipeError(f"{file}: expected sections with options ({', '.join(sections)}), got one {kind}.")
+    # The documents write options without a section, too.
+    known = {*aliases, *(field for cls in sections.values() for field in fields_of(cls) if aliases)}
+    for section, mapping in loaded.items():
+        if section in sections and not isinstance(mapping, dict | None):
+            raise RecipeError(f"{file}: section {section!r} must hold options, name: value, got {mapping!r:.80}.")
+        if section in sections:
+            documented = [(f"{section}.{field}", value) for field, value in (mapping or {}).items()]
+        else:
+            documented = list(_leaves({section: mapping}, aliases))
+            if not any(path in known for path, _ in documented):
+                raise RecipeError(f"{file}: unknown section {section!r}; this recipe has {', '.join(sections)}.")
+        yield from documented
 
 
 def _leaves(tree: Any, aliases: Aliases, path: str = ""):
@@ -163,11 +171,11 @@ def _set_documented(values, sections, alias: str | Alias, value, origin: str, fl
     if convert is None:
         results = [value] * len(options)
     else:
-        if origin == "--":
-            value = [read_yaml(word) for word in value] if isinstance(value, list) else read_yaml(value)
         try:
+            if origin == "--":
+                value = [read_yaml(word) for word in value] if isinstance(value, list) else read_yaml(value)
             result = convert(value)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise RecipeError(f"{origin}{flag}: {error}") from None
         results = [result] if len(options) == 1 else list(result)
     for option, result in zip(options, results, strict=True):
