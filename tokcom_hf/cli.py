@@ -154,7 +154,7 @@ def _set(values, sections, flag: str, value, origin: str, aliases: Aliases | Non
     known = [key for cls in sections.values() for key in fields_of(cls)]
     near = suggestion(field, sorted({*known, *(name.rpartition(".")[2] for name in aliases or {})}))
     hint = f" Did you mean {near}?" if near else " See --help."
-    raise RecipeError(f"{origin}{flag}: no such option.{hint}")
+    raise RecipeError(f"{origin}{flag[:80]}: no such option.{hint}")
 
 
 def _documented(flag: str, aliases: Aliases) -> str | Alias | None:

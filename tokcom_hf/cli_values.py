@@ -101,7 +101,7 @@ def read_yaml(text: str) -> Any:
         raise ValueError(f"no YAML that can be read ({' '.join(str(error).split())[:160]}).") from None
     except RecursionError:
         raise ValueError("no YAML that can be read (nested too deeply).") from None
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:  # digits that make no number
         raise ValueError(f"no YAML that can be read ({' '.join(str(error).split())[:160]}).") from None
 
 
@@ -145,7 +145,7 @@ def field_value(value, annotation, where: str, from_command_line: bool):
         return _finite(value, where)
     if float in kinds and type(value) is int:
         return _finite(float(value) if abs(value) < LARGEST else float("inf"), where)
-    if str in kinds and not isinstance(value, (list, dict)):
+    if str in kinds and not isinstance(value, (list, dict, bytes, set)):
         return str(value)
     names = " or ".join(sorted("none" if kind is type(None) else kind.__name__ for kind in kinds))
     raise RecipeError(f"{where}: expected {names}, got {value!r:.200}.")

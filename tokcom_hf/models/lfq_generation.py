@@ -3,7 +3,8 @@
 import torch
 from transformers import LogitsProcessor
 
-from .shared_wrapped_base import check_generation_config, check_ids
+from .shared_tensor_checks import check_ids
+from .shared_wrapped_base import check_generation_config
 
 MODES = ("text", "image", "mixed")
 

@@ -25,7 +25,7 @@ from .lfq_tokens import check_output_dim
 from .shared_around_base import AroundBase
 from .shared_cache_name import one_cache
 from .shared_strict_loading import StrictLoading, check_shapes
-from .shared_wrapped_base import check_ids
+from .shared_tensor_checks import check_ids
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.

@@ -5,7 +5,8 @@ import inspect
 from transformers import GenerationConfig, GenerationMixin
 
 from .pruning_strategies import LAYER_STRATEGIES, STRATEGIES
-from .shared_wrapped_base import check_generation_config, check_ids
+from .shared_tensor_checks import check_ids
+from .shared_wrapped_base import check_generation_config
 
 
 def check_stages(model) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 
-def check_ids(ids: Any, size: int, name: str = "input_ids", every_device: bool = False) -> None:
+def check_ids(ids: Any, size: int | None = None, name: str = "input_ids", every_device: bool = False) -> None:
     """Checks token ids (batch, length).
 
     Args:
-        size: of the vocabulary.
+        size: of the vocabulary; None leaves the values alone.
         every_device: read the values of a tensor that is not on the CPU, too, which waits for its device.
 
     Raises:
@@ -21,7 +21,7 @@ def check_ids(ids: Any, size: int, name: str = "input_ids", every_device: bool =
         raise TypeError(f"{name} must be a tensor of token ids (torch.long), got {kind}.")
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"{name} must be (batch, length), both at least 1, got {tuple(ids.shape)}.")
-    if (every_device or _at_hand(ids)) and (ids.min() < 0 or ids.max() >= size):
+    if size is not None and (every_device or _at_hand(ids)) and (ids.min() < 0 or ids.max() >= size):
         raise ValueError(
             f"{name} must be in 0 … {size - 1}, got {int(ids.min())} … {int(ids.max())}; was the text written by this "
             "model's tokenizer?"

@@ -111,20 +111,6 @@ def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return same_kind and torch.equal(found.detach().to(expected.device), expected)
 
 
-def check_ids(input_ids) -> None:
-    """Refuses what cannot be prompts by its type and shape.
-
-    Raises:
-        TypeError: `input_ids` is no tensor of integers.
-        ValueError: its shape is not `(batch, length)`, or it is empty.
-    """
-    if not torch.is_tensor(input_ids) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        kind = input_ids.dtype if torch.is_tensor(input_ids) else type(input_ids).__name__
-        raise TypeError(f"input_ids must be a tensor of token ids (torch.long), got {kind}.")
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must be (batch, length), both at least 1, got {tuple(input_ids.shape)}.")
-
-
 def check_generation_config(generation_config) -> None:
     """Raises TypeError for anything but a `GenerationConfig` or None."""
     if not isinstance(generation_config, GenerationConfig | None):
