@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tokcom_hf.data.text import TextRows
 from tokcom_hf.data.text_evaluation import TextSource, full_rows, load_source
 from tokcom_hf.evaluation.language_model_judge import LanguageModelJudge
 from tokcom_hf.evaluation.text_comparison import brier_lm_differences, compare, difference_line
+from tokcom_hf.evaluation.text_frontiers import baseline_name, common_settings, frontiers
 from tokcom_hf.evaluation.text_generation import (
     CausalSampler,
     HeadSampler,
@@ -39,7 +39,7 @@ from tokcom_hf.evaluation.text_generation import (
     TokComSampler,
 )
 from tokcom_hf.evaluation.text_likelihood import head_losses, mean_next_token_loss
-from tokcom_hf.evaluation.text_protocol import SamplingPlan, frontier, held_out_prefixes, measure_sampler, summarize
+from tokcom_hf.evaluation.text_protocol import SamplingPlan, held_out_prefixes, measure_sampler, summarize
 from tokcom_hf.evaluation.text_report import print_accuracies, print_row
 from tokcom_hf.evaluation.tokcom_denoising import denoise_reconstruct_accuracy, denoising_metrics
 from tokcom_hf.evaluation.tokcom_latent_path import sampling_path
@@ -106,22 +106,10 @@ class RunArguments:
 def main() -> None:
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource}, DEFAULT_CONFIG)
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
-    for name in LISTS:
-        value = getattr(run, name)
-        setattr(run, name, value if isinstance(value, list) else [] if value is None else [value])
-    if not run.seeds or run.draws < 2:
-        raise RecipeError(f"--seeds needs at least one seed and --draws two draws, got {run.seeds} and {run.draws}.")
+    check_counts(run)
     model = load_tokcom(run.model)
+    check_fits(run, model)
     config, chunk = model.config, model.config.vae.chunk_size
-    run.num_steps = run.num_steps or config.num_steps
-    if run.prefix_length % chunk or run.prefix_length < chunk:
-        raise RecipeError(
-            f"--prefix_length must be a positive multiple of the chunk size {chunk}, got {run.prefix_length}."
-        )
-    if config.context is None and any(run.block_sizes):
-        raise RecipeError(
-            f"{run.model!r} has no context: it denoises a row as one block. Say --block_sizes 0, not {run.block_sizes}."
-        )
     length = run.length or config.max_chunks * chunk
     data = load_source(source, length, run.model)
     if len(data.tokenizer) != config.vae.omni_token_id:
@@ -171,7 +159,31 @@ def main() -> None:
     print(f"\nresults in {out}")
 
 
+def check_counts(run: RunArguments) -> None:
+    """Makes lists of single values, and refuses numbers of seeds and draws with which nothing can be compared."""
+    for name in LISTS:
+        value = getattr(run, name)
+        setattr(run, name, value if isinstance(value, list) else [] if value is None else [value])
+    if not run.seeds or run.draws < 2:
+        raise RecipeError(f"--seeds needs at least one seed and --draws two draws, got {run.seeds} and {run.draws}.")
+
+
+def check_fits(run: RunArguments, model) -> None:
+    """Takes the model's own number of steps where none is named, and refuses lengths and blocks that do not fit it."""
+    chunk = model.config.vae.chunk_size
+    run.num_steps = run.num_steps or model.config.num_steps
+    if run.prefix_length % chunk or run.prefix_length < chunk:
+        raise RecipeError(
+            f"--prefix_length must be a positive multiple of the chunk size {chunk}, got {run.prefix_length}."
+        )
+    if model.config.context is None and any(run.block_sizes):
+        raise RecipeError(
+            f"{run.model!r} has no context: it denoises a row as one block. Say --block_sizes 0, not {run.block_sizes}."
+        )
+
+
 def load_tokcom(folder: str) -> Any:
+    """A trained model, on the GPU where there is one."""
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise RecipeError(f"No trained model in {folder!r}; run recipes/train_tokcom.py --output_dir {folder} first.")
     model = AutoModel.from_pretrained(folder)
@@ -238,12 +250,6 @@ def all_samplers(
     return samplers, parameters
 
 
-def common_settings(run: RunArguments) -> dict[str, Any]:
-    """What all rows of TokCom and its frontier share."""
-    return {"sampler": run.sampler, "block_size": run.block_size, "guidance_scale": run.guidance_scale,
-            "best_of": run.best_of}  # fmt: skip
-
-
 def losses(model, samplers: dict[str, Sampler], held_out: np.ndarray) -> dict[str, Any]:
     """Held-out nats per token: the next token's of each baseline, and of each of TokCom's auxiliary heads; printed."""
     found: dict[str, Any] = {}
@@ -257,13 +263,6 @@ def losses(model, samplers: dict[str, Sampler], held_out: np.ndarray) -> dict[st
     return found
 
 
-def baseline_name(folder: str) -> str:
-    """ "autoregressive ar (equal compute)", where recipes/train_ar_baseline.py left its budget."""
-    file = Path(folder) / "budget.json"
-    matched = json.loads(file.read_text(encoding="utf-8")).get("matched") if file.is_file() else None
-    return f"autoregressive {Path(folder).name}" + (f" (equal {matched})" if matched else "")
-
-
 def real_text(judge: TextJudge, run: RunArguments, more: Callable | None) -> dict[str, dict[str, float]]:
     """Held-out rows, as many as are generated; other rows for every seed where there are enough."""
     runs = []
@@ -272,43 +271,6 @@ def real_text(judge: TextJudge, run: RunArguments, more: Callable | None) -> dic
         rows = judge.held_out_rows[order[: run.num_samples]]
         runs.append(judge.measure(rows) | ({} if more is None else more(rows)))
     return summarize(runs)
-
-
-def frontiers(
-    run: RunArguments, model, data: TextRows, judge: TextJudge, length: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Perplexity and entropy over steps × temperature, best_of and guidance for TokCom, temperature for the baselines."""
-    report = lambda point: print("  " + "  ".join(f"{k} {v:.4g}" for k, v in point.items()), flush=True)  # noqa: E731
-    arguments = {
-        "judge": judge,
-        "count": run.frontier_samples,
-        "length": length,
-        "seed": run.seeds[0],
-        "report": report,
-    }
-    common = common_settings(run)
-    plain = {"best_of": run.best_of, "guidance_scale": run.guidance_scale}
-    grid = [
-        {"temperature": temperature, "num_steps": steps, **plain}
-        for temperature, steps in product(run.frontier_temperatures, run.frontier_steps)
-    ]
-    varied: list[dict[str, Any]] = [{"best_of": count} for count in run.frontier_best_of]
-    if model.config.context_dropout > 0:
-        varied += [{"guidance_scale": scale} for scale in run.frontier_guidance]
-    for temperature, other in product(run.frontier_temperatures, varied):
-        grid.append({"temperature": temperature, "num_steps": run.num_steps, **plain, **other})
-    # Without noise every draw is the same: generate refuses to draw it several times.
-    grid = [point for point in grid if point["temperature"] > 0 or point["best_of"] == 1]
-    print("\nfrontier of TokCom")
-    curves = {"TokCom": frontier(lambda **point: TokComSampler(model, common | point), grid, **arguments)}
-    for folder in run.baselines:
-        baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
-        name = baseline_name(folder)
-        print(f"frontier of {name}")
-        points = [{"temperature": temperature} for temperature in run.baseline_temperatures]
-        make = lambda net: lambda **point: CausalSampler(net, data.tokenizer.eos_token_id, **point)  # noqa: E731
-        curves[name] = frontier(make(baseline), points, **arguments)
-    return curves
 
 
 def write_samples(out: Path, samplers, data, held_out: np.ndarray, run: RunArguments, length: int) -> None:

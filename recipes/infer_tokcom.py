@@ -30,6 +30,7 @@ from tokcom_hf.data.text import read_json_lines
 from tokcom_hf.data.text_files import is_json_lines, read_text
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
 from tokcom_hf.documented_names import INFER_TOKCOM
+from tokcom_hf.evaluation.tokcom_windows import batches, windows
 from tokcom_hf.tokcom_checkpoint import is_checkpoint_file, load_checkpoint_file
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(run, given)
     texts = [] if run.mode in ("generate", "decode") else read_texts(run)
     model, tokenizer = load(run)
-    check_tokenizer(tokenizer, vae_config(model))
+    check_tokenizer(tokenizer, getattr(model, "vae", model).config)
     if run.mode == "generate":
         results = generate(model, tokenizer, run)
     elif run.mode == "conditional":
@@ -167,10 +168,6 @@ def load(run: InferenceArguments) -> tuple[Any, Any]:
     return model, tokenizer or load_tokenizer(run.tokenizer or run.model)
 
 
-def vae_config(model: Any) -> Any:
-    return getattr(model, "vae", model).config
-
-
 def sampling(run: InferenceArguments, names: tuple[str, ...] = ("num_steps", "sampler")) -> dict[str, Any]:
     """What was said of the flow, and a generator of its noise."""
     generator = torch.Generator()
@@ -213,29 +210,6 @@ def continue_texts(
             for new, row in zip(ids, rows)
         ]
     return results
-
-
-def windows(model: Any, tokenizer: Any, text: str) -> tuple[torch.Tensor, list[torch.Tensor], int]:
-    """A text's ids (tokens,), and the same filled with EOS to whole chunks and cut into the model's training lengths."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
-    if len(ids) == 0:
-        raise RecipeError("The text makes no token; give more text.")
-    chunk = vae_config(model).chunk_size
-    filled = torch.nn.functional.pad(ids, (0, -len(ids) % chunk), value=tokenizer.eos_token_id)
-    size = chunk * getattr(model.config, "max_chunks", 256)
-    return ids, list(filled.split(size)), len(ids)
-
-
-def batches(pieces: list[torch.Tensor], batch_size: int, description: str):
-    """Stacks neighbouring windows of one length, `batch_size` at a time; only the last window may be shorter."""
-    with tqdm(total=len(pieces), desc=description, unit="window", delay=2) as bar:
-        while pieces:
-            count = 1
-            while count < min(batch_size, len(pieces)) and len(pieces[count]) == len(pieces[0]):
-                count += 1
-            yield torch.stack(pieces[:count])
-            pieces = pieces[count:]
-            bar.update(count)
 
 
 @torch.no_grad()
