@@ -102,10 +102,11 @@ def test_every_flag_that_a_recipes_error_advises_exists_in_it(sections):
 
 def test_every_flag_that_a_trainers_error_advises_exists_in_all_training_recipes(sections):
     package = ROOT / "tokcom_hf"
-    files = ["run_folders.py", "checkpoints.py", "hub.py", "trainers/base.py", "trainers/vqgan.py"]
-    advised = set().union(*(advised_flags(package / name) for name in files))
+    folders = [package / name for name in ("run_folders.py", "output_folders.py", "run_marker.py")]
+    files = [*folders, package / "checkpoints.py", package / "hub.py", *(package / "trainers").glob("base*.py")]
+    advised = set().union(*map(advised_flags, files))
     # The advice of a full folder is a constant.
-    advised |= set(re.findall(r"--([a-z_]+)", (package / "run_folders.py").read_text(encoding="utf-8")))
+    advised |= {flag for file in folders for flag in re.findall(r"--([a-z_]+)", file.read_text(encoding="utf-8"))}
     assert {"resume_from_checkpoint", "overwrite", "output_dir", "hub_model_id", "eval_strategy"} <= advised
     for path, wanted in sections.items():
         if path.stem in TRAINING:
