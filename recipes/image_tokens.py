@@ -220,7 +220,6 @@ def report(
         repo_id=None if upload is None else upload.repo_id,
         base=run.base,
         dataset=card_dataset(SCENES, file=run.image_text_file),
-        language="en" if run.image_text_file is None else None,
         measured={"generation_loss": results["generation_loss"], **results.get("drawn", {})},
         config=parts.model.config,
         results=results,

@@ -210,7 +210,6 @@ def report(
             repo_id=pushed,
             base=run.base,
             dataset=card_dataset(SCENES, file=run.image_text_file),
-            language="en" if run.image_text_file is None else None,
             measured=after,
             results=results,
             quantizer=model.quantizer.config,

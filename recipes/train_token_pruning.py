@@ -217,7 +217,6 @@ def report(
         repo_id=None if upload is None else upload.repo_id,
         base=run.base_model,
         dataset=card_dataset(SCENES, source.dataset_name, source.dataset_config, source.eval_file),
-        language="en" if not (source.dataset_name or source.eval_file) else None,
         measured={
             mode: {"accuracy": result["accuracy"]["all"], "flops_ratio": result["flops_ratio"]}
             for mode, result in slim.items()

@@ -107,7 +107,7 @@ MODE = {"accuracy": ACCURACY, "flops_ratio": 0.5, "sequence_kept": 0.6, "vision_
 LFQ = LFQConfig(output_dim=4, num_tokens=4)
 EXPANDED = LFQExpandedConfig(output_dim=4, lfq_start_token_id=50)
 CARDS = {
-    "tokcom": {"pipeline_tag": "text-generation", "name": "TokCom", "config": TokComConfig().to_dict(), "language": "en",
+    "tokcom": {"pipeline_tag": "text-generation", "name": "TokCom", "config": TokComConfig().to_dict(),
                "dataset": EMBEDDED_TEXT, **TOKCOM},
     "tokcom vae": {"pipeline_tag": "feature-extraction", "name": "TokComVAE", "config": TokComVAEConfig().to_dict(),
                    "dataset": EMBEDDED_TEXT, **TOKCOM},
@@ -115,7 +115,7 @@ CARDS = {
               "results": RESULTS | {"metrics": IMAGE_METRICS, "parameters": 1000}, "measured": IMAGE_METRICS},
     "image_tokens": {"pipeline_tag": "text-to-image", "config": EXPANDED, "results": RESULTS, "dataset": SCENES,
                      "run": SimpleNamespace(guidance_scale=3.0, caption_drop=0.1), "measured": {"loss": 2.0},
-                     "base": "org/language-model", "language": "en"},
+                     "base": "org/language-model"},
     "joint_lfq": {"pipeline_tag": "text-generation", "quantizer": LFQ, "language_model": EXPANDED, "results": RESULTS,
                   "training": TRAINING, "dataset": SCENES, "measured": JOINT, "base": "recipes"},
     "lfq_quantizer": {"pipeline_tag": "feature-extraction", "quantizer": LFQ, "language_model": EXPANDED,
@@ -145,7 +145,7 @@ def test_the_hub_accepts_every_card(kind, repo_id, tmp_path, monkeypatch):
     text = path.read_text(encoding="utf-8")
     data = check_card(text, repo_id or "some_folder")
     assert data["pipeline_tag"] == values["pipeline_tag"]
-    assert data.get("language") == values.get("language")
+    assert data.get("language") == values["dataset"].language
     assert data.get("datasets") == ([values["dataset"].id] if values["dataset"].public else None)
     # A folder of this machine is no base model to anybody else.
     assert data.get("base_model") == (values["base"] if "/" in values.get("base", "") else None)
@@ -188,6 +188,9 @@ def test_the_checker_refuses_what_the_hub_refuses(tmp_path):
 
 def test_data_and_base_models_as_the_hub_names_them(tmp_path):
     assert card_dataset(SCENES) is SCENES
+    # The language is that of the package's own texts; of others' nothing is known.
+    assert EMBEDDED_TEXT.language == SCENES.language == "en" and IMAGES.language is None
+    assert card_dataset(SCENES, file="rows.jsonl").language is None is card_dataset(EMBEDDED_TEXT, "org/data").language
     assert card_dataset(SCENES, "org/data", "part") == CardDataset("org/data", "org/data", "part")
     assert card_dataset(SCENES, file="/some where/My Data.jsonl") == CardDataset(
         "my-data", "My Data.jsonl", public=False

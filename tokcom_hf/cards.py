@@ -19,18 +19,20 @@ class CardDataset(NamedTuple):
     name: for readers.
     config: configuration of a data set on the Hub.
     public: whether others can get it; a user's own file is named with the results only.
+    language: ISO code of its texts, for example `en`; None where it has none or nobody knows.
     """
 
     id: str
     name: str
     config: str | None = None
     public: bool = True
+    language: str | None = None
 
 
 # What `Trainer.evaluate` adds of the run itself.
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "epoch")
-EMBEDDED_TEXT = CardDataset("python-documentation", "English text of Python's documentation")
-SCENES = CardDataset("procedural-scenes", "Procedural scenes of tokcom_hf")
+EMBEDDED_TEXT = CardDataset("python-documentation", "English text of Python's documentation", language="en")
+SCENES = CardDataset("procedural-scenes", "Procedural scenes of tokcom_hf", language="en")
 IMAGES = CardDataset("procedural-images", "Procedural images of tokcom_hf")
 
 
@@ -64,7 +66,6 @@ def write_model_card(
     repo_id: str | None = None,
     base: str | None = None,
     dataset: CardDataset | None = None,
-    language: str | None = None,
     measured: Mapping[str, Any] | None = None,
     **values,
 ) -> Path:
@@ -78,7 +79,6 @@ def write_model_card(
         repo_id: `user/name` where the folder is going to be on the Hub.
         base: the base model; metadata name it where it is a Hub id and not a local folder.
         dataset: what the model was trained and measured on; see `card_dataset`.
-        language: ISO code of the texts, for example `en`.
         measured: results of the run by name, for the machine-readable `model-index`; needs `dataset` and `pipeline_tag`.
             What is no finite number is left out, for the Hub refuses it, and so is the speed of the evaluation.
         values: everything else the template names, for example `metrics={"token_accuracy": 0.999}`.
@@ -91,7 +91,7 @@ def write_model_card(
         pipeline_tag=pipeline_tag,
         base_model=hub_id(base),
         datasets=[dataset.id] if dataset is not None and dataset.public else None,
-        language=language,
+        language=None if dataset is None else dataset.language,
         model_name=model_id.rpartition("/")[2],
         eval_results=_results(pipeline_tag, dataset, measured or {}) or None,
     )

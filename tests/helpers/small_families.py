@@ -59,8 +59,8 @@ def llava_onevision():
     return base, prompt_of(base, images)
 
 
-def mistral3():
-    text = MistralConfig(**TEXT, head_dim=8, sliding_window=None)
+def mistral3(window: int | None = None):
+    text = MistralConfig(**TEXT, head_dim=8, sliding_window=window)
     config = Mistral3Config(
         vision_config=PixtralVisionConfig(**SHAPE, image_size=32),
         text_config=text,

@@ -87,7 +87,6 @@ def card_data(source: TextSource) -> dict[str, Any]:
     file = source.train_file and Path(source.train_file).name
     return {
         "dataset": card_dataset(EMBEDDED_TEXT, source.dataset_name, source.dataset_config, source.train_file),
-        "language": None if source.dataset_name or source.train_file else "en",
         "data": source.dataset_name or file or "the embedded English text",
     }
 

@@ -128,7 +128,6 @@ def write_report(
         pipeline_tag="image-text-to-text",
         repo_id=repo_id,
         dataset=SCENES,
-        language="en",
         measured=measured,
         name=name,
         parameters=model.num_parameters(),
