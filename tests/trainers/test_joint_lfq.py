@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from tests.helpers.joint_lfq_run import BITS, make_model, make_trainer, weights
-from tests.helpers.processes import TWO_RANKS, start
+from tests.helpers.processes import start
 from tokcom_hf import JointLFQTrainingArguments, LFQExpandedModel
 from tokcom_hf.models import shared_cross_entropy as chunked_cross_entropy
 from tokcom_hf.trainers.lfq_joint_model import JointLFQModel
@@ -392,14 +392,3 @@ def test_resume_after_a_stop_or_a_kill_ends_bitwise_where_an_undisturbed_run_doe
     saved = (tmp_path / "whole" / "checkpoint-6" / "model.safetensors").stat().st_size
     trained = sum(p.numel() * 4 for p in whole.model.parameters() if p.requires_grad)
     assert trained <= saved < trained + 20_000  # nothing of the frozen rest
-
-
-@pytest.mark.slow
-def test_two_ranks_learn_what_one_process_learns_from_the_same_rows(tmp_path):
-    start("joint_lfq_run", tmp_path / "two", launcher=TWO_RANKS)
-    one = make_trainer(tmp_path / "one")
-    one.train()
-    ranks = torch.load(tmp_path / "two" / "end.pt")
-    assert ranks["world"] == 2 and one.args.world_size == 1
-    for name, value in weights(one).items():
-        assert torch.allclose(value, ranks["weights"][name], atol=1e-4), name

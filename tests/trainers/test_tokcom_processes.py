@@ -1,4 +1,4 @@
-"""TokCom stages in other processes: two ranks are one process, and a killed run ends where an undisturbed one does."""
+"""TokCom stages in other processes: a killed run ends where an undisturbed one does."""
 
 import json
 from pathlib import Path
@@ -23,15 +23,6 @@ def work(tmp_path_factory) -> Path:
 
 def results(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     return json.loads((folder / "told.json").read_text()), load_file(folder / "model.safetensors")
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_match_one_process_with_the_same_global_batch(work, stage):
-    (one, first), (two, second) = results(work / "whole" / stage), results(work / "two" / stage)
-    assert (one["world_size"], two["world_size"]) == (1, 2)
-    assert len(one["losses"]) == 12 and two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 
 from ..checkpoints import AUXILIARY_FILE, choose_checkpoint, last_complete_checkpoint
 from ..held_folder import HeldFolder
@@ -40,6 +42,7 @@ from .clock import Clock
 from .finite_guard import FiniteGuard
 from .muon import muon_optimizer
 from .resumed_settings import own_settings
+from .sharding import own_classes, prepare_sharding, register_methods, saved_weights, shard_on_cpu, whole_weights
 from .stop_at_signal import StopAtSignal
 from .trackers import BestModel, TrainingLog, configure_trackers, tracker_names
 
@@ -63,12 +66,16 @@ class CompressionTrainer(Trainer):
         run_settings: what decides the run's result (`RunFolder.train` sets it); each checkpoint's manifest repeats it.
         data_columns: columns that the loss reads and the model's forward does not name, kept under Trainer's default
             `remove_unused_columns=True`; None where the collator reads whole rows, which turns that argument off.
+        shards: whether the trainer's steps and evaluations work on a model sharded by FSDP2.
+        step_methods: methods of the model, beside `forward`, that `compute_loss` calls first.
     """
 
     args: CompressionTrainingArguments
     arguments_class: type[CompressionTrainingArguments] = CompressionTrainingArguments
     stage: str = "training"
     data_columns: tuple[str, ...] | None = ()
+    shards: bool = False
+    step_methods: tuple[str, ...] = ()
 
     def __init__(self, model=None, args=None, *positional, **kwargs):
         args = self.checked_arguments(args)
@@ -79,6 +86,7 @@ class CompressionTrainer(Trainer):
         self._folder = HeldFolder()
         self.run_settings: Mapping[str, Any] | None = None
         super().__init__(model, args, *positional, **kwargs)
+        prepare_sharding(self)
         configure_trackers(self)
         self.training_log = TrainingLog(self.args.output_dir)
         self.best_model = BestModel(self.args.output_dir, self.stage)
@@ -118,10 +126,29 @@ class CompressionTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *(self.data_columns or ())]))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
     @property
     def unwrapped_model(self):
         """The model without its DDP or compile wrapper."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer`'s.
+
+        Raises:
+            ValueError: it would give no batch; Trainer would end at once with weights that were never trained.
+        """
+        loader = super().get_train_dataloader()
+        if has_length(loader) and len(loader) == 0:
+            raise ValueError(
+                f"The training data give no batch of {self._train_batch_size} rows for each of {self.args.world_size} "
+                "processes; leave dataloader_drop_last out, or lower per_device_train_batch_size."
+            )
+        return loader
 
     def create_optimizer(self, *args, **kwargs):
         if self.args.muon_learning_rate == 0 or self.optimizer is not None:
@@ -227,6 +254,7 @@ class CompressionTrainer(Trainer):
 
     # ------------------------------------------------------------------ averaged weights
     def _start_auxiliary(self) -> None:
+        register_methods(self.unwrapped_model, self.step_methods)
         # The state of a resumed run knows only the callbacks it was saved with; Trainer updates those of this one.
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
@@ -243,8 +271,8 @@ class CompressionTrainer(Trainer):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside the block the model holds the averaged weights, where averaging is on."""
-        with averaged_weights(self.unwrapped_model, self.average):
+        """Inside the block the model holds the averaged weights, where averaging is on; whole ones, where it is sharded."""
+        with whole_weights(self.unwrapped_model), averaged_weights(self.unwrapped_model, self.average):
             yield
 
     def use_averaged_weights(self) -> None:
@@ -310,14 +338,21 @@ class CompressionTrainer(Trainer):
         """
         if self._writing is None:
             self._folder.check()
-            self.check_finite()
-            with final_save(self, output_dir or self.args.output_dir) as folder:
+            # What one rank finds in its shards must end all of them.
+            self.check_finite(everywhere=self.is_fsdp_enabled)
+            with final_save(self, output_dir or self.args.output_dir) as folder, own_classes(self.unwrapped_model):
                 super().save_model(folder, _internal_call=True)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
-            with self._writing.noted(), own_key_names(self.unwrapped_model):
+            model = self.unwrapped_model
+            with self._writing.noted(), own_key_names(model), own_classes(model):
                 super().save_model(output_dir, _internal_call=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None and self.is_fsdp_enabled:
+            state_dict = saved_weights(self.unwrapped_model, state_dict)
+        super()._save(output_dir, state_dict)
 
     def _noted(self) -> AbstractContextManager[None]:
         return nullcontext() if self._writing is None else self._writing.noted()

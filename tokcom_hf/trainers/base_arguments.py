@@ -1,5 +1,6 @@
 """Training arguments that every trainer of the package has."""
 
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -43,8 +44,9 @@ class CompressionTrainingArguments(TrainingArguments):
         if self.early_stopping_patience and self.metric_for_best_model is None:
             # Trainer sets its default, the loss, for `load_best_model_at_end` alone.
             self.metric_for_best_model = "loss"
-        if self.bf16 and not torch.accelerator.is_available():
-            # Without an accelerator transformers asks for this by name; bfloat16 works on the CPU, too.
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if (self.bf16 or ranks > 1) and not torch.accelerator.is_available():
+            # Without an accelerator transformers asks for this by name: else bf16 is refused, and each rank trains alone.
             self.use_cpu = True
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:

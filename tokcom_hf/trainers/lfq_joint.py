@@ -43,6 +43,8 @@ class JointLFQTrainer(CompressionTrainer):
     arguments_class = JointLFQTrainingArguments
     stage = "joint_lfq"
     data_columns = None
+    shards = True
+    step_methods = ("see",)
 
     def __init__(
         self,
@@ -208,7 +210,10 @@ class JointLFQTrainer(CompressionTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {n: p.detach().contiguous() for n, p in self.unwrapped_model.named_parameters() if p.requires_grad}
+        model = self.unwrapped_model
+        # Sharded parameters come whole in `state_dict`.
+        weights = model.state_dict() if state_dict is None else state_dict
+        trained = {n: weights[n].detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
         save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
         torch.save(self.args, folder / "training_args.bin")
 

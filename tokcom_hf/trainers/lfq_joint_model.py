@@ -97,6 +97,12 @@ class JointLFQModel(nn.Module):
 
     # ---------------------------------------------------------------- parts
     @property
+    def _no_split_modules(self) -> list[str]:
+        # accelerate shards by these layers.
+        parts = (self.base, self.quantizer)
+        return sorted({name for part in parts for name in part._no_split_modules or ()})
+
+    @property
     def draws(self) -> bool:
         """Whether the vocabulary has LFQ ids, so that the model can generate images."""
         return isinstance(self.language_model, LFQExpandedModel)

@@ -3,8 +3,7 @@
 The base model is frozen. In one step the unpruned model gives target distributions, the softly pruned model learns to
 match them within the token budget, and the discriminator learns to tell their hidden states apart.
 
-Merger, pruners and adapters are groups of one AdamW, each with its own learning rate. AdamW treats every number
-separately, so this equals one optimizer each, in one file. The discriminator has its own AdamW and schedule.
+Merger, pruners and adapters are groups of one AdamW, each with its own learning rate; the discriminator has its own.
 """
 
 from typing import Any, cast
@@ -39,6 +38,7 @@ class TokenPruningTrainer(CompressionTrainer):
     args: TokenPruningTrainingArguments
     arguments_class = TokenPruningTrainingArguments
     stage = "token_pruning"
+    shards = True
     data_columns = None
 
     def __init__(

@@ -12,6 +12,7 @@ from transformers.optimization import get_cosine_schedule_with_warmup, get_linea
 from ..models.modeling_pruning_discriminator import PruningDiscriminator
 from .pruning_arguments import TokenPruningTrainingArguments
 from .pruning_statistics import discriminator_losses
+from .sharding import no_sync, replicate
 
 
 class PruningAdversary:
@@ -31,7 +32,7 @@ class PruningAdversary:
         self, discriminator: PruningDiscriminator, args: TokenPruningTrainingArguments, accelerator: Accelerator
     ):
         self.args, self.accelerator = args, accelerator
-        self.network: Any = accelerator.prepare_model(discriminator.train())
+        self.network: Any = replicate(accelerator, discriminator.train())
         self.optimizer = torch.optim.AdamW(discriminator.parameters(), lr=args.discriminator_learning_rate)
         self.scheduler: LambdaLR | None = None
         self.pair: tuple[list[torch.Tensor], torch.Tensor] | None = None
@@ -96,7 +97,7 @@ class PruningAdversary:
         assert self.pair is not None and self.scheduler is not None
         states, answers = self.pair
         half, last = len(answers) // 2, self.accelerator.sync_gradients
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.network):
+        with contextlib.nullcontext() if last else no_sync(self.accelerator, self.network):
             logits = self.network(states, answers)
             values = discriminator_losses(logits[:half], logits[half:])
             ((values["real_loss"] + values["fake_loss"]) / self.args.gradient_accumulation_steps).backward()

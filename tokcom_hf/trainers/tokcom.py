@@ -187,6 +187,7 @@ class DenoiserTrainer(FlowTrainer):
     args: DenoiserTrainingArguments
     arguments_class = DenoiserTrainingArguments
     stage = "diffusion"
+    shards = True
 
     def __init__(self, model=None, *args, **kwargs):
         if model is not None:

@@ -33,10 +33,13 @@ class SampleTableCallback(TrainerCallback):
     def _maybe_show(self, args, state) -> None:
         if self._next is None:
             self._next = args.sample_every * (1 + int((state.epoch - 1e-6) / args.sample_every))
-        if state.epoch + 1e-6 < self._next or not state.is_world_process_zero or self.trainer.eval_dataset is None:
+        if state.epoch + 1e-6 < self._next or self.trainer.eval_dataset is None:
             return
         self._next += args.sample_every
         trainer = self.trainer
+        # Only together do ranks hold the weights of a sharded model; else the first one samples alone.
+        if not (state.is_world_process_zero or trainer.is_fsdp_enabled):
+            return
         tokenizer = trainer.processing_class
 
         def decode_text(ids: torch.Tensor) -> list[str]:
@@ -51,7 +54,7 @@ class SampleTableCallback(TrainerCallback):
         with torch.random.fork_rng(), trainer.averaged_weights():
             tables = trainer.sample_tables(decode_text)
         model.train(training)
-        for name, table in tables.items():
+        for name, table in tables.items() if state.is_world_process_zero else ():
             line = {"step": state.global_step, "epoch": state.epoch, "table": name, **table}
             with (Path(args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -265,7 +265,8 @@ class VQGANTrainer(CompressionTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         target = inputs.get("labels", inputs["pixel_values"])
         image = outputs.reconstruction.float().clamp(-1, 1)
-        self.held_out.add(image, target, outputs.codes, self.unwrapped_model.config.codebook_size)
+        size = self.unwrapped_model.config.codebook_size
+        self.held_out.add(self.accelerator, image, target, outputs.codes, size)
         return (loss.detach(), None, None) if prediction_loss_only else (loss.detach(), image, target.float())
 
     def evaluation_loop(
@@ -273,7 +274,7 @@ class VQGANTrainer(CompressionTrainer):
     ):
         self.held_out = HeldOutSums()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        values = self.held_out.metrics(self.accelerator)
+        values = self.held_out.metrics()
         if values and self.state.global_step:
             values |= self.monitor.cumulative()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})

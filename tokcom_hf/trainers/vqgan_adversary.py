@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokcom_hf.models.vqgan_code_search import all_reduce, world_size
+
+from .sharding import no_sync, replicate
+
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor, kind: str) -> torch.Tensor:
     """`hinge`: ½[E max(0, 1 − D(x)) + E max(0, 1 + D(x̂))]; `non_saturating`: ½[E softplus(−D(x)) + E softplus(D(x̂))]."""
@@ -22,9 +26,13 @@ def generator_loss(fake: torch.Tensor, kind: str) -> torch.Tensor:
 def adaptive_weight(
     reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, limit: float
 ) -> torch.Tensor:
-    """‖∇ reconstruction‖ / ‖∇ adversarial‖ at the last decoder layer, at most `limit` (2012.09841, eq. 7)."""
-    first = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
-    second = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0]
+    """‖∇ reconstruction‖ / ‖∇ adversarial‖ at the last decoder layer, at most `limit` (2012.09841, eq. 7).
+
+    The gradients are those of the batch of all ranks, so that every rank weighs alike and as one process would.
+    """
+    losses = (reconstruction, adversarial)
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses]
+    first, second = all_reduce(torch.stack(gradients)) / world_size()
     return (first.norm() / (second.norm() + 1e-6)).clamp(0.0, limit).detach()
 
 
@@ -66,7 +74,7 @@ class Adversary:
     def __init__(self, discriminator: nn.Module, args, accelerator):
         self.args, self.accelerator = args, accelerator
         self.network = discriminator.to(accelerator.device)
-        self.wrapped = accelerator.prepare_model(self.network)
+        self.wrapped = replicate(accelerator, self.network)
         rate = args.discriminator_learning_rate or args.learning_rate
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate, betas=(0.5, 0.9), weight_decay=0.0)
         self.lecam = LeCAM()
@@ -90,7 +98,7 @@ class Adversary:
             losses and mean outputs, for the log.
         """
         args, synchronise = self.args, self.accelerator.sync_gradients
-        context = contextlib.nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped)
+        context = contextlib.nullcontext() if synchronise else no_sync(self.accelerator, self.wrapped)
         real = real.detach().requires_grad_(args.gan_regularizer == "r1")
         with context:
             with self.accelerator.autocast():

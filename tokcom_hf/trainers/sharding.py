@@ -1,0 +1,165 @@
+"""FSDP2 in the package's trainers: sharding on CPU ranks, what is refused, and whole weights where code needs them.
+
+torch shards a model in place: its parameters become DTensors and its class a subclass. Inside `forward` they are whole.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+
+def shard_on_cpu(accelerator: Accelerator, settings: Mapping[str, Any] | None = None) -> None:
+    """Turns FSDP on for CPU ranks if it is configured; accelerate alone would ignore the setting there and use DDP.
+
+    Args:
+        accelerator: the trainer's.
+        settings: of `FullyShardedDataParallelPlugin`, from the training arguments; None reads the launcher's environment.
+    """
+    configured = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not configured or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return
+    plugin = FullyShardedDataParallelPlugin(**(settings or {}))
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    # Every further AcceleratorState copies the type from PartialState.
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def prepare_sharding(trainer: Any) -> None:
+    """Refuses what would train or save wrongly on sharded weights, and names the layers to shard by.
+
+    Raises:
+        ValueError: FSDP of version 1, a trainer or a setting that FSDP2 does not support here.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    args, plugin = trainer.args, trainer.accelerator.state.fsdp_plugin
+    other = "use DDP (recipes/configs/accelerate/multi_gpu.yaml)"
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP version {plugin.fsdp_version} is not supported; set fsdp_version: 2.")
+    if not trainer.shards:
+        raise ValueError(f"{type(trainer).__name__} needs whole weights in every step, which FSDP2 shards; {other}.")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError("from_pretrained reads whole weights; set fsdp_state_dict_type: FULL_STATE_DICT.")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading passes the model through the meta device, which loses buffers that are not "
+            "saved; set it to false."
+        )
+    unsupported = {
+        "ema_decay": args.ema_decay > 0,
+        "muon_learning_rate": args.muon_learning_rate > 0,
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "guidance_weight": getattr(args, "guidance_weight", 0) > 0,
+        "codebook_expansion": getattr(args, "codebook_expansion", False),
+    }
+    given = [name for name, wanted in unsupported.items() if wanted]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} needs whole weights, which FSDP2 shards; leave it out (0 or false), or {other}."
+        )
+    if plugin.transformer_cls_names_to_wrap is None:
+        # A part of a model, such as a vision tower without its text model, names layers that it has not; accelerate raises.
+        present = {type(module).__name__ for module in trainer.model.modules()}
+        names = getattr(trainer.model, "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = sorted(present.intersection(names))
+    flatten_scalars(trainer.model)
+
+
+def flatten_scalars(model: nn.Module) -> None:
+    """Gives parameters without a dimension one, which torch demands of what it shards; `saved_weights` takes it back."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 0:
+                flat = nn.Parameter(parameter.detach().reshape(1), requires_grad=parameter.requires_grad)
+                setattr(module, name, flat)
+                module.__dict__.setdefault("_scalar_names", set()).add(name)
+
+
+def saved_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gathered weights of a sharded model as an unsharded one would give them to `save_pretrained`.
+
+    Scalars have no dimension again, and tied parameters are one tensor again, of which one name is saved.
+    """
+    scalars = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module.__dict__.get("_scalar_names", ())
+    }
+    first: dict[int, str] = {}
+    same = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: weights[same.get(name, name)].reshape(()) if name in scalars else weights[same.get(name, name)]
+        for name in weights
+    }
+
+
+def register_methods(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Lets methods be called before `forward` in a step: they see whole weights, which stay whole until backward."""
+    if isinstance(model, FSDPModule) and names:
+        model.set_reshard_after_forward(False, recurse=False)
+        for name in names:
+            register_fsdp_forward_method(model, name)
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Inside the block every rank holds the whole weights of a sharded model; every rank must enter it."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            # As accelerate sets it: the outermost module is needed again at once, in the backward pass.
+            part.set_reshard_after_forward(part is not model, recurse=False)
+
+
+@contextmanager
+def own_classes(model: nn.Module) -> Iterator[None]:
+    """Inside the block the modules of a sharded model have their own classes.
+
+    `save_pretrained` writes the class's name into config.json and copies the file it is defined in, which would be torch's.
+    """
+    sharded = [(module, type(module)) for module in model.modules() if isinstance(module, FSDPModule)]
+    for module, kind in sharded:
+        # torch derives its class from FSDPModule and the module's own.
+        module.__class__ = next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
+    try:
+        yield
+    finally:
+        for module, kind in sharded:
+            module.__class__ = kind
+
+
+def replicate(accelerator: Accelerator, network: nn.Module) -> nn.Module:
+    """Wraps a second network for distributed training: by DDP also where the model is sharded, for FSDP2 prepares but one.
+
+    Raises:
+        ValueError: under DeepSpeed, whose engine drives one network and one optimizer.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed drives one network, and this training has a discriminator too; set adversarial_weight to 0, or use "
+            "DDP (recipes/configs/accelerate/multi_gpu.yaml)."
+        )
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator.prepare_model(network)
+    return DistributedDataParallel(accelerator.prepare_model(network, evaluation_mode=True))
+
+
+def no_sync(accelerator: Accelerator, network: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block the gradients of a network made by `replicate` are not averaged over ranks."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else accelerator.no_sync(network)
