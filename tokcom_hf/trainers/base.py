@@ -3,9 +3,8 @@
 Everything else (Accelerate, resume, RNG, callbacks, trackers, Hub pushes) is `Trainer`'s own.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from ..checkpoints import AUXILIARY_FILE, choose_checkpoint, last_complete_checkpoint
@@ -21,30 +19,16 @@ from ..held_folder import HeldFolder
 from ..run_folders import check_output_dir
 from ..stopping import training_is_over
 from ..whole_files import remove_unfinished
-from .averaging import (
-    AverageCallback,
-    averaged_model,
-    averaged_weights,
-    copy_average,
-    load_average,
-    save_average,
-)
-from .base_arguments import CompressionTrainingArguments, average_files
-from .checkpoint_loading import (
-    check_contents,
-    check_missing_keys,
-    load_auxiliary,
-    save_auxiliary,
-    tell_other_world_size,
-)
+from . import averaging, checkpoint_loading
+from .base_arguments import CompressionTrainingArguments, average_files, checked_arguments
 from .checkpoint_writing import CheckpointWriting, final_save, own_key_names
 from .clock import Clock
 from .finite_guard import FiniteGuard
 from .muon import muon_optimizer
-from .resumed_settings import own_settings
+from .resumed_settings import join_resumed_state, own_settings
 from .sharding import own_classes, prepare_sharding, register_methods, saved_weights, shard_on_cpu, whole_weights
 from .stop_at_signal import StopAtSignal
-from .trackers import BestModel, TrainingLog, configure_trackers, tracker_names
+from .trackers import BestModel, ScalarMeans, TrainingLog, configure_trackers, tracker_names
 
 __all__ = [
     "CompressionTrainer",
@@ -92,15 +76,13 @@ class CompressionTrainer(Trainer):
         self.best_model = BestModel(self.args.output_dir, self.stage)
         self.average: AveragedModel | None = None
         self._resume_folder: str | None = None
-        self._scalars: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._scalars = ScalarMeans()
         self._clock = Clock()
-        for callback in (self._clock, self.training_log, self.best_model):
-            self.add_callback(callback)
-        self.add_callback(AverageCallback(self))
-        if self.args.early_stopping_patience:
-            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         self._stopper = StopAtSignal(self)
-        self.add_callback(self._stopper)
+        own = [self._clock, self.training_log, self.best_model, averaging.AverageCallback(self)]
+        patience = self.args.early_stopping_patience
+        for callback in (*own, *([EarlyStoppingCallback(patience)] if patience else []), self._stopper):
+            self.add_callback(callback)
 
     @classmethod
     def checked_arguments(cls, args: CompressionTrainingArguments | None) -> CompressionTrainingArguments:
@@ -109,13 +91,7 @@ class CompressionTrainer(Trainer):
         Raises:
             TypeError: another class of arguments, which lacks this trainer's fields.
         """
-        if args is None:
-            return cls.arguments_class(output_dir="tmp_trainer")
-        if not isinstance(args, cls.arguments_class):
-            raise TypeError(
-                f"{cls.__name__} needs args of class {cls.arguments_class.__name__}, got {type(args).__name__}."
-            )
-        return args
+        return checked_arguments(args, cls.arguments_class, cls.__name__)
 
     @property
     def training_seconds(self) -> float:
@@ -124,7 +100,8 @@ class CompressionTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *(self.data_columns or ())]))
+        columns = [*(self._signature_columns or ()), *(self.data_columns or ())]
+        self._signature_columns = list(dict.fromkeys(columns))  # type: ignore[assignment]  # Trainer's starts as None
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -164,10 +141,10 @@ class CompressionTrainer(Trainer):
     def log_scalars(self, prefix: str, values: Mapping[str, torch.Tensor | float]) -> None:
         """Remembers batch values; the next training log line holds their mean as `prefix/name`."""
         for name, value in values.items():
-            self._scalars[f"{prefix}/{name}"].append(torch.as_tensor(value).detach().float())
+            self._scalars.add(f"{prefix}/{name}", value)
 
     # ------------------------------------------------------------------ training
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As `Trainer.train`, going on only from whole checkpoints and ending only with finite weights.
 
         Raises:
@@ -183,9 +160,9 @@ class CompressionTrainer(Trainer):
             remove_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         if checkpoint is not None:
-            tell_other_world_size(checkpoint, self.args.world_size)
+            checkpoint_loading.tell_other_world_size(checkpoint, self.args.world_size)
         try:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
             training_is_over()
         self.check_finite(everywhere=True)
@@ -213,10 +190,7 @@ class CompressionTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # A loss scaler skips steps of infinite gradients by design.
-        self._finite.grad_norm = 0.0 if self.accelerator.scaler is not None else float(norm)
-        if self.args.stop_on_nonfinite_loss:
-            self._finite.check_grad_norm()
+        self._finite.see_grad_norm(norm)
         return norm
 
     def not_finite(self, what: str, step: int | None = None) -> FloatingPointError:
@@ -242,8 +216,7 @@ class CompressionTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._folder.check()
         if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._scalars.items() if values}
-            self._scalars.clear()
+            logs |= self._scalars.means()
         named = tracker_names(logs)
         best = self.best_model.value(self.args, logs)
         if best is not None:
@@ -255,42 +228,26 @@ class CompressionTrainer(Trainer):
     # ------------------------------------------------------------------ averaged weights
     def _start_auxiliary(self) -> None:
         register_methods(self.unwrapped_model, self.step_methods)
-        # The state of a resumed run knows only the callbacks it was saved with; Trainer updates those of this one.
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
-        # Nor does it know how often this run logs, saves and evaluates; Trainer would keep to the checkpoint's steps.
-        self.state.compute_steps(self.args, self.state.max_steps)
+        join_resumed_state(self)
         if self.args.ema_decay > 0:
-            self.average = averaged_model(self.unwrapped_model, self.args.ema_decay, self.args.ema_warmup)
-        if self._resume_folder is not None:
-            load_average(self.average, self._resume_folder)
-            load_auxiliary(self.auxiliary_state(), self._resume_folder)
-            self._stopper.make_up_evaluation(self._resume_folder)
-            self._resume_folder = None
+            self.average = averaging.averaged_model(self.unwrapped_model, self.args.ema_decay, self.args.ema_warmup)
+        folder, self._resume_folder = self._resume_folder, None
+        if folder is not None:
+            averaging.load_average(self.average, folder)
+            checkpoint_loading.load_auxiliary(self.auxiliary_state(), folder)
+            self._stopper.make_up_evaluation(folder)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside the block the model holds the averaged weights, where averaging is on; whole ones, where it is sharded."""
-        with whole_weights(self.unwrapped_model), averaged_weights(self.unwrapped_model, self.average):
+        model = self.unwrapped_model
+        with whole_weights(model), averaging.averaged_weights(model, self.average):
             yield
 
     def use_averaged_weights(self) -> None:
         """Copies the averaged weights into the model for good; call it after training, before `save_model`."""
         if self.average is not None:
-            copy_average(self.unwrapped_model, self.average)
-
-    def loss_and_predictions(self, rows, ignore_keys, metric_key_prefix: str) -> dict[str, float]:
-        """For trainers with an evaluation of their own: the loss and the user's metrics, where somebody asks for them.
-
-        `compute_metrics` does, and `metric_for_best_model`, which is the loss by default.
-        """
-        best = str(self.args.metric_for_best_model).removeprefix("eval_")
-        if self.compute_metrics is None and best != "loss":
-            return {}
-        loader = self.get_eval_dataloader(rows)
-        loss_only = self.compute_metrics is None
-        return super().evaluation_loop(loader, "Evaluation", loss_only, ignore_keys, metric_key_prefix).metrics
+            averaging.copy_average(self.unwrapped_model, self.average)
 
     def evaluate(self, *args, **kwargs):
         with self.averaged_weights():
@@ -354,19 +311,13 @@ class CompressionTrainer(Trainer):
             state_dict = saved_weights(self.unwrapped_model, state_dict)
         super()._save(output_dir, state_dict)
 
-    def _noted(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._writing is None else self._writing.noted()
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._noted():
+        # A disk's fault waits until the ranks speak with each other: they may be about to, inside here and behind.
+        with nullcontext() if self._writing is None else self._writing.noted():
             super()._save_optimizer_and_scheduler(output_dir)
             if self.args.should_save:
-                save_average(self.average, output_dir)
-                save_auxiliary(self.auxiliary_state(), output_dir)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        with self._noted():
-            super()._save_rng_state(output_dir)
+                averaging.save_average(self.average, output_dir)
+                checkpoint_loading.save_auxiliary(self.auxiliary_state(), output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with own_settings(self.optimizer, self.lr_scheduler):
@@ -377,11 +328,11 @@ class CompressionTrainer(Trainer):
         self._resume_folder = resume_from_checkpoint
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        check_missing_keys(self.unwrapped_model, load_result.missing_keys)
+        checkpoint_loading.check_missing_keys(self.unwrapped_model, load_result.missing_keys)
         load_result.missing_keys[:] = []
         super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
-        check_contents(str(self.state.best_model_checkpoint))
+        checkpoint_loading.check_contents(str(self.state.best_model_checkpoint))
         super()._load_best_model()
-        load_average(self.average, str(self.state.best_model_checkpoint))
+        averaging.load_average(self.average, str(self.state.best_model_checkpoint))

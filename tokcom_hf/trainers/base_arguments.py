@@ -83,6 +83,24 @@ class CompressionTrainingArguments(TrainingArguments):
             )
 
 
+def checked_arguments(args: Any, kind: type[CompressionTrainingArguments], trainer: str) -> Any:
+    """`args`, or the defaults for None.
+
+    Args:
+        args: what a trainer was given.
+        kind: class of its arguments.
+        trainer: its name, for the error.
+
+    Raises:
+        TypeError: another class of arguments, which lacks this trainer's fields.
+    """
+    if args is None:
+        return kind(output_dir="tmp_trainer")
+    if not isinstance(args, kind):
+        raise TypeError(f"{trainer} needs args of class {kind.__name__}, got {type(args).__name__}.")
+    return args
+
+
 def average_files(args: CompressionTrainingArguments) -> tuple[str, ...]:
     """Names of the files of averaged weights in a checkpoint of a run with these arguments."""
     return (AVERAGE_FILE,) if args.ema_decay > 0 else ()

@@ -36,6 +36,13 @@ class FiniteGuard:
             f"{what} at step {step}; {advice}. Lower the learning rate or set max_grad_norm, then resume from it."
         )
 
+    def see_grad_norm(self, norm: Any) -> None:
+        """Notes a step's gradient norm and ends the run where it is not finite, unless the arguments let it train on."""
+        # A loss scaler skips steps of infinite gradients by design.
+        self.grad_norm = 0.0 if self.trainer.accelerator.scaler is not None else float(norm)
+        if self.trainer.args.stop_on_nonfinite_loss:
+            self.check_grad_norm()
+
     def check_grad_norm(self) -> None:
         """Raises `FloatingPointError` where the last gradient norm is NaN or infinite."""
         if not math.isfinite(self.grad_norm):

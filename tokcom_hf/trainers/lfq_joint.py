@@ -21,6 +21,7 @@ from ..metrics.lfq import code_indices
 from ..models.lfq_rows import text_host
 from .answer_rows import answer_rows
 from .base import CompressionTrainer
+from .held_out_loss import loss_and_predictions
 from .lfq_joint_arguments import JointLFQTrainingArguments
 from .lfq_joint_model import JointLFQModel
 from .lfq_quantizer_start import fit_quantizer
@@ -244,7 +245,7 @@ class JointLFQTrainer(CompressionTrainer):
             return {name: value for part in parts for name, value in part.items()}
         with self.averaged_weights():
             report = evaluate_joint(self, rows)
-            metrics = self.loss_and_predictions(rows, ignore_keys, metric_key_prefix)
+            metrics = loss_and_predictions(self, rows, ignore_keys, metric_key_prefix)
         metrics |= {f"{metric_key_prefix}_{k}": v for k, v in report.items() if isinstance(v, (int, float))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -15,6 +15,7 @@ from ..models.modeling_pruned_vlm import PrunedVLM
 from ..models.modeling_pruning_discriminator import PruningDiscriminator
 from .answer_rows import answer_rows
 from .base import CompressionTrainer
+from .held_out_loss import loss_and_predictions
 from .pruning_adversary import PruningAdversary
 from .pruning_arguments import TokenPruningTrainingArguments
 from .pruning_attention_guidance import attention_reader, guidance_loss, reading_scores
@@ -199,7 +200,7 @@ class TokenPruningTrainer(CompressionTrainer):
     def _log_documented(self, values: dict[str, Any]) -> None:
         """Logs under the documents' names, which have no prefix and go to the trackers unchanged."""
         for name, value in values.items():
-            self._scalars[TrackerName(name)].append(torch.as_tensor(value).detach().float())
+            self._scalars.add(TrackerName(name), value)
 
     def _step_seed(self) -> int:
         # From the step number, so that all ranks and a resumed run agree.
@@ -250,7 +251,7 @@ class TokenPruningTrainer(CompressionTrainer):
             soft, result = self._evaluate_mode(rows, "soft"), self._evaluate_mode(rows, "hard")
             others = {}
             if self.compute_metrics is not None:
-                others = self.loss_and_predictions(rows, ignore_keys, metric_key_prefix)
+                others = loss_and_predictions(self, rows, ignore_keys, metric_key_prefix)
         accuracy, ratio = result["accuracy"]["all"], result["flops_ratio"]
         over = ratio - self.args.flops_budget
         # In soft mode only the merger removes tokens: the first layer sees the merged ones.

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers.trainer_callback import ExportableState
+
 
 @contextmanager
 def own_settings(optimizer: Any, scheduler: Any = None) -> Iterator[None]:
@@ -31,3 +33,13 @@ def own_settings(optimizer: Any, scheduler: Any = None) -> Iterator[None]:
     if rates and rates != scheduler.base_lrs:
         scheduler.base_lrs = rates
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def join_resumed_state(trainer: Any) -> None:
+    """Makes the state of a resumed run this one's: its callbacks, and how often it logs, saves and evaluates."""
+    # The state knows only the callbacks it was saved with; Trainer updates those of this run.
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ExportableState):
+            trainer.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+    # Trainer would keep to the checkpoint's steps.
+    trainer.state.compute_steps(trainer.args, trainer.state.max_steps)

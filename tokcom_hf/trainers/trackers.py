@@ -6,11 +6,13 @@ transformers' own callbacks (TensorBoard, wandb, Trackio, Comet, ...) do the tra
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import patch_environment
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
@@ -38,6 +40,23 @@ class TrackerName(str):
 def tracker_names(logs: Mapping[str, Any]) -> dict[str, Any]:
     """`logs` with every name that holds a slash as a `TrackerName`."""
     return {TrackerName(name) if "/" in name else name: value for name, value in logs.items()}
+
+
+class ScalarMeans:
+    """Values of batches, until the next line of the log takes their means."""
+
+    def __init__(self):
+        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, name: str, value: torch.Tensor | float) -> None:
+        """Remembers a batch's value, a scalar, under its name in the log."""
+        self._values[name].append(torch.as_tensor(value).detach().float())
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {name: torch.stack(values).mean().item() for name, values in self._values.items()}
+        self._values.clear()
+        return means
 
 
 class ProjectWandbCallback(WandbCallback):
@@ -138,7 +157,7 @@ class BestModel(TrainerCallback):
         value = metrics.get(f"eval_{self.metric(args)}")
         if not self._training or not isinstance(value, (int, float)) or not math.isfinite(value):
             return None
-        return float(value) if self._is_better(args, value) else self.record["value"]
+        return float(value) if self.record is None or self._is_better(args, value) else self.record["value"]
 
     def _is_better(self, args, value: float) -> bool:
         if self.record is None or self.record["metric"] != self.metric(args):
