@@ -1,6 +1,5 @@
 """Writes the documented TokCom checkpoint (`best_vae.pt`, `best_diffusion.pt`) of a model of the documented architecture."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from .models.modeling_tokcom import TokComModel
 from .models.modeling_tokcom_vae import TokComVAE
 from .tokcom_checkpoint import StateDict
 from .tokcom_model_args import DOCUMENTED_SETTINGS, documented_config, model_arguments
+from .whole_files import whole_file
 
 # What decides the numbers of a model beside model_args and config of its file, and cannot be told there.
 DECIDING = {
@@ -65,12 +65,8 @@ def save_checkpoint(
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as unfinished:
         torch.save(checkpoint, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

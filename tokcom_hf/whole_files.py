@@ -111,6 +111,13 @@ def _into_place(unfinished: Path, folder: Path) -> None:
         flush(place)
 
 
+def reserve(path: str | Path) -> None:
+    """Takes the room of a sparse file, so that a full disk raises OSError here and does not kill the one who maps it."""
+    if hasattr(os, "posix_fallocate"):
+        with Path(path).open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+
+
 def flush(path: Path) -> None:
     """Waits until a file's bytes, or a folder's entries, are on the disk."""
     windows = os.name == "nt"

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+
+from ..whole_files import reserve, whole_file, write_text
 
 
 class LatentRows(torch.utils.data.Dataset):
@@ -61,18 +62,11 @@ def encode_rows(
         if stored["fingerprint"] == fingerprint:
             return LatentRows(rows, file, torch.tensor(stored["mean"]), torch.tensor(stored["std"]))
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = [path.with_name(f"{path.name}.{os.getpid()}") for path in (file, side)]
-    try:
-        mean, std = _write(vae, rows, unfinished[0], batch_size, description)
-        stored = {"fingerprint": fingerprint, "mean": mean.tolist(), "std": std.tolist()}
-        unfinished[1].write_text(json.dumps(stored), encoding="utf-8")
-        # Between the two replacements nobody may take the new latents for those of the old fingerprint.
+    with whole_file(file) as unfinished:
+        mean, std = _write(vae, rows, unfinished, batch_size, description)
+        # Until the new fingerprint is there nobody may take the new latents for those of the old one.
         side.unlink(missing_ok=True)
-        for written, path in zip(unfinished, (file, side)):
-            os.replace(written, path)
-    finally:
-        for path in unfinished:
-            path.unlink(missing_ok=True)
+    write_text(side, json.dumps({"fingerprint": fingerprint, "mean": mean.tolist(), "std": std.tolist()}))
     return LatentRows(rows, file, mean, std)
 
 
@@ -100,6 +94,7 @@ def _write(vae: Any, rows: Any, file: Path, batch_size: int, description: str) -
     chunks = len(rows[0]["input_ids"]) // chunk_size
     shape = (len(rows), chunks, vae.config.latent_size)
     latents = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    reserve(file)
     total = torch.zeros(shape[-1], dtype=torch.float64)
     squares, count = torch.zeros_like(total), 0
     for start in tqdm(range(0, len(rows), batch_size), desc=description, unit="batch"):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..whole_files import whole_file
 
 FORMAT = "tokcom-latents-1"
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -44,15 +45,11 @@ def save_latents(path: str | Path, latents: list[torch.Tensor], token_counts: li
     tensors = {f"latents.{i}": latent.detach().float().cpu().contiguous() for i, latent in enumerate(latents)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as unfinished:
         if path.suffix in TORCH_SUFFIXES:
             torch.save(metadata | {"latents": list(tensors.values())}, unfinished)
         else:
             save_file(tensors, unfinished, metadata=metadata)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from ..checkpoints import choose_checkpoint
 from ..data.scene_patches import ScenePatchDataset, patch_label_sizes
 from ..trainers.base import CompressionTrainer, CompressionTrainingArguments
+from ..whole_files import write_text
 
 EMPTY_WEIGHT = 0.3  # weight of the patches without an object, which are many and easy
 
@@ -129,7 +130,7 @@ def pretrain_tower(
         trainer.train(choose_checkpoint(output_dir, resume, trainer.checkpoint_files()))
     correct = probe_accuracy(probe, lesson.drawn(128, lesson.seed + 1, image_processor))
     if PartialState().is_main_process:
-        (Path(output_dir) / "results.json").write_text(json.dumps(correct) + "\n", encoding="utf-8")
+        write_text(Path(output_dir) / "results.json", json.dumps(correct) + "\n")
     return correct
 
 
