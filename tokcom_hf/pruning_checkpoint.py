@@ -111,7 +111,7 @@ def convert_pruners(state: StateDict, **settings: Any) -> LayerPruner:
         heads.setdefault(int(match[1]), {})[match[2]] = value
     if any(name.startswith("question_proj") or name.startswith("score.") for head in heads.values() for name in head):
         return fill(LayerPruner(LayerPrunerConfig(**settings)), named(heads))
-    layers = settings.pop("layers", None) or sorted(heads)
+    layers = settings.get("layers") or sorted(heads)
     if sorted(heads) != list(layers):
         if sorted(heads) != list(range(len(layers))):
             raise ValueError(f"layer_pruners: heads {sorted(heads)} do not fit pruning_layers {list(layers)}.")

@@ -13,7 +13,7 @@ from ..models.shared_cross_entropy import split_cross_entropy
 def image_token_of(base) -> int | None:
     """Id that stands for an image feature in a prompt; None for a model that sees no images.
 
-    Remote code of InternVL is told its `img_context_token_id` after loading.
+    Remote code of InternVL has it in `img_context_token_id`, which its user sets after loading.
     """
     for owner, name in ((base.config, "image_token_id"), (base, "img_context_token_id")):
         if getattr(owner, name, None) is not None:
@@ -49,8 +49,10 @@ def width_of_input(base, quantizer_input: str) -> int:
         return vocabulary_of(base)[0].weight.shape[1]
     projector = projector_of(base)
     if projector is None:
-        raise ValueError(f"{type(base).__name__} has no projector that is known; set quantizer_input to projected.")
-    # Its first layer is a norm or a linear map over these features.
+        raise ValueError(
+            f"{type(base).__name__} has neither `multi_modal_projector` nor `mlp1`; set quantizer_input to projected."
+        )
+    # A projector's first layer is a norm or a linear map over these features.
     return next(projector.parameters()).shape[-1]
 
 
@@ -86,10 +88,10 @@ def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.
 
 @torch.no_grad()
 def frozen_copy(base):
-    """A copy of a plain model that nothing trains and that knows no new ids.
+    """A frozen copy of a plain model, without the LFQ ids that were added to the original.
 
-    Built anew and filled: the hooks with which `LFQExpandedModel` adds ids to the original would come along with a deep
-    copy, and the whole wrapper with them.
+    The copy is built anew and given the weights: a deep copy would also copy the hooks by which `LFQExpandedModel` adds
+    ids, and the whole wrapper with them.
     """
     copy = type(base)._from_config(base.config, dtype=base.dtype)
     copy.load_state_dict(base.state_dict())

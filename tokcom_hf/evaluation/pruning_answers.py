@@ -51,8 +51,8 @@ def evaluate_mode(
             answers[place], merged[place] = text, count
     references = [row["answers"][0] for row in every]
     scores = vqa_accuracy(answers, references)
-    counted, told = questions or captions, captions or questions
-    accuracy = accuracy_by_type([scores[i] for i in counted], [every[i]["types"][0] for i in counted])
+    scored, compared = questions or captions, captions or questions
+    accuracy = accuracy_by_type([scores[i] for i in scored], [every[i]["types"][0] for i in scored])
     total = sum(count for count, _ in reports)
     mean = lambda values: sum(c * v for (c, _), v in zip(reports, values)) / total  # noqa: E731
     result: dict[str, Any] = {
@@ -61,7 +61,7 @@ def evaluate_mode(
         "answers": answers,
         "merged_tokens": merged,
         "merged_tokens_by_type": accuracy_by_type(merged, [row["types"][0] for row in every]),
-        "bleu": bleu([answers[i] for i in told], [references[i] for i in told], smooth=True),
+        "bleu": bleu([answers[i] for i in compared], [references[i] for i in compared], smooth=True),
     }
     for name in (*AVERAGED, "kv_bytes", "kv_bytes_origin"):
         result[name] = mean([report[name] for _, report in reports])

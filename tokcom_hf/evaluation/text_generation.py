@@ -18,7 +18,7 @@ from ..metrics.token_sampling import sample_tokens
 from ..models.shared_cache_name import CACHE
 from .text_likelihood import causal_log_probs, head_log_probs
 
-# Chunks of a large block that are drawn to score its first tokens.
+# Chunks drawn of a block that is larger, when only its first tokens are scored.
 MOST_CONTINUED = 16
 
 
@@ -34,7 +34,7 @@ class Sampler(Protocol):
         ...
 
     def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
-        """log p in nats of each token of (prefixes, draws, length) that `continuations` would draw; None: not told."""
+        """log p in nats of each token of (prefixes, draws, length) that `continuations` would draw; None if unknown."""
         return None
 
     def scored_continuations(
@@ -47,7 +47,7 @@ class Sampler(Protocol):
 
         Returns:
             ids (prefixes, draws, length); log p in nats of each token of the target, then of as many of each draw,
-            (prefixes, 1 + draws, target length), or None where it is not told.
+            (prefixes, 1 + draws, target length), or None where the sampler does not know it.
         """
         drawn = self.continuations(prefixes, draws, length, seed)
         compared = np.concatenate([targets[:, None], drawn[..., : targets.shape[1]]], axis=1)
@@ -58,7 +58,7 @@ class Sampler(Protocol):
 class TokComSampler(Sampler):
     """`TokComModel.generate` with fixed settings (num_steps, block_size, sampler, temperature ...); None keeps the model's.
 
-    The flow does not tell how likely its draws are.
+    A flow gives no log p of its draws, so `log_probs` is None.
     """
 
     model: Any
@@ -113,7 +113,7 @@ def tokens_behind_prefix(sampler: Sampler, scored: int) -> int:
 class HeadSampler(Sampler):
     """The auxiliary heads of a `TokComModel` with a context, drawn independently of each other: its text without the flow.
 
-    What the flow adds to this row is the flow's worth.
+    The difference between a `TokComSampler` and this sampler is what the flow contributes.
     """
 
     model: Any
@@ -144,8 +144,8 @@ class HeadSampler(Sampler):
             state, cache = self._read(ids, draws)
             found: list[torch.Tensor] = []
             for chunk in tokens.flatten(0, 1).split(size, dim=1):
-                told = head_log_probs(self.model, state, self.temperature)[:, : chunk.shape[1]]
-                found.append(told.gather(-1, chunk[..., None])[..., 0])
+                scores = head_log_probs(self.model, state, self.temperature)[:, : chunk.shape[1]]
+                found.append(scores.gather(-1, chunk[..., None])[..., 0])
                 if len(found) * size < length:
                     state = self.model.context(chunk, cache=cache)[:, -1]
             parts.append(torch.cat(found, dim=1).view(len(ids), draws, length).cpu())
@@ -206,14 +206,14 @@ class CausalSampler(Sampler):
                 if tokens:
                     outputs = self.model(tokens[-1].flatten()[:, None], use_cache=True, **{CACHE: cache})
                     logits = outputs.logits[:, -1]
-                # The target is the first copy; beyond its end it repeats its last token, which nothing looks at.
+                # The target is the first copy; beyond its end it repeats its last token, which is not read.
                 each = logits.unflatten(0, (len(ids), copies))
                 drawn = sample_tokens(each[:, copies - draws :].flatten(0, 1), self.temperature, generator)
                 now = drawn.view(len(ids), draws)
                 if targets is not None:
                     place = min(len(tokens), given - 1)
-                    told = torch.as_tensor(targets[rows, place], dtype=torch.long).to(now.device)
-                    now = torch.cat([told[:, None], now], dim=1)
+                    true = torch.as_tensor(targets[rows, place], dtype=torch.long).to(now.device)
+                    now = torch.cat([true[:, None], now], dim=1)
                     if len(tokens) < given:
                         log_probs = (each.float() / self.temperature).log_softmax(-1)
                         known.append(log_probs.gather(-1, now[..., None])[..., 0])

@@ -76,7 +76,7 @@ def measure_sampler(
         metric -> {"mean", "std"} over the seeds (std 0 for one seed), with `tokens_per_second` and `distinct_rows` (how
         many of the rows differ) among the metrics; BrierLM and its parts a second time as `brier_lm_from_probabilities` ...
         where the sampler knows those; and `brier_lm_pooled`, from the draws of all seeds together, whose "std" is the
-        bootstrap error over prefixes: of few draws a single seed's BrierLM is often 0.
+        bootstrap error over prefixes: with few draws a single seed's BrierLM is often 0.
     """
     runs = []
     scores = [] if scores is None else scores
@@ -89,7 +89,7 @@ def measure_sampler(
         run |= {} if measure_more is None else measure_more(rows)
         if plan.prefixes is not None:
             given, targets = plan.prefixes
-            # Other noise than the rows'.
+            # Another seed than the rows', so that both are independent.
             wanted = tokens_behind_prefix(sampler, targets.shape[1])
             continued, log_probs = sampler.scored_continuations(given, targets, plan.draws, wanted, seed + 10_000)
             per_prefix = brier_scores(continued, targets)

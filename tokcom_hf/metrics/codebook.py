@@ -1,4 +1,4 @@
-"""How a codebook is used: always counted from code indices."""
+"""Codebook usage, counted from code indices."""
 
 import math
 
@@ -74,7 +74,7 @@ class CodebookMonitor:
         self.average = self.decay * self.average + (1 - self.decay) * counts
 
     def resize(self, codebook_size: int) -> None:
-        """Goes on with another number of codes; new ones have not been chosen yet."""
+        """Changes the number of codes; a new code has a count of 0."""
         if codebook_size != self.codebook_size:
             self.recent = [_resized(counts, codebook_size) for counts in self.recent]
             self.total, self.average = _resized(self.total, codebook_size), _resized(self.average, codebook_size)

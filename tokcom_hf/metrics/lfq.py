@@ -1,4 +1,4 @@
-"""Are the bits of a lookup-free quantizer alive? Always counted from codes."""
+"""Statistics of the bits of a lookup-free quantizer, counted from codes."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """Teaches a vision tower to see before a language model is attached: what does each patch show?
 
-A small VLM trained from scratch on answers alone spends most of its time until its tower tells shapes apart. A linear
+A small VLM trained from scratch on answers alone spends most of its time before its tower tells shapes apart. A linear
 probe on every patch (shape, colour, size, dot, row, column of its grid cell) gets there in under a minute of one core.
 The probe is thrown away; the tower is an ordinary tower afterwards.
 """
@@ -142,7 +142,7 @@ def earlier_accuracy(output_dir: str | Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _only_what_is_used(probe: PatchProbe, data: ScenePatchDataset):
-    """Freezes what the features do not pass through (a CLIP tower's last norm): ranks wait for every gradient."""
+    """Freezes parameters without a gradient (a CLIP tower's last norm): ranks would wait for theirs."""
     probe(**{name: value[None] for name, value in data[0].items()})["loss"].backward()
     unused = [p for p in probe.parameters() if p.requires_grad and p.grad is None]
     probe.zero_grad()

@@ -1,4 +1,4 @@
-"""A small Llama that has read captions: the language model to expand where none can be downloaded."""
+"""A small Llama trained on captions: the language model that recipes expand where none can be downloaded."""
 
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,12 @@ def train_caption_llama(
         text: fields of `LlamaConfig` but the vocabulary's. The embedding table is padded to a multiple of 64 rows, as
             large models pad theirs.
         steps: optimizer steps of batch 64.
-        folder: for the trainer's files.
-        seed: of weights and order.
+        folder: of the trainer's files.
+        seed: of the weights and of the order of captions.
         resume: go on from the checkpoint that a signal has left in `folder`, if there is one.
 
     Returns:
-        model and its word-level tokenizer.
+        The model and its word-level tokenizer.
     """
     tokenizer = scene_tile_processor(16, 1).tokenizer
     torch.manual_seed(seed)

@@ -15,7 +15,7 @@ class SmallVLMTrainingArguments(CompressionTrainingArguments):
 
 
 class SmallVLMTrainer(CompressionTrainer):
-    """`Trainer` with Muon for the matrices, which learns to look things up in far fewer steps than AdamW."""
+    """`Trainer` with Muon for the matrices: it learns to read answers off the image in far fewer steps than AdamW."""
 
     args: SmallVLMTrainingArguments
     arguments_class = SmallVLMTrainingArguments
