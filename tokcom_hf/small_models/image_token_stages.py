@@ -33,8 +33,10 @@ def image_tokenizer(
         RecipeError: the VQGAN has another quantizer than LFQ.
     """
     name = run.image_tokenizer or (folder.path / DECODER_FOLDER if folder.is_finished(DECODER_FOLDER) else None)
-    if name is not None or config is None:
+    if name is not None:
         decoder, image_processor = AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    elif config is None:
+        raise TypeError("config must be a VQGANConfig where run.image_tokenizer names no trained VQGAN, got None.")
     else:
         image_processor = VQGANImageProcessor(
             config.image_size, config.in_channels, size_divisor=config.downsample_factor
