@@ -92,8 +92,7 @@ class TokComModel(StrictLoading, GenerationMixin):
             noise: x0, (rows, blocks, chunks, latent); None draws it.
             timesteps: t in [0, 1], (rows, blocks) or (rows, blocks, chunks), no loss at t = 1; None draws them.
             context_mask: (rows, blocks), False hides its context from a block; None hides none.
-            offset: tokens before the first block. Models with a context only.
-            block_size: chunks per block, 0 for the whole row. Models with a context only.
+            offset, block_size: tokens before the first block, and chunks per block (0: all). Models with a context only.
             self_conditioned: predict twice and see the first prediction. Models with `self_conditioning` only.
             return_loss: whether to compute losses; `Trainer` looks for this name in models without labels.
             return_dict: False returns a tuple; None takes the config's.
@@ -101,8 +100,8 @@ class TokComModel(StrictLoading, GenerationMixin):
         Raises:
             ValueError: shapes do not fit, or this configuration cannot use an argument.
         """
-        check_ids(input_ids, self.config.vae.vocab_size)
         config = self.config
+        check_ids(input_ids, config.vae.vocab_size)
         # 1. Cut the rows into blocks: clean latents x1, tokens, padding.
         shape = (len(input_ids), *block_shape(config, input_ids.shape[1], offset, block_size))
         check_shapes(config, input_ids, shape, attention_mask, latents, noise, timesteps, context_mask)
@@ -231,15 +230,14 @@ class TokComModel(StrictLoading, GenerationMixin):
             batch_size: sequences to generate without a prompt, 1.
             sampler: "euler", "heun" (second order) or "renoise" (stochastic).
             temperature: factor of all noise that the flow draws: 1 (default) as in training, 0 for one text without noise.
+            do_sample: False is temperature 0; True, and None, another temperature.
             generator: CPU generator of the noise; makes the output reproducible on any device.
             attention_mask: (batch, length), 1 = token, 0 = padding on either side.
             block_size: chunks that are denoised together: 1 writes from left to right, 0 all at once.
             guidance_scale: x1 = without context + scale · (with context − without) (arXiv 2207.12598); 1 (default) = off.
             best_of: draws of each block, of which the one is kept whose text encodes nearest to its latents, 1.
-            max_new_tokens: tokens to generate per sequence; the last chunk is cut to it.
-            max_length: the same, with the prompt's tokens and padding counted in. Give one of the four lengths.
+            max_new_tokens, max_length: tokens to generate, or with the prompt and its padding. Give one of the four lengths.
             num_return_sequences: continuations of each prompt (or of each of `batch_size`), side by side, 1.
-            do_sample: False is temperature 0; True, and None, another temperature.
             eos_token_id, pad_token_id: id or ids that end a sequence; what follows the end, by default the (first) of them.
             streamer: a streamer of transformers; gets the prompt, then the tokens of each finished block one by one.
             return_dict_in_generate: return a `TokComGenerateOutput`, which holds the latents, too.
