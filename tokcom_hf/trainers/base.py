@@ -12,15 +12,14 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer_utils import has_length
 
-from ..checkpoints import AUXILIARY_FILE, choose_checkpoint, last_complete_checkpoint
+from ..checkpoints import AUXILIARY_FILE, last_complete_checkpoint
 from ..held_folder import HeldFolder
 from ..run_folders import check_output_dir
 from ..stopping import training_is_over
 from ..whole_files import remove_unfinished
 from . import averaging, checkpoint_loading
-from .base_arguments import CompressionTrainingArguments, average_files, checked_arguments
+from .base_arguments import CompressionTrainingArguments, average_files, checked_arguments, with_batches
 from .checkpoint_writing import CheckpointWriting, final_save, own_key_names
 from .clock import Clock
 from .finite_guard import FiniteGuard
@@ -86,11 +85,7 @@ class CompressionTrainer(Trainer):
 
     @classmethod
     def checked_arguments(cls, args: CompressionTrainingArguments | None) -> CompressionTrainingArguments:
-        """`args`, or the defaults for None.
-
-        Raises:
-            TypeError: another class of arguments, which lacks this trainer's fields.
-        """
+        """`args`, or the defaults for None; raises TypeError for another class, which lacks this trainer's fields."""
         return checked_arguments(args, cls.arguments_class, cls.__name__)
 
     @property
@@ -114,26 +109,14 @@ class CompressionTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer`'s.
-
-        Raises:
-            ValueError: it would give no batch; Trainer would end at once with weights that were never trained.
-        """
-        loader = super().get_train_dataloader()
-        if has_length(loader) and len(loader) == 0:
-            raise ValueError(
-                f"The training data give no batch of {self._train_batch_size} rows for each of {self.args.world_size} "
-                "processes; leave dataloader_drop_last out, or lower per_device_train_batch_size."
-            )
-        return loader
+        """As `Trainer`'s; raises ValueError where it gives no batch, and Trainer would end without having trained."""
+        return with_batches(super().get_train_dataloader(), self._train_batch_size, self.args.world_size)
 
     def create_optimizer(self, *args, **kwargs):
-        if self.args.muon_learning_rate == 0 or self.optimizer is not None:
-            return super().create_optimizer(*args, **kwargs)
-        self.optimizer = muon_optimizer(self.unwrapped_model, self.args)
-        return self.optimizer
+        if self.args.muon_learning_rate > 0 and self.optimizer is None:
+            self.optimizer = muon_optimizer(self.unwrapped_model, self.args)
+        return super().create_optimizer(*args, **kwargs)
 
-    # ------------------------------------------------------------------ what a subclass may hook into
     def auxiliary_state(self) -> dict[str, Any]:
         """Objects with `state_dict`/`load_state_dict` that a checkpoint must hold beside the model's own state."""
         return {}
@@ -143,7 +126,6 @@ class CompressionTrainer(Trainer):
         for name, value in values.items():
             self._scalars.add(f"{prefix}/{name}", value)
 
-    # ------------------------------------------------------------------ training
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As `Trainer.train`, going on only from whole checkpoints and ending only with finite weights.
 
@@ -152,15 +134,11 @@ class CompressionTrainer(Trainer):
             FloatingPointError: loss, gradient norm or weights became NaN or infinite.
             Stopped: a signal ended the run (`stop_on_signals`); its checkpoint is written.
         """
-        checkpoint = choose_checkpoint(self.args.output_dir, resume_from_checkpoint, self.checkpoint_files())
-        if resume_from_checkpoint is True and checkpoint is None:
-            raise ValueError(f"No complete checkpoint found in {self.args.output_dir}; nothing to resume from.")
+        checkpoint = checkpoint_loading.chosen(self, resume_from_checkpoint)
         self._folder.hold(self.args.output_dir)
         if self.args.should_save:
             remove_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        if checkpoint is not None:
-            checkpoint_loading.tell_other_world_size(checkpoint, self.args.world_size)
         try:
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         finally:
@@ -194,12 +172,7 @@ class CompressionTrainer(Trainer):
         return norm
 
     def not_finite(self, what: str, step: int | None = None) -> FloatingPointError:
-        """The error that ends a run whose numbers left the finite ones; it names the last verified checkpoint.
-
-        Args:
-            what: has become NaN or infinite.
-            step: at which it did; None is the one being taken.
-        """
+        """The error that ends a run in which `what` has become NaN or infinite at `step`, the current one by default."""
         return self._finite.error(what, step)
 
     def check_finite(self, everywhere: bool = False) -> None:
@@ -217,15 +190,11 @@ class CompressionTrainer(Trainer):
         self._folder.check()
         if "loss" in logs:
             logs |= self._scalars.means()
-        named = tracker_names(logs)
-        best = self.best_model.value(self.args, logs)
-        if best is not None:
-            named[f"eval_best_{self.best_model.metric(self.args)}"] = best
+        named = tracker_names(logs) | self.best_model.logged(self.args, logs)
         super().log(named, start_time)
         # Trainer adds the epoch to what `evaluate` returns.
         logs.update({name: value for name, value in named.items() if name == "epoch"})
 
-    # ------------------------------------------------------------------ averaged weights
     def _start_auxiliary(self) -> None:
         register_methods(self.unwrapped_model, self.step_methods)
         join_resumed_state(self)
@@ -257,11 +226,9 @@ class CompressionTrainer(Trainer):
         with self.averaged_weights():
             return super().predict(*args, **kwargs)
 
-    # ------------------------------------------------------------------ checkpoints
     def checkpoint_files(self) -> tuple[str, ...]:
         """Files that a checkpoint of this run must hold beside weights, optimizer, scheduler and state."""
-        average = average_files(self.args)
-        return (*average, AUXILIARY_FILE) if self.auxiliary_state() else average
+        return (*average_files(self.args), *([AUXILIARY_FILE] if self.auxiliary_state() else []))
 
     def _save_checkpoint(self, model, trial) -> None:
         self._folder.check()
@@ -287,12 +254,7 @@ class CompressionTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model to load it with `from_pretrained`; a kill leaves the former files or the new ones.
-
-        Raises:
-            FloatingPointError: some weights are not finite.
-            WriteError: the folder cannot be written.
-        """
+        """As `Trainer`'s, into whole files; raises FloatingPointError or `WriteError` where that cannot be."""
         if self._writing is None:
             self._folder.check()
             # What one rank finds in its shards must end all of them.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from ..checkpoints import AVERAGE_FILE
 
@@ -99,6 +100,20 @@ def checked_arguments(args: Any, kind: type[CompressionTrainingArguments], train
     if not isinstance(args, kind):
         raise TypeError(f"{trainer} needs args of class {kind.__name__}, got {type(args).__name__}.")
     return args
+
+
+def with_batches(loader: Any, batch_size: int, processes: int) -> Any:
+    """The loader.
+
+    Raises:
+        ValueError: it has no batch; Trainer would end at once with weights that were never trained.
+    """
+    if has_length(loader) and len(loader) == 0:
+        raise ValueError(
+            f"The training data give no batch of {batch_size} rows for each of {processes} processes; leave "
+            "dataloader_drop_last out, or lower per_device_train_batch_size."
+        )
+    return loader
 
 
 def average_files(args: CompressionTrainingArguments) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints import AUXILIARY_FILE, content_fault
+from ..checkpoints import AUXILIARY_FILE, choose_checkpoint, content_fault
 from ..manifests import read_manifest
 from .resumed_settings import own_settings
 
@@ -80,8 +80,26 @@ def check_missing_keys(model: nn.Module, missing_keys: list[str]) -> None:
         )
 
 
-def tell_other_world_size(checkpoint: str, processes: int) -> None:
-    """Says where a checkpoint was saved by another number of processes than go on from it."""
+def chosen(trainer: Any, wanted: str | bool | None) -> str | None:
+    """The checkpoint from which a trainer goes on; says where another number of processes saved it.
+
+    Args:
+        trainer: a `CompressionTrainer`.
+        wanted: see `choose_checkpoint`.
+
+    Raises:
+        ValueError: there is no whole checkpoint to go on from.
+    """
+    args = trainer.args
+    checkpoint = choose_checkpoint(args.output_dir, wanted, trainer.checkpoint_files())
+    if wanted is True and checkpoint is None:
+        raise ValueError(f"No complete checkpoint found in {args.output_dir}; nothing to resume from.")
+    if checkpoint is not None:
+        _tell_other_world_size(checkpoint, args.world_size)
+    return checkpoint
+
+
+def _tell_other_world_size(checkpoint: str, processes: int) -> None:
     before = (read_manifest(checkpoint) or {}).get("world_size", processes)
     if before != processes:
         logger.warning(

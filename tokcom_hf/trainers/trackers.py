@@ -159,6 +159,11 @@ class BestModel(TrainerCallback):
             return None
         return float(value) if self.record is None or self._is_better(args, value) else self.record["value"]
 
+    def logged(self, args, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """The best value so far under its name in the log, where `metrics` hold the metric."""
+        best = self.value(args, metrics)
+        return {} if best is None else {f"eval_best_{self.metric(args)}": best}
+
     def _is_better(self, args, value: float) -> bool:
         if self.record is None or self.record["metric"] != self.metric(args):
             return True
