@@ -95,21 +95,22 @@ def token_report(model, record: PromptRecord) -> dict:
     rows, kept_index = len(record.vision_tokens), record.kept_index
     assert record.question_tokens is not None
     text = float(record.text_tokens.float().mean())
+    # Beams of a row stand side by side and keep the same tokens of the prompt.
+    beams = len(kept_index[0]) // rows
+    counts = torch.stack([(index[::beams] >= 0).sum(-1) for index in kept_index], 1) - record.text_tokens[:, None]
     towers = vision_tower_flops(model.base.config.vision_config, record.sequences, record.windows)
     means = _Means(
         mode=record.mode,
         vision=float(record.vision_tokens.float().mean()),
         text=text,
         question=float(record.question_tokens.float().mean()),
-        vision_per_layer=[float((index >= 0).sum(-1).float().mean()) - text for index in kept_index],
+        # Whole numbers are averaged: the difference of two rounded means of 16 tokens need not be 16.
+        vision_per_layer=counts.cpu().double().mean(0).tolist(),
         image_tokens=record.image_tokens,
         rows=rows,
         tower_flops=towers / rows,
         projected=record.projected / rows,
     )
-    # Beams of a row stand side by side and keep the same tokens of the prompt.
-    beams = len(kept_index[0]) // rows
-    counts = torch.stack([(index[::beams] >= 0).sum(-1) for index in kept_index], 1) - record.text_tokens[:, None]
     return _report(model, means) | {"vision_tokens_by_row": counts.tolist()}
 
 
