@@ -26,8 +26,6 @@ from tokcom_hf.evaluation.pruning_prefill import time_modes
 from tokcom_hf.models.pruning_strategies import LAYER_STRATEGIES
 from tokcom_hf.plots.pruning import plot_kept_patches
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "eval_token_pruning.yaml"
-
 
 @dataclass
 class RunArguments:
@@ -50,7 +48,7 @@ class RunArguments:
 
 
 def main() -> None:
-    values = parse_recipe(__doc__, {"run": RunArguments, "data": VQASourceArguments}, DEFAULT_CONFIG)
+    values = parse_recipe(__doc__, {"run": RunArguments, "data": VQASourceArguments})
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
     if run.model == RunArguments.model and not (Path(run.model) / "config.json").is_file():
         raise RecipeError(f"{run.model} does not exist; run recipes/train_token_pruning.py first, or name a --model.")

@@ -13,7 +13,6 @@ scenes every generated picture is checked for the shapes and colours of its capt
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,10 +265,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         report(run, folder, trainer, parts, held_out, results, upload)
         folder.finish()
         if upload is not None:
-            print("pushed to", upload.push(folder.path))
+            print("pushed to", upload.push(folder.path), flush=True)
     return results
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_recipe(main)

@@ -29,7 +29,6 @@ from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.metrics.text import TextJudge
 from tokcom_hf.metrics.text_brier import brier_scores, brier_scores_from_log_probs, brier_summary
 
-DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "generation_speed.yaml"
 Contestant = TokComSampler | CausalSampler
 QUALITY = ("kn_perplexity", "kn_perplexity_held_out", "entropy", "overlap_8")
 
@@ -71,7 +70,7 @@ class Quality:
 
 
 def main() -> None:
-    values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource}, DEFAULT_CONFIG)
+    values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource})
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
     for name in ("batch_sizes", "num_steps", "block_sizes"):
         value = getattr(run, name)

@@ -11,13 +11,12 @@ of both are then compared in float64 at 12 bits.
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from variant_runs import run_variants
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.metrics.memory import high_water_mark
@@ -108,13 +107,7 @@ def main() -> None:
     if arguments.variant:
         one_variant(arguments)
         return
-    runs: dict[str, list[dict]] = {name: [] for name in arguments.variants}
-    for _ in range(arguments.repeats):
-        for variant in runs:
-            print(f"running {variant} …", flush=True)
-            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            runs[variant].append(json.loads(output.splitlines()[-1]))
+    runs = run_variants(__file__, arguments.variants, arguments.repeats)
     table: dict[str, dict] = {}
     print(f"\n{arguments.tokens} tokens, {arguments.output_dim} bits, forward and backward")
     for variant, results in runs.items():

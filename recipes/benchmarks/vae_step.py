@@ -11,14 +11,13 @@ of one row. Each runs in a process of its own, in turn; medians of the steps aft
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
+from variant_runs import run_variants
 
 from tokcom_hf import TokComVAE, TokComVAEConfig
 from tokcom_hf.cli import parse_recipe, run_recipe
@@ -89,13 +88,7 @@ def main() -> None:
     if arguments.variant:
         one_variant(arguments)
         return
-    runs: dict[str, list[dict]] = {"plain": [], "folded": [], "row by row": []}
-    for _ in range(arguments.repeats):
-        for variant in runs:
-            print(f"running {variant} …", flush=True)
-            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            runs[variant].append(json.loads(output.splitlines()[-1]))
+    runs = run_variants(__file__, ("plain", "folded", "row by row"), arguments.repeats)
     tokens = arguments.batch * arguments.length
     table = {}
     for variant, results in runs.items():
