@@ -39,9 +39,11 @@ class AnalysisArguments:
 
     model_path: str = field(default="outputs/train_vqgan", metadata={"help": "VQGAN folder or Hub id."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of images; procedural ones if not given."})
-    output_dir: str = "outputs/analyze_codebook"
+    output_dir: str = field(
+        default="outputs/analyze_codebook", metadata={"help": "Folder of summary, tables, figures."}
+    )
     image_size: int | None = field(default=None, metadata={"help": "Pixels; the model's own if not given."})
-    batch_size: int = 32
+    batch_size: int = field(default=32, metadata={"help": "Images per forward pass."})
     num_images: int = field(default=512, metadata={"help": "Images to look at, at most."})
     plot: bool = field(default=False, metadata={"help": "Draw PNG figures."})
     save_details: bool = field(default=False, metadata={"help": "Write codes.csv."})
@@ -178,6 +180,20 @@ def torch_device(name: str | None) -> torch.device:
         raise ValueError(f"Device {name!r} cannot be used here; give --device cpu.") from error
 
 
+def open_images(args: AnalysisArguments, model, processor):
+    """The images of --data_dir, or procedural held-out ones, in the channels that the model sees and makes."""
+    if args.data_dir:
+        images = FolderImages(args.data_dir, processor)
+        images.length = min(len(images), args.num_images)
+    else:
+        images = ProceduralImages(args.num_images, processor, first=FIRST_HELD_OUT)
+    if model.config.out_channels != model.config.in_channels:
+        images.target_processor = VQGANImageProcessor(
+            processor.image_size, model.config.out_channels, processor.resize_mode, processor.size_divisor
+        )
+    return images
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Runs the analysis and returns its summary."""
     args = AnalysisArguments(**parse_recipe(__doc__, {"analysis": AnalysisArguments}, None, argv)["analysis"])
@@ -195,15 +211,7 @@ def main(argv: list[str] | None = None) -> dict:
                 f"image_size must be a positive multiple of {model.config.downsample_factor}, got {args.image_size}."
             )
         processor.image_size = args.image_size
-    if args.data_dir:
-        images = FolderImages(args.data_dir, processor)
-        images.length = min(len(images), args.num_images)
-    else:
-        images = ProceduralImages(args.num_images, processor, first=FIRST_HELD_OUT)
-    if model.config.out_channels != model.config.in_channels:
-        images.target_processor = VQGANImageProcessor(
-            processor.image_size, model.config.out_channels, processor.resize_mode, processor.size_divisor
-        )
+    images = open_images(args, model, processor)
     found = collect(model, images, args)
     counts, size = found["counts"], model.config.codebook_size
     summary = {

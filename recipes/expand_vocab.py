@@ -108,13 +108,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "old_logits": "bitwise equal" if exact else "equal to 1e-4",
     }
     (Path(output) / "expansion.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    print(
-        f"{report['model']}: {rows:,} rows ({report['tokenizer_size']:,} in the tokenizer) + {end - start:,} LFQ tokens"
-    )
+    print_report(report, output)
+    return report
+
+
+def print_report(report: dict, output: Path | str) -> None:
+    """Prints sizes, ids, trainable rows and what was saved."""
+    (start, end), share = report["lfq_token_range"], report["trainable_rows"]
+    rows, size = report["old_rows"], report["tokenizer_size"]
+    print(f"{report['model']}: {rows:,} rows ({size:,} in the tokenizer) + {end - start:,} LFQ tokens")
     print(f"LFQ ids {start:,} … {end - 1:,}: id = {start:,} + Σ bit_i · 2^i")
     print(f"{share['trainable']:,} of {share['total']:,} vocabulary rows train ({100 * share['share']:.1f} %)")
     print(f"saved {report['saved']} to {output} ({report['megabytes']} MB); logits of old ids {report['old_logits']}")
-    return report
 
 
 def load(args: ExpandArguments, output: Path):

@@ -45,9 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     search(parse_recipe(__doc__, SECTIONS | {"run": RunArguments}, DEFAULT_CONFIG, argv, TRAIN_TOKEN_PRUNING))
 
 
-def search(values: dict) -> None:
-    """Runs the search that the values of a recipe's sections describe (`parse_recipe`)."""
-    run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
+def check_search(run: RunArguments) -> None:
+    """Refuses arguments that a search has no use for, and a machine without Optuna; lets the run see its GPUs only."""
     if run.mode != "optuna" or run.search is False:
         raise RecipeError("This recipe searches; recipes/train_token_pruning.py trains once.")
     if run.init_from:
@@ -61,6 +60,12 @@ def search(values: dict) -> None:
         import optuna  # noqa: F401
     except ImportError as error:
         raise RecipeError("The search needs Optuna: pip install 'tokcom_hf[search]'.") from error
+
+
+def search(values: dict) -> None:
+    """Runs the search that the values of a recipe's sections describe (`parse_recipe`)."""
+    run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
+    check_search(run)
     fixed = {
         "output_dir": run.output_dir,
         "seed": run.seed,
