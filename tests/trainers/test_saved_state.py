@@ -1,6 +1,7 @@
 """What trainers save and go on from: finite numbers only, whole checkpoints only, every tensor."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Trainer,
     TrainerCallback,
 )
 
+from tokcom_hf.checkpoints import checkpoint_fault
 from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments
 
 TEXT = {
@@ -213,3 +216,79 @@ def test_seconds_of_all_parts_are_told_and_new_callbacks_join_a_resumed_run(tmp_
     assert 1000 < again.training_seconds < 1100
     saved = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["stateful_callbacks"]
     assert saved["Clock"]["attributes"]["before"] > 1000 and "EarlyStoppingCallback" in saved
+
+
+class Seen(TrainerCallback):
+    """Notes which checkpoints are in the run's folder when one has been saved, and whether the newest is whole."""
+
+    def __init__(self):
+        self.folders = []
+
+    def on_save(self, args, state, control, **kwargs):
+        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        assert checkpoint_fault(newest) is None
+        self.folders.append(sorted(path.name for path in Path(args.output_dir).glob("*checkpoint*")))
+
+
+def test_callbacks_rotation_the_best_model_and_pushes_see_checkpoints_in_their_place(tmp_path, monkeypatch):
+    pushed = []
+
+    def push(trainer, folder):
+        pushed.append(Path(folder).name)
+        assert checkpoint_fault(folder) is None
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    run = trainer(
+        tmp_path, max_steps=5, save_total_limit=2, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="step", eval_dataset=Rows(), ema_decay=0.5,
+    )  # fmt: skip
+    # The second evaluation is the best one.
+    monkeypatch.setattr(run, "_evaluate", lambda *args: {"eval_step": float(run.state.global_step == 2)})
+    run.args.greater_is_better, run.args.push_to_hub = True, True
+    monkeypatch.setattr(run, "_finish_current_push", lambda: None)
+    seen = Seen()
+    run.add_callback(seen)
+    run.train()
+    assert pushed == [f"checkpoint-{step}" for step in (1, 2, 3, 4, 5)]
+    best = "checkpoint-2"
+    assert seen.folders == [["checkpoint-1"], ["checkpoint-1", best], [best, "checkpoint-3"], [best, "checkpoint-4"],
+                            [best, "checkpoint-5"]]  # fmt: skip
+    for name in (best, "checkpoint-5"):
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / best)
+    weights = load_file(tmp_path / best / "model.safetensors")
+    assert torch.equal(run.model.lm_head.weight, weights["lm_head.weight"])
+
+
+def test_a_best_checkpoint_that_was_changed_is_not_loaded(tmp_path):
+    run = trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        eval_dataset=Rows(),
+        learning_rate=0.0,
+    )
+    run.add_callback(At(3, lambda model: (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"")))
+    with pytest.raises(ValueError, match=r"checkpoint-1' cannot be loaded: model\.safetensors has 0 bytes"):
+        run.train()
+
+
+def test_a_final_save_replaces_another_model_and_leaves_the_user_s_files(tmp_path):
+    run = trainer(tmp_path / "run", max_steps=1, save_strategy="no")
+    run.train()
+    place = tmp_path / "final"
+    place.mkdir()
+    for name in (
+        "notes.txt",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "my_model.safetensors",
+    ):
+        (place / name).write_text("before")
+    run.save_model(str(place))
+    names = {path.name for path in place.iterdir()}
+    assert {"notes.txt", "my_model.safetensors", "model.safetensors", "config.json"} <= names
+    assert not any(name.startswith((".unfinished", "model-", "model.safetensors.index")) for name in names)
+    again = LlamaForCausalLM.from_pretrained(place)
+    assert torch.equal(again.lm_head.weight, run.model.lm_head.weight)

@@ -2,7 +2,6 @@
 
 The base model is frozen. In one step the unpruned model gives target distributions, the softly pruned model learns to
 match them within the token budget, and the discriminator learns to tell their hidden states apart.
-
 Merger, pruners and adapters are groups of one AdamW, each with its own learning rate; the discriminator has its own.
 """
 
