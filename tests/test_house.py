@@ -22,13 +22,13 @@ COUNTS: dict[str, tuple[Callable, int]] = {
     "files over 300 lines, package": (lambda: house.long_files(PACKAGE), 1),
     "files over 300 lines, recipes": (lambda: house.long_files(RECIPES), 1),
     "functions over 60 lines, package": (lambda: house.long_functions(PACKAGE), 0),
-    "functions over 60 lines, recipes": (lambda: house.long_functions(RECIPES), 4),
+    "functions over 60 lines, recipes": (lambda: house.long_functions(RECIPES), 1),
     "public functions with more than 8 parameters, package": (lambda: house.wide_functions(PACKAGE), 0),
     "public functions with more than 8 parameters, recipes": (lambda: house.wide_functions(RECIPES), 0),
     "arguments that public functions pop from their keywords": (lambda: house.popped_keywords(PACKAGE), 0),
     "classes that only cut another to pieces": (lambda: house.cut_classes(PACKAGE), 0),
     "configuration fields that no recipe, document or run needs": (unneeded_fields, 0),
-    "runs of 6 or more lines that stand twice": (lambda: repeated_runs(sources(PACKAGE, RECIPES)), 2),
+    "runs of 6 or more lines that stand twice": (lambda: repeated_runs(sources(PACKAGE, RECIPES)), 0),
 }
 
 
