@@ -136,7 +136,8 @@ def own_classes(model: nn.Module) -> Iterator[None]:
     sharded = [(module, type(module)) for module in model.modules() if isinstance(module, FSDPModule)]
     for module, kind in sharded:
         # torch derives its class from FSDPModule and the module's own.
-        module.__class__ = next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
+        own: Any = next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
+        module.__class__ = own
     try:
         yield
     finally:
