@@ -16,6 +16,7 @@ EXTRAS["test"] = [
     *EXTRAS["search"],
     *EXTRAS["bench"],
     *EXTRAS["tracking"],
+    "hypothesis>=6",
     "omegaconf",
     "pytest>=8",
     "pytest-timeout",

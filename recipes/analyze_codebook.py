@@ -25,6 +25,7 @@ from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.images import FIRST_HELD_OUT, FolderImages, ProceduralImages
 from tokcom_hf.metrics.codebook import usage_of_counts, utilization_ceiling
 from tokcom_hf.metrics.image import psnr, ssim
+from tokcom_hf.model_folders import load_pretrained
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor, as_grid
 from tokcom_hf.models.vqgan_quantizers import EMAQuantizer
 from tokcom_hf.plots.vqgan import NO_MATPLOTLIB, plot_usage
@@ -201,8 +202,8 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError("batch_size and num_images must be at least 1 and temperature not negative.")
     args.model_path = model_folder(args.model_path)
     device = torch_device(args.device)
-    model = AutoModel.from_pretrained(args.model_path).eval().to(device)
-    processor = AutoImageProcessor.from_pretrained(args.model_path)
+    model = load_pretrained(AutoModel, args.model_path).eval().to(device)
+    processor = load_pretrained(AutoImageProcessor, args.model_path, "Image processor")
     if args.temperature > 0 and not isinstance(model.quantizer, EMAQuantizer):
         raise ValueError(f"temperature needs an ema quantizer; this model has {model.config.quantizer!r}.")
     if args.image_size is not None:

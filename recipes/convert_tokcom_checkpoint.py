@@ -39,7 +39,7 @@ def main() -> None:
         raise RecipeError(f"Name the checkpoint and the output folder before any option, got {len(paths)} paths.")
     checkpoint = read_checkpoint(paths[0])
     tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer else None
-    model = convert_checkpoint(checkpoint, None if tokenizer is None else tokenizer.eos_token_id)
+    model = convert_checkpoint(checkpoint, None if tokenizer is None else tokenizer.eos_token_id, paths[0])
     whole = isinstance(model, TokComModel)
     vae = model.vae if whole else model
     if tokenizer is not None:

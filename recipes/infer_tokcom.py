@@ -31,6 +31,7 @@ from tokcom_hf.data.text_files import is_json_lines, read_text
 from tokcom_hf.data.tokenizers import check_tokenizer, load_tokenizer
 from tokcom_hf.documented_names import INFER_TOKCOM
 from tokcom_hf.evaluation.tokcom_windows import batches, windows
+from tokcom_hf.model_folders import load_pretrained
 from tokcom_hf.tokcom_checkpoint import is_checkpoint_file, load_checkpoint_file
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
@@ -146,11 +147,7 @@ def load(run: InferenceArguments) -> tuple[Any, Any]:
     if is_checkpoint_file(run.model):
         model, tokenizer = load_checkpoint_file(run.model, run.tokenizer)
     else:
-        try:
-            model = AutoModel.from_pretrained(run.model)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise OSError(f"Model {run.model!r} cannot be loaded: {reason}") from None
+        model = load_pretrained(AutoModel, run.model)
         tokenizer = None
     allowed: tuple[type, ...] = (TokComModel,)
     if run.mode in ("reconstruct", "encode", "decode"):

@@ -8,7 +8,6 @@ the documented modules are `importance_scorer`, `q_proj`, `k_proj` for the merge
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from .models.configuration_pruning_token_merger import TokenMergerConfig
 from .models.modeling_pruning_discriminator import PruningDiscriminator
 from .models.modeling_pruning_layer_pruner import LayerPruner
 from .models.modeling_pruning_token_merger import TokenMerger
+from .torch_files import DAMAGED
 
 StateDict = dict[str, torch.Tensor]
 
@@ -58,11 +58,13 @@ def read_part(path: str | Path) -> StateDict:
     """One file's state dict, without the prefixes of DDP and `torch.compile`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is damaged or no file of plain tensors ({str(error).splitlines()[0][:120]})."
-        ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ValueError(f"{path} is damaged or no file of plain tensors ({reason}).") from None
+    plain = isinstance(state, Mapping) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )
+    if not plain:
         raise ValueError(f"{path} holds no state dict (names and tensors); save module.state_dict() alone.")
     return {WRAPPERS.sub("", name): value for name, value in state.items()}
 
@@ -206,14 +208,13 @@ def fill(module: Any, state: StateDict) -> Any:
     wrong += [name for name in state if name in own and state[name].shape != own[name].shape]
     if wrong:
         name = wrong[0]
-        said = (
-            "is not among its weights" if name not in own else "is missing in the file" if name not in state else "is"
-        )
-        shape = (
-            "" if name not in own or name not in state else f" {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        problem = (
+            f"is {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+            if name in own and name in state
+            else ("is missing in the file" if name in own else "is not among its weights")
         )
         raise ValueError(
-            f"{name!r} {said}{shape}, so that the file does not fit a {type(module).__name__} of these settings ("
+            f"{name!r} {problem}, so that the file does not fit a {type(module).__name__} of these settings ("
             f"{len(wrong)} such names). Give the settings it was trained with, or leave the part out to train it anew."
         )
     module.load_state_dict(state)

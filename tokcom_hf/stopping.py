@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -150,6 +150,8 @@ def stop_on_signals() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(woken)
+        with suppress(BlockingIOError):  # full: the watcher is awake
+            os.write(writing, b"\0")  # no signal's number; without it the watcher looks up after WATCH_SECONDS
         watcher.join()
         os.close(reading)
         os.close(writing)

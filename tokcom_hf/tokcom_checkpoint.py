@@ -7,6 +7,8 @@ denoised_model_state_dict`. Apart from rotary tables and copies of shared tensor
 import os
 import zipfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -18,9 +20,13 @@ from .data.tokenizers import load_tokenizer
 from .models.modeling_tokcom import TokComModel
 from .models.modeling_tokcom_vae import TokComVAE
 from .models.shared_layers import rotary_embeddings
-from .tokcom_model_args import DOCUMENTED_SETTINGS, PRINTED_KEYS, ModelArgs, documented_config
+from .tokcom_model_args import DOCUMENTED_SETTINGS, PRINTED_KEYS, ModelArgs, check_settings, documented_config
+from .torch_files import DAMAGED
 
 StateDict = dict[str, torch.Tensor]
+
+# Parts of a model -> what a file calls their weights.
+STATE_OF = {"": "vae_model_state_dict", "vae": "vae_model_state_dict", "denoiser": "denoised_model_state_dict"}
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 ROTARY = ".self_attn.rope."
@@ -56,7 +62,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is no PyTorch checkpoint of plain tensors, or is damaged; nothing but tensors, numbers and text is "
             f"read from it ({reason})."
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise ValueError(f"{path} is truncated or no PyTorch checkpoint ({reason}); copy it again.") from None
     needed = ("model_args", "vae_model_state_dict")
@@ -72,7 +78,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def checkpoint_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The `config` of a file, with the documented values of keys that it leaves out."""
-    given = dict(checkpoint.get("config") or {})
+    given = checkpoint.get("config") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"config must be a dictionary of settings, got {type(given).__name__}.")
+    given = dict(given)
     if "max_seq_len" in given:
         given.setdefault("max_length", given["max_seq_len"])
     if "chunk_size" in checkpoint["model_args"]:
@@ -109,30 +118,71 @@ def load_checkpoint_file(path: str | Path, tokenizer: str | None = None) -> tupl
     """
     checkpoint = read_checkpoint(path)
     loaded = checkpoint_tokenizer(checkpoint, path, tokenizer)
-    return convert_checkpoint(checkpoint, loaded.eos_token_id), loaded
+    return convert_checkpoint(checkpoint, loaded.eos_token_id, path), loaded
 
 
-def convert_checkpoint(checkpoint: dict[str, Any], eos_token_id: int | None = None) -> TokComModel | TokComVAE:
+def convert_checkpoint(
+    checkpoint: dict[str, Any], eos_token_id: int | None = None, source: str | Path | None = None
+) -> TokComModel | TokComVAE:
     """The models of a checkpoint: a `TokComModel`, or a `TokComVAE` where it has no denoiser yet (stage one).
 
+    Args:
+        checkpoint: as `read_checkpoint` returns it.
+        eos_token_id: of its tokenizer.
+        source: its file, for errors.
+
     Raises:
-        ValueError: weights missing, left over, or of another shape than `model_args` say; a head that is not tied.
+        ValueError: sizes or settings out of range; weights missing, left over, NaN or infinite, or of another shape than
+            `model_args` say; a head that is not tied.
     """
+    try:
+        return _converted(checkpoint, eos_token_id)
+    except ValueError as error:
+        raise ValueError(str(error) if source is None else f"{source}: {error}") from None
+
+
+def _converted(checkpoint: dict[str, Any], eos_token_id: int | None) -> TokComModel | TokComVAE:
     arguments, settings = ModelArgs.from_dict(checkpoint["model_args"]), checkpoint_settings(checkpoint)
+    check_settings(settings)
     vae_weights = vae_state(checkpoint["vae_model_state_dict"], arguments.shape())
+    check_layers(vae_weights, "encoder.layers.", arguments.num_hidden_layers)
     # Some files count the omni token in vocab_size, some do not; the embedding knows.
     rows = len(vae_weights["embed_tokens.weight"])
     if rows - arguments.vocab_size not in (0, 1):
         raise ValueError(f"embed_tokens.weight has {rows} rows, but model_args.vocab_size is {arguments.vocab_size}.")
     arguments.vocab_size = rows
-    if not checkpoint.get("denoised_model_state_dict"):
-        vae = TokComVAE(arguments.vae_config(settings["chunk_size"]))
-        return fill(vae, vae_weights, "vae_model_state_dict").eval()
-    model = TokComModel(documented_config(arguments, settings, eos_token_id))
-    fill(model.vae, vae_weights, "vae_model_state_dict")
-    denoiser_weights = drop_rotary(unwrapped(checkpoint["denoised_model_state_dict"]), arguments.shape())
-    fill(model.denoiser, denoiser_weights, "denoised_model_state_dict")
-    return model.eval()
+    denoiser_weights = checkpoint.get("denoised_model_state_dict")
+    if not denoiser_weights:
+        config = arguments.vae_config(settings["chunk_size"])
+        return fill(partial(TokComVAE, config), {"": vae_weights}).eval()
+    denoiser_weights = drop_rotary(plain_state(denoiser_weights, "denoised_model_state_dict"), arguments.shape())
+    check_layers(denoiser_weights, "layers.", arguments.num_hidden_layers)
+    build = partial(TokComModel, documented_config(arguments, settings, eos_token_id))
+    return fill(build, {"vae": vae_weights, "denoiser": denoiser_weights}).eval()
+
+
+def plain_state(state: Any, where: str) -> StateDict:
+    """A state dict of finite floating-point weights, without the prefixes of a wrapped model.
+
+    Raises:
+        ValueError: no state dict, or other values in it.
+    """
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(state[name]) for name in state
+    ):
+        raise ValueError(f"{where} is no state dict of names and tensors.")
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            what = "NaN or infinite values" if tensor.is_floating_point() else str(tensor.dtype)
+            raise ValueError(f"{where}: {name} holds {what}; finite floating-point weights are needed.")
+    return unwrapped(state)
+
+
+def check_layers(state: StateDict, prefix: str, count: int) -> None:
+    """Raises ValueError where a state dict has weights of another number of layers than `count`."""
+    layers = {name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)}
+    if len(layers) != count:
+        raise ValueError(f"The weights are those of {len(layers)} layers, model_args.num_hidden_layers is {count}.")
 
 
 def unwrapped(state: StateDict) -> StateDict:
@@ -154,10 +204,12 @@ def vae_state(state: StateDict, shape: dict[str, Any]) -> StateDict:
     Raises:
         ValueError: the copies differ from the embedding.
     """
-    state = drop_rotary(unwrapped(state), shape)
+    state = drop_rotary(plain_state(state, "vae_model_state_dict"), shape)
     embedding = state.get("embed_tokens.weight", state.get("encoder.embed_tokens.weight"))
     if embedding is None:
         raise ValueError("vae_model_state_dict has no embed_tokens.weight; is this a TokCom checkpoint?")
+    if embedding.dim() != 2:
+        raise ValueError(f"embed_tokens.weight must be (tokens, hidden), got {tuple(embedding.shape)}.")
     for name in COPIES_OF_EMBEDDING:
         copy = state.pop(name, embedding)
         if copy is not embedding and not torch.equal(copy, embedding):
@@ -193,13 +245,28 @@ def drop_rotary(state: StateDict, shape: dict[str, Any]) -> StateDict:
     return {name: tensor for name, tensor in state.items() if ROTARY not in name}
 
 
-def fill(model: Any, state: StateDict, where: str) -> Any:
-    """Loads every weight into the model and returns it.
+def fill(build: Callable[[], Any], parts: dict[str, StateDict]) -> Any:
+    """The model that `build` makes, with every weight of its `parts`: submodule ("" for the model itself) -> weights.
 
     Raises:
         ValueError: a weight missing, left over, or of another shape.
     """
-    own = model.state_dict()
+    # Without memory first: model_args may announce a size that the weights do not have.
+    try:
+        with torch.device("meta"):
+            sketch = build()
+    except RuntimeError as error:
+        raise ValueError(f"no model of the sizes in model_args can be built ({str(error).splitlines()[0]}).") from None
+    for part, state in parts.items():
+        check_fit(sketch.get_submodule(part).state_dict(), state, STATE_OF[part])
+    model = build()
+    for part, state in parts.items():
+        model.get_submodule(part).load_state_dict(state)
+    return model
+
+
+def check_fit(own: StateDict, state: StateDict, where: str) -> None:
+    """Raises ValueError where `state` does not hold exactly the weights `own`, in their shapes."""
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     for names, what in ((missing, "lacks"), (unexpected, "has the unknown")):
         if names:
@@ -210,5 +277,3 @@ def fill(model: Any, state: StateDict, where: str) -> Any:
             raise ValueError(
                 f"{where}: {name} has shape {tuple(tensor.shape)}, model_args ask for {tuple(own[name].shape)}."
             )
-    model.load_state_dict(state)
-    return model

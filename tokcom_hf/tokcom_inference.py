@@ -42,7 +42,7 @@ def load_checkpoint(
     """
     if is_checkpoint_file(path):
         checkpoint = read_checkpoint(path)
-        model: Any = convert_checkpoint(checkpoint)
+        model: Any = convert_checkpoint(checkpoint, source=path)
         config = checkpoint_settings(checkpoint)
     else:
         model = AutoModel.from_pretrained(path)

@@ -52,6 +52,11 @@ class ModelArgs:
         absent = [key for key in PRINTED_KEYS if key not in values]
         if absent:
             raise ValueError(f"model_args lack {', '.join(absent)}; is this a TokCom checkpoint?")
+        for name in PRINTED_KEYS:
+            if type(values[name]) is not int or values[name] < (0 if name == "omni_token_id" else 1):
+                raise ValueError(f"model_args.{name} must be a whole number of at least 1, got {values[name]!r}.")
+        for name in ("rms_norm_eps", "rope_theta"):
+            check_number(f"model_args.{name}", values.get(name, 1.0))
         known = {item.name for item in fields(cls)}
         unread = sorted(set(map(str, values)) - known - {"chunk_size"})
         if unread:
@@ -75,6 +80,20 @@ class ModelArgs:
     def denoiser_config(self) -> DenoisedModelConfig:
         """Configuration of the documented denoiser."""
         return DenoisedModelConfig(**self.shape(), latent_size=self.hidden_size)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises ValueError for anything but a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raises ValueError where the `config` of a file holds a length, a chunk size or a noise that no model has."""
+    for name in ("chunk_size", "max_length"):
+        if type(settings[name]) is not int or settings[name] < 1:
+            raise ValueError(f"config.{name} must be a whole number of at least 1, got {settings[name]!r}.")
+    check_number("config.noise_std", settings["noise_std"])
 
 
 def documented_config(arguments: ModelArgs, settings: dict[str, Any], eos_token_id: int | None = None) -> TokComConfig:

@@ -209,14 +209,7 @@ def checkpoints(folder: Path) -> Iterator[Case]:
     for number, (name, change) in enumerate(changes.items()):
         path = folder / f"changed_{number}.pt"
         torch.save(good | change, path)
-        argv = [
-            "--checkpoint",
-            str(path),
-            "--output_dir",
-            str(folder / "out"),
-            "--tokenizer",
-            str(folder / "tokenizer"),
-        ]
+        argv = [str(path), str(folder / "out"), "--tokenizer", str(folder / "tokenizer")]
         run = partial(at_command_line, convert_tokcom_checkpoint.main, argv)
         yield Case(".pt files", f"convert_tokcom_checkpoint: {name}", run, (path.name,))
 

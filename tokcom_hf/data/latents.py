@@ -3,16 +3,18 @@
 import hashlib
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..model_folders import check_safetensors
+from ..torch_files import DAMAGED
 from ..whole_files import whole_file
 
 FORMAT = "tokcom-latents-1"
+NEEDED = ("model", "fingerprint", "chunk_size", "latent_size", "token_count")
 TORCH_SUFFIXES = (".pt", ".pth")
 
 
@@ -66,9 +68,12 @@ def load_latents(path: str | Path, model: Any) -> tuple[list[torch.Tensor], list
     metadata, tensors = (_read_torch if path.suffix in TORCH_SUFFIXES else _read_safetensors)(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no TokCom latents; write one with --mode encode.")
+    missing = [name for name in NEEDED if not isinstance(metadata.get(name), str)]
+    if missing:
+        raise ValueError(f"{path} is damaged: it does not say its {', '.join(missing)}; encode the text again.")
     config = _vae(model).config
     for name in ("chunk_size", "latent_size"):
-        if int(metadata[name]) != getattr(config, name):
+        if metadata[name] != str(getattr(config, name)):
             raise ValueError(
                 f"{path} was written by another model ({metadata['model'] or 'unnamed'}): its {name} is "
                 f"{metadata[name]}, this model's is {getattr(config, name)}."
@@ -78,11 +83,39 @@ def load_latents(path: str | Path, model: Any) -> tuple[list[torch.Tensor], list
             f"{path} was written by another model ({metadata['model'] or 'unnamed'}): the weights of its VAE differ from "
             "this model's; decode with the model that encoded it."
         )
-    counts = json.loads(metadata["token_count"])
-    return [tensors[f"latents.{index}"] for index in range(len(counts))], counts
+    return _checked(path, metadata["token_count"], tensors, config)
+
+
+def _checked(
+    path: Path, token_count: str, tensors: dict[str, Any], config: Any
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Latents and token counts that fit each other and the model."""
+    try:
+        counts = json.loads(token_count)
+    except (ValueError, RecursionError):
+        counts = None
+    if not isinstance(counts, list) or not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"{path} is damaged: its token_count is no list of numbers above 0; encode the text again.")
+    if set(tensors) != {f"latents.{index}" for index in range(len(counts))}:
+        raise ValueError(
+            f"{path} is damaged: it holds {len(tensors)} latents of {len(counts)} texts; encode them again."
+        )
+    latents = [tensors[f"latents.{index}"] for index in range(len(counts))]
+    for index, (latent, count) in enumerate(zip(latents, counts)):
+        wanted = (-(-count // config.chunk_size), config.latent_size)
+        if not torch.is_tensor(latent) or not latent.is_floating_point() or tuple(latent.shape) != wanted:
+            got = f"{latent.dtype} {tuple(latent.shape)}" if torch.is_tensor(latent) else type(latent).__name__
+            raise ValueError(
+                f"{path} is damaged: the latents of text {index} must be floats {wanted} for {count} tokens, got {got}; "
+                "encode the text again."
+            )
+        if not bool(latent.isfinite().all()):
+            raise ValueError(f"{path} is damaged: the latents of text {index} hold NaN or infinite values.")
+    return latents, counts
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -95,13 +128,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
 def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise ValueError(
             f"{path} is truncated or no torch file of tensors ({reason}); encode the text again."
         ) from None
     metadata = content if isinstance(content, dict) else {}
-    return metadata, {f"latents.{index}": tensor for index, tensor in enumerate(metadata.get("latents", []))}
+    latents = metadata.get("latents")
+    return metadata, {
+        f"latents.{index}": one for index, one in enumerate(latents if isinstance(latents, list) else [])
+    }
 
 
 def vae_fingerprint(model: Any) -> str:
