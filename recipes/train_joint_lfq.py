@@ -36,6 +36,7 @@ from tokcom_hf.evaluation.lfq_joint import evaluate_joint
 from tokcom_hf.evaluation.lfq_joint_report import print_report
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import RUN_MARKER, take_upload
+from tokcom_hf.model_folders import check_model_folder
 from tokcom_hf.plots.lfq import plot_joint_training
 from tokcom_hf.plots.vqgan import NO_MATPLOTLIB
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
@@ -97,6 +98,8 @@ def read_arguments(argv: list[str] | None):
         values["training"]["generation_weight"] = 0.0
     if bool(run.image_text_file) != bool(run.eval_file):
         raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
+    if run.base != SMALL_INTERNVL:
+        check_model_folder(run.base)
     upload = take_upload(values["training"])
     own = {name: value for name, value in values["training"].items() if name != "resume_from_checkpoint"}
     args = JointLFQTrainingArguments(**own | {"output_dir": run.output_dir, "seed": run.seed})

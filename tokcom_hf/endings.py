@@ -54,7 +54,8 @@ def run_recipe(main) -> None:
             told = ending(error)
             if told is None:
                 raise
-            print(f"error: {told[0]}", file=sys.stderr)
+            # Errors of libraries may have several lines.
+            print(f"error: {' '.join(told[0].split())}", file=sys.stderr)
             raise SystemExit(told[1]) from (error if "--traceback" in sys.argv else None)
         leave_together()
 

@@ -20,8 +20,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
 import transformers
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
@@ -63,6 +61,7 @@ class MalformedArguments:
 
 def measure(kinds: list[str] | None = None) -> dict:
     """`counts` (kind -> verdict -> number), `total`, `faults` (number), and `outcomes`, one dictionary per input."""
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     check = importlib.import_module("faults_malformed_check")
     scratch, before = Path(tempfile.mkdtemp(prefix="malformed_")), Path.cwd()
     canary = scratch / "canary"

@@ -25,7 +25,7 @@ from tokcom_hf.cli import run_recipe
 SECONDS = 10
 # Bytes of address space that an input may make the program ask for beyond what it has.
 MEMORY = 6 << 30
-LONGEST = 700
+LONGEST = 1000
 REFUSALS = (ValueError, TypeError, OSError)
 FAULTS = ("traceback", "silent", "hang", "code executed", "request", "memory", "unclear")
 

@@ -57,7 +57,7 @@ def documents(canary: str) -> dict[str, bytes]:
         "an unknown alias": "run:\n  number: *missing",
         "an alias inside itself": "run: &a\n  path: *a",
         "a billion values": f"a0: &a0 x\n{laughs}\nrun:\n  name: *a11",
-        "20,000 open brackets": "run: " + "[" * 20_000,
+        "5000 open brackets": "run: " + "[" * 5000,
         "a text for a number": "run:\n  number: many",
         "a float for a whole number": "run:\n  number: 1.5",
         "true for a number": "run:\n  number: true",
@@ -124,7 +124,7 @@ def command_lines(canary: str) -> dict[str, list[str]]:
         "broken YAML": ["--number", "[1"],
         "broken YAML in a list": ["--layers", "1", "{"],
         "a tag": ["--number", f"!!python/object/apply:os.system ['touch {canary}']"],
-        "deep brackets": ["--number", "[" * 20_000],
+        "deep brackets": ["--number", "[" * 5000],
         "a missing configuration": ["--config", "missing.yaml"],
         "a folder as configuration": ["--config", "."],
         "no configuration": ["--config"],
@@ -148,7 +148,7 @@ TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
         "a row that is no multiple": (["--length", "1023"], ("multiple",)),
         "an unknown tracker": (["--report_to", "nothing_known"], ("report_to",)),
         "a missing file": (["--train_file", "missing.txt"], ("missing.txt",)),
-        "two sources": (["--train_file", "a.txt", "--dataset_name", "b"], ("train_file", "dataset_name")),
+        "two sources": (["--train_file", "small.txt", "--dataset_name", "b"], ("train_file", "dataset_name")),
         "strategies that do not agree": (
             ["--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "steps"],
             ("strategy",),
@@ -172,6 +172,7 @@ TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
     },
     "train_token_pruning": {
         "both merge budgets": (["--merge_ratio", "0.4", "--target_merge_tokens", "40"], ("target_merge_tokens",)),
+        "a missing base": (["--base_model", "./missing"], ("missing",)),
         "an unknown task": (["--task", "vqe"], ("task",)),
         "an unknown strategy": (["--strategy", "best"], ("strategy", "best")),
         "an unknown merger": (["--merger_type", "best"], ("merger_type",)),
@@ -210,6 +211,13 @@ TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
 }
 
 
+# What else those recipes need to get as far: text that is tokenized at once, and a size.
+GIVEN = {
+    "train_tokcom": ["--train_file", "small.txt", "--tokenizer_vocab_size", "257", "--length", "32"],
+    "train_ar_baseline": ["--parameters", "100000", "--tokens", "1000"],
+}
+
+
 def cases(folder: Path) -> Iterator[Case]:
     """Writes the files into `folder` and yields the cases."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,10 +245,11 @@ def training(folder: Path) -> Iterator[Case]:
     """Options of the training recipes, and folders that they cannot write to."""
     blocked = folder / "a_file"
     blocked.write_text("no folder", encoding="utf-8")
+    Path("small.txt").write_text("A text of some words. " * 200, encoding="utf-8")
     for recipe, wrong in TRAINING.items():
         main = importlib.import_module(recipe).main
-        out = ["--output_dir", str(folder / recipe)]
+        out = ["--output_dir", str(folder / recipe), *GIVEN.get(recipe, ())]
         for name, (argv, words) in wrong.items():
             yield Case("command line", f"{recipe}: {name}", partial(at_command_line, main, [*out, *argv]), words)
-        argv = ["--output_dir", str(blocked / "below")]
+        argv = ["--output_dir", str(blocked / "below"), *GIVEN.get(recipe, ())]
         yield Case("command line", f"{recipe}: below a file", partial(at_command_line, main, argv), ("a_file",))

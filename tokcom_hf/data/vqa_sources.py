@@ -9,7 +9,7 @@ from typing import Any
 from .image_limit import ImageLimit
 from .scene_rows import scene_rows
 from .vqa import load_hub_vqa, read_vqa_jsonl
-from .vqa_collator import VQACollator
+from .vqa_collator import VQACollator, require_placeholder
 from .vqa_dataset import CAPTION_REQUEST, VQADataset
 from .vqa_tasks import TaskCollator, check_rows, check_task, evaluation_rows
 
@@ -62,6 +62,11 @@ class VQASourceArguments:
 
     def __post_init__(self):
         check_task(self.task)
+        require_placeholder("prompt", self.prompt, "{question}")
+        for name in ("train_file", "eval_file"):
+            file = getattr(self, name)
+            if file is not None and not Path(file).is_file():
+                raise FileNotFoundError(f"{name} {file!r} does not exist.")
         if self.task != "vqa" and self.dataset_name:
             raise ValueError(
                 f"task: {self.task} needs captions, and the columns known of Hub data sets have none; write the data as "

@@ -185,8 +185,8 @@ class VQGANConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if self.codebook_size < 2:
-            raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}.")
+        if not 2 <= self.codebook_size <= 1 << 24:
+            raise ValueError(f"codebook_size must be at least 2 and at most {1 << 24}, got {self.codebook_size}.")
         if self.quantizer == "lfq" and self.codebook_size & (self.codebook_size - 1):
             raise ValueError(f"lfq needs a codebook_size that is a power of two, got {self.codebook_size}.")
         if self.quantizer == "fsq":

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import has_length
 
 from ..checkpoints import AVERAGE_FILE
@@ -56,6 +57,12 @@ class CompressionTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # Pinned memory is for copies to an accelerator; without one torch only warns.
             self.dataloader_pin_memory = False
+        unknown = [name for name in self.report_to if name not in INTEGRATION_TO_CALLBACK]
+        if unknown:
+            raise ValueError(
+                f"report_to {', '.join(map(repr, unknown))} is no tracker that transformers knows: "
+                f"{', '.join(INTEGRATION_TO_CALLBACK)}, or none."
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if getattr(self, "enable_jit_checkpoint", False):

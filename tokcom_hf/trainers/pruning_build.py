@@ -69,12 +69,15 @@ def check_merge_budget(merger: Mapping[str, Any], base: Any, collator: Any, rows
     Raises:
         RecipeError: the two differ by more than a token.
     """
+    if merger.get("merge_ratio") is not None and merger.get("target_merge_tokens") is not None:
+        row = collator([rows[0]])
+        check_merge_numbers(merger, int((row["input_ids"] == base.config.image_token_id).sum()))
+
+
+def check_merge_numbers(merger: Mapping[str, Any], tokens: int) -> None:
+    """The same where an image is known to have `tokens` vision tokens."""
     ratio, target = merger.get("merge_ratio"), merger.get("target_merge_tokens")
-    if ratio is None or target is None:
-        return
-    row = collator([rows[0]])
-    tokens = int((row["input_ids"] == base.config.image_token_id).sum())
-    if abs(ratio * tokens - target) > 1:
+    if ratio is not None and target is not None and abs(ratio * tokens - target) > 1:
         raise RecipeError(
             f"merge_ratio {ratio} keeps {round(ratio * tokens)} of an image's {tokens} vision tokens, but "
             f"target_merge_tokens is {target}; give one of them (--target_merge_tokens none drops the configuration's)."
