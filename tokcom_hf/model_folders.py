@@ -103,17 +103,19 @@ def check_safetensors(path: str | Path) -> None:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, LONGEST_HEADER):
             raise ValueError(
-                f"{path} is no safetensors file, or cut short: its header should be {length:,} bytes long, and {size:,} "
+                f"{path} is truncated or no safetensors file: its header should be {length:,} bytes long, and {size:,} "
                 "bytes are there."
             )
         try:
             header = json.loads(file.read(length))
             ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            raise ValueError(f"{path} is damaged: its header does not list tensors and their places.") from None
+            raise ValueError(
+                f"{path} is truncated or no safetensors file: its header lists no tensors and places."
+            ) from None
     if size != 8 + length + max(ends, default=0):
         raise ValueError(
-            f"{path} is damaged or was cut short: its tensors should end at byte {8 + length + max(ends, default=0):,}, and "
+            f"{path} is truncated or no safetensors file: its tensors should end at byte {8 + length + max(ends, default=0):,}, and "
             f"the file has {size:,} bytes."
         )
 

@@ -145,7 +145,7 @@ def _converted(checkpoint: dict[str, Any], eos_token_id: int | None) -> TokComMo
     arguments, settings = ModelArgs.from_dict(checkpoint["model_args"]), checkpoint_settings(checkpoint)
     check_settings(settings)
     vae_weights = vae_state(checkpoint["vae_model_state_dict"], arguments.shape())
-    check_layers(vae_weights, "encoder.layers.", arguments.num_hidden_layers)
+    check_layers(vae_weights, "encoder.layers.", arguments.num_hidden_layers, STATE_OF["vae"])
     # Some files count the omni token in vocab_size, some do not; the embedding knows.
     rows = len(vae_weights["embed_tokens.weight"])
     if rows - arguments.vocab_size not in (0, 1):
@@ -156,7 +156,7 @@ def _converted(checkpoint: dict[str, Any], eos_token_id: int | None) -> TokComMo
         config = arguments.vae_config(settings["chunk_size"])
         return fill(partial(TokComVAE, config), {"": vae_weights}).eval()
     denoiser_weights = drop_rotary(plain_state(denoiser_weights, "denoised_model_state_dict"), arguments.shape())
-    check_layers(denoiser_weights, "layers.", arguments.num_hidden_layers)
+    check_layers(denoiser_weights, "layers.", arguments.num_hidden_layers, STATE_OF["denoiser"])
     build = partial(TokComModel, documented_config(arguments, settings, eos_token_id))
     return fill(build, {"vae": vae_weights, "denoiser": denoiser_weights}).eval()
 
@@ -178,11 +178,11 @@ def plain_state(state: Any, where: str) -> StateDict:
     return unwrapped(state)
 
 
-def check_layers(state: StateDict, prefix: str, count: int) -> None:
-    """Raises ValueError where a state dict has weights of another number of layers than `count`."""
+def check_layers(state: StateDict, prefix: str, count: int, where: str) -> None:
+    """Raises ValueError where a state dict lacks whole layers of `count`, which may be more than can be built."""
     layers = {name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)}
-    if len(layers) != count:
-        raise ValueError(f"The weights are those of {len(layers)} layers, model_args.num_hidden_layers is {count}.")
+    if count > len(layers):
+        raise ValueError(f"{where} lacks layers: it has {len(layers)}, and model_args.num_hidden_layers is {count}.")
 
 
 def unwrapped(state: StateDict) -> StateDict:
