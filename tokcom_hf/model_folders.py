@@ -64,12 +64,12 @@ def check_model_folder(name: str | os.PathLike) -> None:
     """
     folder = Path(name)
     if "\0" in str(name) or not str(name).strip():
-        raise FileNotFoundError(f"Model folder {str(name)!r} does not exist.")
+        raise FileNotFoundError(f"Model {str(name)!r} cannot be loaded: there is no such folder.")
     if folder.is_file():
         raise NotADirectoryError(f"Model folder {str(name)!r} is a file; name the folder that holds it.")
     if not folder.is_dir():
         if looks_like_a_path(str(name)):
-            raise FileNotFoundError(f"Model folder {str(name)!r} does not exist.")
+            raise FileNotFoundError(f"Model {str(name)!r} cannot be loaded: there is no such folder.")
         return
     if (folder / "config.json").is_file():
         config = _read_json(folder / "config.json")
@@ -113,10 +113,10 @@ def check_safetensors(path: str | Path) -> None:
             raise ValueError(
                 f"{path} is truncated or no safetensors file: its header lists no tensors and places."
             ) from None
-    if size != 8 + length + max(ends, default=0):
+    end = 8 + length + max(ends, default=0)
+    if size != end:
         raise ValueError(
-            f"{path} is truncated or no safetensors file: its tensors should end at byte {8 + length + max(ends, default=0):,}, and "
-            f"the file has {size:,} bytes."
+            f"{path} is truncated or no safetensors file: its tensors should end at byte {end:,}, and the file has {size:,}."
         )
 
 

@@ -103,8 +103,7 @@ class RunFolder:
             raise ValueError("--overwrite starts over and --resume_from_checkpoint goes on; give one of them.")
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"Output folder {shown} is a file; name a folder.")
-        above = next((place for place in path.absolute().parents if place.exists()), None)
-        if above is not None and not above.is_dir():
+        if not (above := next(place for place in path.absolute().parents if place.exists())).is_dir():
             raise NotADirectoryError(f"Output folder {shown} lies below {str(above)!r}, which is a file.")
         held = path.is_dir() and holds_files(path)
         if held and self._source is not None:
