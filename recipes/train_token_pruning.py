@@ -31,7 +31,6 @@ from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.gpus import use_gpus
 from tokcom_hf.hub import RUN_MARKER, Upload, take_upload
 from tokcom_hf.model_folders import check_model_folder
-from tokcom_hf.models.pruning_strategies import STRATEGIES
 from tokcom_hf.pruning_checkpoint import read_parts
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
@@ -39,6 +38,7 @@ from tokcom_hf.trainers.pruning_build import (
     PRUNING_SECTIONS,
     build_discriminator,
     build_heads,
+    check_heads,
     check_merge_budget,
     check_merge_numbers,
 )
@@ -87,18 +87,7 @@ def read_arguments(argv: list[str] | None) -> tuple[dict[str, Any], RunArguments
     """Values of all sections, run arguments and the data's."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_TOKEN_PRUNING)
     run = RunArguments(**values["run"])
-    check_heads(run, values)
-    return values, run, VQASourceArguments(**values["data"])
-
-
-def check_heads(run: RunArguments, values: dict[str, Any]) -> None:
-    """Refuses settings of the heads that no base model could make right, before one is trained or loaded."""
-    if run.strategy is not None and run.strategy not in STRATEGIES:
-        raise RecipeError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {run.strategy!r}.")
-    if run.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise RecipeError(f"--dtype must be auto, float32, bfloat16 or float16, got {run.dtype!r}.")
-    for name in ("merger", "pruner", "discriminator"):
-        SECTIONS[name](**values[name])
+    check_heads(values, run.strategy, run.dtype)
     if run.init_from:
         read_parts(run.init_from, run.init_step)
     if run.base_model != SMALL_VLM:
@@ -106,6 +95,7 @@ def check_heads(run: RunArguments, values: dict[str, Any]) -> None:
     else:
         vision = read_yaml((DEFAULT_CONFIG.parent / "pretrain_vlm.yaml").read_text(encoding="utf-8"))["vision"]
         check_merge_numbers(values["merger"], (vision["image_size"] // vision["patch_size"]) ** 2)
+    return values, run, VQASourceArguments(**values["data"])
 
 
 def wants_search(run: RunArguments) -> bool:

@@ -85,7 +85,6 @@ def documents(canary: str) -> dict[str, bytes]:
         "a subprocess": f"run: !!python/object/apply:subprocess.check_output [[touch, {canary}]]",
         "an unknown tag": "run:\n  name: !secret a",
         "binary that is no base64": "run:\n  name: !!binary '*'",
-        "a control character": "run:\n  name: 'a\x07'",
     }
     bytes_of = {name: text.encode() for name, text in texts.items()}
     return bytes_of | {

@@ -9,6 +9,7 @@ from ..models.configuration_pruning_layer_pruner import LayerPrunerConfig
 from ..models.configuration_pruning_token_merger import TokenMergerConfig
 from ..models.modeling_pruned_vlm import PrunedVLM
 from ..models.modeling_pruning_discriminator import PruningDiscriminator
+from ..models.pruning_strategies import STRATEGIES
 from ..pruning_checkpoint import StateDict, convert_discriminator, convert_merger, convert_pruners
 from .pruning import TokenPruningTrainer, TokenPruningTrainingArguments
 
@@ -56,6 +57,16 @@ def build_discriminator(
     """A discriminator of the language model's width: a fresh one, or one with the documented weights `state`."""
     config = PruningDiscriminatorConfig(**{**settings, "hidden_size": model.family.text_config.hidden_size})
     return PruningDiscriminator(config) if state is None else convert_discriminator(state, config)
+
+
+def check_heads(values: Mapping[str, Mapping[str, Any]], strategy: str | None, dtype: str) -> None:
+    """Raises RecipeError or ValueError for settings of the heads that no base model could make right."""
+    if strategy is not None and strategy not in STRATEGIES:
+        raise RecipeError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise RecipeError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    for name in ("merger", "pruner", "discriminator"):
+        PRUNING_SECTIONS[name](**values[name])
 
 
 def check_merge_budget(merger: Mapping[str, Any], base: Any, collator: Any, rows: Any) -> None:
