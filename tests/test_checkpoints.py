@@ -187,3 +187,11 @@ def test_the_last_good_one_holds_no_nan(run):
     assert last_finite_checkpoint(run) == str(run / "checkpoint-10")
     save_file({"weight": torch.tensor([1.0, float("nan")])}, run / "checkpoint-10" / "model.safetensors")
     assert last_finite_checkpoint(run) == str(run / "checkpoint-2")
+
+
+def test_going_on_without_a_manifest_is_told(run, caplog):
+    assert choose_checkpoint(run, True) == str(run / "checkpoint-10")
+    assert choose_checkpoint(None, str(run / "checkpoint-2")) == str(run / "checkpoint-2")
+    assert [record.getMessage().split(" has no manifest.json")[0] for record in caplog.records] == [
+        str(run / "checkpoint-10"), str(run / "checkpoint-2"),
+    ]  # fmt: skip

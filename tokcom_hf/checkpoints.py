@@ -244,6 +244,7 @@ def choose_checkpoint(
                 f"Training cannot go on from {str(wanted)!r}: {fault}. Name a whole folder checkpoint-N, or use "
                 "--resume_from_checkpoint true for the newest one."
             )
+        _tell_unlisted(wanted)
         return str(wanted)
     last = last_complete_checkpoint(output_dir, required, settings)
     if last is None:
@@ -251,7 +252,18 @@ def choose_checkpoint(
         if faults:
             told = "; ".join(f"{name}: {fault}" for name, fault in faults[:3])
             raise ValueError(f"No checkpoint in {str(output_dir)!r} is whole ({told}). Start over with --overwrite.")
+    else:
+        _tell_unlisted(last)
     return last
+
+
+def _tell_unlisted(folder: str | Path) -> None:
+    if not (Path(folder) / MANIFEST_FILE).is_file():
+        logger.warning(
+            "%s has no %s, as checkpoints of older releases: the form of its files was checked, not every byte.",
+            folder,
+            MANIFEST_FILE,
+        )
 
 
 def newest_state(output_dir: str | Path) -> dict[str, Any] | None:
