@@ -90,9 +90,7 @@ def read_arguments(argv: list[str] | None) -> tuple[dict[str, Any], RunArguments
     check_heads(values, run.strategy, run.dtype)
     if run.init_from:
         read_parts(run.init_from, run.init_step)
-    if run.base_model != SMALL_VLM:
-        check_model_folder(run.base_model)
-    else:
+    if run.base_model == SMALL_VLM:
         vision = read_yaml((DEFAULT_CONFIG.parent / "pretrain_vlm.yaml").read_text(encoding="utf-8"))["vision"]
         check_merge_numbers(values["merger"], (vision["image_size"] // vision["patch_size"]) ** 2)
     return values, run, VQASourceArguments(**values["data"])
@@ -267,6 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     values["training"].pop("resume_from_checkpoint", None)
     args = TokenPruningTrainingArguments(**values["training"] | {"output_dir": run.output_dir, "seed": run.seed})
     use_all_cores(run.threads)
+    if run.base_model != SMALL_VLM:
+        check_model_folder(run.base_model)
     ensure_small_vlm(run.base_model, run.threads)
     started = time.time()
     set_seed(run.seed)
