@@ -28,7 +28,7 @@ EXTRAS["test"] = [
 
 setup(
     name="tokcom_hf",
-    version="0.2.0",
+    version="0.3.0",
     description="Fewer tokens, as Hugging Face models: text latents, image codes, token pruning, split vocabularies.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

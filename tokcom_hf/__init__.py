@@ -9,7 +9,7 @@ from importlib import import_module
 from .former_names import install
 from .registry import MODELS, register_all
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Public name -> submodule. Models come from the registry, so that a row there is all a new model needs.
 _LAZY = {name: f"models.configuration_{row.stem}" for row in MODELS for name in [row.config]}

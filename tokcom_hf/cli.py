@@ -5,8 +5,8 @@ is a mapping. On the command line `--vae.hidden_size 256` sets one field of one 
 in every section that has it. Values are read as YAML, with `5e-4` understood as a number. A recipe may also accept
 documented names of its options (`documented_names.py`).
 
-A field whose metadata has `replaces`, a tuple of fields of its section, takes their place: on the command line it unsets
-those that only the file has set.
+A field whose metadata has `replaces`, a tuple of fields of its section or a function from its value to one, takes their
+place: on the command line it unsets those that only the file has set.
 """
 
 import dataclasses
@@ -64,8 +64,9 @@ def parse_recipe(
     for name, given in typed.items():
         for field in dataclasses.fields(sections[name]):
             if given.get(field.name) is not None:
-                for replaced in field.metadata.get("replaces", ()):
-                    values[name].pop(replaced, None)
+                replaced = field.metadata.get("replaces", ())
+                for other in replaced(given[field.name]) if callable(replaced) else replaced:
+                    values[name].pop(other, None)
         values[name] |= given
     return values
 

@@ -1,5 +1,7 @@
 """The rows of `vq_quantizers.py`: one small network with the quantizer of each, and the settings they were given."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,6 +21,7 @@ METHODS = [
     "ours_cosine",
     "ours_no_warmup",
     "ours_fsq",
+    "ours_fsq_paper_levels",
     "ours_lfq",
     "paper_no_remedies",
     "paper",
@@ -35,6 +38,8 @@ NETWORK = {
     "l1_weight": 1.0,
     "mse_weight": 1.0,
 }
+# Number of codes wanted → the levels of FSQ's paper (2309.15505), whose product is near it; fours and eights elsewhere.
+FSQ_LEVELS = {256: [8, 6, 5], 1024: [8, 5, 5, 5], 4096: [7, 5, 5, 5, 5], 16384: [8, 8, 8, 6, 5]}
 # Codes have log2 of the codebook size dimensions, but for those of `WIDE`.
 OURS = {
     "codebook_similarity": "euclidean",
@@ -121,11 +126,13 @@ def build(method: str, size: int) -> VQGAN:
     own = {"ours": ours, "ours_cosine": ours | {"codebook_similarity": "cosine"}, "paper": PAPER}
     shared = {name: value for name, value in ours.items() if name not in READ_BY and name != "codebook_dim"}
     own["ours_fsq"] = shared | {"quantizer": "fsq"}
+    own["ours_fsq_paper_levels"] = shared | {"quantizer": "fsq", "fsq_levels": FSQ_LEVELS.get(size)}
     own["ours_lfq"] = shared | {"quantizer": "lfq", "entropy_weight": 0.3, "entropy_temperature": 0.3}
     own["ours_no_warmup"] = ours
     own["paper_no_remedies"] = PAPER | NO_REMEDIES
     if method in own:
-        return VQGAN(VQGANConfig(**NETWORK, codebook_size=size, **own[method]))
+        codes = math.prod(own[method].get("fsq_levels") or [size])
+        return VQGAN(VQGANConfig(**NETWORK, codebook_size=codes, **own[method]))
     external = {"commitment_weight": 1.0, "entropy_weight": 0.0, "temperature": 0.0}
     model = VQGAN(VQGANConfig(**NETWORK, codebook_size=size, **external))
     width = NETWORK["latent_channels"]

@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 
+from tests.helpers import recipes
+from tests.helpers.house import RECIPES
 from tokcom_hf.models.configuration_vqgan import READ_BY, REMOVED, VQGANConfig, default_fsq_levels
 from tokcom_hf.models.vqgan_code_search import kmeans, nearest_codes
 from tokcom_hf.models.vqgan_quantizers import EMAQuantizer, build_quantizer
@@ -289,6 +292,8 @@ def test_wrong_codes_are_refused():
         ({"quantizer": "lfq", "codebook_size": 48}, "power of two"),
         ({"quantizer": "fsq", "codebook_size": 48}, "power of two"),
         ({"quantizer": "fsq", "codebook_size": 2}, "at least 4"),
+        ({"quantizer": "fsq", "codebook_size": 1000, "fsq_levels": [8, 5, 5]}, "as their product"),
+        ({"quantizer": "fsq", "codebook_size": 8, "fsq_levels": [8, 1]}, "at least 2 each"),
         ({"codebook_init": "pca"}, "codebook_init"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"image_size": 100}, "multiple"),
@@ -298,6 +303,15 @@ def test_wrong_codes_are_refused():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         VQGANConfig(**settings)
+
+
+def test_fsq_takes_levels_of_its_paper():
+    config = VQGANConfig(quantizer="fsq", codebook_size=1000, fsq_levels=[8, 5, 5, 5], **QUIET)
+    quantizer, codes = build_quantizer(config, 8), torch.arange(1000)
+    vectors = quantizer.vectors_of(codes)
+    assert vectors.shape == (1000, 4) and len(vectors.unique(dim=0)) == 1000
+    levels = torch.tensor([level // 2 for level in config.fsq_levels])
+    assert torch.equal(quantizer.assign(vectors * levels)[0], codes)
 
 
 def test_default_fsq_levels():
@@ -312,7 +326,7 @@ def test_an_option_is_read_by_the_quantizer_or_refused(quantizer, tmp_path):
         "entropy_weight": 0.5, "entropy_temperature": 0.3, "entropy_term": "use", "diversity_weight": 1.0,
         "codebook_similarity": "cosine", "codebook_init": "kmeans", "ema_decay": 0.9, "temperature": 1.0,
         "temperature_scale": "mean", "dead_code_threshold": 0.5, "dead_code_unit": "mean", "reset_fraction": 0.1,
-        "reset_interval": 3, "balance_rate": 0.1,
+        "reset_interval": 3, "balance_rate": 0.1, "fsq_levels": [16, 4],
     }  # fmt: skip
     assert other.keys() == READ_BY.keys()
     VQGANConfig(quantizer=quantizer, entropy_weight=0.0, temperature=0.0, reset_fraction=0.0)
@@ -327,7 +341,7 @@ def test_an_option_is_read_by_the_quantizer_or_refused(quantizer, tmp_path):
             config.save_pretrained(tmp_path)
             assert getattr(VQGANConfig.from_pretrained(tmp_path), name) == value
             continue
-        with pytest.raises(ValueError, match=rf"'{quantizer}' does not read {name}={value!r} \(default"):
+        with pytest.raises(ValueError, match=re.escape(f"'{quantizer}' does not read {name}={value!r} (default")):
             VQGANConfig(quantizer=quantizer, **{name: value})
         stored = defaults.to_dict() | {name: value}
         (tmp_path / "config.json").write_text(json.dumps(stored))
@@ -336,17 +350,35 @@ def test_an_option_is_read_by_the_quantizer_or_refused(quantizer, tmp_path):
 
 FORMER = {
     "dropout": 0.1, "codebook_projection": True, "kmeans_iterations": 3, "codebook_seed": 1, "ema_bias_correction": False,
-    "gradient_estimator": "rotation", "reset_pool": 10, "freeze_codebook": True, "usage_decay": 0.9, "fsq_levels": [8, 8],
+    "gradient_estimator": "rotation", "reset_pool": 10, "freeze_codebook": True, "usage_decay": 0.9,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), FORMER.items())
 def test_removed_fields_are_passed_over_at_their_default_and_refused_elsewhere(name, value):
-    assert FORMER.keys() == REMOVED.keys() | {"fsq_levels"}
-    kept = VQGANConfig(quantizer="fsq", fsq_levels=[4, 4, 4], **REMOVED)
-    assert not FORMER.keys() & kept.to_dict().keys() and VQGANConfig(fsq_levels=None).quantizer == "ema"
+    assert FORMER.keys() == REMOVED.keys()
+    assert not FORMER.keys() & VQGANConfig(quantizer="fsq", **REMOVED).to_dict().keys()
     with pytest.raises(ValueError, match=rf"{name}=.* was removed; the last version .* is 0\.2\.0"):
         VQGANConfig(quantizer="fsq", **{name: value})
+
+
+@pytest.mark.parametrize("kind", ["ema", "fsq", "lfq"])
+@pytest.mark.parametrize("name", ["tiny", "base", "paper"])
+def test_a_quantizer_named_on_the_command_line_takes_no_option_of_another_from_the_file(name, kind):
+    file = RECIPES / "configs" / name / "train_vqgan.yaml"
+    recipe = recipes.load("train_vqgan")
+    arguments = ["--config", str(file), "--model.quantizer", kind]
+    given = recipe.parse_recipe("", recipe.SECTIONS, None, arguments, recipe.TRAIN_VQGAN)["model"]
+    plain = recipe.parse_recipe("", recipe.SECTIONS, file, [], recipe.TRAIN_VQGAN)["model"]
+    config = VQGANConfig(**given)
+    assert config.quantizer == kind and config.base_channels == plain.get("base_channels", config.base_channels)
+    if kind == "ema":
+        assert given == plain | {"quantizer": "ema"}
+    typed = [*arguments, "--model.ema_decay", "0.5"]
+    given = recipe.parse_recipe("", recipe.SECTIONS, None, typed, recipe.TRAIN_VQGAN)["model"]
+    if kind != "ema":
+        with pytest.raises(ValueError, match=f"{kind}' does not read ema_decay=0.5"):
+            VQGANConfig(**given)
 
 
 BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "overflowing": 1e25}

@@ -22,14 +22,14 @@ def benchmark():
 @pytest.mark.slow
 def test_table_and_going_on(benchmark, tmp_path, capsys):
     command = [*SMALL, "--output_dir", str(tmp_path), "--seeds", "1"]
-    methods = ["naive", "ours", "ours_fsq", "ours_lfq", "paper", "paper_no_remedies"]
+    methods = ["naive", "ours", "ours_fsq", "ours_fsq_paper_levels", "ours_lfq", "paper", "paper_no_remedies"]
     first = benchmark.main([*command, "--methods", *methods])
     assert [row["method"] for row in first] == methods
     assert all(0 < row["utilization"] <= 1 and row["psnr"] > 3 for row in first)
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert len(table) == 8 and table[0].count("|") == table[2].count("|") == 7
+    assert len(table) == 9 and table[0].count("|") == table[2].count("|") == 7
     more = benchmark.main([*command, "--methods", "ours", "ours_cosine"])
-    assert more[:6] == first and more[6]["method"] == "ours_cosine" and len(more) == 7
+    assert more[:7] == first and more[7]["method"] == "ours_cosine" and len(more) == 8
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == more
     with pytest.raises(FileExistsError, match="steps 3, not 4"):
         benchmark.main([*command, "--steps", "4", "--methods", "ours"])

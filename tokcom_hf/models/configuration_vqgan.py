@@ -1,7 +1,7 @@
 """Configuration of `VQGAN`."""
 
 import math
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -13,6 +13,7 @@ from .shared_removed_fields import take_removed
 QUANTIZER_NAMES = ("ema", "fsq", "lfq")
 # Option → the quantizers that read it. An option that is not here is read whatever the quantizer is.
 READ_BY: dict[str, tuple[str, ...]] = {
+    "fsq_levels": ("fsq",),
     "entropy_weight": ("ema", "lfq"),
     "entropy_temperature": ("ema", "lfq"),
     "entropy_term": ("ema",),
@@ -30,11 +31,17 @@ READ_BY: dict[str, tuple[str, ...]] = {
 }
 # At 0 these options are off, which is true of every quantizer that does not read them.
 OFF_AT_ZERO = ("entropy_weight", "temperature", "reset_fraction")
-# Field of version 0.2.0 → its default there; `fsq_levels` followed from `codebook_size`.
+# Field of version 0.2.0 → its default there.
 REMOVED: dict[str, Any] = {
     "dropout": 0.0, "codebook_projection": False, "kmeans_iterations": 10, "codebook_seed": 0, "ema_bias_correction": True,
     "gradient_estimator": "straight_through", "reset_pool": 16384, "freeze_codebook": False, "usage_decay": 0.99,
 }  # fmt: skip
+
+
+def unread_options(quantizer: str) -> tuple[str, ...]:
+    """Options that a quantizer does not read; the width of `fsq` and `lfq` follows from the number of codes."""
+    width = () if quantizer == "ema" else ("codebook_dim",)
+    return (*(name for name, quantizers in READ_BY.items() if quantizer not in quantizers), *width)
 
 
 def default_fsq_levels(codebook_size: int) -> list[int]:
@@ -45,7 +52,10 @@ def default_fsq_levels(codebook_size: int) -> list[int]:
     """
     bits = codebook_size.bit_length() - 1
     if codebook_size < 4 or codebook_size != 1 << bits:
-        raise ValueError(f"fsq needs a codebook_size that is a power of two and at least 4, got {codebook_size}.")
+        raise ValueError(
+            f"fsq needs a codebook_size that is a power of two and at least 4, got {codebook_size}; or give fsq_levels, "
+            "whose product it must be."
+        )
     return [8] * (bits % 2) + [4] * ((bits - 3 * (bits % 2)) // 2)
 
 
@@ -56,9 +66,10 @@ class VQGANConfig(PreTrainedConfig):
     What you will most likely change:
         image_size: side in pixels of the processor's output; the model takes any size divisible by `downsample_factor`.
         in_channels, out_channels: channels of input and output, 1 to 4.
-        codebook_size: number of codes K; a power of two for `lfq` and `fsq`.
+        codebook_size: number of codes K; a power of two for `lfq`, the product of `fsq_levels` for `fsq`.
         codebook_dim: width of a code of `ema`; 8–32 with `codebook_similarity="cosine"` uses large codebooks best.
         quantizer: `ema` (learned codebook), `fsq` (rounding) or `lfq` (signs).
+        fsq_levels: levels of each dimension of `fsq`, each at least 2; None takes fours and eights.
 
     Network:
         downsample_factor: pixels per code along each side, `patch_size` times a power of two.
@@ -104,7 +115,8 @@ class VQGANConfig(PreTrainedConfig):
     out_channels: int = 3
     codebook_size: int = 64
     codebook_dim: int = 256
-    quantizer: str = "ema"
+    quantizer: str = field(default="ema", metadata={"replaces": unread_options})
+    fsq_levels: list[int] | None = None
 
     downsample_factor: int = 8
     patch_size: int = 1
@@ -144,10 +156,7 @@ class VQGANConfig(PreTrainedConfig):
         self._check_network()
         self._check_codebook()
         self._check_options_of_quantizer()
-        levels = (
-            default_fsq_levels(self.codebook_size) if self.quantizer == "fsq" and kwargs.get("fsq_levels") else None
-        )
-        take_removed(kwargs, REMOVED | {"fsq_levels": levels})
+        take_removed(kwargs, REMOVED)
         super().__post_init__(**kwargs)
 
     def _check_network(self) -> None:
@@ -190,7 +199,7 @@ class VQGANConfig(PreTrainedConfig):
         if self.quantizer == "lfq" and self.codebook_size & (self.codebook_size - 1):
             raise ValueError(f"lfq needs a codebook_size that is a power of two, got {self.codebook_size}.")
         if self.quantizer == "fsq":
-            default_fsq_levels(self.codebook_size)
+            self._check_levels()
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if not 0.0 <= self.reset_fraction <= 1.0:
@@ -203,6 +212,17 @@ class VQGANConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.entropy_temperature <= 0:
             raise ValueError(f"entropy_temperature must be positive, got {self.entropy_temperature}.")
+
+    def _check_levels(self) -> None:
+        """Fills in the levels of `fsq`, or checks those that are given."""
+        if self.fsq_levels is None:
+            self.fsq_levels = default_fsq_levels(self.codebook_size)
+        self.fsq_levels = list(self.fsq_levels)
+        if min(self.fsq_levels, default=0) < 2 or math.prod(self.fsq_levels) != self.codebook_size:
+            raise ValueError(
+                f"fsq_levels must be at least 2 each, with codebook_size {self.codebook_size} as their product, got "
+                f"{self.fsq_levels}."
+            )
 
     def _check_options_of_quantizer(self) -> None:
         """Raises ValueError for options of other quantizers; in a saved folder they never acted and get their defaults."""

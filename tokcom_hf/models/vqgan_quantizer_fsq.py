@@ -2,15 +2,14 @@
 
 import torch
 
-from .configuration_vqgan import default_fsq_levels
 from .vqgan_quantizer_base import Quantizer
 
 
 class FSQQuantizer(Quantizer):
-    """Rounds each of a few bounded dimensions to one of 4 or 8 levels; as in the paper there is no entropy term."""
+    """Rounds each of a few bounded dimensions to one of its levels; as in the paper there is no entropy term."""
 
     def __init__(self, config, input_size: int):
-        levels = default_fsq_levels(config.codebook_size)
+        levels = config.fsq_levels
         super().__init__(config, input_size, len(levels))
         self.levels = tuple(levels)
         self.measures_entropy = False
