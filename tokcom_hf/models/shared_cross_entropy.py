@@ -74,6 +74,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, None, None, None, None, *scaled
 
 
+# The number of parts depends on the labels, so a compiled graph ends here, once.
+_apply = torch.compiler.disable(_ChunkedCrossEntropy.apply)
+
+
 class _Gradients:
     """Gradients of hidden states, weights and biases, added up part by part; None where they are not needed.
 
@@ -151,7 +155,7 @@ def split_cross_entropy(
     count = max(len(labels), 1) if num_items is None else num_items
     flat = [tensor for table in tables for tensor in table]
     with torch.autocast(device, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden_states, labels, count, dtype, gradient_sink, *flat)
+        return _apply(hidden_states, labels, count, dtype, gradient_sink, *flat)
 
 
 def chunked_cross_entropy(
