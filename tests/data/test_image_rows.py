@@ -225,12 +225,12 @@ def test_caption_recipes_take_a_folder_and_the_flag(folder, name):
     recipe = runpy.run_path(str(RECIPES / f"{name}.py"))
     path = str(write(folder, {"image": "outside.png"}))
     files = {"image_text_file": path, "eval_file": path}
-    rows = recipe["load_rows"](recipe["RunArguments"](**files, image_dir=str(folder.parent)))
+    rows = recipe["build_data"](recipe["RunArguments"](**files, image_dir=str(folder.parent)))
     assert [pixel(part[0]) for part in rows] == [(0, 0, 255)] * 2
     write(folder, {"image": "../outside.png"})
     with pytest.raises(ValueError, match="lies outside"):
-        recipe["load_rows"](recipe["RunArguments"](**files))
-    assert len(recipe["load_rows"](recipe["RunArguments"](**files, allow_outside=True))[1]) == 1
+        recipe["build_data"](recipe["RunArguments"](**files))
+    assert len(recipe["build_data"](recipe["RunArguments"](**files, allow_outside=True))[1]) == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- prompts

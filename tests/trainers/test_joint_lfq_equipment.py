@@ -191,7 +191,7 @@ def test_a_quantizer_of_vision_features(tmp_path, remote):
     assert math.isfinite(trainer.evaluate()["eval_quantized_kl"])
     with pytest.raises(ValueError, match="must be one of projected, vision, got 'pixels'"):
         JointLFQModel(base, model.quantizer, "pixels")
-    with pytest.raises(ValueError, match="no projector that is known"):
+    with pytest.raises(ValueError, match="has neither `multi_modal_projector` nor `mlp1`"):
         equip_internvl(chat_model(processor), settings)
 
 
