@@ -83,6 +83,8 @@ def wandb_run(tmp_path_factory):
         denoiser_trainer(folder / "denoiser", sample_steps=2, **EVERY_TWO | tracked).train()
         assert os.environ["WANDB_PROJECT"] == "of the environment"
         wandb.finish()
+        # `finish` only asks wandb's service to close the run's file; `teardown` waits until the service has ended.
+        wandb.teardown()
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
