@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from tests.helpers.llama_rows import Rows
 from tokcom_hf.endings import run_recipe
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments
@@ -32,15 +33,6 @@ SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }  # fmt: skip
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        ids = torch.randint(3, 50, (8,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
 
 
 class WithSecondNetwork(CompressionTrainer):
@@ -161,7 +153,7 @@ def recipe(folder: Path, job: dict[str, Any]) -> None:
         str(folder), max_steps=STEPS, save_steps=2, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
         ema_decay=0.5, use_cpu=True, disable_tqdm=True, report_to="none",
     )  # fmt: skip
-    trainer = WithSecondNetwork(LlamaForCausalLM(LlamaConfig(**SIZES)), args, train_dataset=Rows())
+    trainer = WithSecondNetwork(LlamaForCausalLM(LlamaConfig(**SIZES)), args, train_dataset=Rows(SIZES["vocab_size"]))
     if job.get("fault"):
         trainer.add_callback(At(trainer, 3, FAULTS[job["fault"]]))
     run.start({"": {"training.seed": job.get("seed", 0)}})

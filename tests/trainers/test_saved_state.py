@@ -16,6 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from tests.helpers.llama_rows import Rows
 from tokcom_hf.checkpoints import checkpoint_fault
 from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments
 
@@ -23,15 +24,6 @@ TEXT = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }  # fmt: skip
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        ids = torch.randint(3, 20, (8,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
 
 
 class WithSecondNetwork(CompressionTrainer):

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import tokcom_hf.stopping as stopping
+from tests.helpers.llama_rows import Rows
 from tokcom_hf.cli import run_recipe
 from tokcom_hf.stopping import Stopped, stop_on_signals
 from tokcom_hf.trainers.base import CompressionTrainer, CompressionTrainingArguments
@@ -20,15 +21,6 @@ CONFIG = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "attention_dropout": 0.3,
 }  # fmt: skip
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        ids = torch.randint(3, 20, (8,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
 
 
 class SendAt(TrainerCallback):
