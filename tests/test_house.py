@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 COUNTS: dict[str, tuple[Callable, int]] = {
     "imports that run up": (house.arrows_up, 0),
     "import circles": (house.circles, 0),
-    "files over 300 lines, package": (lambda: house.long_files(PACKAGE), 1),
+    "files over 300 lines, package": (lambda: house.long_files(PACKAGE), 0),
     "files over 300 lines, recipes": (lambda: house.long_files(RECIPES), 1),
     "functions over 60 lines, package": (lambda: house.long_functions(PACKAGE), 0),
     "functions over 60 lines, recipes": (lambda: house.long_functions(RECIPES), 1),

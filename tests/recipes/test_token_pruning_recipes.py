@@ -68,7 +68,7 @@ def test_every_pruning_recipe_runs_on_what_the_one_before_left(tmp_path, monkeyp
     ]
     recipe(monkeypatch, "eval_token_pruning.py", *free, "--strategy", "fastv")
     layers = json.loads((tmp_path / "free" / "results.json").read_text())["modes"]["hard"]["vision_tokens_per_layer"]
-    assert layers == pytest.approx([16] + [4] * (len(layers) - 1))
+    assert layers == [16] + [4] * (len(layers) - 1)
     search = ["--base_model", vlm, "--output_dir", tmp_path / "search", "--trials", 2]
     recipe(monkeypatch, "search_token_pruning.py", *search, *SMALL_RUN)
     assert set(json.loads((tmp_path / "search" / "best.json").read_text())["parameters"]) >= {"kl_weight"}
