@@ -78,8 +78,8 @@ class PackedVQACollator:
         end = self.processor.tokenizer.eos_token_id
         blocks = []
         for question, answers in zip(row["questions"], row["answers"]):
-            asked = self._ids(self.prompt.removeprefix("<image>").replace("{question}", question))
-            blocks.append((asked, self._ids(f" {answers[0]}") + ([] if end is None else [end])))
+            question_ids = self._ids(self.prompt.removeprefix("<image>").replace("{question}", question))
+            blocks.append((question_ids, self._ids(f" {answers[0]}") + ([] if end is None else [end])))
         return blocks
 
     def _ids(self, text: str) -> list[int]:

@@ -71,8 +71,8 @@ def read_vqa_jsonl(
         caption = None
         if task == "caption" or (task == "both" and record.get("caption") is not None):
             caption = line.text("caption")
-        asked = task == "vqa" or (task == "both" and (caption is None or record.get("question") is not None))
-        pair = (line.text("question"), line.texts("answer")) if asked else None
+        has_question = task == "vqa" or (task == "both" and (caption is None or record.get("question") is not None))
+        pair = (line.text("question"), line.texts("answer")) if has_question else None
         image = line.image(folder, allow_outside)
         if image is not None:
             images.append((place, image))

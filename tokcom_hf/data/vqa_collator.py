@@ -74,14 +74,16 @@ class VQACollator:
         pairs = list(zip(row["questions"], row["answers"]))[: self.max_questions]
         for turn, (question, answers) in enumerate(pairs):
             if turn:
-                asked = tokenizer(self.follow_up.replace("{question}", question), add_special_tokens=False).input_ids
-                ids += asked
-                labels += [IGNORED] * len(asked)
-            told = tokenizer(f" {answers[0]}", add_special_tokens=False).input_ids
+                question_ids = tokenizer(
+                    self.follow_up.replace("{question}", question), add_special_tokens=False
+                ).input_ids
+                ids += question_ids
+                labels += [IGNORED] * len(question_ids)
+            answer_ids = tokenizer(f" {answers[0]}", add_special_tokens=False).input_ids
             if tokenizer.eos_token_id is not None:
-                told = [*told, tokenizer.eos_token_id]
-            ids += told
-            labels += told
+                answer_ids = [*answer_ids, tokenizer.eos_token_id]
+            ids += answer_ids
+            labels += answer_ids
         return torch.tensor(ids), torch.tensor(labels)
 
 

@@ -45,10 +45,12 @@ def evaluation_rows(
     """
     if check_task(task) == "vqa":
         return rows
-    asked = [row for row in rows.rows if row["questions"]] if task == "both" else []
-    told = [caption_row(row, request) for row in rows.rows if row.get("caption")][:captions]
+    questions = [row for row in rows.rows if row["questions"]] if task == "both" else []
+    requests = [caption_row(row, request) for row in rows.rows if row.get("caption")][:captions]
     check_rows(rows, task)
-    return VQADataset([{name: value for name, value in row.items() if name != "caption"} for row in asked] + told)
+    return VQADataset(
+        [{name: value for name, value in row.items() if name != "caption"} for row in questions] + requests
+    )
 
 
 def check_rows(rows: VQADataset, task: str) -> None:

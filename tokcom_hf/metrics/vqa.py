@@ -34,8 +34,8 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]
         )
     scores = []
     for prediction, answers in zip(predictions, references):
-        said = normalize_answer(prediction)
-        hits = [said == normalize_answer(answer) for answer in answers]
+        answered = normalize_answer(prediction)
+        hits = [answered == normalize_answer(answer) for answer in answers]
         if len(hits) < 3:
             scores.append(float(any(hits)))
         else:
@@ -67,24 +67,24 @@ def bleu(
             however right it is.
     """
     matches, possible = [0] * max_order, [0] * max_order
-    said_length = reference_length = 0
+    predicted_length = reference_length = 0
     for prediction, answers in zip(predictions, references, strict=True):
-        said = prediction.split()
-        told = [answer.split() for answer in answers]
-        said_length += len(said)
-        reference_length += min((abs(len(t) - len(said)), len(t)) for t in told)[1]
+        predicted = prediction.split()
+        accepted = [answer.split() for answer in answers]
+        predicted_length += len(predicted)
+        reference_length += min((abs(len(t) - len(predicted)), len(t)) for t in accepted)[1]
         for order in range(1, max_order + 1):
             best: Counter = Counter()
-            for words in told:
+            for words in accepted:
                 best |= _ngrams(words, order)
-            matches[order - 1] += sum((_ngrams(said, order) & best).values())
-            possible[order - 1] += max(0, len(said) - order + 1)
+            matches[order - 1] += sum((_ngrams(predicted, order) & best).values())
+            possible[order - 1] += max(0, len(predicted) - order + 1)
     if smooth:
         matches, possible = ([row[0], *(n + 1 for n in row[1:])] for row in (matches, possible))
     if min(matches) == 0:
         return 0.0
     precision = sum(math.log(m / p) for m, p in zip(matches, possible)) / max_order
-    brevity = min(0.0, 1.0 - reference_length / max(said_length, 1))
+    brevity = min(0.0, 1.0 - reference_length / max(predicted_length, 1))
     return 100.0 * math.exp(precision + brevity)
 
 
