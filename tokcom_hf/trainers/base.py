@@ -30,12 +30,8 @@ from .stop_at_signal import StopAtSignal
 from .trackers import BestModel, ScalarMeans, TrainingLog, configure_trackers, tracker_names
 
 __all__ = [
-    "CompressionTrainer",
-    "CompressionTrainingArguments",
-    "average_files",
-    "check_output_dir",
-    "last_complete_checkpoint",
-]
+    "CompressionTrainer", "CompressionTrainingArguments", "average_files", "check_output_dir", "last_complete_checkpoint",
+]  # fmt: skip
 
 
 class CompressionTrainer(Trainer):
@@ -136,6 +132,8 @@ class CompressionTrainer(Trainer):
         """
         checkpoint = checkpoint_loading.chosen(self, resume_from_checkpoint)
         self._folder.hold(self.args.output_dir)
+        # Another rank may still be writing into the folder what it needs before training, as latents.
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             remove_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
