@@ -5,6 +5,7 @@ its place. A kill or a full disk therefore leaves the former state and at most s
 start of the same run removes.
 """
 
+import filecmp
 import os
 import re
 import shutil
@@ -73,7 +74,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Inside the block an empty folder to write a model's files into; after it they are flushed and in `folder`.
 
     Other files of `folder` stay, except weights of a former model under names that the new one does not use. Between the
-    first rename and the last one `folder` holds no `config.json`, so that nothing loads a mixture of two models.
+    first rename and the last one `folder` holds no `config.json`, so that nothing loads a mixture of two models. A subfolder
+    whose files would not change is left alone.
 
     Raises:
         WriteError: the files cannot be written.
@@ -95,13 +97,16 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _into_place(unfinished: Path, folder: Path) -> None:
-    files = [path.relative_to(unfinished) for path in sorted(unfinished.rglob("*")) if path.is_file()]
+    every = [path.relative_to(unfinished) for path in sorted(unfinished.rglob("*")) if path.is_file()]
+    # A part that is as it was (the image decoder of an earlier stage) stays readable while the others are replaced.
+    new = {name.parent for name in every if not _same(unfinished / name, folder / name)}
+    files = [name for name in every if name.parent in new]
     heads = [name for name in files if name.name in _HEADS]
     for name in heads:
         (folder / name).unlink(missing_ok=True)
-    for place in {name.parent for name in files if _WEIGHTS.fullmatch(name.name)}:
+    for place in {name.parent for name in every if _WEIGHTS.fullmatch(name.name)}:
         for former in (folder / place).glob("*.safetensors*"):
-            if _WEIGHTS.fullmatch(former.name) and place / former.name not in files:
+            if _WEIGHTS.fullmatch(former.name) and place / former.name not in every:
                 former.unlink()
     flush(folder)
     for name in [name for name in files if name not in heads] + heads:
@@ -109,6 +114,11 @@ def _into_place(unfinished: Path, folder: Path) -> None:
         (unfinished / name).replace(folder / name)
     for place in {(folder / name).parent for name in files}:
         flush(place)
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Whether both files are there with the same bytes."""
+    return second.is_file() and filecmp.cmp(first, second, shallow=False)
 
 
 def reserve(path: str | Path) -> None:

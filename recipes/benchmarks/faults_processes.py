@@ -28,7 +28,8 @@ from faults_moments import Fault, Moments
 
 from tokcom_hf.cli import run_recipe
 
-TWO_PROCESSES = RECIPES / "configs" / "accelerate" / "two_cpu_processes.yaml"
+ONE_PROCESS = ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+TWO_PROCESSES = [f"--config_file={RECIPES}/configs/accelerate/two_cpu_processes.yaml", "--main_process_port=0"]
 ORPHAN_SECONDS = 45.0  # an orphan is a worker that still runs so long after its launcher
 
 
@@ -113,34 +114,30 @@ class Start:
 
     def _launch(self) -> int:
         command = [sys.executable, "-m", "accelerate.commands.launch"]
-        if self.processes == 2:
-            command += ["--config_file", str(TWO_PROCESSES), "--main_process_port", "0"]
-        else:
-            command += [
-                "--num_processes",
-                "1",
-                "--num_machines",
-                "1",
-                "--mixed_precision",
-                "no",
-                "--dynamo_backend",
-                "no",
-            ]
+        command += TWO_PROCESSES if self.processes == 2 else ONE_PROCESS
         command += [__file__, str(self.journal), self.fault.json(), str(self.job.trainings), self.job.recipe]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(self.log, "w", encoding="utf-8") as log:
-            process = subprocess.Popen(
+            # Kept: of a lost one Python itself would collect the exit code.
+            self.process = subprocess.Popen(
                 [*command, *self.arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
                 process_group=0,
             )  # fmt: skip
-        return process.pid
+        return self.process.pid
 
-    def end(self, status: int) -> Run:
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while the process runs."""
+        if self.processes:
+            return self.process.poll()
+        done, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if done else None
+
+    def end(self, code: int) -> Run:
         """The run whose process has ended; waits for workers that have outlived their launcher."""
         seconds = time.monotonic() - self.began
         lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.is_file() else []
         journal = [json.loads(line) for line in lines]
-        return Run(self.folder, os.waitstatus_to_exitcode(status), "", journal, seconds)
+        return Run(self.folder, code, "", journal, seconds)
 
     def workers(self) -> list[int]:
         """Processes of this run that still live."""
@@ -232,10 +229,10 @@ class Bench:
                 advance(number, scenario, None)
             for pid in list(running):
                 number, scenario, start = running[pid]
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
+                code = start.poll()
+                if code is not None:
                     del running[pid]
-                    ended.append((number, scenario, start, start.end(status), time.monotonic()))
+                    ended.append((number, scenario, start, start.end(code), time.monotonic()))
                 elif time.monotonic() - start.began > self.limit:
                     _kill(pid, start.workers())
             for item in list(ended):
