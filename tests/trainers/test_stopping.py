@@ -1,11 +1,13 @@
 """A signal ends training with a checkpoint of its step; the resumed run ends where an undisturbed one does."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +94,22 @@ def test_a_signal_between_two_epochs_leaves_their_evaluation_to_the_resumed_run(
     resumed = trainer(tmp_path / "cut", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert evaluations(resumed) == evaluations(plain)
+
+
+def test_an_evaluation_that_is_made_up_may_name_the_best_checkpoint(tmp_path):
+    settings = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True, "ema_decay": 0.0}
+    plain = trainer(tmp_path / "plain", **settings)
+    plain.train()
+    assert plain.state.best_global_step == 4  # what the signal cuts short is the best evaluation
+    with pytest.raises(Stopped), stop_on_signals():
+        trainer(tmp_path / "cut", SendAt("on_prediction_step", 4), **settings).train()
+    resumed = trainer(tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert Path(resumed.state.best_model_checkpoint).name == "checkpoint-4"
+    records = [json.loads((tmp_path / name / "best.json").read_text()) for name in ("plain", "cut")]
+    assert records[0] == records[1] and records[0]["checkpoint"] == "checkpoint-4"
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
 def test_outside_training_a_signal_ends_the_run_at_once(tmp_path):

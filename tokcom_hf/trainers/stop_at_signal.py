@@ -116,6 +116,10 @@ class StopAtSignal(TrainerCallback):
         step = (trainer._tr_loss, None, trainer.model_wrapped, None, trainer.state.epoch, None, time.time())
         trainer._maybe_log_save_evaluate(*step)
         control.should_evaluate = control.should_save = False
+        if trainer.state.best_global_step == trainer.state.global_step:
+            # Trainer names the best checkpoint as it saves one, and that of this step is saved already.
+            trainer.state.best_model_checkpoint = checkpoint
+            trainer.best_model.on_save(trainer.args, trainer.state, control)
         self._states = tempfile.TemporaryDirectory()
         trainer._save_rng_state(self._states.name)
 
