@@ -111,6 +111,15 @@ def summary(cases: list[Case]) -> list[dict]:
     return rows
 
 
+def totals(rows: list[dict]) -> dict[str, dict[str, int]]:
+    """Section → its cases, and how many of them were right."""
+    sections = dict.fromkeys(row["section"] for row in rows)
+    return {
+        name: {count: sum(row[count] for row in rows if row["section"] == name) for count in ("cases", "right")}
+        for name in sections
+    }
+
+
 def print_table(rows: list[dict], cases: list[Case]) -> None:
     print(f"\n{'section':10s} {'run':18s} {'right':>9s}  steps lost   to resume  fell back/refused/silent  orphans")
     for row in rows:
@@ -167,7 +176,7 @@ def main(argv: list[str] | None = None) -> list[Case]:
         )
     rows = summary(cases)
     seconds = round(time.monotonic() - started, 1)
-    more = {"counts": args.counts, "seed": args.seed, "seconds": seconds, "rows": rows}
+    more = {"counts": args.counts, "seed": args.seed, "seconds": seconds, "sections": totals(rows), "rows": rows}
     write_json(Path(args.output or work / "results.json"), cases, more)
     print_table(rows, cases)
     return cases
