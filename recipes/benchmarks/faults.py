@@ -1,16 +1,21 @@
-"""Kills, signals, damaged checkpoints, full disks, NaN and lost ranks: does every run go on, and end where it would have?
+"""Disturbs training runs and checks that the same command resumes them to the weights of an undisturbed run.
 
     python recipes/benchmarks/faults.py                                 # the whole matrix, on two quiet cores
     python recipes/benchmarks/faults.py --counts reduced                # what the tests run
     python recipes/benchmarks/faults.py --only kills damage --jobs vae vqgan
 
-Every run is a recipe at a tiny size, disturbed at an exact moment (`faults_moments.py`) and then started again with the
-same command. "Equal" means that all weights it leaves are bitwise those of the undisturbed run. Sections: `kills`
-(SIGKILL: a third at random, a third inside a checkpoint's write, a third inside the final save), `damage` (one file of the
-newest checkpoint truncated, emptied, missing or swapped), `signals` (SIGTERM and SIGINT to the recipe at five moments),
-`launcher` (the same through `accelerate launch`, to the launcher), `two` (two gloo ranks, to launcher and worker), `disk`
-(no room, folder removed, NaN) and `ranks` (one of two ranks killed). Seconds to resume are without Python's imports.
-Prints a table and writes JSON; exit code 1 where anything was wrong.
+Every run is a recipe at a tiny size, disturbed at an exact moment (`faults_moments.py`) and then started again. The
+weights of the resumed run must be bitwise those of an undisturbed one; two ranks need only resume. Sections:
+
+    kills     SIGKILL: a third at a random time, a third during a checkpoint's write, a third during the final save
+    damage    one file of the newest checkpoint truncated, emptied, missing or swapped
+    signals   SIGTERM and SIGINT to the recipe at five moments
+    launcher  the same signals to `accelerate launch` with one process
+    two       two gloo ranks: SIGTERM to the launcher, SIGINT to a worker
+    disk      no room left, output folder removed, NaN in the weights
+    ranks     SIGKILL to one of two ranks
+
+The seconds to resume do not include Python's imports. Prints a table and writes JSON; exit code 1 if any case was wrong.
 """
 
 import contextlib
@@ -39,7 +44,7 @@ from faults_processes import Bench, Scenario
 from tokcom_hf.cli import parse_recipe, run_recipe
 
 SECTIONS = ("kills", "damage", "signals", "launcher", "two", "disk", "ranks")
-# A reduced run takes those that need no launcher: a start of Python costs as much as five tiny runs.
+# Sections of a reduced run: none with a launcher, because one start of Python costs as much as five tiny runs.
 REDUCED = ("kills", "damage", "signals", "disk")
 KILLS, DAMAGES = {"full": 21, "reduced": 1}, {"full": 16, "reduced": 1}
 
@@ -48,23 +53,25 @@ KILLS, DAMAGES = {"full": 21, "reduced": 1}, {"full": 16, "reduced": 1}
 class FaultArguments:
     """What is disturbed, how often, and where the results go."""
 
-    counts: str = field(default="full", metadata={"help": "full, or reduced: one of each kind per trainer."})
-    only: list[str] | str | None = field(default=None, metadata={"help": f"Sections: {', '.join(SECTIONS)}."})
-    jobs: list[str] | str | None = field(default=None, metadata={"help": f"Runs: {', '.join(JOBS)}."})
-    seed: int = field(default=0, metadata={"help": "Seed of the moments."})
-    parallel: int = field(default=2, metadata={"help": "Runs at a time."})
+    counts: str = field(default="full", metadata={"help": "full, or reduced: the few cases that the tests run."})
+    only: list[str] | str | None = field(
+        default=None, metadata={"help": f"Sections to run, of {', '.join(SECTIONS)}."}
+    )
+    jobs: list[str] | str | None = field(default=None, metadata={"help": f"Runs to disturb, of {', '.join(JOBS)}."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random moments."})
+    parallel: int = field(default=2, metadata={"help": "Runs at the same time."})
     output_dir: str = field(default="outputs/benchmarks/faults", metadata={"help": "Folder of runs and logs."})
-    output: str = field(default="", metadata={"help": "Result file (JSON); results.json of that folder if not set."})
+    output: str = field(default="", metadata={"help": "Result file (JSON); <output_dir>/results.json if not set."})
 
     def __post_init__(self):
         if self.counts not in KILLS:
-            raise ValueError(f"counts is full or reduced, got {self.counts!r}.")
+            raise ValueError(f"counts must be full or reduced, got {self.counts!r}.")
         self.only = [self.only] if isinstance(self.only, str) else self.only
         self.only = self.only or list(REDUCED if self.counts == "reduced" else SECTIONS)
         self.jobs = [self.jobs] if isinstance(self.jobs, str) else self.jobs or list(JOBS)
-        for names, known in ((self.only, SECTIONS), (self.jobs, JOBS)):
+        for option, names, known in (("only", self.only, SECTIONS), ("jobs", self.jobs, JOBS)):
             if unknown := sorted(set(names) - set(known)):
-                raise ValueError(f"Unknown: {', '.join(unknown)}; there are {', '.join(known)}.")
+                raise ValueError(f"{option} must be some of {', '.join(known)}, got {', '.join(unknown)}.")
 
 
 def section(bench: Bench, name: str, args: FaultArguments) -> Iterator[Scenario]:
@@ -112,7 +119,7 @@ def summary(cases: list[Case]) -> list[dict]:
 
 
 def totals(rows: list[dict]) -> dict[str, dict[str, int]]:
-    """Section → its cases, and how many of them were right."""
+    """Number of cases and of right cases for each section."""
     sections = dict.fromkeys(row["section"] for row in rows)
     return {
         name: {count: sum(row[count] for row in rows if row["section"] == name) for count in ("cases", "right")}
@@ -136,7 +143,7 @@ def print_table(rows: list[dict], cases: list[Case]) -> None:
 
 
 def warm_up() -> None:
-    """Does once what every fork would do again: imports, compiled patterns, and what the garbage collector has looked at."""
+    """Does once what every fork would repeat: imports, tables that libraries build at first use, garbage collection."""
     torch.set_num_threads(1)
     for job in JOBS.values():
         importlib.import_module(job.recipe)
@@ -144,7 +151,7 @@ def warm_up() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
-        # The table of renamed weights is built at the first save.
+        # The first save builds transformers' table of renamed weights.
         config = LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
         )

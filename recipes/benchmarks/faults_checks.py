@@ -1,4 +1,4 @@
-"""What `faults.py` holds a disturbed run against: the undisturbed one, and whether anything is left behind."""
+"""Checks of a disturbed run: equal weights, no temporary files, a clear error message; steps lost, seconds to resume."""
 
 import hashlib
 import json
@@ -12,7 +12,16 @@ from faults_processes import Run
 
 @dataclass
 class Case:
-    """One row of the long table: a fault, and what was wrong behind it (nothing, if all is well)."""
+    """One disturbed run and what was found.
+
+    Attributes:
+        suite: section of `faults.py`.
+        job: name of the run in `faults_jobs.JOBS`.
+        fault: what happened to it, and when.
+        wrong: what is not as it should be; empty if all is right.
+        seconds: until the disturbed run ended.
+        figures: what was measured, such as steps `lost` and seconds `to_resume`.
+    """
 
     suite: str
     job: str
@@ -23,7 +32,7 @@ class Case:
 
 
 def results(folder: Path) -> dict[str, str]:
-    """Hashes of the weights that a run has left, by file; those of checkpoints do not count."""
+    """SHA-256 of every weight file that a run has left, by relative path, without those of checkpoints."""
     files = [file for file in folder.rglob("*.safetensors") if not _in_checkpoint(file.relative_to(folder))]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
@@ -33,9 +42,9 @@ def _in_checkpoint(path: Path) -> bool:
 
 
 def unequal(folder: Path, whole: Path) -> list[str]:
-    """Names the weights that differ from the undisturbed run's."""
-    ours, theirs = results(folder), results(whole)
-    names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    """Names the weight files that differ from those of the undisturbed run in `whole`."""
+    found, expected = results(folder), results(whole)
+    names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     return [f"weights differ: {', '.join(names[:3])}"] if names else []
 
 
@@ -48,25 +57,26 @@ def left_over(folder: Path) -> list[str]:
 
 
 def told(run: Run) -> list[str]:
-    """Wrong where a run that ended with an error has not said why in one sentence."""
+    """What is wrong with the error message of a run that failed: a traceback, or no message at all."""
     if "Traceback" in run.log:
         return ["a traceback"]
-    return [] if "error:" in run.log or "stopped by" in run.log else ["no word of what was wrong"]
+    return [] if "error:" in run.log or "stopped by" in run.log else ["no error message"]
 
 
 def steps_lost(before: Run, after: Run) -> int:
-    """Steps that the resumed run took again."""
+    """Number of steps that the resumed run took again."""
     return len(set(before.steps()) & set(after.steps()))
 
 
 def seconds_to_resume(run: Run) -> float | None:
-    """From the start of the recipe to the end of its first step."""
+    """Seconds from the start of the recipe to the end of its first step; None if it took none."""
     begin = next((entry["seconds"] for entry in run.journal if entry["event"] == "begin"), None)
     step = next((entry["seconds"] for entry in run.journal if entry["event"] == "step"), None)
     return None if begin is None or step is None else round(step - begin, 2)
 
 
 def write_json(path: Path, cases: Iterable[Case], more: dict[str, Any]) -> None:
+    """Writes `more` and the cases in which something was wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     bad = [vars(case) for case in cases if case.wrong]
     path.write_text(json.dumps(more | {"wrong": bad}, indent=2) + "\n", encoding="utf-8")

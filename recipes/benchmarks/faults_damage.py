@@ -1,4 +1,4 @@
-"""Newest checkpoints with one file truncated, emptied, missing or swapped; full disks, removed folders and NaN."""
+"""Cases with a damaged file in the newest checkpoint, a full disk, a removed output folder or NaN weights."""
 
 import random
 import shutil
@@ -14,7 +14,7 @@ WAYS = ("truncated", "emptied", "missing", "swapped")
 
 
 def templates(bench: Bench, names: list[str]) -> dict[str, Path]:
-    """For each job a run that was killed behind its second checkpoint, of three."""
+    """Folders of runs killed after the second of their three checkpoints, by job; each case damages a copy."""
     folders = {name: bench.work / "templates" / name for name in names}
     bench.run(_template(bench, name, folder) for name, folder in folders.items())
     return folders
@@ -28,13 +28,13 @@ def _template(bench: Bench, name: str, folder: Path) -> Scenario:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of the training that was last begun, the newest last."""
+    """The finished checkpoints below `folder`, the newest last."""
     found = sorted(folder.rglob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     return [path for path in found if path.is_dir() and ".unfinished" not in str(path)]
 
 
 def damage(file: Path, way: str, older: Path) -> bool:
-    """Damages `file`; False where that would change nothing."""
+    """Damages `file` in one of `WAYS`; "swapped" copies `older`. Returns False if that would change nothing."""
     content = file.read_bytes()
     if way == "swapped":
         if not older.is_file() or older.read_bytes() == content:
@@ -48,7 +48,7 @@ def damage(file: Path, way: str, older: Path) -> bool:
 
 
 def scenarios(bench: Bench, names: list[str], each: int, seed: int) -> Iterator[Scenario]:
-    """`each` damages per trainer, drawn from all pairs of a file and a way, every file first."""
+    """`each` cases per trainer, drawn from all pairs of file and way; no file comes twice before all came once."""
     draw, folders = random.Random(seed), templates(bench, names)
     for name in names:
         *_, older, newest = checkpoints(folders[name])
@@ -66,7 +66,7 @@ def _content(file: Path) -> bytes | None:
 
 
 def one(bench: Bench, name: str, template: Path, file: str, way: str) -> Scenario:
-    """The run must fall back and say so, or refuse by name; never end differently without a word."""
+    """Resumes from a damaged checkpoint: the run must report it and take an older one, or refuse and name it."""
     job, folder = JOBS[name], bench.folder(name)
     case = Case("damage", name, f"{file} {way}")
     shutil.copytree(template, folder)
@@ -76,27 +76,27 @@ def one(bench: Bench, name: str, template: Path, file: str, way: str) -> Scenari
     case.seconds = run.seconds
     if run.code == 0:
         case.figures["outcome"] = "fell back"
-        # Without its list a checkpoint may be one of an older release, which is gone on from, and told.
-        told_so = f"has no {file}" if (file, way) == ("manifest.json", "missing") else "passed over"
-        if told_so not in run.log or newest.name not in run.log:
-            case.wrong.append("nothing said of the damage")
+        # A checkpoint without manifest.json may be an older release's: the run resumes from it and says so.
+        expected = f"has no {file}" if (file, way) == ("manifest.json", "missing") else "passed over"
+        if expected not in run.log or newest.name not in run.log:
+            case.wrong.append("the damage is not reported")
             case.figures["outcome"] = "silent"
         case.wrong += unequal(folder, bench.whole[name].folder) + left_over(folder)
     else:
         case.figures["outcome"] = "refused"
-        case.wrong += told(run) + ([] if newest.name in run.log else ["refused without the name"])
+        case.wrong += told(run) + ([] if newest.name in run.log else ["the error does not name the checkpoint"])
     bench.clear(folder, case)
     return case
 
 
 def disk_scenarios(bench: Bench, names: list[str], reduced: bool, seed: int) -> Iterator[Scenario]:
-    """No room in a checkpoint's write and in the final save, the folder removed in mid-run, NaN in the weights."""
+    """No room in a checkpoint's write or in the final save, output folder removed during training, NaN weights."""
     draw = random.Random(seed)
     for row, name in enumerate(names):
         counts = bench.whole[name].counts
         faults = [
             Fault("checkpoint", draw.randint(1, counts["checkpoint"] // 3), "file size"),
-            # The largest files come first; behind them there may be nothing left to refuse.
+            # The largest files come first; after them no file may be large enough to be refused.
             Fault("final", 1, "file size"),
             Fault("step", 4, "delete"),
             Fault("step", 4, "nan"),
@@ -106,7 +106,7 @@ def disk_scenarios(bench: Bench, names: list[str], reduced: bool, seed: int) -> 
 
 
 def one_disk(bench: Bench, name: str, fault: Fault) -> Scenario:
-    """One sentence, exit code not 0, and the same command goes on when the fault is gone."""
+    """The run must end with one error sentence and not with 0; without the fault the same command must resume it."""
     job, folder = JOBS[name], bench.folder(name)
     what = {"file size": "no room", "delete": "folder removed", "nan": "NaN in the weights"}[fault.what]
     case = Case("disk", name, f"{what} ({fault.place} {fault.count})", figures={"what": what})
@@ -115,9 +115,9 @@ def one_disk(bench: Bench, name: str, fault: Fault) -> Scenario:
     case.seconds = run.seconds
     case.wrong += ["exit code 0"] if run.code == 0 else told(run)
     if not run.struck:
-        case.wrong.append("the moment never came")
+        case.wrong.append("the fault was not triggered")
     if fault.what == "delete":
-        # What the job goes on from is gone, too.
+        # The deleted folder also held the base that the job starts from.
         shutil.rmtree(folder, ignore_errors=True)
         bench.copy_base(job, folder)
     again = yield Start(job, folder)

@@ -1,4 +1,4 @@
-"""The runs that `faults.py` disturbs: every training recipe at a size at which a whole run takes seconds of one core."""
+"""The runs that `faults.py` disturbs: every training recipe, so small that a whole run takes seconds on one core."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,10 +57,10 @@ class Job:
 
     Attributes:
         recipe: file name without `.py`.
-        arguments: of the command, but the output folder; `{work}` is the benchmark's folder.
-        trainings: calls of `Trainer.train` in an undisturbed run; the last of them is the one that is disturbed.
-        base: a job whose finished folder this one goes on in.
-        needs: jobs whose folders the arguments name.
+        arguments: of the command, without `--output_dir`; `{work}` stands for the benchmark's folder.
+        trainings: number of calls of `Trainer.train` in a whole run; faults happen in or after the last one.
+        base: job whose finished folder is copied to the output folder first, because the recipe continues there.
+        needs: jobs whose output folders the arguments name.
     """
 
     recipe: str
@@ -70,7 +70,7 @@ class Job:
     needs: tuple[str, ...] = ()
 
 
-# The trainers of the package, each as the recipe that uses it.
+# One job for each trainer of the package.
 TRAINERS: Mapping[str, Job] = {
     "vae": Job("train_tokcom", (*TOKCOM, "--stage", "vae", "--train_file", "{work}/text.txt")),
     "denoiser": Job("train_tokcom", (*TOKCOM, "--stage", "denoiser", "--train_file", "{work}/text.txt"), base="vae"),
@@ -98,7 +98,7 @@ JOBS: Mapping[str, Job] = {**TRAINERS, **OTHERS}
 
 
 def with_needs(names: tuple[str, ...]) -> list[str]:
-    """`names` and the jobs they build on, each behind those that it needs."""
+    """`names` and all jobs that they build on, in an order in which they can run."""
     found: list[str] = []
     for name in names:
         job = JOBS[name]
@@ -130,7 +130,7 @@ WORDS = (
 
 
 def write_text(file: Path) -> None:
-    """Text for the recipes that read some: sixty documents of few words."""
+    """Writes the text of the text recipes: sixty documents of forty words."""
     documents = [
         " ".join(WORDS[(3 * row + step * (row % 5 + 1)) % len(WORDS)] for step in range(40)) for row in range(60)
     ]

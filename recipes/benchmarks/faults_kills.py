@@ -1,4 +1,4 @@
-"""SIGKILL at random, inside a checkpoint's write and inside the final save; and two ranks of which one is killed."""
+"""Cases with SIGKILL: at a random time, during a checkpoint's write, during the final save, to one of two ranks."""
 
 import random
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from faults_moments import Fault
 from faults_processes import Bench, Scenario, Start
 
 PLACES = ("time", "checkpoint", "final")
-RANK_SECONDS = 60.0  # in which the other ranks must have ended
+RANK_SECONDS = 60.0  # after one rank was killed, the others must end within this time
 
 
 def kill(bench: Bench, name: str, place: str, draw: random.Random) -> Fault:
-    """A kill at a moment drawn from those of the undisturbed run."""
+    """SIGKILL at one of `PLACES`, at a moment drawn from those of the undisturbed run."""
     whole = bench.whole[name]
     if place == "time":
         return Fault("time", seconds=round(draw.uniform(0.0, whole.seconds), 2))
@@ -25,13 +25,13 @@ def scenarios(bench: Bench, names: list[str], each: int, seed: int) -> Iterator[
     draw = random.Random(seed)
     for row, name in enumerate(names):
         for number in range(each):
-            # With one kill each the trainers take the places in turn.
+            # With fewer kills than places each trainer starts at another place.
             place = PLACES[(number + (row if each < len(PLACES) else 0)) % len(PLACES)]
             yield one(bench, name, kill(bench, name, place, draw))
 
 
 def one(bench: Bench, name: str, fault: Fault) -> Scenario:
-    """A kill, and the same command until it is done."""
+    """Kills a run; the same command must then resume it and end with the undisturbed run's weights."""
     job, folder = JOBS[name], bench.folder(name)
     where = f"{fault.place} {fault.seconds if fault.place == 'time' else fault.count}"
     case = Case("kills", name, f"SIGKILL ({where})", figures={"place": fault.place})
@@ -51,13 +51,13 @@ def one(bench: Bench, name: str, fault: Fault) -> Scenario:
 
 
 def rank_scenarios(bench: Bench, names: list[str]) -> Iterator[Scenario]:
-    """Of two gloo ranks the second is killed."""
+    """One case per trainer: the second of two gloo ranks is killed."""
     for name in names:
         yield one_rank(bench, name)
 
 
 def one_rank(bench: Bench, name: str) -> Scenario:
-    """The other rank and the launcher must end, and two ranks must be able to go on."""
+    """After the kill the other rank and the launcher must end, and two new ranks must resume."""
     job, folder = JOBS[name], bench.folder(name)
     case = Case("ranks", name, "SIGKILL of the second of two ranks (step 4)")
     bench.copy_base(job, folder)
@@ -65,11 +65,11 @@ def one_rank(bench: Bench, name: str) -> Scenario:
     begin = next((e["seconds"] for e in run.journal if e["event"] == "begin"), 0.0)
     killed = next((e["seconds"] for e in run.journal if e["event"] == "fault"), None)
     if killed is None:
-        case.wrong.append(f"the moment never came: {run.log[-400:]}")
+        case.wrong.append(f"the fault was not triggered: {run.log[-400:]}")
     else:
-        # The launcher's own start is the time before its workers'; it only makes the bound tighter.
+        # Includes the seconds that the launcher took to start its workers; they only tighten the bound.
         case.figures["ended"] = round(run.seconds + run.late - (killed - begin), 1)
-        case.wrong += ["the other rank went on"] if case.figures["ended"] > RANK_SECONDS else []
+        case.wrong += ["the other rank kept running"] if case.figures["ended"] > RANK_SECONDS else []
     case.wrong += (["an orphan"] if run.orphans else []) + (["exit code 0"] if run.code == 0 else [])
     again = yield Start(job, folder, processes=2)
     case.wrong += [] if again.code == 0 else [f"the resumed run ended with {again.code}: {again.log[-600:]}"]

@@ -1,12 +1,12 @@
-"""Hands malformed input to every reader of the package and counts what becomes of it.
+"""Gives malformed input to every reader of the package and counts the outcomes.
 
     python recipes/benchmarks/faults_malformed.py
     python recipes/benchmarks/faults_malformed.py --kinds YAML "JSON lines" --output outputs/malformed.json
 
-Each input is made by code in the faults_malformed_*.py files beside this one. Right is a refusal in one sentence that names
-the file or the argument. Counted as faults are tracebacks, input that is taken in silence, ten seconds without an answer,
-code of the input that ran, requests to the network, memory asked for as a file announces it, and sentences that do not say
-what they are about. Good input among the cases must be accepted.
+The files faults_malformed_*.py make the inputs. A malformed input must be refused in one sentence that names the file or the
+argument; the good inputs among the cases must be accepted. Faults are a traceback, malformed input accepted in silence, ten
+seconds without an answer, code in the input that ran, a request to the network, memory allocated because a file header asks
+for it, and an error that does not name the file or argument.
 """
 
 import importlib
@@ -45,9 +45,9 @@ VERDICTS = (
 
 @dataclass
 class MalformedArguments:
-    """What is tried and where the counts go."""
+    """Which inputs are tried, and where the results go."""
 
-    kinds: list[str] | None = field(default=None, metadata={"help": f"Some of {', '.join(KINDS)}; all where not set."})
+    kinds: list[str] | None = field(default=None, metadata={"help": f"Some of {', '.join(KINDS)}; all if not set."})
     output: str = field(
         default="outputs/faults/malformed.json", metadata={"help": "JSON file of counts and outcomes."}
     )
@@ -60,7 +60,12 @@ class MalformedArguments:
 
 
 def measure(kinds: list[str] | None = None) -> dict:
-    """`counts` (kind -> verdict -> number), `total`, `faults` (number), and `outcomes`, one dictionary per input."""
+    """Runs all cases of these kinds (all kinds if None).
+
+    Returns:
+        `counts` (kind -> verdict -> number), the numbers `total`, `malformed` and `faults`, and `outcomes`, a dictionary
+        per input.
+    """
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     check = importlib.import_module("faults_malformed_check")
     scratch, before = Path(tempfile.mkdtemp(prefix="malformed_")), Path.cwd()
@@ -71,7 +76,7 @@ def measure(kinds: list[str] | None = None) -> dict:
     transformers.utils.logging.disable_progress_bar()
     outcomes = []
     try:
-        # Relative names in the cases must not mean something by accident.
+        # Here the relative paths in the cases do not name existing files by accident.
         os.chdir(scratch)
         for name in MODULES:
             cases = importlib.import_module(f"faults_malformed_{name}").cases(scratch / name)

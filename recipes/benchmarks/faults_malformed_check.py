@@ -1,8 +1,8 @@
-"""Runs one malformed input and says what became of it: refused in a sentence, or one of the faults.
+"""Runs one case and gives its verdict: refused, accepted, or one of the faults.
 
-A sentence names the file or the argument, has no line breaks, and comes as `ValueError`, `TypeError` or `OSError` (at the
-command line as `error: …` with exit code 2). Anything else is a fault: a traceback, no error at all, ten seconds without an
-answer, code of the file that ran, an attempt to reach the network, or memory asked for as the file announces it.
+A refusal is a `ValueError`, `TypeError` or `OSError` (at the command line `error: …` and exit code 2) whose message is one
+line that names the file or the argument. The faults are a traceback, no error at all, ten seconds without an answer, code of
+the file that ran, an attempt to reach the network, memory allocated because the file asks for it, and an unclear message.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from typing import Any
 from tokcom_hf.cli import run_recipe
 
 SECONDS = 10
-# Bytes of address space that an input may make the program ask for beyond what it has.
+# Bytes of address space that a case may allocate beyond what the process has.
 MEMORY = 6 << 30
-LONGEST = 1000
+LONGEST = 1000  # characters of a message
 REFUSALS = (ValueError, TypeError, OSError)
 FAULTS = ("traceback", "silent", "hang", "code executed", "request", "memory", "unclear")
 
@@ -35,11 +35,11 @@ class Case:
     """One input.
 
     Args:
-        kind: of input, for the table.
-        name: what is wrong with it.
-        run: reads it.
-        words: the message holds one of these, for example the file's name.
-        fine: a control, which must be accepted.
+        kind: kind of input, which is its row of the table.
+        name: what is wrong with the input.
+        run: reads the input.
+        words: the message must hold one of these, for example the file's name; empty for any message.
+        fine: the input is good and must be accepted.
     """
 
     kind: str
@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case: `refused`, `accepted` (a control) or a fault, the message, and the seconds it took."""
+    """Verdict of a case (`refused`, `accepted` or a fault), its error message, and the seconds it took."""
 
     kind: str
     name: str
@@ -61,19 +61,19 @@ class Outcome:
 
 
 class Hang(BaseException):
-    """Ten seconds without an answer."""
+    """The case gave no answer within `SECONDS`."""
 
 
 class Request(BaseException):
-    """A connection or the lookup of a name was tried."""
+    """The case tried to connect or to look up a host name."""
 
 
 def at_command_line(main: Callable[..., Any], argv: list[str]) -> None:
     """Runs a recipe as its command line does.
 
     Raises:
-        ValueError: its one line on stderr, where it ends with exit code 2.
-        AssertionError: it ended otherwise, or printed more than a line.
+        ValueError: the recipe ended with exit code 2; the message is its one error line.
+        AssertionError: the recipe ended with another exit code, or with another number of error lines.
     """
     before, errors = sys.argv, io.StringIO()
     sys.argv = ["recipe.py", *argv]
@@ -83,7 +83,7 @@ def at_command_line(main: Callable[..., Any], argv: list[str]) -> None:
     except SystemExit as end:
         lines = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
         if end.code != 2 or len(lines) != 1:
-            raise AssertionError(f"exit code {end.code!r}, {len(lines)} lines of error") from None
+            raise AssertionError(f"exit code {end.code!r}, {len(lines)} error lines") from None
         rest = errors.getvalue().partition("error: ")[2].rstrip("\n")
         raise ValueError(rest) from None
     finally:
@@ -91,10 +91,10 @@ def at_command_line(main: Callable[..., Any], argv: list[str]) -> None:
 
 
 def run_case(case: Case, canary: Path) -> Outcome:
-    """Runs a case with no network, with little more memory, and for ten seconds at most.
+    """Runs a case without network, with at most `MEMORY` more bytes, for at most `SECONDS`.
 
     Args:
-        canary: a file that code inside an input would make.
+        canary: file that exists only if code inside an input ran.
     """
     started = time.monotonic()
     verdict, message = "silent", ""
@@ -112,7 +112,7 @@ def run_case(case: Case, canary: Path) -> Outcome:
         verdict, message = "request", str(error)
     except MemoryError as error:
         verdict, message = "memory", repr(error)
-    except Exception as error:  # whatever it is: the table has a column for it
+    except Exception as error:  # every other exception is a fault of its own kind
         verdict, message = "traceback", f"{type(error).__name__}: {error}"
         if "allocate" in message or "memory" in message.lower():
             verdict = "memory"
@@ -130,13 +130,13 @@ def run_case(case: Case, canary: Path) -> Outcome:
 
 
 def is_sentence(message: str, words: tuple[str, ...]) -> bool:
-    """Whether a message is short, of one line, and says what it is about."""
+    """Whether a message is one line of at most `LONGEST` characters with one of `words`, if there are any."""
     return 0 < len(message) <= LONGEST and "\n" not in message and (not words or any(w in message for w in words))
 
 
 @contextlib.contextmanager
 def limited_time() -> Iterator[None]:
-    """Raises `Hang` in the main thread after `SECONDS`; SIGALRM is left to the code that is tried."""
+    """Raises `Hang` in the main thread after `SECONDS`, by SIGUSR2: the code under test may use SIGALRM."""
 
     def stop(*_):
         raise Hang
@@ -154,9 +154,9 @@ def limited_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def limited_memory() -> Iterator[None]:
-    """Lets the process ask for `MEMORY` more bytes and no others."""
+    """Limits the process to `MEMORY` bytes of address space beyond what it has."""
     statm = Path("/proc/self/statm")
-    if not statm.is_file():  # only Linux counts it there
+    if not statm.is_file():  # only Linux has this file
         yield
         return
     used = int(statm.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
@@ -170,7 +170,7 @@ def limited_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_network() -> Iterator[list[str]]:
-    """Every connection and every lookup of a name raises `Request`; yields a list of those that were tried."""
+    """Makes every connection and host lookup raise `Request`; yields the list of those tried."""
     tried: list[str] = []
 
     def refuse(*arguments, **_):

@@ -22,14 +22,14 @@ from tokcom_hf.tokcom_checkpoint import convert_checkpoint, read_checkpoint
 
 
 class Command:
-    """An object whose pickle runs a command when it is read."""
+    """An object whose pickle runs a shell command when it is loaded."""
 
     def __reduce__(self):
         return os.system, (f"touch {os.environ.get('MALFORMED_CANARY', 'canary')}",)
 
 
 def safetensors_files(whole: bytes) -> dict[str, bytes | None]:
-    """Damaged copies of a safetensors file; None stands for one that announces a terabyte and is sparse."""
+    """Damaged copies of a safetensors file, by description; None stands for a sparse file of a terabyte."""
     (length,) = struct.unpack("<Q", whole[:8])
     header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
     first = next(name for name in header if name != "__metadata__")
@@ -53,7 +53,7 @@ def safetensors_files(whole: bytes) -> dict[str, bytes | None]:
         "zeros": bytes(1000),
         "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 10\n",
         "a header of a terabyte": struct.pack("<Q", 2**40) + whole[8:],
-        "a header of all bytes there are": struct.pack("<Q", 2**64 - 1) + whole[8:],
+        "a header of 2^64 - 1 bytes": struct.pack("<Q", 2**64 - 1) + whole[8:],
         "a header that is a list": packed([]),
         "a header that is no JSON": packed(b"{" * 50),
         "a header nested 5000 times": packed(b'{"a":' * 5000),
@@ -68,7 +68,7 @@ def safetensors_files(whole: bytes) -> dict[str, bytes | None]:
 
 
 def pickles() -> dict[str, bytes]:
-    """Torch files that hold something else than tensors, or nothing that can be read."""
+    """Torch files, by description, that are unreadable or hold no dictionary of tensors by known names."""
     import io
 
     def saved(value: Any) -> bytes:
@@ -95,11 +95,12 @@ def pickles() -> dict[str, bytes]:
         "a dictionary of texts": saved({"a": "b"}),
         "keys that are numbers": saved({1: torch.zeros(2)}),
         "an archive that is no torch file": b"PK\x05\x06" + bytes(18),
-        "a folder's worth of nothing": b"PK\x03\x04" + bytes(100),
+        "the start of an archive, then zeros": b"PK\x03\x04" + bytes(100),
     }
 
 
 def write(path: Path, content: bytes | None) -> Path:
+    """Writes `content`, or a sparse file of a terabyte for None; returns the path."""
     path.write_bytes(content or b"")
     if content is None:
         os.truncate(path, 1 << 40)
@@ -115,6 +116,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 
 def latents(folder: Path) -> Iterator[Case]:
+    """Latents files that are damaged, that lack something, or whose values do not fit the model."""
     folder.mkdir()
     tokcom = model("tokcom")
     whole = {suffix: save_latents_of(folder / f"good{suffix}").read_bytes() for suffix in (".safetensors", ".pt")}
@@ -193,8 +195,8 @@ def checkpoints(folder: Path) -> Iterator[Case]:
         "another width": {"model_args": arguments | {"hidden_size": 32}},
         "no weights": {"vae_model_state_dict": {}},
         "weights that are numbers": {"vae_model_state_dict": dict.fromkeys(weights, 1)},
-        "a weight less": {"vae_model_state_dict": {k: v for k, v in weights.items() if k != norm}},
-        "a weight more": {"vae_model_state_dict": weights | {"more": embedding}},
+        "a missing weight": {"vae_model_state_dict": {k: v for k, v in weights.items() if k != norm}},
+        "an extra weight": {"vae_model_state_dict": weights | {"more": embedding}},
         "NaN in the weights": {"vae_model_state_dict": weights | {norm: weights[norm] * float("nan")}},
         "integers as weights": {"vae_model_state_dict": {k: v.int() for k, v in weights.items()}},
         "an embedding of one dimension": {"vae_model_state_dict": weights | {"embed_tokens.weight": embedding[0]}},
@@ -219,7 +221,7 @@ def pruning_parts(folder: Path) -> Iterator[Case]:
     folder.mkdir()
     for number, (name, content) in enumerate(pickles().items()):
         path = write(folder / f"token_merger_step_{number}.pt", content)
-        if name == "an empty dictionary":  # a state dict without weights: refused when it is converted
+        if name == "an empty dictionary":  # a readable state dict without weights, which the conversion refuses
             yield Case(".pt files", f"pruning: {name}", lambda path=path: convert_merger(read_part(path)), ("weight",))
         elif name != "other names":
             yield Case(".pt files", f"pruning: {name}", partial(read_part, path), (path.name,))

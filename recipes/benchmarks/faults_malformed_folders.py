@@ -1,4 +1,4 @@
-"""Malformed model folders, at the command line, and names of folders that are not there."""
+"""Malformed model folders, and names of folders that do not exist, at the command line."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 
 def folders(folder: Path) -> Iterator[Case]:
-    """Folders of a VQGAN and of a TokCom model, at the command line and through `from_pretrained`."""
+    """Damaged folders of a VQGAN and of a TokCom model, at the command line; whole ones through `from_pretrained`."""
     good = {kind: save_model(kind, folder / kind) for kind in ("vqgan", "tokcom")}
     classes = {"vqgan": VQGAN, "tokcom": TokComModel}
     commands: dict[str, Callable[[Path], Any]] = {
@@ -58,7 +58,7 @@ def folders(folder: Path) -> Iterator[Case]:
 
 
 def configurations(config: dict[str, Any], kind: str) -> dict[str, str]:
-    """Texts of a config.json that does not describe the weights beside it."""
+    """Texts of config.json, by description, that do not fit the weights in the folder."""
     width = "base_channels" if kind == "vqgan" else "max_chunks"
     inner = {} if kind == "vqgan" else {"vae": config["vae"] | {"hidden_size": 10**9}}
     layers = {} if kind == "vqgan" else {"denoiser": config["denoiser"] | {"num_hidden_layers": 10**9}}
@@ -78,13 +78,13 @@ def configurations(config: dict[str, Any], kind: str) -> dict[str, str]:
     }  # fmt: skip
     if kind == "vqgan":
         changed |= {"a codebook of a trillion": config | {"codebook_size": 10**12}}
-        changed |= {"an image of a billion": config | {"downsample_factor": 0}}
+        changed |= {"a downsample factor of zero": config | {"downsample_factor": 0}}
     texts = {name: json.dumps(value) for name, value in changed.items()}
     return texts | {"config.json is cut": json.dumps(config)[:100], "config.json holds nothing": ""}
 
 
 def shards(kind: str, whole: Path, folder: Path, run: Callable[[Path], Any]) -> Iterator[Case]:
-    """Weights in parts whose index does not fit them."""
+    """Sharded weights whose index does not fit them, pickled weights, and no weights."""
     tensors = load_file(whole / "model.safetensors")
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
     indices: dict[str, str] = {

@@ -18,13 +18,13 @@ from tokcom_hf.data.vqa import read_vqa_jsonl
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
 from tokcom_hf.models.shared_image_files import check_image, load_image
 
-# Their checksums are right, and `check_image` does not decode such files; the processor does.
+# Files that only decoding shows to be broken. The processor decodes them; `check_image` compares checksums, which are right.
 DECODED = ("no_pixels.png", "too_few_pixels.png", "no_palette.png")
 FORMATS = ("png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm")
 
 
 def encoded(format: str, image: Image.Image | None = None, **options) -> bytes:
-    """A picture as the bytes of a file."""
+    """Bytes of an image file of this format; without an image, of noise."""
     if image is None:
         noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
         image = Image.fromarray(noise)
@@ -34,7 +34,7 @@ def encoded(format: str, image: Image.Image | None = None, **options) -> bytes:
 
 
 def png(width: int, height: int, depth: int = 8, colour: int = 2, data: bytes = b"", more: bytes = b"") -> bytes:
-    """A PNG file with any header, its checksums right."""
+    """Bytes of a PNG file with these header values and right checksums."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -51,7 +51,7 @@ def text_bomb() -> bytes:
 
 
 def broken_files() -> dict[str, bytes]:
-    """Name of a file -> its bytes, none of which is a picture that can be read whole."""
+    """File name -> bytes that are no image, or no complete one."""
     whole = {name: encoded(name) for name in FORMATS}
     found = {f"cut_in_half.{name}": content[: len(content) // 2] for name, content in whole.items()}
     found |= {f"header_only.{name}": content[:12] for name, content in whole.items()}
@@ -94,7 +94,7 @@ def broken_files() -> dict[str, bytes]:
 
 
 def good_files() -> dict[str, bytes]:
-    """Unusual pictures that must be taken."""
+    """File name -> bytes of an unusual image, which must be accepted."""
     grey16 = Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8))
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
     return {
@@ -110,7 +110,7 @@ def good_files() -> dict[str, bytes]:
 
 
 def samples() -> dict[str, object]:
-    """What is handed over instead of an image."""
+    """Values to pass instead of an image, by description."""
     floats = np.full((8, 8, 3), 0.5, dtype=np.float32)
     return {
         "None": None,
@@ -168,7 +168,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 
 def sources(folder: Path, processor: VQGANImageProcessor) -> Iterator[Case]:
-    """Names that lead to no image, and folders without one."""
+    """Folders, paths and addresses without a readable image."""
     (folder / "nothing").mkdir(exist_ok=True)
     (folder / "only_broken").mkdir(exist_ok=True)
     (folder / "only_broken" / "empty.png").write_bytes(b"")

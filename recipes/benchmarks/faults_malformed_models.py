@@ -1,4 +1,4 @@
-"""Small whole models and files of them, which the malformed ones are made from."""
+"""Small models and the good files they save, from which the malformed files are made."""
 
 from functools import cache
 from pathlib import Path
@@ -26,13 +26,13 @@ VQ = {
 
 @cache
 def tokenizer() -> Any:
-    """257 tokens: the bytes and the end of a text."""
+    """A tokenizer of 257 tokens: 256 bytes and the end of a text."""
     return train_tokenizer(["a text"], VOCABULARY)
 
 
 @cache
 def lfq_processor() -> LFQProcessor:
-    """Of a vocabulary with 2^4 visual tokens behind the text's."""
+    """A processor whose vocabulary has 2^4 image tokens after the text tokens."""
     return LFQProcessor(tokenizer=tokenizer(), lfq_start_token_id=VOCABULARY, output_dim=4)
 
 
@@ -48,7 +48,7 @@ def model(kind: str) -> Any:
 
 
 def save_model(kind: str, folder: Path) -> Path:
-    """The folder of a model with its tokenizer or image processor."""
+    """Saves a model with its tokenizer or image processor; returns the folder."""
     model(kind).save_pretrained(folder)
     if kind == "vqgan":
         VQGANImageProcessor(16, size_divisor=4).save_pretrained(folder)
@@ -58,12 +58,12 @@ def save_model(kind: str, folder: Path) -> Path:
 
 
 def save_pt(path: Path, tokenizer_path: str, kind: str = "tokcom") -> Path:
-    """The documented checkpoint of a model."""
+    """Saves a model as the documented `.pt` checkpoint; returns the path."""
     return save_checkpoint(
         path, model(kind), epoch=1, val_loss=1.0, tokenizer_path=tokenizer_path, max_length=32
     )  # fmt: skip
 
 
 def save_latents_of(path: Path) -> Path:
-    """Latents of two texts of six and three tokens."""
+    """Saves latents of two texts, of six and of three tokens; returns the path."""
     return save_latents(path, [torch.zeros(2, 16), torch.zeros(1, 16)], [6, 3], model("tokcom"))

@@ -1,4 +1,4 @@
-"""Malformed configuration files and command lines, for a recipe's own parser and for every training recipe."""
+"""Malformed configuration files and command lines, for the parser of all recipes and for every training recipe."""
 
 import importlib
 import os
@@ -10,9 +10,6 @@ from pathlib import Path
 from faults_malformed_check import Case, at_command_line
 
 from tokcom_hf.cli import parse_recipe
-
-# Every key is answered alike, so that a tag or an alias reaches whatever would run it.
-TOUCH = "touch {canary}"
 
 
 @dataclass
@@ -32,7 +29,7 @@ SECTIONS = {"run": Settings}
 
 
 def documents(canary: str) -> dict[str, bytes]:
-    """What stands in a file instead of a configuration."""
+    """File contents, by description, that are no configuration of `Settings`."""
     laughs = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
     texts = {
         "a list": "- run\n- number",
@@ -97,7 +94,7 @@ def documents(canary: str) -> dict[str, bytes]:
 
 
 def command_lines(canary: str) -> dict[str, list[str]]:
-    """Arguments of that parser that it cannot use."""
+    """Command lines, by description, that the parser of `Settings` must refuse."""
     return {
         "an unknown option": ["--nubmer", "1"],
         "an unknown section": ["--rnu.number", "1"],
@@ -133,7 +130,7 @@ def command_lines(canary: str) -> dict[str, list[str]]:
     }
 
 
-# Options that a training recipe refuses before its first step, and what its message names.
+# Recipe -> description -> options that it must refuse before its first step, and words of which the message holds one.
 TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
     "train_tokcom": {
         "an unknown stage": (["--stage", "vea"], ("stage",)),
@@ -152,8 +149,8 @@ TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
             ["--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "steps"],
             ("strategy",),
         ),
-        "a step of no size": (["--denoiser_training.eval_noise_levels", "2.0"], ("eval_noise_levels",)),
-        "a batch of none": (["--per_device_train_batch_size", "0"], ("batch_size",)),
+        "an option of another stage": (["--denoiser_training.eval_noise_levels", "2.0"], ("eval_noise_levels",)),
+        "a batch size of zero": (["--per_device_train_batch_size", "0"], ("batch_size",)),
     },
     "train_vqgan": {
         "an unknown quantizer": (["--model.quantizer", "best"], ("quantizer",)),
@@ -167,7 +164,7 @@ TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
         "an unknown optimizer": (["--optim", "adamx"], ("adamx",)),
         "an unknown schedule": (["--lr_scheduler_type", "wavy"], ("wavy",)),
         "a negative codebook": (["--model.codebook_size", "-4"], ("codebook_size",)),
-        "an endless codebook": (["--model.codebook_size", "1000000000000"], ("codebook_size",)),
+        "a codebook of a trillion": (["--model.codebook_size", "1000000000000"], ("codebook_size",)),
     },
     "train_token_pruning": {
         "both merge budgets": (["--merge_ratio", "0.4", "--target_merge_tokens", "40"], ("target_merge_tokens",)),
@@ -176,7 +173,7 @@ TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
         "an unknown strategy": (["--strategy", "best"], ("strategy", "best")),
         "an unknown merger": (["--merger_type", "best"], ("merger_type",)),
         "a ratio of two": (["--merge_ratio", "2.0"], ("merge_ratio",)),
-        "a prompt without its place": (["--prompt", "hello"], ("prompt",)),
+        "a prompt without {question}": (["--prompt", "hello"], ("prompt",)),
         "a held-out file that is missing": (["--eval_file", "missing.jsonl"], ("eval_file", "missing.jsonl")),
         "an unknown tracker": (["--report_to", "nothing_known"], ("report_to",)),
         "half precision without a GPU": (["--fp16", "--use_cpu"], ("fp16",)),
@@ -210,7 +207,7 @@ TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
 }
 
 
-# What else those recipes need to get as far: text that is tokenized at once, and a size.
+# Further options that let these recipes reach the wrong one quickly: a short text, a small model.
 GIVEN = {
     "train_tokcom": ["--train_file", "small.txt", "--tokenizer_vocab_size", "257", "--length", "32"],
     "train_ar_baseline": ["--parameters", "100000", "--tokens", "1000"],
@@ -241,7 +238,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 
 def training(folder: Path) -> Iterator[Case]:
-    """Options of the training recipes, and folders that they cannot write to."""
+    """Wrong options of the training recipes, and output folders that they cannot create."""
     blocked = folder / "a_file"
     blocked.write_text("no folder", encoding="utf-8")
     Path("small.txt").write_text("A text of some words. " * 200, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Malformed JSON lines and text files, each for every reader that the package has of them."""
+"""Malformed JSON lines and text files, for every reader of the package."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tokcom_hf.data.text import load_documents
 from tokcom_hf.data.vqa import read_vqa_jsonl
 
 GOOD = {"text": "a text", "image": "a.png", "caption": "red", "question": "colour ?", "answer": "red"}
-# What stands in the second line, whatever reads it.
+# Malformed second lines, which every reader must refuse.
 LINES = {
     "cut off": b'{"text": "a',
     "no JSON": b"hello there",
@@ -43,7 +43,7 @@ LINES = {
     "a line break in a string": b'{"text": "a\nb"}',
     "an open bracket": b"[",
 }
-# Fields of the second line that a reader cannot use.
+# Fields that make a well-formed second line useless to a reader.
 FIELDS = {
     "documents": {
         "text is a number": {"text": 3},
@@ -62,7 +62,7 @@ FIELDS = {
         "answer is an object": {"answer": {"a": 1}},
         "answer is a list of lists": {"answer": [["a"]]},
         "answer is true": {"answer": True},
-        "answer is an empty string in a list of null": {"answer": [None]},
+        "answer is a list of null": {"answer": [None]},
         "type is an object": {"type": {"a": 1}},
     },
     "captions": {
@@ -122,7 +122,7 @@ def cases(folder: Path) -> Iterator[Case]:
             path = folder / f"{reader}_file_{number}.jsonl"
             if content is None:
                 path.write_bytes(b"")
-                os.truncate(path, 1 << 40)  # sparse: it takes no space
+                os.truncate(path, 1 << 40)  # sparse: takes no disk space
             else:
                 path.write_bytes(content)
             fine = name.startswith("good")
@@ -137,7 +137,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 
 def files(good: bytes) -> dict[str, bytes | None]:
-    """Whole files; None stands for one that announces a terabyte."""
+    """Contents of whole files, by description; None stands for a sparse file of a terabyte."""
     return {
         "good": good + b"\n",
         "good with a byte order mark, CRLF and blank lines": b"\xef\xbb\xbf" + good + b"\r\n\r\n" + good,
@@ -179,7 +179,7 @@ def text_files(folder: Path) -> Iterator[Case]:
 
 
 def commands(folder: Path) -> Iterator[Case]:
-    """The same files at a command line, which reads them before it loads a model."""
+    """The same files at the command line of infer_tokcom.py, which reads them before it loads a model."""
     for name in sorted(path.name for path in folder.glob("documents_*.jsonl") if "file" not in path.name)[:12]:
         argv = ["--mode", "reconstruct", "--input_file", str(folder / name), "--model", str(folder / "no_model")]
         run = partial(at_command_line, infer_tokcom.main, argv)

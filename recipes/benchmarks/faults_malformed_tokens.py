@@ -18,7 +18,7 @@ SIZE = VOCABULARY + 1  # with the omni token
 
 
 def broken_ids() -> dict[str, Any]:
-    """What is handed over instead of ids (1, 8)."""
+    """Values to pass instead of token ids (1, 8), by description."""
     good = torch.arange(8)[None]
     return {
         "one id too large": torch.tensor([[1, 2, 3, SIZE]]),
@@ -42,7 +42,7 @@ def broken_ids() -> dict[str, Any]:
 
 
 def broken_codes() -> dict[str, Any]:
-    """What is handed over instead of codes (1, 4, 4) of 16."""
+    """Values to pass instead of codes (1, 4, 4) from 0 to 15, by description."""
     return {
         "a code too large": torch.full((1, 4, 4), 16),
         "a code far too large": torch.full((1, 4, 4), 2**62),
@@ -61,7 +61,7 @@ def broken_codes() -> dict[str, Any]:
 
 
 def broken_latents() -> dict[str, Any]:
-    """What is handed over instead of latents (1, 2, 16)."""
+    """Values to pass instead of latents (1, 2, 16), by description."""
     return {
         "another width": torch.zeros(1, 2, 15),
         "one dimension": torch.zeros(16),
@@ -77,7 +77,7 @@ def broken_latents() -> dict[str, Any]:
 
 
 def broken_pixels() -> dict[str, Any]:
-    """What is handed over instead of pixels (1, 3, 16, 16)."""
+    """Values to pass instead of pixels (1, 3, 16, 16), by description."""
     return {
         "three dimensions": torch.zeros(3, 16, 16),
         "four channels": torch.zeros(1, 4, 16, 16),
@@ -93,7 +93,7 @@ def broken_pixels() -> dict[str, Any]:
 
 
 def cases(folder: Path) -> Iterator[Case]:
-    """The cases; `folder` is not used but for a model of the pipeline."""
+    """Yields the cases; `folder` gets the saved model of the pipeline cases."""
     vae, tokcom, vqgan = model("vae"), model("tokcom"), model("vqgan")
     readers: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
         "TokComVAE.encode": (vae.encode, broken_ids()),
@@ -116,6 +116,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 
 def lengths(vae: Any, tokcom: Any) -> Iterator[Case]:
+    """Rows that are no whole chunks, and attention masks that do not fit."""
     ids = torch.arange(8)[None]
     for number in (1, 3, 7):
         yield Case("tokens", f"encode: {number} tokens", partial(vae.encode, ids[:, :number]), ("chunk_size",))
@@ -129,7 +130,7 @@ def lengths(vae: Any, tokcom: Any) -> Iterator[Case]:
 
 
 def numbers(vae: Any, tokcom: Any) -> Iterator[Case]:
-    """Numbers of `generate` that are out of range, by the method and by the documented function."""
+    """Arguments out of range, for the method `generate`, the documented function and `denoise_reconstruct`."""
     wrong = {
         "num_chunks": (0, -1, 1.5, "4", float("nan")),
         "num_steps": (0, -3, 2.5, "many"),
@@ -154,6 +155,7 @@ def numbers(vae: Any, tokcom: Any) -> Iterator[Case]:
 
 
 def lfq_ids() -> Iterator[Case]:
+    """Ids that are no LFQ tokens."""
     processor = lfq_processor()
     for name, ids in {
         "below the range": torch.tensor([1, 2]),
@@ -192,9 +194,9 @@ def prompts(folder: Path) -> Iterator[Case]:
         "None": None,
         "half a surrogate pair": "\ud83d",
     }.items():
-        fine = value == "<lfq:-1>"  # no marker: text like any other
+        fine = value == "<lfq:-1>"  # no marker, so it is read as text
         yield Case("prompts", f"LFQProcessor: {name}", partial(lfq_processor(), text=value), fine=fine)
-    for name, prompt in {"without its place": "<image> {qestion}", "empty": "", "a number": 3, "None": None}.items():
+    for name, prompt in {"without {question}": "<image> {qestion}", "empty": "", "a number": 3, "None": None}.items():
         yield Case(
             "prompts", f"VQACollator: a prompt {name}", partial(VQACollator, lfq_processor(), prompt), ("prompt",)
         )

@@ -1,8 +1,8 @@
-"""Exact moments of a run at which something happens to it: what `faults.py` installs in a child before its recipe starts.
+"""Triggers a fault at an exact moment of a run; `faults.py` installs it in a child process before the recipe starts.
 
 A moment is counted, not timed: the n-th training step, the n-th file operation of checkpoint writes or of the final save.
-File operations are opening for writing, renaming, removing, making folders, syncing, and each large file three times:
-before it, with half of it on the disk, and behind it.
+File operations are opening for writing, renaming, removing, creating folders and syncing. Writing a large file counts
+three times: before it, with half of the file on disk, and after it.
 """
 
 import functools
@@ -30,17 +30,18 @@ FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens when.
+    """A fault and its moment.
 
     Attributes:
-        place: "start"; "step" (inside a training step), "checkpoint", "final" (file operations behind the last training),
-            "evaluation" (inside the last training), "final_evaluation" (behind it); "time" (seconds); "" for nothing.
-        count: the how-manieth of these, from 1.
-        what: a signal's name, "file size" (no file may grow beyond 32 kB from then on), "delete" (the output folder) or
-            "nan" (in the weights).
-        target: "worker" (this process) or "launcher" (its parent).
-        seconds: of the place "time".
-        rank: the process to which it happens.
+        place: where it happens: "start", "step" (a step of the last training), "checkpoint" (a file operation of that
+            training's checkpoints), "final" (a file operation after that training), "evaluation" or "final_evaluation"
+            (a prediction step during or after that training), "time" (after `seconds`), or "" (never).
+        count: at which occurrence of the place, from 1.
+        what: name of a signal, "file size" (from then on no file may grow beyond 32 kB), "delete" (removes the output
+            folder) or "nan" (sets a weight to NaN).
+        target: process that gets the signal, "worker" (this one) or "launcher" (its parent).
+        seconds: time from the start, for the place "time".
+        rank: rank of the process in which the fault happens.
     """
 
     place: str = ""
@@ -55,12 +56,12 @@ class Fault:
 
 
 class Moments:
-    """Counts what a run does, writes it to `journal` and lets a fault happen at its moment.
+    """Counts the moments of a run, writes a journal and triggers the fault at its moment.
 
     Args:
-        fault: what happens.
+        fault: what happens, and when.
         folder: the run's output folder; files elsewhere are not counted.
-        trainings: calls of `Trainer.train` of a whole run.
+        trainings: number of calls of `Trainer.train` in a whole run.
         journal: file that gets a JSON line for each step, and one with the counts at the end.
     """
 
@@ -69,7 +70,7 @@ class Moments:
         self.counts = {
             name: 0 for name in ("step", "checkpoint", "final", "evaluation", "final_evaluation", "training")
         }
-        self.inside, self.done, self.ended, self.busy = 0, 0, 0, False
+        self.saves_open, self.trainings_begun, self.trainings_ended, self.counting = 0, 0, 0, False
         self.trainer: Any = None
         self.rank = int(os.environ.get("RANK", "0"))
         self.started = time.monotonic()
@@ -81,37 +82,40 @@ class Moments:
 
     # ------------------------------------------------------------------ counting
     def reached(self, place: str) -> bool:
+        """Counts a moment; True if the fault is due."""
         self.counts[place] = self.counts.get(place, 0) + 1
         fault = self.fault
         return fault.place == place and fault.count == self.counts[place] and fault.rank == self.rank
 
     def at(self, place: str) -> None:
+        """Counts a moment, and triggers the fault if it is due."""
         if self.reached(place):
             self.strike()
 
     def file_place(self) -> str | None:
-        """Whether a file operation now is of a checkpoint or of the final save."""
-        if self.inside and self.done == self.trainings:
+        """The place of a file operation at this time: "checkpoint", "final", or None for neither."""
+        if self.saves_open and self.trainings_begun == self.trainings:
             return "checkpoint"
-        return "final" if self.ended == self.trainings else None
+        return "final" if self.trainings_ended == self.trainings else None
 
     def file_operation(self, path: Any) -> None:
         place = self.file_place()
-        if place is None or self.busy or not self.is_own(path):
+        if place is None or self.counting or not self.is_own(path):
             return
-        self.busy = True
+        self.counting = True
         try:
             self.at(place)
         finally:
-            self.busy = False
+            self.counting = False
 
     def is_own(self, path: Any) -> bool:
         return isinstance(path, str | bytes | os.PathLike) and os.path.abspath(os.fsdecode(path)).startswith(
             self.folder
         )
 
-    # ------------------------------------------------------------------ what happens
+    # ------------------------------------------------------------------ the fault
     def strike(self) -> None:
+        """Triggers the fault."""
         fault = self.fault
         self.write(event="fault", place=fault.place, counts=self.counts)
         if fault.what == "file size":
@@ -128,7 +132,7 @@ class Moments:
             os.kill(target, getattr(signal, fault.what))
 
     def torn(self, path: Any) -> None:
-        """Leaves the first half of a file that has just been written, and strikes."""
+        """Counts the moment at which half of `path` is on disk; a SIGKILL then leaves only that half."""
         place = self.file_place()
         if place is None or not self.is_own(path) or not os.path.isfile(path):
             return
@@ -139,7 +143,7 @@ class Moments:
 
     # ------------------------------------------------------------------ hooks
     def install(self) -> None:
-        """Changes this process for good: call it in a child."""
+        """Hooks into torch, transformers and file operations for good: call it in a child process."""
         sys.addaudithook(self.audit)
         for module, name, argument in (
             (torch, "save", 1), (safetensors.torch, "serialize_file", 1), (Path, "write_text", 0), (os, "fsync", None),
@@ -188,19 +192,19 @@ class Moments:
             self.file_operation(args[0])
 
     def train(self, original, trainer, *args, **kwargs):
-        self.done += 1
+        self.trainings_begun += 1
         self.trainer = trainer
         try:
             return original(trainer, *args, **kwargs)
         finally:
-            self.ended += 1
+            self.trainings_ended += 1
 
     def save_checkpoint(self, original, *args, **kwargs):
-        self.inside += 1
+        self.saves_open += 1
         try:
             return original(*args, **kwargs)
         finally:
-            self.inside -= 1
+            self.saves_open -= 1
 
     def training_step(self, original, trainer, *args, **kwargs):
         outermost = not getattr(trainer, "_in_training_step", False)
@@ -208,15 +212,15 @@ class Moments:
             return original(trainer, *args, **kwargs)
         trainer._in_training_step = True
         try:
-            if self.done == self.trainings:
+            if self.trainings_begun == self.trainings:
                 self.at("step")
             return original(trainer, *args, **kwargs)
         finally:
             trainer._in_training_step = False
 
     def prediction_step(self, original, trainer, *args, **kwargs):
-        if self.done == self.trainings:
-            self.at("final_evaluation" if self.ended == self.trainings else "evaluation")
+        if self.trainings_begun == self.trainings:
+            self.at("final_evaluation" if self.trainings_ended == self.trainings else "evaluation")
         return original(trainer, *args, **kwargs)
 
     def step_end(self, original, handler, args, state, control):

@@ -1,7 +1,7 @@
-"""Starts and watches the runs of `faults.py`: forks of this process for most, true launchers for the rest.
+"""Starts and watches the runs of `faults.py`: most are forks of this process, the others run under `accelerate launch`.
 
 A fork has torch, transformers and the recipes imported already, so that a tiny run takes seconds. Each run has its own
-process group and log. As a script this file is what `accelerate launch` starts in the launcher's cases:
+process group and log. `accelerate launch` starts this file as a script:
 
     accelerate launch recipes/benchmarks/faults_processes.py JOURNAL FAULT TRAININGS RECIPE ARGUMENTS...
 """
@@ -30,7 +30,7 @@ from tokcom_hf.cli import run_recipe
 
 ONE_PROCESS = ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 TWO_PROCESSES = [f"--config_file={RECIPES}/configs/accelerate/two_cpu_processes.yaml", "--main_process_port=0"]
-ORPHAN_SECONDS = 45.0  # an orphan is a worker that still runs so long after its launcher
+ORPHAN_SECONDS = 45.0  # a worker that runs this long after its launcher ended is an orphan
 
 
 @dataclass
@@ -40,11 +40,11 @@ class Run:
     Attributes:
         folder: its output folder.
         code: exit code, negative for a signal.
-        log: what it printed.
+        log: its standard output and errors.
         journal: the entries of `Moments`.
-        seconds: until it ended.
-        orphans: process numbers of workers that outlived their launcher.
-        late: seconds for which workers outlived their launcher.
+        seconds: from its start to its end.
+        orphans: process ids of workers that outlived their launcher by `ORPHAN_SECONDS`.
+        late: seconds for which its workers outlived the launcher.
     """
 
     folder: Path
@@ -56,29 +56,29 @@ class Run:
     late: float = 0.0
 
     def steps(self) -> list[tuple[str, int]]:
-        """(folder of the training, step) of the steps that were taken."""
+        """(name of the training's folder, step) of each step that rank 0 took."""
         return [(e["training"], e["step"]) for e in self.journal if e["event"] == "step" and e["rank"] == 0]
 
     @property
     def struck(self) -> bool:
-        """Whether the fault's moment came."""
+        """Whether the fault was triggered."""
         return any(entry["event"] == "fault" for entry in self.journal)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each moment came in an undisturbed run."""
+        """Number of occurrences of each moment; empty if the run did not reach its end."""
         return next((entry["counts"] for entry in self.journal if entry["event"] == "end"), {})
 
 
 class Start:
-    """A run to be started: what a scenario yields to get a `Run`.
+    """A run to start; a scenario yields it and is sent its `Run`.
 
     Args:
-        job: what is run.
+        job: recipe and arguments.
         folder: its output folder.
         fault: what happens to it.
-        resume: adds `--resume`, which starts at the beginning where there is nothing to go on from.
-        processes: 0 forks; 1 and 2 are true processes under `accelerate launch`.
+        resume: adds `--resume true`, which starts from the beginning if there is nothing to resume.
+        processes: 0 for a fork; 1 or 2, the number of processes under `accelerate launch`.
     """
 
     def __init__(self, job: Job, folder: Path, fault: Fault | None = None, resume: bool = True, processes: int = 0):
@@ -118,7 +118,7 @@ class Start:
         command += [__file__, str(self.journal), self.fault.json(), str(self.job.trainings), self.job.recipe]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(self.log, "w", encoding="utf-8") as log:
-            # Kept: of a lost one Python itself would collect the exit code.
+            # Kept, because Python would collect the exit code of a process object that is no longer referenced.
             self.process = subprocess.Popen(
                 [*command, *self.arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment,
                 process_group=0,
@@ -133,14 +133,14 @@ class Start:
         return os.waitstatus_to_exitcode(status) if done else None
 
     def end(self, code: int) -> Run:
-        """The run whose process has ended; waits for workers that have outlived their launcher."""
+        """The `Run` of a process that ended with `code`; `Bench` fills in log, orphans and `late`."""
         seconds = time.monotonic() - self.began
         lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.is_file() else []
         journal = [json.loads(line) for line in lines]
         return Run(self.folder, code, "", journal, seconds)
 
     def workers(self) -> list[int]:
-        """Processes of this run that still live."""
+        """Process ids of this run's workers that are still alive."""
         lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.is_file() else []
         return [pid for pid in {json.loads(line)["pid"] for line in lines} if _lives(pid)]
 
@@ -154,7 +154,7 @@ def _lives(pid: int) -> bool:
 
 
 def work(journal: str, fault: Fault, job: Job, arguments: list[str]) -> int:
-    """The recipe in this process, with a fault; returns its exit code."""
+    """Runs the recipe in this process, disturbed by the fault; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     folder = arguments[arguments.index("--output_dir") + 1]
@@ -190,7 +190,7 @@ class Bench:
     Args:
         work: folder of runs and logs.
         parallel: runs at a time.
-        limit: seconds after which a run is killed; it counts as one that hung.
+        limit: seconds after which a run is killed, because it hangs.
     """
 
     def __init__(self, work: Path, parallel: int = 2, limit: float = 180.0):
@@ -251,7 +251,7 @@ class Bench:
 
     # ------------------------------------------------------------------ undisturbed runs
     def prepare(self, names: Iterable[str]) -> None:
-        """The undisturbed runs of these jobs, and of those that they build on, in `work/whole`."""
+        """Runs these jobs and all that they build on, undisturbed, in `work/whole`."""
         write_text(self.work / "text.txt")
         for name in with_needs(tuple(names)):
             if name not in self.whole:
@@ -266,7 +266,7 @@ class Bench:
         return run
 
     def folder(self, name: str) -> Path:
-        """A new folder for a run of this job."""
+        """Path of a new folder for a run of this job."""
         self.number += 1
         return self.work / "runs" / f"{self.number:04d}-{name}"
 
@@ -276,7 +276,7 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
 
     def copy_base(self, job: Job, folder: Path) -> None:
-        """The finished folder in which a job goes on, without its checkpoints."""
+        """Copies the finished folder of `job.base` to `folder`, without checkpoints; does nothing for other jobs."""
         if job.base is not None:
             shutil.copytree(
                 self.work / "whole" / job.base,

@@ -13,7 +13,7 @@ MOMENTS = ("start", "first step", "mid training", "checkpoint write", "final sav
 
 
 def moment(bench: Bench, name: str, when: str, signal: str, target: str, draw: random.Random) -> Fault:
-    """The fault at one of the five moments of a job."""
+    """The fault at one of `MOMENTS` of a job."""
     counts = bench.whole[name].counts
     place, count = {
         "start": ("start", 1),
@@ -33,7 +33,7 @@ def scenarios(bench: Bench, names: list[str], processes: int, reduced: bool, see
     Args:
         processes: 0 sends the signal to a fork of the recipe, 1 to `accelerate launch`; with 2 ranks SIGTERM goes to the
             launcher and SIGINT to a worker, in the middle of training.
-        reduced: one signal per recipe, at each another moment.
+        reduced: one signal per recipe, for each recipe at another moment.
     """
     draw = random.Random(seed)
     for row, name in enumerate(names):
@@ -48,7 +48,7 @@ def scenarios(bench: Bench, names: list[str], processes: int, reduced: bool, see
 
 
 def one(bench: Bench, name: str, when: str, fault: Fault, processes: int) -> Scenario:
-    """A signal, and the same command again."""
+    """Sends a signal to a run; the same command must then resume it without losing a step."""
     job = JOBS[name]
     suite = {0: "signals", 1: "launcher", 2: "two"}[processes]
     case = Case(suite, name, f"{fault.what} to the {fault.target}: {when} ({fault.place} {fault.count})")
@@ -60,14 +60,14 @@ def one(bench: Bench, name: str, when: str, fault: Fault, processes: int) -> Sce
     if run.orphans:
         case.wrong.append("an orphan")
     if not run.struck:
-        case.wrong.append("the moment never came")
-    # A launcher that catches the signal (torchrun) says 1; one that does not dies of it.
+        case.wrong.append("the fault was not triggered")
+    # A launcher that catches the signal (torchrun) exits with 1; one that does not dies of the signal.
     expected = {SIGNALS[fault.what]} if processes == 0 else {-(SIGNALS[fault.what] - 128), SIGNALS[fault.what], 1}
     if run.code not in expected:
         case.wrong.append(f"exit code {run.code}")
     case.wrong += told(run) if processes == 0 else []
     if processes == 2:
-        # A resume by one process is another run; what two ranks have saved is read by two.
+        # Two ranks resume what two ranks saved. No undisturbed run has two ranks, so weights are not compared.
         again = yield Start(job, folder, processes=2)
         case.wrong += [] if again.code == 0 else [f"the resumed run ended with {again.code}: {again.log[-400:]}"]
         case.figures["lost"] = steps_lost(run, again)
