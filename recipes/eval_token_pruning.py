@@ -23,6 +23,7 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa_sources import VQASourceArguments, load_vqa_rows, vqa_collator
 from tokcom_hf.evaluation.pruning_answers import evaluate_mode, named_metrics
 from tokcom_hf.evaluation.pruning_prefill import time_modes
+from tokcom_hf.model_folders import load_pretrained
 from tokcom_hf.models.pruning_strategies import LAYER_STRATEGIES
 from tokcom_hf.plots.pruning import plot_kept_patches
 
@@ -53,7 +54,7 @@ def main() -> None:
     if run.model == RunArguments.model and not (Path(run.model) / "config.json").is_file():
         raise RecipeError(f"{run.model} does not exist; run recipes/train_token_pruning.py first, or name a --model.")
     model = load_model(run)
-    processor = AutoProcessor.from_pretrained(run.processor or run.model)
+    processor = load_pretrained(AutoProcessor, run.processor or run.model, "Processor")
     base_model = model.config.base_model_name_or_path or run.model
     base_model = run.model if base_model == "base" else base_model
     _, rows = load_vqa_rows(source, base_model, training=False)
@@ -82,17 +83,17 @@ def main() -> None:
 
 def load_model(run: RunArguments) -> PrunedVLM:
     """A saved PrunedVLM, or a VLM wrapped with a strategy."""
-    kind = AutoConfig.from_pretrained(run.model).model_type
+    kind = load_pretrained(AutoConfig, run.model).model_type
     if kind == "tokcom_pruned_vlm":
         if run.strategy:
             raise RecipeError(f"{run.model} is pruned already; --strategy needs an unpruned VLM.")
-        return AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype)
+        return load_pretrained(AutoModelForImageTextToText, run.model, dtype=run.dtype)
     if not run.strategy or not run.keep:
         raise RecipeError(f"{run.model} is an unpruned {kind}; name a --strategy and --keep.")
     layer = {} if run.strategy_layer is None else {"strategy_layer": run.strategy_layer}
     if layer and run.strategy not in LAYER_STRATEGIES:
         raise RecipeError(f"--strategy_layer is for --strategy fastv; {run.strategy} works before the language model.")
-    base = AutoModelForImageTextToText.from_pretrained(run.model, dtype=run.dtype)
+    base = load_pretrained(AutoModelForImageTextToText, run.model, dtype=run.dtype)
     return PrunedVLM.from_base(base.eval(), strategy=run.strategy, keep=run.keep, **layer).eval()
 
 

@@ -45,6 +45,7 @@ from tokcom_hf.evaluation.tokcom_denoising import denoise_reconstruct_accuracy, 
 from tokcom_hf.evaluation.tokcom_latent_path import sampling_path
 from tokcom_hf.evaluation.tokcom_reconstruction import detailed_reconstruction, reconstruction_metrics
 from tokcom_hf.metrics.text import KneserNey, TextJudge
+from tokcom_hf.model_folders import load_pretrained
 from tokcom_hf.plots.text import draw_evaluation
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "evaluate_tokcom.yaml"
@@ -186,7 +187,7 @@ def load_tokcom(folder: str) -> Any:
     """A trained model, on the GPU where there is one."""
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise RecipeError(f"No trained model in {folder!r}; run recipes/train_tokcom.py --output_dir {folder} first.")
-    model = AutoModel.from_pretrained(folder)
+    model = load_pretrained(AutoModel, folder)
     if model.config.model_type != "tokcom":
         raise RecipeError(f"{folder!r} holds a {model.config.model_type!r} model, not a TokCom model.")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -244,7 +245,7 @@ def all_samplers(
         # How it samples is its own; a block size, guidance or number of steps may not fit another model.
         samplers[f"variant {Path(folder).name}"] = TokComSampler(variant, {"temperature": run.temperature})
     for folder in run.baselines:
-        baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
+        baseline = load_pretrained(AutoModelForCausalLM, folder).eval().to(model.device)
         parameters[folder] = baseline.num_parameters()
         samplers[baseline_name(folder)] = CausalSampler(baseline, data.tokenizer.eos_token_id)
     return samplers, parameters

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from tokcom_hf import LFQExpandedModel, LFQProcessor
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.model_folders import checked_folder, load_pretrained
 from tokcom_hf.models.lfq_building import load_base
 from tokcom_hf.models.lfq_tokens import check_output_dim
 from tokcom_hf.run_folders import check_new_folder
@@ -130,11 +131,12 @@ def load(args: ExpandArguments, output: Path):
         processor.save_pretrained(output / "base")
         return AutoModelForImageTextToText.from_pretrained(output / "base"), processor.tokenizer
     options = {"trust_remote_code": True} if args.trust_remote_code else {}
-    base = load_base(args.base, dtype=args.dtype, **options)
+    with checked_folder(args.base):
+        base = load_base(args.base, dtype=args.dtype, **options)
     try:
         return base, AutoProcessor.from_pretrained(args.base, **options)
     except (OSError, ValueError, ImportError, AttributeError):
-        return base, AutoTokenizer.from_pretrained(args.base, **options)
+        return base, load_pretrained(AutoTokenizer, args.base, "Tokenizer", **options)
 
 
 def reload(output, args: ExpandArguments, base_class):

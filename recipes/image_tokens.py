@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from transformers import LlamaConfig, set_seed
+from transformers import AutoConfig, LlamaConfig, set_seed
 
 from tokcom_hf import LFQExpandedModel, LFQProcessor, VQGANConfig, VQGANTrainingArguments
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
@@ -29,6 +29,7 @@ from tokcom_hf.data.captions import read_image_text_jsonl
 from tokcom_hf.evaluation.lfq_drawing import evaluate_drawing, tokenize_images
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
+from tokcom_hf.model_folders import checked_folder, load_pretrained
 from tokcom_hf.models.pipeline_lfq import DECODER_FOLDER
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.small_models.image_token_stages import base_model, image_tokenizer
@@ -107,8 +108,11 @@ def read_arguments(argv: list[str] | None):
     place = {"output_dir": run.output_dir}
     fixed = place | {"seed": run.seed, "remove_unused_columns": False, "report_to": "none"}
     args = CompressionTrainingArguments(**values["training"] | fixed)
+    # What would stop a later stage is refused before the first one.
+    for name in (run.image_tokenizer, run.base):
+        if name is not None:
+            load_pretrained(AutoConfig, name)
     if run.image_tokenizer is None:
-        # Refused now, not when it is its turn.
         VQGANTrainingArguments(**values["vqgan_training"] | place)
         vqgan_config(run, values)
     return values, run, args, upload
@@ -146,13 +150,14 @@ def expand(run: RunArguments, base: str, tokenizer, decoder):
     """The expanded model and its processor."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = LFQExpandedModel.from_base(
-        base,
-        output_dim=(decoder.config.codebook_size - 1).bit_length(),
-        embedding_init_method=run.embedding_init_method,
-        freeze_original=run.freeze_original,
-        tokenizer=tokenizer,
-    )
+    with checked_folder(base):
+        model = LFQExpandedModel.from_base(
+            base,
+            output_dim=(decoder.config.codebook_size - 1).bit_length(),
+            embedding_init_method=run.embedding_init_method,
+            freeze_original=run.freeze_original,
+            tokenizer=tokenizer,
+        )
     if not run.tune_llm:
         model.freeze_base()
     start = getattr(tokenizer, "start_image_token", None) or "\n"

@@ -27,6 +27,7 @@ from tokcom_hf import TokenPruningTrainer, TokenPruningTrainingArguments
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa_sources import VQASourceArguments, vqa_collator
 from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
+from tokcom_hf.model_folders import load_pretrained
 from tokcom_hf.trainers.pruning_build import build_discriminator, check_merge_budget
 
 
@@ -77,7 +78,7 @@ def search(values: dict) -> None:
     }
     args = TokenPruningTrainingArguments(**values["training"] | fixed)
     ensure_small_vlm(run.base_model)
-    processor = AutoProcessor.from_pretrained(run.base_model)
+    processor = load_pretrained(AutoProcessor, run.base_model, "Processor")
     train, held_out = build_data(run, source)
 
     def fresh_model(trial=None):

@@ -29,6 +29,7 @@ from tokcom_hf.evaluation.tokcom_stage_report import card_data
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
 from tokcom_hf.metrics.compute import count_training_flops, matching_llama_config
+from tokcom_hf.model_folders import load_pretrained
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.trainers.base import CompressionTrainingArguments
 from tokcom_hf.trainers.causal import CausalTrainer
@@ -95,7 +96,7 @@ def build_data(run: RunArguments, source: TextSource) -> tuple[TextRows, Goal]:
     if run.match_tokcom is None:
         data = load_source(source, run.length, run.tokenizer, run.tokenizer_vocab_size)
         return data, Goal(run.length, int(run.parameters or 0), run.tokens, run.flops, {})
-    tokcom = AutoModel.from_pretrained(run.match_tokcom)
+    tokcom = load_pretrained(AutoModel, run.match_tokcom)
     length = tokcom.config.max_chunks * tokcom.config.vae.chunk_size
     data = load_source(source, length, run.match_tokcom, run.tokenizer_vocab_size)
     matched = tokcom_budget(run.match_tokcom, tokcom, data.train)

@@ -36,7 +36,7 @@ from tokcom_hf.evaluation.lfq_joint import evaluate_joint
 from tokcom_hf.evaluation.lfq_joint_report import print_report
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import RUN_MARKER, take_upload
-from tokcom_hf.model_folders import check_model_folder
+from tokcom_hf.model_folders import check_model_folder, load_pretrained
 from tokcom_hf.plots.lfq import plot_joint_training
 from tokcom_hf.plots.vqgan import NO_MATPLOTLIB
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
@@ -138,8 +138,8 @@ def build_data(run: RunArguments):
 
 def build_model(run: RunArguments, quantizer: dict[str, Any]) -> tuple[JointLFQModel, TileProcessor, dict[str, int]]:
     """The base model with as many new ids as a quantizer that fits it has codes; its processor, and their sizes."""
-    processor = TileProcessor.from_pretrained(run.base)
-    base = AutoModelForImageTextToText.from_pretrained(run.base, dtype=run.dtype)
+    processor = load_pretrained(TileProcessor, run.base, "Processor")
+    base = load_pretrained(AutoModelForImageTextToText, run.base, dtype=run.dtype)
     expansion = {
         "enabled": run.expand_vocabulary,
         "embedding_init_method": run.embedding_init_method,

@@ -30,7 +30,7 @@ from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.gpus import use_gpus
 from tokcom_hf.hub import RUN_MARKER, Upload, take_upload
-from tokcom_hf.model_folders import check_model_folder
+from tokcom_hf.model_folders import check_model_folder, load_pretrained
 from tokcom_hf.pruning_checkpoint import read_parts
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
@@ -152,7 +152,7 @@ def build_data(run: RunArguments, source: VQASourceArguments):
 
 def build_model(run: RunArguments, values, parts: dict | None = None) -> PrunedVLM:
     """The base model with heads that fit it, fresh ones or those of `parts` (`read_parts`), or with a strategy."""
-    base = AutoModelForImageTextToText.from_pretrained(run.base_model, dtype=run.dtype)
+    base = load_pretrained(AutoModelForImageTextToText, run.base_model, dtype=run.dtype)
     if run.strategy:
         return PrunedVLM.from_base(base, strategy=run.strategy, keep=run.keep)
     if run.merger:
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     set_seed(run.seed)
     info("Loading backbone and dataset...")
-    processor = AutoProcessor.from_pretrained(run.base_model)
+    processor = load_pretrained(AutoProcessor, run.base_model, "Processor")
     data = build_data(run, source)
     parts = read_parts(run.init_from, run.init_step) if run.init_from else {}
     model = build_model(run, values, parts)

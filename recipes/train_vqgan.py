@@ -23,6 +23,7 @@ from tokcom_hf.data.images import ImageSource, image_datasets
 from tokcom_hf.documented_names import TRAIN_VQGAN
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import Upload, take_upload
+from tokcom_hf.model_folders import load_pretrained
 from tokcom_hf.models.configuration_vqgan import VQGANConfig
 from tokcom_hf.models.configuration_vqgan_discriminator import VQGANDiscriminatorConfig
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
@@ -89,7 +90,7 @@ def read_arguments(argv: list[str] | None):
     upload = take_upload(values["training"])
     values["training"].pop("resume_from_checkpoint", None)
     args = VQGANTrainingArguments(**values["training"] | {"output_dir": run.output_dir})
-    config = VQGANConfig.from_pretrained(run.init_from) if run.init_from else VQGANConfig(**values["model"])
+    config = load_pretrained(VQGANConfig, run.init_from) if run.init_from else VQGANConfig(**values["model"])
     channels = values["discriminator"].get("in_channels", config.out_channels)
     if args.adversarial_weight and channels != config.out_channels:
         raise RecipeError(
@@ -111,7 +112,7 @@ def build_data(run: RunArguments, config: VQGANConfig):
 
 def build_model(run: RunArguments, config: VQGANConfig) -> VQGAN:
     """The model of --init_from, its codebook grown by --expand_codebook, or an untrained one."""
-    model = VQGAN.from_pretrained(run.init_from) if run.init_from else VQGAN(config)
+    model = load_pretrained(VQGAN, run.init_from) if run.init_from else VQGAN(config)
     if run.expand_codebook:
         model.expand_codebook(run.expand_codebook)
     return model

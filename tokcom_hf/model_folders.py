@@ -8,6 +8,8 @@ import json
 import os
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -45,9 +47,24 @@ def load_pretrained(loader: Any, name: str | os.PathLike, what: str = "Model", *
         ValueError: what `check_model_folder` refuses, or what the loader cannot use.
         OSError: it cannot be loaded from the Hub.
     """
+    with checked_folder(name, what):
+        return loader.from_pretrained(name, **options)
+
+
+@contextmanager
+def checked_folder(name: str | os.PathLike, what: str = "Model") -> Iterator[None]:
+    """Checks a folder, then turns what a loader in the block raises about it into one sentence.
+
+    Args:
+        name: folder or name on the Hub.
+        what: is loaded, for the error.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as of `load_pretrained`.
+    """
     check_model_folder(name)
     try:
-        return loader.from_pretrained(name, **options)
+        yield
     except BROKEN as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from .model_folders import load_pretrained
 from .models.configuration_tokcom import TokComConfig
 from .models.modeling_tokcom import TokComModel
 from .models.modeling_tokcom_denoiser import DenoisedModel
@@ -45,7 +46,7 @@ def load_checkpoint(
         model: Any = convert_checkpoint(checkpoint, source=path)
         config = checkpoint_settings(checkpoint)
     else:
-        model = AutoModel.from_pretrained(path)
+        model = load_pretrained(AutoModel, path)
         if not isinstance(model, (TokComModel, TokComVAE)):
             raise ValueError(f"{str(path)!r} holds a {type(model).__name__}, not a TokComModel or TokComVAE.")
         config = DOCUMENTED_SETTINGS | {"tokenizer_path": str(path)}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..model_folders import load_pretrained
+
 
 class LanguageModelJudge:
     """Perplexity of texts under a causal language model of transformers.
@@ -38,8 +40,8 @@ class LanguageModelJudge:
             if find_spec("gguf") is None:
                 raise OSError(f"{name!r} holds a GGUF file; install the package gguf to read it: pip install gguf")
             folder, gguf = str(file.parent), {"gguf_file": file.name}
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **gguf)
-        return cls(model.to(device), AutoTokenizer.from_pretrained(folder, **gguf))
+        model: Any = load_pretrained(AutoModelForCausalLM, folder, "Judge", **gguf)
+        return cls(model.to(device), load_pretrained(AutoTokenizer, folder, "Tokenizer of the judge", **gguf))
 
     @torch.no_grad()
     def perplexity(self, texts: Sequence[str], batch_size: int = 8) -> float:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ..data.text import TextRows
 from ..metrics.text import TextJudge
+from ..model_folders import load_pretrained
 from .text_generation import CausalSampler, TokComSampler
 from .text_protocol import frontier
 
@@ -52,7 +53,7 @@ def frontiers(run: Any, model, data: TextRows, judge: TextJudge, length: int) ->
     print("\nfrontier of TokCom")
     curves = {"TokCom": frontier(lambda **point: TokComSampler(model, common | point), grid, **arguments)}
     for folder in run.baselines:
-        baseline = AutoModelForCausalLM.from_pretrained(folder).eval().to(model.device)
+        baseline = load_pretrained(AutoModelForCausalLM, folder).eval().to(model.device)
         name = baseline_name(folder)
         print(f"frontier of {name}")
         points = [{"temperature": temperature} for temperature in run.baseline_temperatures]

@@ -8,6 +8,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..cli import RecipeError
 from ..data.caption_images import CaptionImages, draw_scenes
+from ..model_folders import load_pretrained
 from ..models.configuration_vqgan import VQGANConfig
 from ..models.image_processing_vqgan import VQGANImageProcessor
 from ..models.modeling_vqgan import VQGAN
@@ -34,7 +35,8 @@ def image_tokenizer(
     """
     name = run.image_tokenizer or (folder.path / DECODER_FOLDER if folder.is_finished(DECODER_FOLDER) else None)
     if name is not None:
-        decoder, image_processor = AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+        decoder = load_pretrained(AutoModel, name, "Image tokenizer")
+        image_processor = load_pretrained(AutoImageProcessor, name, "Image processor")
     elif config is None:
         raise TypeError("config must be a VQGANConfig where run.image_tokenizer names no trained VQGAN, got None.")
     else:
@@ -76,7 +78,7 @@ def base_model(run: Any, text: dict[str, Any], folder: RunFolder, train: Any):
         )
         keep(folder, "base", small, tokenizer)
     name = run.base or str(folder.path / "base")
-    return name, AutoTokenizer.from_pretrained(name)
+    return name, load_pretrained(AutoTokenizer, name, "Tokenizer of the base")
 
 
 def keep(folder: RunFolder, stage: str, *parts) -> None:

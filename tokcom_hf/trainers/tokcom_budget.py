@@ -11,6 +11,7 @@ from transformers import AutoModel
 from ..checkpoints import newest_state
 from ..data.latent_rows import encode_rows
 from ..metrics.compute import count_flops, count_training_flops
+from ..model_folders import load_pretrained
 from .tokcom import DenoiserTrainer, DenoiserTrainingArguments, TokComVAETrainer, TokComVAETrainingArguments
 from .tokcom_distillation import DistillationTrainer, DistillationTrainingArguments
 
@@ -87,9 +88,8 @@ class _StepFlops:
 
     def vae(self, folder: Path) -> float:
         """`folder` holds the VAE of stage 1, which may have parts that the whole model has not."""
-        vae = (
-            AutoModel.from_pretrained(folder / "vae") if (folder / "vae" / "config.json").is_file() else self.model.vae
-        )
+        own = (folder / "vae" / "config.json").is_file()
+        vae = load_pretrained(AutoModel, folder / "vae") if own else self.model.vae
         vae.train().requires_grad_(True)
         with tempfile.TemporaryDirectory() as scratch:
             trainer = TokComVAETrainer(model=vae, args=TokComVAETrainingArguments(**_arguments(scratch)))

@@ -17,6 +17,7 @@ from ..cli import RecipeError
 from ..data.latent_rows import encode_rows, latent_statistics
 from ..data.tokenizers import check_tokenizer
 from ..fingerprints import settings_of
+from ..model_folders import load_pretrained
 from ..models.modeling_tokcom_vae import TokComVAE
 from ..run_folders import RunFolder
 from ..tokcom_checkpoint_writer import save_checkpoint
@@ -81,7 +82,7 @@ def load_stage(folder: Path, tokenizer: Any, stage: str) -> Any:
             f"This stage goes on from what --stage {stage} trains, and there is no model in {str(folder)!r}; run that one "
             "first, or name its folder with --output_dir."
         )
-    model = AutoModel.from_pretrained(folder)
+    model = load_pretrained(AutoModel, folder)
     check_tokenizer(tokenizer, getattr(model, "vae", model).config)
     return model
 
