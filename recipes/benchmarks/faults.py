@@ -22,6 +22,7 @@ import contextlib
 import gc
 import importlib
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -163,6 +164,8 @@ def warm_up() -> None:
 def main(argv: list[str] | None = None) -> list[Case]:
     args = FaultArguments(**parse_recipe(__doc__ or "", {"run": FaultArguments}, None, argv)["run"])
     started = time.monotonic()
+    # A shell starts background jobs with SIGINT ignored; launchers would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warm_up()
     work = Path(args.output_dir)
     for folder in ("runs", "whole", "templates", "logs"):

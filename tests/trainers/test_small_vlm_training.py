@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tokcom_hf.small_models.dense_pretraining import TowerLesson, pretrain_tower
 from tokcom_hf.small_models.small_vlm import scene_processor
+from tokcom_hf.trainers.base import CompressionTrainer
 from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
 
 
@@ -49,8 +50,8 @@ def test_one_optimizer_equals_the_two_and_resumes():
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-@pytest.mark.slow
-def test_tower_learns_what_patches_show(tmp_path):
+def teach(folder, steps, **options):
+    """A small tower that was taught into `folder`, and what a probe reads of it."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         image_size=32,
@@ -61,13 +62,30 @@ def test_tower_learns_what_patches_show(tmp_path):
         num_attention_heads=2,
     )
     tower = CLIPVisionModel(config)
+    lesson = TowerLesson(32, side=4, steps=steps, batch_size=32, scenes={"colours": ("red", "blue", "yellow")})
     correct = pretrain_tower(
         tower,
         lambda pixels: tower(pixels).last_hidden_state[:, 1:],
         scene_processor(32, 8).image_processor,
-        TowerLesson(image_size=32, side=4, steps=60, batch_size=32, scenes={"colours": ("red", "blue", "yellow")}),
-        tmp_path,
+        lesson,
+        folder,
         trainer_arguments={"report_to": "none", "disable_tqdm": True, "use_cpu": True},
+        **options,
     )
+    return tower, correct
+
+
+@pytest.mark.slow
+def test_tower_learns_what_patches_show(tmp_path):
+    _, correct = teach(tmp_path, steps=60)
     # Chance is 1/3 for colours and 1/2 for sizes.
     assert correct["colour"] > 0.8 and correct["size"] > 0.7
+
+
+def test_a_run_that_was_stopped_behind_its_towers_lesson_takes_no_step_of_it_again(tmp_path, monkeypatch):
+    tower, correct = teach(tmp_path, steps=3)
+    monkeypatch.setattr(CompressionTrainer, "training_step", None)
+    again, read = teach(tmp_path, steps=3, resume=True)
+    assert read == correct
+    for name, value in tower.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name

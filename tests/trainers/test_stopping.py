@@ -83,6 +83,19 @@ def test_the_resumed_run_ends_with_the_same_weights_and_evaluations(tmp_path, wh
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
+def test_a_signal_behind_the_last_step_is_followed_by_a_checkpoint_also_without_a_save_strategy(tmp_path, whole):
+    with pytest.raises(Stopped) as told, stop_on_signals():
+        trainer(tmp_path, SendAt("on_prediction_step", 4), SendAt("on_log", 5), save_strategy="no").train()
+    assert told.value.checkpoint.endswith("checkpoint-4")
+    with pytest.raises(Stopped) as told, stop_on_signals():
+        trainer(tmp_path, SendAt("on_log", 5), save_strategy="no").train(resume_from_checkpoint=True)
+    assert told.value.checkpoint.endswith("checkpoint-5") and Path(told.value.checkpoint).is_dir()
+    resumed = trainer(tmp_path, save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
 def test_a_signal_between_two_epochs_leaves_their_evaluation_to_the_resumed_run(tmp_path):
     settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
     plain = trainer(tmp_path / "plain", **settings)

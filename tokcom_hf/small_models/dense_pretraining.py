@@ -22,6 +22,7 @@ from ..data.scene_patches import ScenePatchDataset, patch_label_sizes
 from ..trainers.base import CompressionTrainer, CompressionTrainingArguments
 from ..whole_files import write_text
 
+SAVE_STEPS = 200  # and behind the last step: what a tower was taught is kept before the language model begins
 EMPTY_WEIGHT = 0.3  # weight of the patches without an object, which are many and easy
 
 
@@ -120,7 +121,8 @@ def pretrain_tower(
         "warmup_steps": min(50, lesson.steps // 4),
         "lr_scheduler_type": "cosine",
         "logging_steps": 100,
-        "save_strategy": "no",
+        "save_steps": min(SAVE_STEPS, max(1, lesson.steps)),
+        "save_total_limit": 1,
         "remove_unused_columns": False,
         "seed": lesson.seed,
     }

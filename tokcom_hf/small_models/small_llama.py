@@ -60,7 +60,9 @@ def train_caption_llama(
         learning_rate=2e-3,
         warmup_steps=10,
         lr_scheduler_type="cosine",
-        save_strategy="no",
+        # Behind the last step, too: what comes before the model is kept may be cut short.
+        save_steps=max(1, steps),
+        save_total_limit=1,
         report_to="none",
         logging_steps=50,
         seed=seed,

@@ -27,10 +27,11 @@ class StopAtSignal(TrainerCallback):
     def __init__(self, trainer: Any = None):
         self.trainer = trainer
         self._stopping: int | None = None
+        self._saved: int | None = None  # step of the newest checkpoint
         self._states: tempfile.TemporaryDirectory | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._stopping = None
+        self._stopping, self._saved = None, None
         training_begins()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -58,6 +59,7 @@ class StopAtSignal(TrainerCallback):
             raise EvaluationCut
 
     def on_save(self, args, state, control, **kwargs):
+        self._saved = state.global_step
         if self._stopping is None and not (args.eval_strategy == "epoch" and _ends_epoch(state, control)):
             # The signal came while this checkpoint was being written, and nothing else is due at its step.
             self._stopping = agreed_signal()
@@ -71,15 +73,18 @@ class StopAtSignal(TrainerCallback):
             # Between the last step and here: the model of that step is whole, what follows is not done.
             self._stopping = agreed_signal()
             if self._stopping is not None:
+                if self.trainer is not None and self._saved != state.global_step:
+                    # With save_strategy "no" nothing else has written this step.
+                    self.trainer._save_checkpoint(self.trainer.model, trial=None)
+                    self._saved = state.global_step
                 self._leave(args, state)
         training_is_over()
 
     def _leave(self, args, state) -> None:
         assert self._stopping is not None
         training_is_over()
-        raise Stopped(
-            self._stopping, state.global_step, os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        )
+        saved = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        raise Stopped(self._stopping, state.global_step, saved if self._saved == state.global_step else None)
 
     # ------------------------------------------------------------------ evaluations
     def evaluate_or_stop(self, proceed: Callable[[], Any]) -> None:
