@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text import TextRows
@@ -117,6 +117,9 @@ def main() -> None:
         raise RecipeError(
             f"The tokenizer of {run.model!r} has {len(data.tokenizer)} tokens, the model {config.vae.omni_token_id}."
         )
+    for folder in (*run.variants, *run.baselines):
+        load_pretrained(AutoConfig, folder)
+    more = judged_by(run.judge_model, model.device, data.tokenizer)
     out = Path(run.output_dir)
     train, held_out = np.asarray(data.train.token_ids, dtype=np.int64), full_rows(data.validation)
     judge = TextJudge(train, held_out, len(data.tokenizer) + 1)
@@ -132,7 +135,6 @@ def main() -> None:
 
     prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, run.prefix_length)
     plan = SamplingPlan(run.num_samples, length, prefixes, run.draws)
-    more = judged_by(run.judge_model, model.device, data.tokenizer)
     rows = results["rows"] = {"held-out text": real_text(judge, run, more)}
     print_row("held-out text", rows["held-out text"], header=True)
     samplers, results["parameters"] = all_samplers(run, model, data, judge, train)
