@@ -1,4 +1,4 @@
-"""Fills the Jinja templates of `model_cards/` with the numbers of a run, and their metadata as the Hub reads it."""
+"""Writes model cards: fills the Jinja templates of `model_cards/` with a run's results and adds the Hub's metadata."""
 
 import math
 import os
@@ -13,13 +13,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
 class CardDataset(NamedTuple):
-    """The data of a run, as a card names it.
+    """The data set of a run, as its model card names it.
 
-    id: Hub id of a data set, or the slug of one that the package brings along.
-    name: for readers.
+    id: Hub id of the data set, or a slug of the built-in data or the user's file.
+    name: name shown to readers.
     config: configuration of a data set on the Hub.
-    public: whether others can get it; a user's own file is named with the results only.
-    language: ISO code of its texts, for example `en`; None where it has none or nobody knows.
+    public: whether others can get the data; a private file appears only beside the results, not under `datasets`.
+    language: ISO code of the text's language, for example `en`; None for data without text or of unknown language.
     """
 
     id: str
@@ -29,7 +29,7 @@ class CardDataset(NamedTuple):
     language: str | None = None
 
 
-# What `Trainer.evaluate` adds of the run itself.
+# Entries that `Trainer.evaluate` adds about the run, not about the model.
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "epoch")
 EMBEDDED_TEXT = CardDataset("python-documentation", "English text of Python's documentation", language="en")
 SCENES = CardDataset("procedural-scenes", "Procedural scenes of tokcom_hf", language="en")
@@ -39,7 +39,7 @@ IMAGES = CardDataset("procedural-images", "Procedural images of tokcom_hf")
 def card_dataset(
     embedded: CardDataset, dataset_name: str | None = None, dataset_config: str | None = None, file: str | None = None
 ) -> CardDataset:
-    """What a run was trained on: a data set on the Hub, the user's own file or folder, or the embedded default."""
+    """Describes the training data of a run: a data set on the Hub, the user's own file or folder, or else `embedded`."""
     if dataset_name:
         return CardDataset(dataset_name, dataset_name, dataset_config)
     if file:
@@ -73,15 +73,15 @@ def write_model_card(
 
     Args:
         folder: model folder.
-        template: template name without extension; it finds `repo_id`, or the folder's name, as `model_id`.
+        template: template name without extension; the template reads `repo_id`, or else the folder's name, as `model_id`.
         tags: Hub tags, for example `["text-generation", "flow-matching"]`.
-        pipeline_tag: one of the Hub's own tasks.
-        repo_id: `user/name` where the folder is going to be on the Hub.
-        base: the base model; metadata name it where it is a Hub id and not a local folder.
+        pipeline_tag: task name that the Hub knows.
+        repo_id: `user/name` of the repository that the folder will be uploaded to.
+        base: the base model; the metadata names it only if it is a Hub id, not a local folder.
         dataset: what the model was trained and measured on; see `card_dataset`.
         measured: results of the run by name, for the machine-readable `model-index`; needs `dataset` and `pipeline_tag`.
-            What is no finite number is left out, for the Hub refuses it, and so is the speed of the evaluation.
-        values: everything else the template names, for example `metrics={"token_accuracy": 0.999}`.
+            Values that are not finite numbers are left out, because the Hub rejects them; so are evaluation speeds.
+        values: the template's other variables, for example `metrics={"token_accuracy": 0.999}`.
     """
     model_id = repo_id or Path(folder).resolve().name
     data = ModelCardData(
@@ -102,7 +102,7 @@ def write_model_card(
 
 
 def hub_id(name: str | os.PathLike | None) -> str | None:
-    """`name` where it is a repository on the Hub, None for a local folder or a path."""
+    """Returns `name` if it is a valid Hub repository id, None for a local folder or a path."""
     if name is None or os.path.exists(name):
         return None
     try:
@@ -113,7 +113,7 @@ def hub_id(name: str | os.PathLike | None) -> str | None:
 
 
 def flat_numbers(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of nested results by joined name: `{"a": {"b": 1}}` → `{"a_b": 1.0}`; lists and texts are left out."""
+    """Flattens nested results, joining names: `{"a": {"b": 1}}` → `{"a_b": 1.0}`; lists and strings are left out."""
     numbers: dict[str, float] = {}
     for name, value in results.items():
         if isinstance(value, Mapping):

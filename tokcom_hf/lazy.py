@@ -1,4 +1,4 @@
-"""Registration without imports: callbacks that wait for a module, and mappings whose entries are imported when read."""
+"""Lazy registration: callbacks that run when a module is imported, and mappings that import an entry when it is read."""
 
 import importlib
 import sys
@@ -13,9 +13,9 @@ _lock = RLock()
 
 
 def when_imported(module: str, callback: Callable[[ModuleType], None]) -> None:
-    """Calls `callback(module)` once: now where the module is imported already, else as the last step of its import.
+    """Calls `callback(module)` once: now if the module is already imported, else as the last step of its import.
 
-    The callback runs under the lock of that import, so it must not import anything that imports the module itself.
+    The callback runs while the import lock of the module is held, so it must not import anything that imports the module.
     """
     with _lock:
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -27,7 +27,7 @@ def when_imported(module: str, callback: Callable[[ModuleType], None]) -> None:
 def run_waiting() -> None:
     """Runs the callbacks of every module that is imported by now.
 
-    A module that another thread had found, but not yet executed, when its callback was added is seen here only.
+    Needed for a module whose import another thread had begun before the callback was added: `_Finder` missed it.
     """
     for name in [name for name in tuple(_waiting) if name in sys.modules]:
         # import_module waits for another thread that is still executing the module.
@@ -42,7 +42,7 @@ def _run(name: str, module: ModuleType) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing itself: puts `_CallbackLoader` around the loader of a module that callbacks wait for."""
+    """Wraps the loader of a module that callbacks wait for in a `_CallbackLoader`; the other finders find the module."""
 
     def find_spec(self, name, path, target=None):
         if name not in _waiting:
@@ -57,7 +57,7 @@ class _Finder(MetaPathFinder):
 
 
 class _CallbackLoader(Loader):
-    """A module's own loader, then the callbacks."""
+    """Runs a module's own loader, then the callbacks."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -69,7 +69,7 @@ class _CallbackLoader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module):
-        # From here on the module has its own loader only, which inspect and importlib.resources ask.
+        # Restores the module's own loader, because inspect and importlib.resources use it.
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         _run(module.__name__, module)
@@ -78,10 +78,10 @@ class _CallbackLoader(Loader):
 class LazyMapping(MutableMapping):
     """A dictionary with deferred entries, which are imported when they are looked up or listed.
 
-    entries: what it holds from the start.
+    A key that is a class is matched by its module and name, so a lookup by class imports no other entry's class.
 
-    A key that is a class is known by its module and name, so whoever asks for it has imported it and nothing else needs to
-    be.
+    Args:
+        entries: initial entries, not deferred.
     """
 
     def __init__(self, entries: Mapping | None = None):
@@ -91,7 +91,7 @@ class LazyMapping(MutableMapping):
     def defer(self, name: str, load: Callable[[], tuple[Hashable, Any]]) -> None:
         """Adds an entry: `load()` returns its key and value; `name` is the key, or `module.Class` of a key that is a class.
 
-        An entry that is there already, under that name, stays.
+        An existing entry of that name is kept.
         """
         if name not in map(_name, self._loaded):
             self._deferred[name] = load
@@ -100,7 +100,7 @@ class LazyMapping(MutableMapping):
         load = self._deferred.get(name)
         if load is not None:
             key, value = load()
-            # Kept first and forgotten second: another thread finds the entry in one place or the other.
+            # Store before deleting the deferred entry, so that another thread always finds the entry in one of the two.
             self._loaded[key] = value
             self._deferred.pop(name, None)
 

@@ -1,8 +1,8 @@
-"""Registers every model of the package with the Auto classes and every pipeline with transformers, importing none of them.
+"""Registers all models with the Auto classes and all pipelines with transformers, without importing them.
 
-One row per model in `MODELS`, one per pipeline in `PIPELINES`. After `import tokcom_hf`, `AutoModel.from_pretrained(folder)`
-works without `trust_remote_code`, and imports what the folder needs; `register_for_auto_class` makes `save_pretrained` copy
-the model's code, so that the folder also loads, with `trust_remote_code=True`, where the package is not installed.
+`MODELS` has one row per model, `PIPELINES` one per pipeline. After `import tokcom_hf`, `AutoModel.from_pretrained(folder)`
+works without `trust_remote_code` and imports only the model it needs. `register_for_auto_class` makes `save_pretrained` copy
+the model's code, so that the folder also loads with `trust_remote_code=True` where the package is not installed.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
-# The first import of transformers fails in all threads but one; here it happens under the lock of this package's import.
+# If several threads import transformers for the first time at once, all but one fail; this import is serialised by the
+# import lock of this package.
 import transformers  # noqa: F401
 
 from .lazy import LazyMapping, when_imported
@@ -41,7 +42,7 @@ class PipelineRow(NamedTuple):
 
 
 class ProcessorRow(NamedTuple):
-    """A processor-like class (`auto_class` may be AutoProcessor or AutoImageProcessor) and the config it belongs to."""
+    """A processor or image processor (`auto_class` is AutoProcessor or AutoImageProcessor) and its model's config class."""
 
     stem: str
     processor: str
@@ -93,7 +94,8 @@ def load(module: str, name: str):
 def register_all() -> None:
     """Registers models, processors and pipelines; safe to call twice.
 
-    Each Auto class is told when it is imported, and each class of the package is imported when an Auto class needs it.
+    The registration runs when the module of an Auto class is imported; a class of this package is imported when an Auto
+    class first needs it.
     """
     for row in MODELS:
         when_imported(f"{PACKAGE}.configuration_{row.stem}", _travels(row.config, "AutoConfig"))
@@ -108,12 +110,12 @@ def register_all() -> None:
 
 
 def _travels(name: str, auto_class: str) -> Callable[[ModuleType], None]:
-    """What makes `save_pretrained` of class `name` copy its code."""
+    """Returns a callback that makes `save_pretrained` of class `name` copy its code into the folder."""
     return lambda module: getattr(module, name).register_for_auto_class(auto_class)
 
 
 def _extra(mapping) -> LazyMapping:
-    """The part of a mapping of transformers that `register` fills, made able to hold classes that are not imported yet."""
+    """Returns the `_extra_content` of an Auto mapping, which `register` fills, as one that can hold deferred classes."""
     if not isinstance(mapping._extra_content, LazyMapping):
         mapping._extra_content = LazyMapping(mapping._extra_content)
     return mapping._extra_content
@@ -130,7 +132,7 @@ def _entry(key: str, module: str, name: str) -> tuple[str, type]:
 
 
 def _register_for_config(mapping, config: str, module: str, name: str, backend: str | None = None) -> None:
-    """Defers the entry config class → class `name`, or → {backend: class} where a mapping has one class per backend."""
+    """Defers the entry config class → class `name`, or config class → {backend: class} if the mapping has backends."""
     stem = next(row.stem for row in MODELS if row.config == config)
 
     def entry() -> tuple[type, Any]:
@@ -162,7 +164,7 @@ def _register_processors(module: ModuleType) -> None:
 def _register_pipelines(module: ModuleType) -> None:
     for row in PIPELINES:
         auto_classes = next(model.auto_classes for model in MODELS if model.model == row.model)
-        # A pipeline saved with its code names Auto classes: transformers looks the names up in itself.
+        # Auto classes, not model classes: a saved pipeline names them, and transformers looks these names up in itself.
         task = LazyMapping({"pt": tuple(getattr(module, name) for name in auto_classes), "type": row.kind})
         task.defer("impl", partial(_entry, "impl", f"pipeline_{row.stem}", row.pipeline))
         module.PIPELINE_REGISTRY.supported_tasks[row.task] = task

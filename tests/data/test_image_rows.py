@@ -258,7 +258,7 @@ def test_other_braces_of_a_prompt_stay_as_they_are():
     packed = PackedVQACollator(processor, "<image> " + BRACES)
     packed([scene_rows(1, 0, image_size=32)[0]])
     question = scene_rows(1, 0, image_size=32)[0]["questions"][0]
-    assert f" {question}" + BRACES.removeprefix("{question}") in packed._known
+    assert f" {question}" + BRACES.removeprefix("{question}") in packed._cache
 
     tiles = scene_tile_processor(32, 4)
     image = Image.new("RGB", (32, 32))

@@ -78,7 +78,7 @@ def test_linked_folders_are_read_once_and_circles_end(tmp_path, processor):
 def test_links_that_lead_nowhere_are_told(tmp_path, processor):
     save(tmp_path / "a.png", "red")
     (tmp_path / "cats").symlink_to(tmp_path / "unmounted", target_is_directory=True)
-    with pytest.warns(UserWarning, match=r"1 links in .* lead nowhere: .*cats"):
+    with pytest.warns(UserWarning, match=r"1 links in .* are broken: .*cats"):
         assert len(FolderImages(tmp_path, processor)) == 1
 
 

@@ -530,7 +530,7 @@ def test_bleu_is_about_captions_and_accuracy_about_questions(processor):
 def test_tasks_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="task must be one of vqa, caption, both, got 'captions'"):
         VQASourceArguments(task="captions")
-    with pytest.raises(ValueError, match="columns known of Hub data sets have none"):
+    with pytest.raises(ValueError, match="known column mappings of Hub data sets have none"):
         VQASourceArguments(task="both", dataset_name="lmms-lab/VQAv2")
 
 

@@ -362,7 +362,7 @@ def test_a_validation_file_of_its_own(tmp_path, tokcom, corpus):
     rows = load_source(TextSource(train_file=str(corpus), validation_file=str(other)), 32, str(tokcom))
     assert "zebra zebra" in rows.tokenizer.decode(full_rows(rows.validation)[1])
     assert len(rows.train) > len(load_source(TextSource(train_file=str(corpus)), 32, str(tokcom)).train)
-    with pytest.raises(ValueError, match="two are needed"):
+    with pytest.raises(ValueError, match="at least 2 are needed"):
         other.write_text("zebra")
         full_rows(
             load_source(TextSource(train_file=str(corpus), validation_file=str(other)), 32, str(tokcom)).validation

@@ -1,1 +1,1 @@
-"""Embedded offline data sets, local-file and Hub loaders, collators."""
+"""Offline data generators, loaders of local files and Hub data sets, and collators."""

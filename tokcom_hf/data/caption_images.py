@@ -1,4 +1,4 @@
-"""Captions with images as LFQ tokens: what a language model trains on to draw."""
+"""Captions with images as LFQ tokens: the training data of a language model that generates images."""
 
 import random
 from dataclasses import dataclass, field, replace
@@ -12,21 +12,24 @@ from .scenes import Scene, render_scene, sample_scene, scene_caption
 
 
 def caption_of(scene: Scene) -> str:
-    """The scene's caption, every word and comma apart."""
+    """The scene's caption, with a space before each comma, so that commas are words of their own."""
     return scene_caption(scene).replace(",", " ,")
 
 
 def draw_scenes(
     count: int, seed: int, apart_from: frozenset[str] = frozenset(), dots: bool = True, **options: Any
 ) -> list[Scene]:
-    """Seeded scenes, none with a caption in `apart_from`, no caption twice where that set is given.
+    """Draws seeded scenes. Where `apart_from` is given, no scene has a caption in it and no two share a caption.
 
     Args:
-        dots: leave the small dot on one of the objects.
-        options: of `scenes.sample_scene`.
+        count: number of scenes.
+        seed: seed of the random generator.
+        apart_from: captions to avoid, for example those of the training scenes.
+        dots: keep the small dot that one object of each scene carries.
+        options: arguments of `scenes.sample_scene`.
 
     Raises:
-        ValueError: there are not so many other captions.
+        ValueError: fewer than `count` scenes with a new caption were found.
     """
     rng, seen = random.Random(seed), set(apart_from)
     scenes: list[Scene] = []
@@ -42,20 +45,20 @@ def draw_scenes(
         seen.add(caption)
         scenes.append(scene)
     if len(scenes) < count:
-        raise ValueError(f"Only {len(scenes)} of {count} scenes have a caption of their own; allow more objects.")
+        raise ValueError(f"Only {len(scenes)} of {count} scenes have a new caption; allow more objects.")
     return scenes
 
 
 @dataclass
 class CaptionImages(Dataset):
-    """Rows `{"caption": str, "image": PIL image}` of scenes, pixels drawn when asked for, once."""
+    """Rows `{"caption": str, "image": PIL image}` of scenes; each image is drawn at its first use and kept."""
 
     scenes: list[Scene]
     image_size: int
     _drawn: dict[int, Image.Image] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_drawn": {}}  # worker processes draw for themselves
+        return self.__dict__ | {"_drawn": {}}  # pickled for worker processes, which draw their own images
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -80,7 +83,7 @@ class PixelRows(Dataset):
 
 
 class CaptionTokens(Dataset):
-    """Rows `{"caption": str, "codes": (n,)}`: images turned into code numbers once, before training."""
+    """Rows `{"caption": str, "codes": (n,)}`: images that were encoded as LFQ codes once, before training."""
 
     def __init__(self, captions: list[str], codes: torch.Tensor):
         self.captions, self.codes = captions, codes.flatten(1)
@@ -94,12 +97,12 @@ class CaptionTokens(Dataset):
 
 @dataclass
 class CaptionImageCollator:
-    """Caption, then image tokens; only image tokens are predicted.
+    """Makes sequences of a caption followed by its image tokens; only image tokens have labels.
 
     Args:
-        processor: an `LFQProcessor`; its `image_prompt` holds the caption.
-        caption_drop: share of rows whose caption is left out, from which guidance learns what an image is without one.
-            Drawn from PyTorch's generator, so a resumed run draws the same.
+        processor: an `LFQProcessor`; the caption is inserted into its `image_prompt`.
+        caption_drop: probability that a row's caption is left out, which trains the unconditional prediction of
+            classifier-free guidance. Drawn from PyTorch's global generator, so a resumed run drops the same captions.
 
     Raises:
         ValueError: `caption_drop` outside [0, 1].

@@ -1,6 +1,7 @@
 """Images with a caption and a question, read from JSON lines, and the model inputs of joint LFQ training.
 
-A row is one of `vqa_dataset.py` with a `caption`. `scene_rows.py` draws such rows; its names can be imported from here, too.
+A row has the format of `vqa_dataset.py` and a `caption`. `scene_rows.py` generates such rows; this module re-exports its
+names.
 """
 
 from dataclasses import dataclass
@@ -24,22 +25,22 @@ def read_image_text_jsonl(
 ) -> VQADataset:
     """Reads JSON lines `{"image": "a.png", "caption": "...", "question": "...", "answer": "..."}`.
 
-    `image` is relative to `image_dir` (the file's own folder by default). Without `question`, what is asked for is the
-    caption. All images are checked (`image_rows.check_images`).
+    `image` is relative to `image_dir` (the file's own folder by default). A line without `question` gets a request for
+    the caption as its question. All images are checked (`image_rows.check_images`).
 
     Args:
-        allow_outside: take images by absolute paths and outside that folder, too.
+        allow_outside: also accept absolute image paths and paths outside that folder.
 
     Raises:
         FileNotFoundError: the file or an image is missing.
         NotADirectoryError: `image_dir` is no folder.
-        ValueError: a line is not JSON, or lacks image, caption or the answer to its question, an image is broken, a URL,
-            or lies outside the folder; the message names the line.
+        ValueError: a line is not JSON or lacks its image, its caption or the answer to its question; or an image is
+            broken, is a URL, or lies outside the folder. The message names the line.
     """
     folder = image_folder(path, image_dir)
     rows, images = [], []
     for place, record in read_json_objects(path):
-        line = ImageTextRow(place, record, "image, caption and, beside a question, its answer")
+        line = ImageTextRow(place, record, "image and caption, and an answer if there is a question")
         caption, question = line.text("caption"), line.text("question", "")
         answers = line.texts("answer") if question else [caption]
         image = line.image(folder, allow_outside)
@@ -63,19 +64,19 @@ def read_image_text_jsonl(
 
 @dataclass
 class JointLFQCollator:
-    """Rows of this module → model inputs of joint LFQ training: questions and answers, and captions to draw from.
+    """Turns rows of this module into the inputs of joint LFQ training: questions with answers, and captions to draw.
 
     Args:
-        processor: of the vision-language model.
-        prompt: of a question; `<image>` stands for the image.
-        caption_prompt: of an image to be drawn; `{caption}` is replaced, other braces stay as they are.
-        packed: questions about an image share it in one sequence and do not see each other, as if each were asked
-            alone (needs sdpa or eager attention); otherwise they follow each other like turns of a dialogue.
+        processor: the vision-language model's processor.
+        prompt: prompt of a question; `<image>` stands for the image.
+        caption_prompt: prompt for drawing an image; `{caption}` is replaced, other braces stay as they are.
+        packed: put all questions about an image in one sequence with it, and mask them from each other, as if each were
+            asked alone (needs sdpa or eager attention). Otherwise the questions follow each other as in a dialogue.
 
     Returns (when called):
-        what `PackedVQACollator` or `VQACollator` returns, with `caption_ids` and `caption_mask` `(batch, length)`: the
-        caption and the start-of-image token, padded on the left, so that the image's tokens follow at the same place
-        in every row.
+        the inputs of `PackedVQACollator` or `VQACollator`, and `caption_ids` and `caption_mask` `(batch, length)`: the
+        caption and the start-of-image token, padded on the left, so that the image tokens begin at the same position in
+        every row.
     """
 
     processor: Any

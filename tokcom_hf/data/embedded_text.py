@@ -1,4 +1,4 @@
-"""English prose that every Python installation carries."""
+"""English prose from the documentation that every Python installation contains."""
 
 import ast
 import os
@@ -10,16 +10,19 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-# About as much English as the smallest common Python carries; enough to train the tiny recipe on.
+# About as much English as the smallest common Python distribution contains; enough to train the tiny recipe.
 EMBEDDED_BYTES = 2_000_000
 FALLBACK_PACKAGES = ("torch", "transformers", "numpy", "accelerate", "datasets", "huggingface_hub")
 
 
 def embedded_documents(max_bytes: int = EMBEDDED_BYTES) -> list[str]:
-    """English prose that every Python installation carries: the language reference, then docstrings.
+    """Reads English prose from the Python installation: the language reference, then docstrings.
 
-    `pydoc_data.topics` comes first, then the docstrings of the standard library, file by file in a fixed order, then, where
-    a trimmed Python lacks those, docstrings of the installed dependencies. Sources are parsed, never imported.
+    The documents are `pydoc_data.topics`, then the docstrings of the standard library, file by file in a fixed order. Where
+    these are fewer than `max_bytes`, docstrings of the installed dependencies follow. Sources are parsed, never imported.
+
+    Args:
+        max_bytes: reading stops at about this many characters.
     """
     documents: list[str] = []
     try:

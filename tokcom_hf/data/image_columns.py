@@ -1,14 +1,18 @@
-"""Images of a Hub data set as the bytes of their files, for this package's opener to read."""
+"""Reads images of a Hub data set as encoded bytes, so that `models/shared_image_files.py` decodes them."""
 
 from pathlib import Path
 from typing import Any
 
 
 def encoded_images(rows: Any, columns: tuple[str, ...] | None = None) -> Any:
-    """A `datasets.Dataset` whose image columns are not decoded: `datasets` opens formats that start other programs.
+    """Turns off decoding of image columns, because `datasets` also opens formats whose decoders start other programs.
 
     Args:
-        columns: names of columns; all by default.
+        rows: a `datasets.Dataset`.
+        columns: names of the columns; all image columns by default.
+
+    Returns:
+        the data set, whose image columns hold encoded files.
     """
     from datasets import Image
 
@@ -19,10 +23,10 @@ def encoded_images(rows: Any, columns: tuple[str, ...] | None = None) -> Any:
 
 
 def image_bytes(value: Any, place: str) -> Any:
-    """A value of an image column: the bytes of a file, its path, or what it is (a PIL image, an array, None).
+    """Returns the image in a value of an image column: file bytes, a path, or the value itself (PIL image, array, None).
 
     Raises:
-        ValueError: text; a data set of somebody else should not name files of this machine.
+        ValueError: the value is text; a downloaded data set must not name files of this machine.
     """
     if isinstance(value, str):
         raise ValueError(f"{place}: the image is the text {value[:80]!r}; name a column that holds images.")

@@ -1,4 +1,4 @@
-"""The image files of a folder."""
+"""Lists the image files of a folder."""
 
 import os
 import warnings
@@ -9,15 +9,15 @@ from ..models.shared_image_files import SUFFIXES
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """The image files of a folder and its subfolders (by their suffix, in any case), sorted.
+    """Lists the image files of a folder and its subfolders, sorted; a file counts by its suffix, in any letter case.
 
-    Symbolic links to folders are followed; a real folder that is reached twice, through a circle of links for example,
-    counts once. Names that begin with a dot are left out: previews, checkpoints of notebooks, the `._` files of macOS.
+    Symbolic links to folders are followed; a folder that is reached twice, for example through a cycle of links, counts
+    once. Names that begin with a dot are left out: previews, notebook checkpoints, the `._` files of macOS.
 
     Raises:
-        NotADirectoryError: no such folder, or a file.
-        PermissionError: a subfolder that cannot be read.
-        ValueError: no image in it.
+        NotADirectoryError: `folder` does not exist or is a file.
+        PermissionError: a subfolder cannot be read.
+        ValueError: the folder contains no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -30,7 +30,7 @@ def image_files(folder: str | Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        # Real folders before links, so that a folder keeps its own name where a link beside it leads to it.
+        # Real folders before links, so that a folder is listed under its own name, not under that of a link beside it.
         folders[:] = sorted(
             (name for name in folders if name[0] != "."), key=lambda name: (os.path.islink(Path(root, name)), name)
         )
@@ -45,7 +45,7 @@ def image_files(folder: str | Path) -> list[Path]:
             else:
                 others[suffix or "no suffix"] += 1
     if dangling:
-        warnings.warn(f"{len(dangling)} links in {str(folder)!r} lead nowhere: {sorted(dangling)[:5]}.", stacklevel=2)
+        warnings.warn(f"{len(dangling)} links in {str(folder)!r} are broken: {sorted(dangling)[:5]}.", stacklevel=2)
     if not files:
         found = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common(5)) or "no files"
         raise ValueError(f"No images in {str(folder)!r}; looked for {', '.join(SUFFIXES)}, found {found}.")

@@ -1,4 +1,4 @@
-"""Fewer pixels and fewer vision tokens per image, before the processor of a vision-language model sees it."""
+"""Limits the pixels and vision tokens of an image before a vision-language model's processor receives it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,17 +9,17 @@ from PIL import Image
 
 @dataclass
 class ImageLimit:
-    """Makes images smaller, aspect ratio kept, until they are within the limits; images within them stay as they are.
+    """Shrinks images to the given limits, keeping the aspect ratio; images within the limits stay unchanged.
 
     Args:
-        processor: of the VLM; where `max_vision_tokens` is set it tells how many tokens an image of some size becomes.
-        image_max_size: pixels of an image's longest side, at most.
-        max_vision_tokens: vision tokens of an image, at most.
-        kept: tokens that stay of so many before the language model (a merger's or a strategy's number), or None. Where
-            the processor makes too many tokens of any image, however small, the limit holds for these.
+        processor: the VLM's processor; with `max_vision_tokens` it is called to count the tokens of an image size.
+        image_max_size: maximum length of an image's longest side, in pixels.
+        max_vision_tokens: maximum number of vision tokens per image.
+        kept: function from the number of vision tokens to the number left by the merger or strategy before the language
+            model, or None. Where even the smallest image has too many vision tokens, the limit applies to this number.
 
     Raises:
-        ValueError: a limit below 1; when called, an image that cannot be brought within `max_vision_tokens`.
+        ValueError: a limit is below 1, or (when called) an image cannot be brought within `max_vision_tokens`.
     """
 
     processor: Any
@@ -48,7 +48,7 @@ class ImageLimit:
         most = self.max_vision_tokens
         if most is None or (tokens := self.vision_tokens(limited)) <= most:
             return limited
-        # No side below one pixel, and no aspect ratio beyond what it was.
+        # The smallest size tried has a short side of one pixel, so that rounding does not distort the aspect ratio.
         fits, too_long = max(1, -(-max(size) // min(size))), longest
         fewest = self.vision_tokens(_scaled(size, fits))
         if fewest > most:
@@ -68,7 +68,7 @@ class ImageLimit:
         return _scaled(size, fits)
 
     def vision_tokens(self, size: tuple[int, int]) -> int:
-        """Vision tokens that the processor makes of an image of (width, height) pixels."""
+        """Number of vision tokens that the processor makes from an image of `size` (width, height) in pixels."""
         text = getattr(self.processor, "image_token", "<image>")
         placeholder = getattr(self.processor, "image_token_id", None)
         if placeholder is None:
@@ -78,7 +78,7 @@ class ImageLimit:
 
 
 def _scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """`size` with a longest side of `longest` pixels."""
+    """Scales `size` down to a longest side of `longest` pixels; a smaller size is returned as it is."""
     width, height = size
     if longest >= max(size):
         return size

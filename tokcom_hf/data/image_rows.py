@@ -1,4 +1,4 @@
-"""Rows of JSON lines that name an image and texts about it: the fields, where images may lie, and whether they are whole."""
+"""JSON lines that name an image and texts about it: reads their fields and checks image paths and image files."""
 
 import os
 import re
@@ -11,19 +11,19 @@ from tqdm.auto import tqdm
 
 from ..models.shared_image_files import check_image
 
-# No system opens a longer one.
+# Characters; no common file system opens a longer path.
 LONGEST_PATH = 4096
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)
 
 
 @dataclass
 class ImageTextRow:
-    """One line of a file; every error names it.
+    """One JSON line of a file; every error message names the file and the line.
 
     Args:
-        place: file and line.
-        record: its JSON object.
-        expected: what such a line holds, for errors.
+        place: file and line, for error messages.
+        record: the line's JSON object.
+        expected: the fields such a line needs, for error messages.
     """
 
     place: str
@@ -31,10 +31,10 @@ class ImageTextRow:
     expected: str
 
     def text(self, key: str, default: str | None = None) -> str:
-        """The text of a field; `default` where it is missing or null.
+        """Returns the text of a field; `default` where the field is missing or null.
 
         Raises:
-            ValueError: no such field and no default, or something that is no text.
+            ValueError: the field is missing and has no default, or its value is no text.
         """
         value = self.record.get(key)
         if value is None and default is not None:
@@ -44,10 +44,10 @@ class ImageTextRow:
         return value
 
     def texts(self, key: str, default: str | None = None) -> list[str]:
-        """The text or number of a field, or its list of them; `default` where it is missing or null.
+        """Returns a field's text or number, or its list of them, as a list of texts; `default` where it is missing or null.
 
         Raises:
-            ValueError: no such field and no default, an empty list, or something that is neither text nor number.
+            ValueError: the field is missing and has no default, is an empty list, or holds neither text nor number.
         """
         value = self.record.get(key)
         value = default if value is None else value
@@ -57,16 +57,16 @@ class ImageTextRow:
         return [str(v) for v in values]
 
     def image(self, folder: Path, allow_outside: bool) -> Path | None:
-        """The path of the field `image`; None where it is missing or null.
+        """Returns the path in the field `image`; None where it is missing or null.
 
         Args:
-            folder: what the path is relative to. Symbolic links in it are followed, whoever made the folder made them;
-                `..` is taken out of the path before.
-            allow_outside: take absolute paths and those that leave the folder through `..`, too.
+            folder: the folder that the path is relative to. `..` is resolved in the path's text first. Symbolic links
+                inside the folder are followed, because the folder's owner made them.
+            allow_outside: also accept absolute paths and paths that leave the folder through `..`.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: a URL, no path, or a path outside the folder.
+            FileNotFoundError: the file does not exist.
+            ValueError: the field holds a URL, no path, or a path outside the folder.
         """
         name = self.record.get("image")
         if name is None:
@@ -80,8 +80,8 @@ class ImageTextRow:
         if not allow_outside and (absolute or inside.split(os.sep)[0] == os.pardir):
             reason = "is an absolute path" if absolute else f"lies outside {str(folder)!r}"
             raise ValueError(
-                f"{self.place}: image {name!r} {reason}; a downloaded file could name any image of this machine that way. "
-                f"Name images inside {str(folder)!r} (links are fine), or allow it with allow_outside=True "
+                f"{self.place}: image {name!r} {reason}; a downloaded file could read any image of this machine that way. "
+                f"Name images inside {str(folder)!r} (symbolic links are allowed), or allow this with allow_outside=True "
                 "(--allow_outside true)."
             )
         if len(name) > LONGEST_PATH:
@@ -97,7 +97,7 @@ class ImageTextRow:
 
 
 def image_folder(file: str | Path, image_dir: str | Path | None) -> Path:
-    """What image paths in `file` are relative to: `image_dir`, or the file's own folder.
+    """Returns the folder that image paths in `file` are relative to: `image_dir`, or the file's own folder.
 
     Raises:
         NotADirectoryError: `image_dir` is no folder.
@@ -110,14 +110,14 @@ def image_folder(file: str | Path, image_dir: str | Path | None) -> Path:
 
 
 def check_images(images: Iterable[tuple[str, Any]], number: int | None = None) -> None:
-    """Finds broken images before a training meets them, without decoding whole ones (`shared_image_files.check_image`).
+    """Finds broken images before training starts, without decoding intact ones (`shared_image_files.check_image`).
 
     Args:
-        images: (where it is named, path or binary file object) of each; a path that was seen is not checked again.
-        number: of images, for the progress bar.
+        images: pairs (file and line that name the image, path or binary file object); each path is checked once.
+        number: number of images, for the progress bar.
 
     Raises:
-        ValueError: images that cannot be read, the first five named.
+        ValueError: images cannot be read; the message names the first five.
     """
     seen, broken = set(), []
     for place, image in tqdm(images, "checking images", number, delay=2, leave=False):

@@ -1,4 +1,4 @@
-"""Images to learn codes from: seeded procedural scenes, a folder, or a Hub data set."""
+"""Image data sets for training image tokenizers: seeded procedural scenes, a folder, or a Hub data set."""
 
 import io
 import warnings
@@ -30,20 +30,20 @@ __all__ = [
     "procedural_scene",
 ]
 
-# Procedural images from this seed on are held out of every recipe, and no setting was chosen on them.
+# Procedural images with seeds from here on are held out in every recipe; no hyperparameter was chosen on them.
 FIRST_HELD_OUT = 30_000_000
 
 
 class ImageDataset(Dataset):
     """Items `{"pixel_values": (channels, height, width)}` in [-1, 1], prepared by an image processor.
 
-    Subclasses say in `load` where images come from. Worker processes get no copy of the cache. Where `target_processor` is
-    set, for a model whose output has other channels than its input, items hold `labels` too, as that processor makes them.
+    Subclasses implement `load`. Worker processes start with an empty cache. Set `target_processor` for a model whose output
+    has other channels than its input; items then also hold the `labels` that this processor makes.
 
     Args:
         length: number of images.
         processor: `VQGANImageProcessor`.
-        cache: keep prepared images as bytes after their first use.
+        cache: keep each prepared image in memory, as uint8, after its first use.
     """
 
     def __init__(self, length: int, processor, cache: bool = False):
@@ -53,7 +53,7 @@ class ImageDataset(Dataset):
         self.skipped: list[str] = []
 
     def load(self, index: int) -> Any:
-        """Image `index` as anything the processor takes."""
+        """Returns image `index` in any form that the processor accepts."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -self.length <= index < self.length:
-            raise IndexError(f"Image {index} of {self.length}.")
+            raise IndexError(f"Image {index} of a data set of {self.length} images.")
         index %= self.length
         if index in self._stored:
             return self._named(self._stored[index].float() / 127.5 - 1.0)
@@ -74,7 +74,7 @@ class ImageDataset(Dataset):
         return self._named(pixels)
 
     def _named(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Splits the channels of an item into those of the input and those of the target."""
+        """Splits the channels of an item into `pixel_values` and, with a `target_processor`, `labels`."""
         if self.target_processor is None:
             return {"pixel_values": pixels}
         channels = self.processor.num_channels
@@ -85,7 +85,7 @@ class ImageDataset(Dataset):
 
 
 class ProceduralImages(ImageDataset):
-    """`number` seeded scenes; training and held-out sets take disjoint ranges of seeds through `first`."""
+    """`number` procedural scenes with seeds from `first` on; give training and held-out sets disjoint ranges of seeds."""
 
     def __init__(self, number: int, processor, first: int = 0):
         super().__init__(number, processor, cache=True)
@@ -96,16 +96,16 @@ class ProceduralImages(ImageDataset):
 
 
 class FolderImages(ImageDataset):
-    """Images of a folder and its subfolders in order of their paths; unreadable files are left out and counted.
+    """Images of a folder and its subfolders in order of their paths; unreadable files are left out with a warning.
 
-    Subfolders that are symbolic links are followed, each real folder once; names that begin with a dot are left out.
-    `skipped` lists the paths left out. Every file is decoded once at the start (`check=True`), because a truncated file
-    is only found by decoding it.
+    Symbolic links to folders are followed, each real folder once; names that begin with a dot are left out. With
+    `check=True` every file is decoded once at the start, because only decoding finds a truncated file; `skipped` lists the
+    paths of the unreadable ones.
 
     Raises:
-        NotADirectoryError: no such folder.
-        PermissionError: a subfolder that cannot be read.
-        ValueError: no image in it, or none that can be read.
+        NotADirectoryError: `folder` does not exist or is a file.
+        PermissionError: a subfolder cannot be read.
+        ValueError: the folder contains no image, or none that can be read.
     """
 
     def __init__(self, folder: str | Path, processor, check: bool = True, cache: bool = False):
@@ -131,14 +131,14 @@ class FolderImages(ImageDataset):
 
 
 class RandomCrops(Dataset):
-    """Seeded crops of `size` from larger images: item i is crop i mod per_image of image i div per_image.
+    """Seeded square crops from larger images: item i is crop i mod per_image of image i div per_image.
 
     Args:
-        folder: images, as for `FolderImages`.
-        processor: makes the pixels; its `image_size` is the crop's size.
-        per_image: crops of each image.
-        scale: images are first shrunk by this factor, so that crops show more.
-        images: which of the sorted files to use, for disjoint training and held-out sets.
+        folder: folder of images, as for `FolderImages`.
+        processor: `VQGANImageProcessor`; its `image_size` is the side of a crop.
+        per_image: number of crops per image.
+        scale: factor by which images are resized first; below 1, crops show a larger part of the image.
+        images: slice of the sorted files to use, for disjoint training and held-out sets.
     """
 
     def __init__(self, folder: str | Path, processor, per_image: int, scale: float = 1.0, images: slice = slice(None)):
@@ -166,11 +166,12 @@ class HubImages(ImageDataset):
 
     Args:
         rows: the data set.
-        column: its column of images.
-        name: of the data set, for errors.
+        processor: `VQGANImageProcessor`.
+        column: name of the image column.
+        name: name of the data set, for error messages.
 
     Raises:
-        ValueError: no such column.
+        ValueError: the data set has no such column.
     """
 
     def __init__(self, rows, processor, column: str = "image", name: str = "data set"):
@@ -190,7 +191,7 @@ class HubImages(ImageDataset):
 def hub_images(
     dataset_name: str, processor, split: str = "train", image_column: str = "image", config: str | None = None
 ) -> HubImages:
-    """Images of a Hub data set (needs the network unless it is cached).
+    """Loads the images of a Hub data set (needs the network unless the data set is cached).
 
     Raises:
         ValueError: the data set has no such column.
@@ -202,18 +203,18 @@ def hub_images(
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where images to train on and to hold out come from: procedural scenes where neither a folder nor a data set is named.
+    """Source of training and held-out images: a folder, a Hub data set, or else procedural scenes.
 
     Args:
-        image_dir: folder, as for `FolderImages`.
-        val_dir: folder of held-out images; without it every tenth image of `image_dir` or of the data set.
-        dataset_name, dataset_config, image_column: a Hub data set, its configuration, its column of images.
-        num_train: procedural training images.
-        num_eval: held-out images, at most.
+        image_dir: folder of training images, as for `FolderImages`.
+        val_dir: folder of held-out images; without it every tenth image of `image_dir` or of the data set is held out.
+        dataset_name, dataset_config, image_column: a Hub data set, its configuration, and its image column.
+        num_train: number of procedural training images.
+        num_eval: maximum number of held-out images.
 
     Raises:
-        ValueError: both a folder and a data set, `val_dir` that is the training folder, lies in it or holds it, or a
-            number of images below 1.
+        ValueError: both a folder and a data set are given, `val_dir` and `image_dir` are the same folder or one contains
+            the other, or a number of images is below 1.
     """
 
     image_dir: str | None = None
@@ -235,16 +236,16 @@ class ImageSource:
 
 
 def image_datasets(processor, source: ImageSource | None = None, target_processor=None) -> tuple[Dataset, Dataset]:
-    """Training and held-out images that share none.
+    """Returns disjoint training and held-out images.
 
     Args:
         processor: `VQGANImageProcessor` of the model's input.
-        source: where the images come from; procedural ones where None.
-        target_processor: of the model's output, where that has other channels.
+        source: where the images come from; None means procedural images.
+        target_processor: `VQGANImageProcessor` of the model's output, if the output has other channels than the input.
 
     Raises:
-        ValueError: fewer than two images to divide, or none that can be read.
-        OSError: a folder or data set that cannot be read.
+        ValueError: fewer than two images to divide, or no image can be read.
+        OSError: a folder or data set cannot be read.
     """
     source = ImageSource() if source is None else source
     held_out: ImageDataset | None = None
@@ -265,17 +266,17 @@ def image_datasets(processor, source: ImageSource | None = None, target_processo
         held_out.target_processor = target_processor
         return images, held_out
     if len(images) < 2:
-        raise ValueError(f"At least two images are needed, to train on and to hold out; got {len(images)}.")
+        raise ValueError(f"At least two images are needed, one to train on and one to hold out; got {len(images)}.")
     held = set(range(0, len(images), 10)[: source.num_eval]) if len(images) > 10 else {0}
     kept = [index for index in range(len(images)) if index not in held]
     return torch.utils.data.Subset(images, kept), torch.utils.data.Subset(images, sorted(held))
 
 
 def _check_apart(image_dir: str, val_dir: str) -> None:
-    """Raises where one of two folders is or holds the other, so that images would be trained on and held out."""
+    """Raises ValueError if the two folders are the same or one contains the other: held-out images would be trained on."""
     train, held_out = Path(image_dir).resolve(), Path(val_dir).resolve()
     if train == held_out or train in held_out.parents or held_out in train.parents:
         raise ValueError(
-            f"val_dir {val_dir!r} and image_dir {image_dir!r} share images: one is the other or lies in it. Name two "
-            "separate folders, or leave val_dir out, which holds out every tenth image of image_dir."
+            f"val_dir {val_dir!r} and image_dir {image_dir!r} share images: they are the same folder, or one contains the "
+            "other. Name two separate folders, or leave val_dir out, which holds out every tenth image of image_dir."
         )

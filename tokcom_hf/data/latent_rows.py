@@ -1,4 +1,4 @@
-"""Latents of a whole corpus under a frozen VAE, encoded once and memory-mapped."""
+"""Encodes a whole corpus with a frozen VAE once, into a memory-mapped file of latents."""
 
 import hashlib
 import json
@@ -15,7 +15,12 @@ from ..whole_files import reserve, whole_file, write_text
 class LatentRows(torch.utils.data.Dataset):
     """Rows of `latents (chunks, latent)`, `input_ids (length,)` and `attention_mask (length,)`.
 
-    The latents live in a memory-mapped file, so a corpus may be larger than memory; worker processes map it themselves.
+    The latents are memory-mapped, so the corpus may be larger than memory; each worker process maps the file itself.
+
+    Args:
+        rows: data set of `input_ids` and `attention_mask`.
+        latents_file: `.npy` file of latents (rows, chunks, latent), float32.
+        mean, std: statistics of each latent dimension, (latent,).
     """
 
     def __init__(self, rows: Any, latents_file: Path, mean: torch.Tensor, std: torch.Tensor):
@@ -24,7 +29,7 @@ class LatentRows(torch.utils.data.Dataset):
         self.mean, self.std = mean, std
 
     def __getstate__(self) -> dict[str, Any]:
-        # NumPy would pickle what the file holds.
+        # NumPy would pickle the whole content of the mapped file.
         return {name: value for name, value in self.__dict__.items() if name != "latents"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -49,9 +54,16 @@ def encode_rows(
 ) -> LatentRows:
     """Encodes `rows` (items with `input_ids`, `attention_mask`) with a frozen `vae` into `<file>`, or reuses it.
 
-    The file is reused only where weights and rows are the ones it was written from (fingerprint beside it). Mean and
-    standard deviation per latent dimension are taken over real (not padded) chunks. The file appears when it is complete, so
-    that processes that encode the same rows at once do not read each other's beginnings.
+    The file is reused only if the fingerprint beside it shows that it was written from the same weights and rows. Mean and
+    standard deviation per latent dimension are taken over chunks that hold at least one real token. The file is renamed into
+    place when complete, so that processes encoding the same rows never read each other's unfinished file.
+
+    Args:
+        vae: a `TokComVAE`.
+        rows: data set with items `input_ids`, `attention_mask`.
+        file: `.npy` file to write; the fingerprint goes beside it, as `.json`.
+        batch_size: rows per call of the VAE.
+        description: label of the progress bar.
     """
     file = Path(file)
     vae.eval()
@@ -64,7 +76,7 @@ def encode_rows(
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as unfinished:
         mean, std = _write(vae, rows, unfinished, batch_size, description)
-        # Until the new fingerprint is there nobody may take the new latents for those of the old one.
+        # Removes the old fingerprint first: it must never stand beside the new latents.
         side.unlink(missing_ok=True)
     write_text(side, json.dumps({"fingerprint": fingerprint, "mean": mean.tolist(), "std": std.tolist()}))
     return LatentRows(rows, file, mean, std)
@@ -74,7 +86,10 @@ def encode_rows(
 def latent_statistics(
     vae: Any, rows: Any, count: int = 512, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each latent dimension, (latent,) float32, over at most `count` evenly spaced rows."""
+    """Mean and standard deviation of each latent dimension, (latent,) float32, over at most `count` evenly spaced rows.
+
+    Chunks that hold padding only are left out.
+    """
     vae.eval()
     device, encoded = next(vae.parameters()).device, []
     chosen = [rows[int(index)] for index in np.linspace(0, len(rows) - 1, min(count, len(rows))).round()]
@@ -89,7 +104,7 @@ def latent_statistics(
 
 
 def _write(vae: Any, rows: Any, file: Path, batch_size: int, description: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes `rows` into `file`; returns mean and standard deviation of each dimension, float32."""
+    """Encodes `rows` into `file`; returns mean and standard deviation of each latent dimension, (latent,) float32."""
     chunk_size, device = vae.config.chunk_size, next(vae.parameters()).device
     chunks = len(rows[0]["input_ids"]) // chunk_size
     shape = (len(rows), chunks, vae.config.latent_size)

@@ -1,4 +1,4 @@
-"""Latents of texts in a file that knows which model wrote it: safetensors, or a torch file where its name ends with .pt."""
+"""Saves latents of texts with a fingerprint of the model: as safetensors, or as a torch file for the suffix .pt."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ def save_latents(path: str | Path, latents: list[torch.Tensor], token_counts: li
     """Writes the latents of one or more texts.
 
     Args:
-        path: file to write; replaced in one move, so an interrupted write leaves nothing half-written.
+        path: file to write; it is renamed into place, so an interrupted write leaves no partial file.
         latents: one (chunks, latent) tensor per text, not standardised, as `model.encode` returns them.
-        token_counts: tokens of each text; what its last chunk holds beyond them is filling.
-        model: the `TokComModel` or `TokComVAE` that encoded them.
+        token_counts: number of tokens of each text; the last chunk may hold padding after them.
+        model: the `TokComModel` or `TokComVAE` that encoded the texts.
 
     Raises:
-        ValueError: a text whose tokens do not fill its chunks.
+        ValueError: a text's number of latents differs from the number of chunks its tokens make.
     """
     config = _vae(model).config
     for latent, count in zip(latents, token_counts, strict=True):
@@ -56,11 +56,11 @@ def save_latents(path: str | Path, latents: list[torch.Tensor], token_counts: li
 
 
 def load_latents(path: str | Path, model: Any) -> tuple[list[torch.Tensor], list[int]]:
-    """Reads what `save_latents` wrote: one float32 (chunks, latent) tensor per text, and the token counts.
+    """Reads a file of `save_latents`: one float32 (chunks, latent) tensor per text, and the token counts.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: truncated or foreign file, or latents of another model.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, is no latents file, or was written by another model.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,7 +70,7 @@ def load_latents(path: str | Path, model: Any) -> tuple[list[torch.Tensor], list
         raise ValueError(f"{path} holds no TokCom latents; write one with --mode encode.")
     missing = [name for name in NEEDED if not isinstance(metadata.get(name), str)]
     if missing:
-        raise ValueError(f"{path} is damaged: it does not say its {', '.join(missing)}; encode the text again.")
+        raise ValueError(f"{path} is damaged: its metadata lacks {', '.join(missing)}; encode the text again.")
     config = _vae(model).config
     for name in ("chunk_size", "latent_size"):
         if metadata[name] != str(getattr(config, name)):
@@ -89,16 +89,16 @@ def load_latents(path: str | Path, model: Any) -> tuple[list[torch.Tensor], list
 def _checked(
     path: Path, token_count: str, tensors: dict[str, Any], config: Any
 ) -> tuple[list[torch.Tensor], list[int]]:
-    """Latents and token counts that fit each other and the model."""
+    """Returns latents and token counts after checking them against each other and against the VAE's config."""
     try:
         counts = json.loads(token_count)
     except (ValueError, RecursionError):
         counts = None
     if not isinstance(counts, list) or not all(type(count) is int and count > 0 for count in counts):
-        raise ValueError(f"{path} is damaged: its token_count is no list of numbers above 0; encode the text again.")
+        raise ValueError(f"{path} is damaged: its token_count is no list of integers above 0; encode the text again.")
     if set(tensors) != {f"latents.{index}" for index in range(len(counts))}:
         raise ValueError(
-            f"{path} is damaged: it holds {len(tensors)} latents of {len(counts)} texts; encode them again."
+            f"{path} is damaged: it holds {len(tensors)} latents for {len(counts)} texts; encode them again."
         )
     latents = [tensors[f"latents.{index}"] for index in range(len(counts))]
     for index, (latent, count) in enumerate(zip(latents, counts)):

@@ -1,7 +1,7 @@
-"""Many questions about one image in one sequence, none of which sees another: block attention over a shared image.
+"""Packs all questions about an image into one sequence; block attention masks the questions from each other.
 
-The image is encoded once for all its questions, and each question stands where it would stand alone (same positions,
-same mask), so a model trained this way answers single questions exactly as it was trained to.
+The image is encoded once for all its questions. Each question has the positions and the mask that it would have alone, so
+a model trained on packed questions sees single questions exactly as in training.
 """
 
 from dataclasses import dataclass, field
@@ -14,29 +14,31 @@ from .vqa_collator import IGNORED, require_placeholder
 
 @dataclass
 class PackedVQACollator:
-    """Rows of `tokcom_hf.data.vqa`, all with an image of the same size → inputs with labels on the answers.
+    """Turns rows of `tokcom_hf.data.vqa` into model inputs with labels on the answers only.
 
     Args:
         processor: the VLM's processor.
-        prompt: before the answer; must begin with `<image>`, which stands for the processor's image token. `{question}` is
-            replaced, other braces stay as they are.
+        prompt: text before the answer; must begin with `<image>`, which stands for the processor's image token.
+            `{question}` is replaced, other braces stay as they are.
 
     Returns (when called):
         `input_ids`, `labels`, `position_ids` `(batch, length)`, `attention_mask` `(batch, 1, length, length)` (True
-        where a position may look) and what else the processor gives for the images.
+        where the query may attend to the key) and the processor's other outputs, such as `pixel_values`.
 
     Raises:
-        ValueError: a row without image, images with different numbers of tokens, or a prompt without leading image or
-            without `{question}`.
+        ValueError: the prompt does not begin with `<image>` or lacks `{question}`; or (when called) a row has no image, or
+            the images have different numbers of tokens.
     """
 
     processor: Any
     prompt: str = "<image> {question}"
-    _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    _cache: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if not self.prompt.startswith("<image>"):
-            raise ValueError(f"Packed questions share an image in front; the prompt is {self.prompt!r}.")
+            raise ValueError(
+                f"The prompt of packed questions must begin with <image>, which they share; got {self.prompt!r}."
+            )
         require_placeholder("prompt", self.prompt, "{question}")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -83,20 +85,20 @@ class PackedVQACollator:
         return blocks
 
     def _ids(self, text: str) -> list[int]:
-        # Templates repeat: a scene data set has a few hundred texts, asked about millions of times.
-        if text not in self._known:
-            self._known[text] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
-        return self._known[text]
+        # A scene data set repeats a few hundred texts millions of times.
+        if text not in self._cache:
+            self._cache[text] = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        return self._cache[text]
 
 
 def block_mask(block: torch.Tensor) -> torch.Tensor:
-    """Causal attention within a block and to the image.
+    """Builds the mask of causal attention to the image and within each block.
 
     Args:
-        block: `(batch, length)`; -2 marks the image, other numbers the block that a position belongs to.
+        block: block of each position, `(batch, length)`; -2 marks the image, -1 padding.
 
     Returns:
-        `(batch, 1, length, length)`, True where the row's position may look at the column's.
+        `(batch, 1, length, length)`, True where the query (row) may attend to the key (column).
     """
     length = block.shape[1]
     see = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2)

@@ -1,4 +1,4 @@
-"""Documents to rows of token ids: joined with EOS, cut every `length` tokens, the end padded and masked."""
+"""Packs documents into rows of token ids: joined with EOS, cut every `length` tokens, the last row padded and masked."""
 
 import random
 from bisect import bisect_right
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-# Documents per call of the tokenizer, which tokenizes them in parallel.
+# Documents per call of the tokenizer, which tokenizes a batch in parallel.
 BATCH_DOCUMENTS = 256
 
 
@@ -18,14 +18,14 @@ class PackedTextDataset(torch.utils.data.Dataset):
     """Token ids cut into rows of `length` tokens, once per offset.
 
     Items are `input_ids (length,)` and `attention_mask (length,)`, both int64; only the last row of an offset may hold
-    padding (mask 0). The ids are kept as one int32 array, rows are made on access.
+    padding (mask 0). The ids are kept as one int32 array; rows are made on access.
 
     Args:
         token_ids: (tokens,) int32, documents with EOS after each.
         length: tokens per row.
-        pad_token_id: fills the last row.
-        offsets: where the first row begins; several offsets give the corpus several times, each with its chunk borders
-            in other places (`spread_offsets`).
+        pad_token_id: id that fills the last row.
+        offsets: positions in `token_ids` at which the first row begins. Each offset adds one copy of the corpus, whose chunk
+            borders lie elsewhere (`spread_offsets`).
     """
 
     def __init__(self, token_ids: np.ndarray, length: int, pad_token_id: int, offsets: tuple[int, ...] = (0,)):
@@ -46,14 +46,15 @@ class PackedTextDataset(torch.utils.data.Dataset):
 
 
 class StreamedTextDataset(torch.utils.data.IterableDataset):
-    """The same rows from documents that are read while training, for corpora that fit neither memory nor disk.
+    """Packs documents into rows while training reads them, for corpora that fit neither memory nor disk.
 
-    Needs `max_steps`, since the number of rows is unknown. With `num_workers` n each worker takes every n-th document.
+    Items are those of `PackedTextDataset`. Training needs `max_steps`, because the number of rows is unknown. With n
+    workers, each takes every n-th document.
 
     Args:
-        documents: called once per epoch, returns an iterable of strings. Worker processes started by spawn (macOS, Windows)
-            need a function that can be pickled, `functools.partial(iterate_documents, "corpus.txt")` for example.
-        tokenizer: needs an EOS token.
+        documents: function that returns an iterable of strings, called once per epoch. It must be picklable where workers
+            are spawned (macOS, Windows), for example `functools.partial(iterate_documents, "corpus.txt")`.
+        tokenizer: tokenizer with an EOS token.
         length: tokens per row.
     """
 
@@ -77,7 +78,7 @@ class StreamedTextDataset(torch.utils.data.IterableDataset):
 
 
 def make_row(ids: np.ndarray, length: int, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """ids (≤ length,) → `input_ids` and `attention_mask` (length,), padded on the right."""
+    """Pads ids (≤ length,) on the right; returns `input_ids` and `attention_mask`, both (length,) int64."""
     row = torch.from_numpy(ids.astype(np.int64))
     mask = torch.ones(length, dtype=torch.long)
     missing = length - len(row)
@@ -88,12 +89,12 @@ def make_row(ids: np.ndarray, length: int, pad_token_id: int) -> dict[str, torch
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The tokenizer's padding id, or EOS where it has none."""
+    """Returns the tokenizer's padding id, or its EOS id where it has no padding token."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray]:
-    """Yields the ids of 256 documents at a time, (tokens,) int32, EOS after each document.
+    """Yields the ids of 256 documents at a time, (tokens,) int32, with EOS after each document.
 
     Raises:
         ValueError: the tokenizer has no EOS token.
@@ -130,9 +131,9 @@ def pack(
 
 
 def spread_offsets(copies: int, length: int, chunk_size: int, seed: int) -> tuple[int, ...]:
-    """`copies` seeded row offsets in [0, length), the first 0, whose remainders modulo `chunk_size` take turns.
+    """Returns `copies` seeded row offsets in [0, length): the first is 0, and copy i has remainder i modulo `chunk_size`.
 
-    With `copies` ≥ `chunk_size` a chunk begins at every token of the text in one copy or another.
+    With `copies` ≥ `chunk_size`, every token of the text begins a chunk in at least one copy.
 
     Raises:
         ValueError: `copies` below 1.

@@ -1,4 +1,4 @@
-"""Seeded pictures of gradients, textures, shapes and letters: images to learn codes from without a file."""
+"""Seeded images of gradients, textures, shapes and letters: training data for image tokenizers without any file."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -7,7 +7,10 @@ GLYPHS = "ABCDEFGHKLMNPRSTUVXYZabdefghkmnpqrstuy0123456789&?#%"
 
 
 def procedural_scene(seed: int, size: int = 64) -> Image.Image:
-    """Draws one RGB scene: a gradient or texture, some shapes, perhaps text; equal seeds draw equal pixels."""
+    """Draws one RGB image of `size` × `size` pixels: a gradient or texture, some shapes, perhaps text.
+
+    Equal seeds draw equal pixels.
+    """
     random = np.random.default_rng((20_240, seed))
     canvas = 2 * size
     image = Image.fromarray(_background(random, canvas))

@@ -1,4 +1,4 @@
-"""Procedural scenes with what every patch shows: dense labels from which a vision tower learns to see in a minute."""
+"""Procedural scenes with a label for every patch: dense supervision that trains a small vision tower within a minute."""
 
 import random
 from typing import Any
@@ -10,7 +10,7 @@ from .scenes import _DETAIL_COLOURS, COLOURS, SHAPES, SIZES, Scene, render_scene
 
 
 def patch_label_sizes(side: int) -> dict[str, int]:
-    """Classes per label of a patch; class 0 of the first four means "no object" ("no dot")."""
+    """Number of classes of each label of a patch; class 0 means "no object" (for `dot`: "no dot") in the first four."""
     return {
         "shape": 1 + len(SHAPES),
         "colour": 1 + len(COLOURS),
@@ -22,17 +22,17 @@ def patch_label_sizes(side: int) -> dict[str, int]:
 
 
 def patch_labels(scene: Scene, side: int) -> torch.Tensor:
-    """What each of `side` × `side` patches shows, all patches of a grid cell alike.
+    """Labels `side` × `side` patches of a scene; all patches of a grid cell get the same object labels.
 
     Returns:
-        Classes `(side², 6)` in the order of `patch_label_sizes`, patches in reading order.
+        Classes `(side², 6)`, int64, in the order of `patch_label_sizes`; patches in reading order.
 
     Raises:
-        ValueError: cells do not hold whole patches.
+        ValueError: `side` is no multiple of the scene's grid.
     """
     if side % scene.grid:
         raise ValueError(
-            f"A {scene.grid}×{scene.grid} scene does not divide {side}×{side} patches; choose image_size, patch_size "
+            f"{side}×{side} patches cannot be divided among {scene.grid}×{scene.grid} cells; choose image_size, patch_size "
             "and grid so that every cell holds whole patches."
         )
     width = side // scene.grid
@@ -54,12 +54,12 @@ class ScenePatchDataset(torch.utils.data.Dataset):
 
     Args:
         count: scenes per epoch.
-        seed: item `i` is a function of seed and `i`.
-        image_processor: its `image_mean` and `image_std` are used; images are drawn in the size the tower takes, where
-            rescaling and normalising is all that a processor does.
+        seed: seed of the data set; item `i` depends on `seed` and `i` alone.
+        image_processor: gives `image_mean` and `image_std`; no resizing is needed, because images are drawn in the
+            tower's input size.
         image_size: pixels per side of the drawn image.
         side: patches (or features) per side that the tower returns.
-        **scene_options: of `sample_scene`.
+        **scene_options: arguments of `sample_scene`.
     """
 
     def __init__(self, count: int, seed: int, image_processor, image_size: int, side: int, **scene_options: Any):

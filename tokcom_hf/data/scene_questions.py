@@ -1,4 +1,4 @@
-"""Scenes with many questions each, drawn when read: no memory, no repetition, the same rows on every machine."""
+"""Scenes with many questions each, drawn when read: nothing is stored, and a seed gives the same rows everywhere."""
 
 import random
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from .vqa_dataset import CAPTION_REQUEST
 
 
 class SceneQuestionDataset(torch.utils.data.Dataset):
-    """Rows of `tokcom_hf.data.vqa` for training; item `i` is a function of `seed` and `i`.
+    """Training rows in the format of `tokcom_hf.data.vqa`; item `i` depends on `seed` and `i` alone.
 
     Args:
         count: scenes per epoch.
-        seed: of the data set.
-        image_size: pixels per side.
-        per_type: questions of each type about a scene, at most (a scene may not support as many).
+        seed: seed of the data set.
+        image_size: pixels per side of an image.
+        per_type: question type -> maximum number of such questions per scene (a scene may support fewer).
         captions: also ask for the caption.
-        **scene_options: of `sample_scene`.
+        **scene_options: arguments of `sample_scene`.
 
     Raises:
-        ValueError: an unknown question type, or no question at all.
+        ValueError: `per_type` names an unknown question type, or there is nothing to ask.
     """
 
     def __init__(
@@ -36,7 +36,9 @@ class SceneQuestionDataset(torch.utils.data.Dataset):
     ):
         unknown = set(per_type) - set(QUESTION_TYPES)
         if unknown or not (captions or any(n > 0 for n in per_type.values())):
-            raise ValueError(f"per_type gives a number per question type {QUESTION_TYPES}, got {dict(per_type)}.")
+            raise ValueError(
+                f"per_type must map question types of {QUESTION_TYPES} to numbers, one above 0, got {dict(per_type)}."
+            )
         self.count, self.seed, self.image_size = count, seed, image_size
         self.per_type, self.captions, self.scene_options = dict(per_type), captions, scene_options
 

@@ -1,4 +1,4 @@
-"""Rows of visual question answering about procedural scenes."""
+"""Generates visual question answering rows about procedural scenes."""
 
 import random
 from collections.abc import Sequence
@@ -25,18 +25,19 @@ class SceneArguments:
     """Which procedural scenes are drawn, and what is asked about them.
 
     Raises:
-        ValueError: a size or number below 1, more shapes or colours than there are, fewest objects above most objects or
-            more of them than cells, or an unknown type of question.
+        ValueError: a size or number is below 1, there are fewer shapes or colours than asked for, `min_objects` is above
+            `max_objects`, `max_objects` is above the number of cells, or a question type is unknown.
     """
 
-    image_size: int = field(default=64, metadata={"help": "Pixels per side."})
-    num_shapes: int = field(default=len(SHAPES), metadata={"help": "Different shapes in the scenes."})
-    num_colours: int = field(default=len(COLOURS), metadata={"help": "Different colours in the scenes."})
-    min_objects: int = field(default=2, metadata={"help": "Fewest objects of a scene."})
-    max_objects: int = field(default=6, metadata={"help": "Most objects of a scene."})
-    grid: int = field(default=4, metadata={"help": "Cells per side of a scene."})
+    image_size: int = field(default=64, metadata={"help": "Pixels per side of an image."})
+    num_shapes: int = field(default=len(SHAPES), metadata={"help": "Number of different shapes in the scenes."})
+    num_colours: int = field(default=len(COLOURS), metadata={"help": "Number of different colours in the scenes."})
+    min_objects: int = field(default=2, metadata={"help": "Minimum number of objects in a scene."})
+    max_objects: int = field(default=6, metadata={"help": "Maximum number of objects in a scene."})
+    grid: int = field(default=4, metadata={"help": "Grid cells per side of a scene; each holds at most one object."})
     types: list[str] = field(
-        default_factory=lambda: list(QUESTION_TYPES), metadata={"help": "Which types of questions are asked."}
+        default_factory=lambda: list(QUESTION_TYPES),
+        metadata={"help": "Question types: count, colour, shape, relation, detail."},
     )
 
     def __post_init__(self):
@@ -56,7 +57,7 @@ class SceneArguments:
             raise ValueError(f"types must be some of {', '.join(QUESTION_TYPES)}, got {list(self.types)!r}.")
 
     def sampling(self) -> dict[str, Any]:
-        """Arguments of `scenes.sample_scene`."""
+        """Returns the arguments of `scenes.sample_scene`."""
         return {
             "min_objects": self.min_objects,
             "max_objects": self.max_objects,
@@ -74,20 +75,20 @@ def scene_rows(
     captions: bool = False,
     **changes: Any,
 ) -> VQADataset:
-    """Seeded rows about scenes. With one question per image the answers balance exactly (use this to evaluate).
+    """Draws seeded rows about scenes. With one question per image, answers are uniform within a type (for evaluation).
 
     Args:
-        count: rows.
+        count: number of rows.
         seed: equal seeds draw equal rows.
-        scenes: which scenes; the defaults of `SceneArguments` where None.
-        questions_per_image: at most, of different types as far as possible.
-        captions: ask for the caption, too, after the questions of an image: dense supervision that a model trained from
-            scratch needs to learn to see.
-        changes: fields of `scenes` that differ, for example `image_size=32`.
+        scenes: which scenes are drawn; None means the defaults of `SceneArguments`.
+        questions_per_image: maximum number of questions per image, of different types as far as possible.
+        captions: also ask for the caption, after an image's questions, because a model trained from scratch needs this dense
+            supervision. Ignored with one question per image.
+        changes: fields of `scenes` to replace, for example `image_size=32`.
 
     Raises:
-        TypeError: a name in `changes` that is no field of `SceneArguments`.
-        ValueError: what `SceneArguments` refuses.
+        TypeError: a name in `changes` is no field of `SceneArguments`.
+        ValueError: `SceneArguments` refuses a value.
     """
     scenes, rng = _changed(scenes, changes), random.Random(seed)
     if questions_per_image == 1:
@@ -105,9 +106,9 @@ def scene_rows(
 def scene_caption_rows(
     count: int, seed: int, questions_per_image: int = 5, scenes: SceneArguments | None = None, **changes: Any
 ) -> VQADataset:
-    """Seeded scenes, each with its caption and up to `questions_per_image` questions of different types.
+    """Draws seeded scenes, each with its caption and up to `questions_per_image` questions of different types.
 
-    `scenes`, `changes` and the errors are those of `scene_rows`.
+    The arguments and errors are those of `scene_rows`.
     """
     scenes = _changed(scenes, changes)
     drawn = _drawn(count, random.Random(seed), scenes, questions_per_image)
@@ -118,12 +119,14 @@ def _changed(scenes: SceneArguments | None, changes: dict[str, Any]) -> SceneArg
     scenes = SceneArguments() if scenes is None else scenes
     unknown = set(changes) - set(vars(scenes))
     if unknown:
-        raise TypeError(f"Scenes have no {', '.join(sorted(unknown))}; their fields are {', '.join(vars(scenes))}.")
+        raise TypeError(
+            f"SceneArguments has no field {', '.join(sorted(unknown))}; its fields are {', '.join(vars(scenes))}."
+        )
     return replace(scenes, **changes)
 
 
 def _drawn(count: int, rng: random.Random, scenes: SceneArguments, questions_per_image: int):
-    """Yields scenes and the questions about each."""
+    """Yields `count` scenes, each with its questions."""
     per_type = -(-questions_per_image // len(scenes.types))
     for _ in range(count):
         scene = sample_scene(rng, **scenes.sampling())
@@ -141,5 +144,5 @@ def _row(scene: Scene, questions: Sequence[SceneQuestion], image_size: int) -> d
 
 
 def _spaced_caption(scene: Scene) -> str:
-    """The scene's caption, every word and comma apart."""
+    """The scene's caption, with a space before each comma, so that commas are words of their own."""
     return scene_caption(scene).replace(",", " ,")

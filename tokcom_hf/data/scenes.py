@@ -1,11 +1,11 @@
-"""Seeded procedural scenes: coloured shapes on a jittered grid, with a caption and questions whose answers balance.
+"""Seeded procedural scenes: coloured shapes on a jittered grid, with a caption and questions with balanced answers.
 
     rng = random.Random(0)
     scene = sample_scene(rng)
     image = render_scene(scene, image_size=64)          # PIL.Image, RGB
     caption = scene_caption(scene)                      # "a small red circle at the top left and ..."
     questions = scene_questions(scene, rng)             # one per question type that the scene supports
-    examples = balanced_examples(rng, 1000)             # type and answer drawn first, so no answer is more likely
+    examples = balanced_examples(rng, 1000)             # type and answer are drawn first: answers are uniform
 
 Everything is a function of the `random.Random` passed in, so one seed gives one data set on every machine.
 """
@@ -180,7 +180,7 @@ def _candidates(scene: Scene, kind: str, rng: random.Random) -> list[SceneQuesti
     colour_count = {name: sum(o.colour == name for o in objects) for name in COLOURS}
     found: list[tuple[str, str]] = []
     if kind == "count":
-        # Colours and shapes are asked about at the same rate for every answer, so wording tells nothing.
+        # `balanced_examples` asks about colours and shapes equally often for every answer: the wording gives nothing away.
         names = [(f"{name}s" if name != "cross" else "crosses", n) for name, n in shape_count.items()]
         names += [(f"{name} objects", n) for name, n in colour_count.items()]
         found = [(f"how many {name} are there ?", str(n)) for name, n in names if n <= MAX_COUNT]
@@ -198,7 +198,7 @@ def _candidates(scene: Scene, kind: str, rng: random.Random) -> list[SceneQuesti
 
 
 def _outermost(objects: Sequence[SceneObject]) -> Iterator[tuple[str, SceneObject]]:
-    """The objects that lie farther to one side than all others, which a model finds by comparing places."""
+    """Yields the objects that lie farther to one side than all others; the answer needs a comparison of positions."""
     columns, rows = (lambda o: o.column), (lambda o: o.row)
     ends = {"leftmost": (min, columns), "rightmost": (max, columns), "topmost": (min, rows), "bottommost": (max, rows)}
     for word, (extreme, place) in ends.items():
@@ -209,7 +209,7 @@ def _outermost(objects: Sequence[SceneObject]) -> Iterator[tuple[str, SceneObjec
 
 
 def possible_answers(kind: str) -> tuple[str, ...]:
-    """The closed answer set of a question type; its chance level is one over its length."""
+    """Returns all possible answers of a question type; guessing scores one over their number."""
     if kind == "count":
         return tuple(str(n) for n in range(MAX_COUNT + 1))
     answers: dict[str, tuple[str, ...]] = {
@@ -224,7 +224,10 @@ def possible_answers(kind: str) -> tuple[str, ...]:
 def scene_questions(
     scene: Scene, rng: random.Random, types: Sequence[str] = QUESTION_TYPES, per_type: int = 1
 ) -> list[SceneQuestion]:
-    """Up to `per_type` questions of each type, in random order; within a type answers present are equally likely."""
+    """Draws up to `per_type` questions of each type, in random order.
+
+    Within a type, each answer that the scene offers is drawn with equal probability.
+    """
     chosen: list[SceneQuestion] = []
     for kind in types:
         pool = _candidates(scene, kind, rng)
@@ -241,11 +244,11 @@ def scene_questions(
 def balanced_examples(
     rng: random.Random, count: int, types: Sequence[str] = QUESTION_TYPES, **scene_options
 ) -> Iterator[SceneExample]:
-    """Yields `count` one-question examples; type and answer are drawn first, the scene is drawn until it fits.
+    """Yields `count` one-question examples: draws type and answer first, then scenes until one fits.
 
-    Since colours and shapes are exchangeable in `sample_scene`, every question text then has the same answer
-    distribution as its type: uniform. A model that reads the question alone scores at chance, one over the number of
-    possible answers (restricting `shapes` or `colours` restricts the answers too).
+    `sample_scene` treats all colours alike and all shapes alike, so the answers to every question text are uniform, as they
+    are within its type. A model that ignores the image scores at chance: one over the number of possible answers, which
+    `shapes` and `colours` in `scene_options` may restrict.
     """
     for index in range(count):
         kind = types[index % len(types)]

@@ -1,4 +1,4 @@
-"""Text in, packed rows of token ids out: the embedded corpus, the user's files, or a Hub data set."""
+"""Loads text (the embedded corpus, the user's files, or a Hub data set) and packs it into rows of token ids."""
 
 import os
 import random
@@ -15,9 +15,9 @@ from .packing import PackedTextDataset, pack, spread_offsets
 from .text_files import is_json_lines, read_json_objects, read_text
 from .tokenizers import load_tokenizer, train_tokenizer
 
-# Configurations of WikiText on the Hub, by whose names it is known.
+# Configurations of WikiText on the Hub; their names are accepted as names of data sets.
 WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
-# Documents of a stream that a new tokenizer is trained on.
+# Number of documents of a stream that a new tokenizer is trained on.
 TOKENIZER_DOCUMENTS = 20_000
 
 
@@ -30,16 +30,16 @@ def iterate_documents(
     streaming: bool = False,
     max_documents: int | None = None,
 ) -> Iterator[str]:
-    """Yields documents; with neither a file nor a data set, the embedded ones. Blank documents are left out.
+    """Yields the documents of a file or a Hub data set, or else of the embedded corpus. Blank documents are left out.
 
-    A `.jsonl`, `.ndjson` or `.json` file gives one document per line (its `text_column`), any other file is text whose
-    documents are separated by two or more blank lines, or is one document. `streaming` reads a Hub data set without
-    downloading all of it.
+    A `.jsonl`, `.ndjson` or `.json` file holds one document per line, in the field `text_column`. Any other file is plain
+    text, whose documents are separated by two or more blank lines. `streaming` reads a Hub data set without downloading all
+    of it.
 
     Raises:
-        ValueError: both sources given, a `max_documents` below 1, a compressed file or a table, text that is not UTF-8, a
-            JSON line that is broken or lacks the field (file and line are named), or a data set without the column.
-        OSError: a file or data set that cannot be read.
+        ValueError: both sources are given, `max_documents` is below 1, the file is compressed or a table, text is not UTF-8,
+            a JSON line is broken or lacks the field (the message names file and line), or a data set lacks the column.
+        OSError: the file or data set cannot be read.
     """
     if train_file and dataset_name:
         raise ValueError("Give either train_file or dataset_name, not both.")
@@ -59,10 +59,10 @@ def iterate_documents(
 def load_documents(
     train_file: str | os.PathLike | None = None, dataset_name: str | None = None, **options: Any
 ) -> list[str]:
-    """The documents of `iterate_documents` (same arguments, same errors) as a list.
+    """Returns the documents of `iterate_documents` (same arguments, same errors) as a list.
 
     Raises:
-        ValueError: no text at all.
+        ValueError: there is no text at all.
     """
     found = list(iterate_documents(train_file, dataset_name, **options))
     if not found:
@@ -71,11 +71,12 @@ def load_documents(
 
 
 def read_json_lines(path: str | Path, text_column: str = "text") -> Iterator[str]:
-    """The field `text_column` of every line of a JSON lines file.
+    """Yields the field `text_column` of every line of a JSON lines file.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: what `text_files.read_json_objects` refuses, or a line without text in that field; the line is named.
+        OSError: the file cannot be read.
+        ValueError: `text_files.read_json_objects` refuses a line, or a line has no text in that field; the message names
+            the line.
     """
     for place, row in read_json_objects(path):
         if not isinstance(row.get(text_column), str):
@@ -89,10 +90,10 @@ def _split_blank(text: str) -> list[str]:
 
 
 def hub_dataset(name: str | None, config: str | None = None) -> tuple[str | None, str | None]:
-    """Hub name and configuration of a data set; `wikitext-2-raw-v1` and its like stand for those of WikiText.
+    """Returns Hub name and configuration of a data set; configurations of WikiText are accepted as names.
 
     Raises:
-        ValueError: such a name with another configuration.
+        ValueError: `name` is a configuration of WikiText and `config` is another one.
     """
     if name not in WIKITEXT:
         return name, config
@@ -123,7 +124,7 @@ def _hub_documents(name: str, config: str | None, text_column: str, split: str, 
 
 @dataclass
 class TextRows:
-    """Training rows, held-out rows, and the tokenizer that wrote them."""
+    """Training rows, held-out rows, and the tokenizer that made their ids."""
 
     train: PackedTextDataset
     validation: PackedTextDataset
@@ -131,13 +132,13 @@ class TextRows:
 
 
 def split_documents(documents: list[str], validation_share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Seeded split by documents; a corpus of fewer than 20 documents is first cut into about 200 pieces.
+    """Splits documents by a seed; a corpus of fewer than 20 documents is first cut into about 200 pieces.
 
     Returns:
         (training documents, held-out documents), each in the order of the corpus.
 
     Raises:
-        ValueError: `validation_share` outside (0, 1).
+        ValueError: `validation_share` is outside (0, 1).
     """
     _check_share(validation_share)
     if len(documents) < 20:
@@ -153,7 +154,7 @@ def split_documents(documents: list[str], validation_share: float, seed: int) ->
 
 
 def split_stream(documents: Iterable[str], validation_share: float, seed: int, held_out: list[str]) -> Iterator[str]:
-    """Yields the training documents of a stream and appends the others to `held_out`; the seed decides which."""
+    """Yields the training documents of a stream and appends the held-out ones to `held_out`; the seed decides."""
     _check_share(validation_share)
     draw = random.Random(seed)
     for text in documents:
@@ -174,9 +175,9 @@ class Corpus:
 
     Args:
         train_file, dataset_name, dataset_config, text_column, streaming, max_documents: see `iterate_documents`.
-        validation_file: held-out text of its own; nothing is then split off.
-        validation_share: of the documents, held out otherwise.
-        seed: of that split.
+        validation_file: file of held-out text; all other documents are then training text.
+        validation_share: share of the documents that is held out where there is no `validation_file`, in (0, 1).
+        seed: seed of that split.
     """
 
     train_file: str | os.PathLike | None = None
@@ -190,7 +191,7 @@ class Corpus:
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `iterate_documents` beside the file and the data set."""
+        """Returns the arguments of `iterate_documents` other than the file and the data set."""
         names = ("dataset_config", "text_column", "streaming", "max_documents")
         return {name: getattr(self, name) for name in names}
 
@@ -204,22 +205,25 @@ def load_text_rows(
     offset_copies: int = 1,
     **changes: Any,
 ) -> TextRows:
-    """Documents → tokenizer (loaded by name, or trained on the training documents) → packed rows.
+    """Loads documents and a tokenizer (or trains one on the training documents), and packs both splits into rows.
 
-    With `streaming` the documents are tokenized as they arrive and only their ids (4 bytes per token) and the held-out
-    documents are kept; `max_documents` ends the stream. A new tokenizer is then trained on its first 20,000 documents.
+    With `streaming`, documents are tokenized as they arrive; only their ids (4 bytes per token) and the held-out documents
+    stay in memory. `max_documents` ends the stream. A new tokenizer is trained on the stream's first 20,000 documents.
 
     Args:
-        corpus: where text comes from, or its `train_file`; the embedded documents where None.
-        tokenizer: folder, Hub name or tokenizer; None trains one of at most `vocab_size` tokens.
+        corpus: where the text comes from, or a file of training text; None means the embedded documents.
+        tokenizer: folder, Hub name or tokenizer; None trains a new tokenizer.
+        vocab_size: maximum number of tokens of a new tokenizer.
         length: tokens per row, a multiple of `chunk_size`.
-        offset_copies: times the training text is given, each cut at other places (`packing.spread_offsets`).
-        changes: fields of `corpus` that differ, for example `train_file="corpus.txt"`.
+        chunk_size: tokens per chunk.
+        offset_copies: number of copies of the training text, each cut into chunks at other places
+            (`packing.spread_offsets`).
+        changes: fields of `corpus` to replace, for example `train_file="corpus.txt"`.
 
     Raises:
-        TypeError: a name in `changes` that is no field of `Corpus`.
-        ValueError: `chunk_size` does not divide `length`, empty corpus, or less text than one chunk.
-        OSError: unknown tokenizer, unreadable file.
+        TypeError: a name in `changes` is no field of `Corpus`.
+        ValueError: `chunk_size` does not divide `length`, the corpus is empty, or a split is shorter than one chunk.
+        OSError: the tokenizer or a file cannot be loaded.
     """
     corpus = _changed(corpus, changes)
     if chunk_size < 1 or length < 1 or length % chunk_size:
@@ -245,14 +249,14 @@ def _changed(corpus: Corpus | str | os.PathLike | None, changes: dict[str, Any])
         corpus = Corpus(train_file=corpus)
     unknown = set(changes) - set(vars(corpus))
     if unknown:
-        raise TypeError(f"A corpus has no {', '.join(sorted(unknown))}; its fields are {', '.join(vars(corpus))}.")
+        raise TypeError(f"Corpus has no field {', '.join(sorted(unknown))}; its fields are {', '.join(vars(corpus))}.")
     return replace(corpus, **changes)
 
 
 def _divided(corpus: Corpus, sampled: bool) -> tuple[Iterable[str], Iterable[str], list[str]]:
-    """Documents for a new tokenizer (needed where `sampled`), training documents, and held-out documents.
+    """Returns documents to train a tokenizer on (used where `sampled`), training documents, and held-out documents.
 
-    Of a stream the held-out ones are complete when the training ones have been read.
+    For a stream, the list of held-out documents is complete only after all training documents have been read.
     """
     sources, options = (corpus.train_file, corpus.dataset_name), corpus.options()
     if corpus.streaming and corpus.dataset_name and corpus.validation_file is None:

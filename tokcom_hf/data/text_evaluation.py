@@ -1,4 +1,4 @@
-"""Where a recipe's text comes from, and its rows: what a model trains on, or what an evaluation of it compares with."""
+"""Options for the text of a recipe, and its packed rows: training data of a model, or reference text of an evaluation."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,31 +10,40 @@ from .text import Corpus, TextRows, hub_dataset, load_text_rows
 
 @dataclass
 class TextSource:
-    """Where text comes from. An evaluation names what the model was trained on, for its split to be the model's split."""
+    """Where text comes from. For an evaluation, give the source of the training run, so that the split is the same."""
 
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "Text (.txt) or JSON lines (.jsonl), in place of a data set that the file names.",
+            "help": "Text (.txt) or JSON lines (.jsonl); replaces a data set named in the configuration file.",
             "replaces": ("dataset_name", "dataset_config"),
         },
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Held-out text of its own; all other text is training text then."}
+        default=None, metadata={"help": "File of held-out text; all other text is then training text."}
     )
-    text_column: str = field(default="text", metadata={"help": "Field of JSON lines and Hub data sets."})
+    text_column: str = field(
+        default="text", metadata={"help": "Field of JSON lines and Hub data sets that holds the text."}
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Data set on the Hub; a configuration of WikiText, as wikitext-2-raw-v1, stands for itself.",
+            "help": "Data set on the Hub, or a configuration of WikiText, for example wikitext-2-raw-v1.",
             "replaces": ("train_file", "dataset_config"),
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
-    streaming: bool = field(default=False, metadata={"help": "Read the Hub data set as a stream."})
-    max_documents: int | None = field(default=None, metadata={"help": "Stop reading after so many documents."})
-    validation_share: float = field(default=0.05, metadata={"help": "Share of the documents held out."})
-    split_seed: int = field(default=42, metadata={"help": "The --seed of the training run, which drew the split."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the Hub data set as a stream, without downloading all of it."}
+    )
+    max_documents: int | None = field(default=None, metadata={"help": "Read at most this many documents."})
+    validation_share: float = field(
+        default=0.05, metadata={"help": "Share of the documents held out, without a validation file."}
+    )
+    split_seed: int = field(
+        default=42,
+        metadata={"help": "Seed of the split into training and held-out text: the --seed of the training run."},
+    )
 
     def __post_init__(self):
         self.dataset_name, self.dataset_config = hub_dataset(self.dataset_name, self.dataset_config)
@@ -48,13 +57,14 @@ def load_source(
     chunk_size: int = 1,
     offset_copies: int = 1,
 ) -> TextRows:
-    """Packed training and held-out rows of a source.
+    """Loads the packed training and held-out rows of a source.
 
     Args:
         source: documents and their split.
         length: tokens per row, a multiple of `chunk_size`.
-        tokenizer: folder or name; None trains one of `vocab_size` tokens.
-        chunk_size: tokens per chunk, of which `offset_copies` > 1 gives the training text cut at other places.
+        tokenizer: folder or Hub name; None trains a tokenizer of at most `vocab_size` tokens.
+        chunk_size: tokens per chunk.
+        offset_copies: number of copies of the training text, each cut into chunks at other places.
     """
     shared = {item.name: getattr(source, item.name) for item in fields(Corpus) if item.name != "seed"}
     corpus = Corpus(**shared, seed=source.split_seed)
@@ -62,14 +72,14 @@ def load_source(
 
 
 def full_rows(dataset: Any) -> np.ndarray:
-    """The rows of a `PackedTextDataset` that hold no padding, (rows, length).
+    """Returns the rows of a `PackedTextDataset` that hold no padding, (rows, length) int64.
 
     Raises:
-        ValueError: fewer than two whole rows.
+        ValueError: there are fewer than two such rows.
     """
     count = len(dataset.token_ids) // dataset.length
     if count < 2:
         raise ValueError(
-            f"The held-out text fills {count} rows of {dataset.length} tokens; two are needed. Give more text."
+            f"The held-out text fills {count} rows of {dataset.length} tokens; at least 2 are needed. Give more text."
         )
     return dataset.token_ids[: count * dataset.length].reshape(count, dataset.length).astype(np.int64)

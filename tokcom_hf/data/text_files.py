@@ -1,4 +1,4 @@
-"""Reads text and JSON lines files, so that every error names file and line."""
+"""Reads text and JSON lines files; every error message names file and line."""
 
 import codecs
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-# Files that a text editor shows as gibberish, or that hold fields and not prose.
+# Suffixes of files that are refused: compressed files and tables are no plain text.
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
-# Characters of a line of JSON: a file of zeros, or one that is no text, may be a single line as long as the disk.
+# Maximum characters of a JSON line, because a binary file may be a single line larger than memory.
 LONGEST_LINE = 1 << 26
 OTHER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -23,17 +23,17 @@ OTHER_MARKS = {
 
 
 def is_json_lines(path: str | Path) -> bool:
-    """Whether the file's suffix, in any case, says JSON lines (`.jsonl`, `.ndjson`, `.json`).
+    """Returns whether the file has a suffix of JSON lines (`.jsonl`, `.ndjson`, `.json`), in any letter case.
 
     Raises:
-        ValueError: the suffix of a compressed file or of a table.
+        ValueError: the suffix is that of a compressed file or a table.
     """
     _check_kind(Path(path))
     return Path(path).suffix.lower() in JSON_LINES
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark, its line ends as `\\n`.
+    """Reads a UTF-8 file, with or without a byte order mark; line ends become `\\n`.
 
     Raises:
         OSError: no such file, a folder, or no permission.
@@ -41,7 +41,7 @@ def read_text(path: str | Path) -> str:
     """
     parts, line = [], 1
     with _open(path) as file:
-        # In parts, so that a large file that is no text is refused before it fills the memory.
+        # Read in parts, so that a large binary file is refused before it fills the memory.
         while part := file.read(LONGEST_LINE):
             _check_encoding(path, part, line)
             line += part.count("\n")
@@ -52,12 +52,12 @@ def read_text(path: str | Path) -> str:
 def read_json_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields `("FILE, line N", object)` of a UTF-8 file with one JSON object per line; blank lines are skipped.
 
-    A byte order mark, `\\r\\n`, and control characters and separators (U+2028, U+0085 …) inside strings are fine.
+    A byte order mark and `\\r\\n` are accepted, and so are control characters and separators (U+2028, U+0085 …) in strings.
 
     Raises:
         OSError: no such file, a folder, or no permission.
-        ValueError: a compressed file or a table, or a line that is not UTF-8, longer than `LONGEST_LINE` characters, no
-            JSON object, names a key twice, or holds NaN, an infinite number, or half of a surrogate pair; the message
+        ValueError: the file is compressed or a table; or a line is not UTF-8, is longer than `LONGEST_LINE` characters, is
+            no JSON object, or holds a duplicate key, NaN, an infinite number, or half of a surrogate pair. The message
             names the line.
     """
     # Not splitlines(): a JSON string may hold a line separator (U+2028) as it is.
@@ -68,7 +68,7 @@ def read_json_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ValueError(
                     f"{path}, line {number}: longer than {LONGEST_LINE:,} characters; write one object on each line."
                 )
-            line = line.lstrip("\ufeff")  # inside the file where several were joined
+            line = line.lstrip("\ufeff")  # joined files have byte order marks inside
             if line.strip():
                 place = f"{path}, line {number}"
                 yield place, _parse(line, place)
@@ -81,7 +81,7 @@ def _open(path: str | Path):
     if not path.is_file():
         raise FileNotFoundError(f"Text file {str(path)!r} does not exist.")
     _check_kind(path)
-    # Bytes that are not UTF-8 come back as lone surrogates, which `_check_encoding` finds and places.
+    # Bytes that are not UTF-8 become lone surrogates, by which `_check_encoding` finds them.
     return path.open(encoding="utf-8-sig", errors="surrogateescape")
 
 
@@ -96,7 +96,7 @@ def _check_kind(path: Path) -> None:
 def _check_encoding(path: str | Path, text: str, line: int) -> None:
     if text.isascii() and "\0" not in text:
         return
-    wrong, reason = text.find("\0"), "it holds a zero byte; it may be UTF-16, or no text"
+    wrong, reason = text.find("\0"), "it holds a zero byte; it may be UTF-16 or a binary file"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -116,7 +116,7 @@ def _check_encoding(path: str | Path, text: str, line: int) -> None:
 
 def _parse(line: str, place: str) -> dict[str, Any]:
     try:
-        # Not strict: a tab or another control character inside a string does no harm.
+        # Not strict: control characters inside a string, such as tabs, are harmless.
         record = json.loads(
             line,
             strict=False,
@@ -134,27 +134,27 @@ def _parse(line: str, place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: not JSON ({error}).") from None
     if not isinstance(record, dict):
         raise ValueError(f"{place}: not a JSON object but {_kind(record)}; write {{...}} on each line.")
-    # UTF-8 holds no lone surrogates, so one can only come from an escape.
+    # UTF-8 cannot encode lone surrogates, so one can only come from an escape sequence.
     if "\\u" in line:
         try:
             json.dumps(record, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             half = ord(error.object[error.start])
             raise ValueError(
-                f"{place}: not text (\\u{half:04x} is half of a surrogate pair, as of an emoji cut in two); mend or "
-                "remove it."
+                f"{place}: not text (\\u{half:04x} is half of a surrogate pair, for example of an emoji cut in two); mend "
+                "or remove it."
             ) from None
     return record
 
 
 def _no_number(name: str):
-    raise ValueError(f"{name} is no number in JSON; write null")
+    raise ValueError(f"{name} is not a JSON number; write null")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise ValueError(f"{digits[:40]} is beyond the numbers that a float can hold")
+        raise ValueError(f"{digits[:40]} is outside the range of a float")
     return value
 
 
@@ -163,7 +163,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} stands twice in one object")
+        raise ValueError(f"key {twice!r} occurs twice in one object")
     return record
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: by name or folder, or a byte-level BPE trained on the corpus."""
+"""Loads a tokenizer by name or folder, or trains a byte-level BPE on the corpus."""
 
 import json
 from collections.abc import Iterable
@@ -13,16 +13,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from ..models.shared_tokenizer_size import tokenizer_size
 
-# More ids than this without a token are not filled: the table would be empty for the most part.
+# More unused ids than this are not filled, because most of the embedding table would be unused.
 MOST_UNUSED_IDS = 1_000_000
 EOS_TOKEN = "<|endoftext|>"
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `vocab_size` tokens; EOS is also the padding token.
+    """Trains a byte-level BPE of at most `vocab_size` tokens; EOS is also the padding token.
 
     Raises:
-        ValueError: `vocab_size` below the 256 bytes plus EOS.
+        ValueError: `vocab_size` is below 257, the 256 bytes and EOS.
     """
     if vocab_size < 257:
         raise ValueError(f"A byte-level vocabulary needs at least 257 tokens, got vocab_size={vocab_size}.")
@@ -41,17 +41,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 
 
 def load_tokenizer(name_or_path: str | PathLike | PreTrainedTokenizerBase) -> Any:
-    """`AutoTokenizer.from_pretrained` with one sentence instead of a page where the tokenizer is not there.
+    """Loads a tokenizer like `AutoTokenizer.from_pretrained`, with a padding token and without gaps between its ids.
 
-    A tokenizer that is loaded already is copied, so that it stays as it is.
+    A tokenizer object is copied, so that the caller's stays unchanged.
 
-    A folder that holds only `vocab.json` and `merges.txt` is read as a byte-level BPE of GPT-2's kind. Where a tokenizer has
-    no padding token, EOS is taken. Ids between others that have no token get one (`<unused:300>`), so that `len` of the
-    result is its highest id plus one.
+    A folder that holds only `vocab.json` and `merges.txt` is read as a byte-level BPE like GPT-2's. A tokenizer without a
+    padding token gets its EOS token as one. An unused id below the highest one gets a token (`<unused:300>`), so that `len`
+    of the result is its highest id plus one.
 
     Raises:
-        OSError: nothing of that name on disk or (reachable) on the Hub, or a gated one without access.
-        ValueError: ids without a token that cannot be filled.
+        OSError: no tokenizer of that name is on disk or reachable on the Hub, or access to it is not granted.
+        ValueError: unused ids cannot be filled.
     """
     if isinstance(name_or_path, PreTrainedTokenizerBase):
         return _completed(deepcopy(name_or_path))
@@ -72,9 +72,9 @@ def load_tokenizer(name_or_path: str | PathLike | PreTrainedTokenizerBase) -> An
 
 
 def _completed(tokenizer):
-    """With a padding token and without gaps between its ids."""
+    """Returns the tokenizer with a padding token and without gaps between its ids."""
     if tokenizer.pad_token is None:
-        # GPT-2's, Llama's and others have none; the collator asks for one even where all rows are of one length.
+        # GPT-2's, Llama's and other tokenizers have none; collators need one even if all rows have the same length.
         tokenizer.pad_token = tokenizer.eos_token
     return _without_gaps(tokenizer)
 
@@ -89,7 +89,7 @@ def _without_gaps(tokenizer):
     if not isinstance(vocabulary, dict) or not 0 < len(unused) <= MOST_UNUSED_IDS:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} has {len(tokenizer):,} tokens, but ids up to {size - 1:,}; number "
-            "its tokens without gaps."
+            "its tokens from 0 without gaps."
         )
     vocabulary |= {f"<unused:{number}>": number for number in unused}
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
@@ -100,12 +100,14 @@ def _from_vocabulary_and_merges(vocabulary: Path, merges: Path) -> PreTrainedTok
     tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # EOS_TOKEN is GPT-2's own; a vocabulary without it gets it as its last id.
+    # GPT-2's vocabulary contains EOS_TOKEN; any other gets it as its last id.
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
 
 
 def check_tokenizer(tokenizer: Any, vae_config: Any) -> None:
-    """Compares a tokenizer with the vocabulary a VAE was trained on: its omni token is the first id after the tokenizer's.
+    """Checks that a tokenizer has the vocabulary size that a VAE was trained with.
+
+    That size is the VAE's `omni_token_id`, because the omni token is the first id after the tokenizer's.
 
     Raises:
         ValueError: the sizes differ.

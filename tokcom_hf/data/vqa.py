@@ -1,7 +1,7 @@
-"""Visual question answering rows from JSON lines with images, or from the Hub.
+"""Loads visual question answering rows from JSON lines with images, or from the Hub.
 
-`vqa_dataset.py` says what a row is, `scene_rows.py` draws rows, and `vqa_collator.py` makes model inputs of
-them. Their names can be imported from here, too.
+`vqa_dataset.py` defines a row, `scene_rows.py` generates rows, and `vqa_collator.py` turns them into model inputs; this
+module re-exports their names.
 """
 
 import io
@@ -30,18 +30,18 @@ __all__ = [
     "scene_rows",
 ]
 
-# Column names of well-known data sets: name prefix -> (image, question, answers, type or None).
+# Column names of well-known data sets: part of the data set's name -> (image, question, answers, type or None).
 COLUMN_MAPPINGS: dict[str, tuple[str, str, str, str | None]] = {
     "vqav2": ("image", "question", "answers", "answer_type"),
     "gqa": ("image", "question", "answer", None),
     "pope": ("image", "question", "answer", "category"),
     "scienceqa": ("image", "question", "answer", "subject"),
 }
-# What a line of JSON holds for each task.
+# Fields that a JSON line needs for each task, for error messages.
 EXPECTED = {
     "vqa": "image, question and answer",
     "caption": "image and caption",
-    "both": "image, and question and answer or caption",
+    "both": "image, and a question with its answer, a caption, or both",
 }
 
 
@@ -54,15 +54,15 @@ def read_vqa_jsonl(
     is optional. All images are checked (`image_rows.check_images`).
 
     Args:
-        allow_outside: take images by absolute paths and outside that folder, too.
-        task: `vqa`: every line has a question and its answer; `caption`: every line has an image and its `caption`;
-            `both`: every line has one of these or both.
+        allow_outside: also accept absolute image paths and paths outside that folder.
+        task: `vqa`: every line needs a question and its answer; `caption`: every line needs an image and its `caption`;
+            `both`: every line needs either of these, or both.
 
     Raises:
         FileNotFoundError: the file or an image is missing.
         NotADirectoryError: `image_dir` is no folder.
-        ValueError: a line is not JSON or lacks a field, an image is broken, a URL, or lies outside the folder; the message
-            names the line.
+        ValueError: a line is not JSON or lacks a field; or an image is broken, is a URL, or lies outside the folder. The
+            message names the line.
     """
     folder = image_folder(path, image_dir)
     rows, images = [], []
@@ -91,10 +91,15 @@ def read_vqa_jsonl(
 def load_hub_vqa(
     name: str, config: str | None = None, split: str = "train", max_rows: int | None = None, mapping: str | None = None
 ) -> VQADataset:
-    """Loads a Hub data set; VQAv2, GQA, POPE and ScienceQA columns are known by name, or by `mapping`.
+    """Loads a Hub data set with the columns of VQAv2, GQA, POPE or ScienceQA.
+
+    Args:
+        name, config, split: the Hub data set, its configuration and its split.
+        max_rows: read at most this many rows.
+        mapping: a key of `COLUMN_MAPPINGS`; None finds the mapping by `name`.
 
     Raises:
-        ValueError: no known mapping, the columns are not there, or an image is broken.
+        ValueError: no column mapping is known, a column is missing, or an image is broken.
     """
     from datasets import load_dataset
 
@@ -108,7 +113,7 @@ def map_vqa_columns(data: Iterable[dict[str, Any]], name: str) -> VQADataset:
     """Applies the column mapping whose key occurs in `name` (case and punctuation ignored).
 
     Raises:
-        ValueError: no such mapping, a column is not there or holds no images, or an image is broken.
+        ValueError: no column mapping is known, a column is missing or holds no images, or an image is broken.
     """
     plain = "".join(c for c in name.lower() if c.isalnum())
     key = next((k for k in COLUMN_MAPPINGS if k in plain), None)
@@ -125,7 +130,7 @@ def map_vqa_columns(data: Iterable[dict[str, Any]], name: str) -> VQADataset:
             raise ValueError(f"Data set {name!r} lacks columns {missing}; it has {sorted(record)}.")
         text, answers = record[question], _answers(record[answer])
         if "choices" in record and isinstance(record[answer], int):
-            # ScienceQA gives the index of the right choice.
+            # In ScienceQA the answer is the index of the right choice.
             text = f"{text} Choices: {', '.join(record['choices'])}."
             answers = [record["choices"][record[answer]]]
         picture = image_bytes(record.get(image), f"Row {number} of data set {name!r}")
@@ -144,7 +149,7 @@ def map_vqa_columns(data: Iterable[dict[str, Any]], name: str) -> VQADataset:
 
 
 def _answers(value) -> list[str]:
-    """VQAv2 holds ten `{"answer": ...}` records; the most frequent comes first, all ten stay for the soft score."""
+    """Returns the accepted answers, the most frequent first: VQAv2 has ten per question, all needed for its soft score."""
     if isinstance(value, list):
         words = [v["answer"] if isinstance(v, dict) else str(v) for v in value]
         return sorted(words, key=lambda word: -words.count(word))

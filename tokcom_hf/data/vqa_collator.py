@@ -1,4 +1,4 @@
-"""Rows of visual question answering to model inputs."""
+"""Turns visual question answering rows into model inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ IGNORED = -100
 
 @dataclass
 class VQACollator:
-    """Turns rows into model inputs with labels on the answers (and the end token) only.
+    """Turns rows into model inputs with labels only on the answers and their EOS tokens.
 
     Args:
         processor: the VLM's processor.
@@ -19,11 +19,11 @@ class VQACollator:
             braces stay as they are.
         follow_up: prompt of the second and later questions about the same image.
         answers: append the answers and return `labels`; off for generation, where rows are padded on the left.
-        max_questions: use so many questions of a row at most.
-        image_limit: makes an image smaller before the processor sees it (`image_limit.ImageLimit`).
+        max_questions: maximum number of questions used per row; None uses all.
+        image_limit: shrinks an image before the processor receives it (`image_limit.ImageLimit`).
 
     Raises:
-        ValueError: a prompt without `{question}`.
+        ValueError: `prompt` or `follow_up` lacks `{question}`.
     """
 
     processor: Any
@@ -88,7 +88,7 @@ class VQACollator:
 
 
 def require_placeholder(name: str, prompt: str, placeholder: str) -> None:
-    """Raises ValueError where `prompt` lacks the `placeholder`, misspelt for example: it would be the same for all rows."""
+    """Raises ValueError if `prompt` lacks the `placeholder`, because the prompt would then be the same for all rows."""
     if not isinstance(prompt, str):
         raise TypeError(f"{name} must be a text that contains {placeholder}, got {prompt!r}.")
     if placeholder not in prompt:
@@ -96,7 +96,7 @@ def require_placeholder(name: str, prompt: str, placeholder: str) -> None:
 
 
 def pad_rows(rows: list[torch.Tensor], length: int, value: int, left: bool) -> torch.Tensor:
-    """Tensors `(n,)` of different n as one `(rows, length)`, filled with `value` on the left or on the right."""
+    """Stacks tensors `(n,)` of different n into `(rows, length)`, padded with `value` on the left or on the right."""
     missing = [length - len(row) for row in rows]
     sides = [(n, 0) if left else (0, n) for n in missing]
     return torch.stack([torch.nn.functional.pad(row, side, value=value) for row, side in zip(rows, sides)])

@@ -1,8 +1,8 @@
-"""Rows of visual question answering, whatever they were read from.
+"""The row format of visual question answering, and a data set of such rows.
 
 A row is `{"image": PIL.Image or None, "questions": [str], "answers": [[str, ...]], "types": [str]}`: one image, one or more
-questions, and per question every accepted answer, the one to train on first. A row may also have a `caption`, which
-`vqa_tasks.py` makes an answer.
+questions, and all accepted answers of each question, of which the first is the training target. A row may also have a
+`caption`, which `vqa_tasks.py` turns into a question and its answer.
 """
 
 import io
@@ -17,7 +17,7 @@ CAPTION_REQUEST = "what is in the image ?"
 
 
 class VQADataset(torch.utils.data.Dataset):
-    """Rows held in memory; images are paths, bytes of files, or PIL images, and come out as upright RGB PIL images."""
+    """Rows held in memory. Images may be given as paths, file bytes, or PIL images; items hold upright RGB PIL images."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]):
         self.rows = list(rows)

@@ -1,7 +1,7 @@
-"""Questions, captions, or both in one run: which of the two a row of `vqa.py` is trained and evaluated on.
+"""Chooses whether a row of `vqa.py` is trained and evaluated on its question or on its caption.
 
-A row that has a `caption` can be asked for it like for any other answer. In training `both` alternates within each batch, so
-that every batch of two rows or more that have both holds both tasks.
+A `caption` becomes the answer to a request for it. With task `both`, training alternates within each batch, among the rows
+that have a question and a caption; two such rows are enough for a batch to contain both tasks.
 """
 
 import zlib
@@ -18,14 +18,14 @@ TASKS = tuple(EXPECTED)
 
 
 def check_task(task: str) -> str:
-    """`task`, if it is one of `TASKS`; raises ValueError otherwise."""
+    """Returns `task` if it is one of `TASKS`; raises ValueError otherwise."""
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
     return task
 
 
 def caption_row(row: dict[str, Any], request: str = CAPTION_REQUEST) -> dict[str, Any]:
-    """The row as a single question, `request`, whose answer is the caption; `task` tells the metrics what it is."""
+    """Returns the row with `request` as its only question and the caption as its answer; metrics read its `task`."""
     return {
         "image": row["image"],
         "questions": [request],
@@ -38,10 +38,10 @@ def caption_row(row: dict[str, Any], request: str = CAPTION_REQUEST) -> dict[str
 def evaluation_rows(
     rows: VQADataset, task: str, request: str = CAPTION_REQUEST, captions: int | None = None
 ) -> VQADataset:
-    """Rows of one question each: the questions, then (at most `captions`) requests for captions, as `task` wants.
+    """Returns the rows that `task` is evaluated on: questions, then at most `captions` requests for captions.
 
     Raises:
-        ValueError: an unknown task, or rows that do not hold what it needs.
+        ValueError: the task is unknown, or no row has what it needs.
     """
     if check_task(task) == "vqa":
         return rows
@@ -54,7 +54,7 @@ def evaluation_rows(
 
 
 def check_rows(rows: VQADataset, task: str) -> None:
-    """Raises ValueError where no row has what `task` needs."""
+    """Raises ValueError if no row has a question or a caption that `task` needs."""
     needs = {"vqa": ("question",), "caption": ("caption",), "both": ("question", "caption")}[check_task(task)]
     for name in needs:
         if not any(row["questions"] if name == "question" else row.get("caption") for row in rows.rows):
@@ -66,16 +66,16 @@ def check_rows(rows: VQADataset, task: str) -> None:
 
 @dataclass
 class TaskCollator:
-    """Makes each row of a training batch a question or a request for its caption.
+    """Turns each row of a training batch into its questions or into a request for its caption, then collates the rows.
 
     Args:
-        collator: what turns the rows into model inputs.
-        task: `vqa`, `caption` or `both`; in `both` every second row of a batch that has a question and a caption is
-            trained on its caption, and a batch of one row on what a checksum of its question says.
-        caption_request: the question that the caption answers.
+        collator: collator that turns rows into model inputs.
+        task: `vqa`, `caption` or `both`. In `both`, every second row of a batch that has a question and a caption is trained
+            on its caption; in a batch of one row, a checksum of its question chooses.
+        caption_request: the question whose answer is the caption.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: the task is unknown.
     """
 
     collator: VQACollator
@@ -87,7 +87,7 @@ class TaskCollator:
 
     @property
     def processor(self):
-        """The collator's."""
+        """The processor of the inner collator."""
         return self.collator.processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ class TaskCollator:
         for row in rows:
             captioned = bool(row.get("caption")) and (self.task == "caption" or not row["questions"])
             if self.task == "both" and row.get("caption") and row["questions"]:
-                # A function of the batch alone: the same after a resume and in every worker.
+                # Depends on the batch alone, so the choice is the same after resuming and in every worker.
                 captioned = bool((zlib.crc32(row["questions"][0].encode()) if len(rows) == 1 else seen) % 2)
                 seen += 1
             chosen.append(caption_row(row, self.caption_request) if captioned else row)

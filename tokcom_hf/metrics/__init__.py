@@ -1,1 +1,1 @@
-"""Plain metric functions: tensors or arrays in, dictionaries of floats out."""
+"""Metrics as plain functions of tensors and arrays."""

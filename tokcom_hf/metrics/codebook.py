@@ -1,4 +1,4 @@
-"""Codebook usage, counted from code indices."""
+"""Codebook usage metrics, counted from code indices."""
 
 import math
 
@@ -6,11 +6,11 @@ import torch
 
 
 def code_counts(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """Number of times each code occurs, `(codebook_size,)` int64.
+    """Counts how often each code occurs, `(codebook_size,)` int64.
 
     Raises:
         TypeError: codes are not integers (one-hot or soft assignments are not codes).
-        ValueError: no codes, or a code outside [0, codebook_size).
+        ValueError: there are no codes, or a code is outside [0, codebook_size).
     """
     if codes.dtype.is_floating_point or codes.dtype == torch.bool:
         raise TypeError(f"Codes must be integer indices, got {codes.dtype}.")
@@ -22,7 +22,7 @@ def code_counts(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
 
 
 def usage_of_counts(counts: torch.Tensor) -> dict[str, float]:
-    """`codebook_usage` from counts or shares `(codebook_size,)`."""
+    """Returns the metrics of `codebook_usage` from counts or shares `(codebook_size,)`."""
     size = counts.numel()
     share = counts.double() / counts.double().sum().clamp_min(1e-300)
     entropy = float(torch.special.entr(share).sum())
@@ -37,7 +37,7 @@ def usage_of_counts(counts: torch.Tensor) -> dict[str, float]:
 
 
 def codebook_usage(codes: torch.Tensor, codebook_size: int) -> dict[str, float]:
-    """Usage of a codebook by a tensor of codes of any shape.
+    """Measures the usage of a codebook by integer codes of any shape.
 
     Returns:
         active (number of codes that occur), utilization (active / K), entropy (nats), normalized_entropy
@@ -47,17 +47,17 @@ def codebook_usage(codes: torch.Tensor, codebook_size: int) -> dict[str, float]:
 
 
 def utilization_ceiling(number: int, codebook_size: int) -> float:
-    """Expected utilization of `number` codes drawn uniformly, 1 − (1 − 1/K)^N: what a batch can show at best."""
+    """Expected utilization, 1 − (1 − 1/K)^N, of N = `number` uniformly drawn codes: the most to expect of a batch of N."""
     return -math.expm1(number * math.log1p(-1 / codebook_size)) if codebook_size > 1 else 1.0
 
 
 class CodebookMonitor:
-    """Live usage of the codes that training chooses: of the last batch, of a window, and cumulative (a moving average).
+    """Tracks codebook usage during training: of the last batch, of a window of batches, and as a moving average.
 
     Args:
-        codebook_size: K.
+        codebook_size: number of codes, K.
         window: number of updates in the window.
-        decay: of the moving average of counts.
+        decay: decay of the exponential moving average of counts, in (0, 1).
     """
 
     def __init__(self, codebook_size: int, window: int = 100, decay: float = 0.99):
@@ -74,18 +74,17 @@ class CodebookMonitor:
         self.average = self.decay * self.average + (1 - self.decay) * counts
 
     def resize(self, codebook_size: int) -> None:
-        """Changes the number of codes; a new code has a count of 0."""
+        """Changes the number of codes; new codes have a count of 0."""
         if codebook_size != self.codebook_size:
             self.recent = [_resized(counts, codebook_size) for counts in self.recent]
             self.total, self.average = _resized(self.total, codebook_size), _resized(self.average, codebook_size)
             self.codebook_size = codebook_size
 
     def report(self) -> dict[str, float]:
-        """Scalars for the log; empty before the first update.
+        """Returns scalars for the log; an empty dictionary before the first update.
 
-        `batch_active`, `batch_utilization`, `batch_entropy` and `batch_normalized_entropy` of the last optimizer step, with
-        `batch_utilization_ceiling`; `window_*` of the last steps; `cumulative_active`, `cumulative_entropy` and
-        `cumulative_normalized_entropy` of the moving average.
+        `batch_*` are usage metrics of the last optimizer step, with `batch_utilization_ceiling`; `window_*` of the last
+        `window` steps; `cumulative_*` of the moving average.
         """
         if not self.recent:
             return {}
@@ -103,8 +102,8 @@ class CodebookMonitor:
         }
 
     def cumulative(self) -> dict[str, float]:
-        """The part of `report` that comes from the moving average; zeros before the first update."""
-        # A code counts as active while its average is above one hit in three decay lengths.
+        """Returns the metrics of the moving average (part of `report`); zeros before the first update."""
+        # A code counts as active while its average is above that of a single hit 3 / (1 − decay) steps ago.
         floor = (1 - self.decay) * self.decay ** (3 / (1 - self.decay))
         average = usage_of_counts(torch.where(self.average > floor, self.average, 0.0))
         return {f"cumulative_{name}": average[name] for name in ("active", "entropy", "normalized_entropy")}

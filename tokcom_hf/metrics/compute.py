@@ -1,7 +1,7 @@
-"""Training compute, counted: floating-point operations of matrix products and attention, forward and backward.
+"""Counts training compute: floating-point operations of matrix products and attention, forward and backward.
 
-A multiplication and an addition are two operations; attention counts in full, causal or not; what is computed again (chunked
-cross-entropy, checkpointing) counts again. Norms, activations and the optimizer are left out.
+A multiply-add counts as two operations. Attention counts in full, causal or not. Recomputation (chunked cross-entropy,
+gradient checkpointing) counts again. Norms, activations and the optimizer are not counted.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def _attention_backward(grad_out, query, key, value, *args, out_shape=None, **kw
     return sdpa_backward_flop_count(grad_out, query, key, value)
 
 
-# PyTorch's counter knows the attention kernels of GPUs but not the one it runs on a CPU.
+# PyTorch's counter knows the attention kernels for GPUs but not the one for CPUs.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -28,19 +28,19 @@ _CPU_ATTENTION = {
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """Floating-point operations of one call of `function`."""
+    """Returns the number of floating-point operations of one call of `function`."""
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         function()
     return counter.get_total_flops()
 
 
 def count_training_flops(loss: Callable[[], torch.Tensor]) -> int:
-    """Floating-point operations of `loss()` and of its backward pass; gradients of leaves are added as usual."""
+    """Returns the floating-point operations of `loss()` and its backward pass; gradients accumulate as usual."""
     return count_flops(lambda: loss().backward())
 
 
 def llama_parameters(config: LlamaConfig) -> int:
-    """Number of parameters of `LlamaForCausalLM(config)` (no biases), tied embedding once."""
+    """Number of parameters of `LlamaForCausalLM(config)` without biases; a tied embedding counts once."""
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     hidden, kv = config.hidden_size, (config.num_key_value_heads or config.num_attention_heads) * head_dim
     attention = 2 * hidden * hidden + 2 * hidden * kv
@@ -52,13 +52,20 @@ def llama_parameters(config: LlamaConfig) -> int:
 def matching_llama_config(
     num_parameters: int, vocab_size: int, num_layers: int | None = None, head_dim: int = 32, max_length: int = 1024
 ) -> LlamaConfig:
-    """A Llama of (as near as widths allow) `num_parameters`, with a tied embedding and an MLP three times as wide.
+    """Returns the config of a Llama with about `num_parameters`, a tied embedding, and an MLP about three times as wide.
 
-    Without `num_layers` the depth is the one whose shape comes nearest to hidden size = 48 · layers, which is what small
-    language models of this size use (6 × 256, 8 × 384).
+    Without `num_layers`, the depth is chosen so that hidden size is nearest to 48 · layers, a usual shape of small language
+    models (6 × 256, 8 × 384).
+
+    Args:
+        num_parameters: number of parameters to match, as nearly as the widths allow.
+        vocab_size: vocabulary size.
+        num_layers: number of layers; None chooses from 2 to 32.
+        head_dim: size of an attention head.
+        max_length: maximum sequence length.
 
     Raises:
-        ValueError: so few parameters that not even the smallest shape fits.
+        ValueError: no shape has about so many parameters.
     """
     best: tuple[float, LlamaConfig] | None = None
     for layers in [num_layers] if num_layers else range(2, 33):
@@ -72,7 +79,7 @@ def matching_llama_config(
             found = llama_parameters(config)
             if found > 2 * num_parameters:
                 break
-            # The MLP takes up what is missing or too much, in steps of one unit per layer.
+            # The MLP's width makes up the difference, in steps of one unit per layer.
             width = 3 * hidden + round((num_parameters - found) / (3 * hidden * layers))
             if not hidden <= width <= 6 * hidden:
                 continue

@@ -1,4 +1,4 @@
-"""Image fidelity: PSNR, SSIM and multi-scale SSIM, differentiable where that makes sense."""
+"""Image fidelity metrics: PSNR, SSIM and multi-scale SSIM; all are differentiable."""
 
 import math
 
@@ -12,8 +12,8 @@ def psnr(images: torch.Tensor, targets: torch.Tensor, data_range: float = 2.0) -
     """Peak signal-to-noise ratio per image in dB, `(batch,)`; infinite for equal images.
 
     Args:
-        images, targets: `(batch, channels, height, width)`; clamp reconstructions to the range first.
-        data_range: largest minus smallest possible value, 2 for [-1, 1].
+        images, targets: `(batch, channels, height, width)`; clamp reconstructions to the valid range first.
+        data_range: largest minus smallest possible pixel value; 2 for [-1, 1].
     """
     check_pair(images, targets)
     error = (images.float() - targets.float()).square().flatten(1).mean(1)
@@ -21,7 +21,7 @@ def psnr(images: torch.Tensor, targets: torch.Tensor, data_range: float = 2.0) -
 
 
 def check_pair(images: torch.Tensor, targets: torch.Tensor) -> None:
-    """Raises ValueError unless both are image batches of one shape."""
+    """Raises ValueError unless both are image batches of the same shape."""
     if images.shape != targets.shape or images.ndim != 4:
         raise ValueError(
             "Images and targets must share a shape (batch, channels, height, width), "
@@ -40,7 +40,7 @@ def _blur(x: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     if max(height, width) > 512:
         x = F.conv2d(x, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
         return F.conv2d(x, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
-    # Two products with a band matrix: several times faster than a depthwise convolution on a CPU.
+    # Two products with band matrices are several times faster on a CPU than a depthwise convolution.
     return _band(window, height).t() @ x @ _band(window, width)
 
 
@@ -64,7 +64,10 @@ def _ssim_terms(x: torch.Tensor, y: torch.Tensor, data_range: float) -> tuple[to
 
 
 def ssim(images: torch.Tensor, targets: torch.Tensor, data_range: float = 2.0) -> torch.Tensor:
-    """Structural similarity per image, `(batch,)` in [-1, 1] (Wang et al. 2004; Gaussian window 11, σ 1.5, valid)."""
+    """Structural similarity per image, `(batch,)` in [-1, 1] (Wang et al. 2004).
+
+    The window is Gaussian, 11 pixels wide with σ 1.5, without padding; smaller images get a smaller window.
+    """
     check_pair(images, targets)
     return _ssim_terms(images.float(), targets.float(), data_range)[0]
 
@@ -72,7 +75,7 @@ def ssim(images: torch.Tensor, targets: torch.Tensor, data_range: float = 2.0) -
 def ms_ssim(images: torch.Tensor, targets: torch.Tensor, data_range: float = 2.0) -> torch.Tensor:
     """Multi-scale structural similarity per image, `(batch,)` in [0, 1] (Wang et al. 2003).
 
-    Five scales need sides of at least 176 pixels; smaller images use as many as fit, the weights rescaled to sum to 1.
+    Five scales need sides of at least 176 pixels; smaller images use fewer scales, with weights rescaled to sum to 1.
     """
     check_pair(images, targets)
     x, y = images.float(), targets.float()

@@ -1,35 +1,37 @@
-"""Statistics of the bits of a lookup-free quantizer, counted from codes."""
+"""Statistics of the bits of a lookup-free quantizer (LFQ)."""
 
 import torch
 
 from .codebook import codebook_usage, utilization_ceiling
 
+# A bit whose mean lies outside this range counts as dead.
 ALIVE = (0.2, 0.8)
 
 
 def code_indices(codes: torch.Tensor) -> torch.Tensor:
-    """Bits `(..., d)`, where a value above 0 is a 1, → int64 indices `(...)`, bit 0 least significant."""
+    """Converts codes `(..., d)`, whose values above 0 are ones, to int64 indices `(...)`; bit 0 is least significant."""
     places = torch.arange(codes.shape[-1], device=codes.device)
     return ((codes > 0).long() << places).sum(-1)
 
 
 def bit_report(codes: torch.Tensor) -> dict:
-    """Mean, flip rate and pairwise correlation of bits, and how many of the 2^d codes occur.
+    """Measures the mean, flip rate and pairwise correlation of bits, and the usage of the 2^d codes.
 
     Args:
-        codes: `(images, n, d)`, a value above 0 is a 1.
+        codes: `(images, n, d)`: n codes of d values per image; a value above 0 is a one.
 
     Returns:
-        bit_mean: share of ones of each bit.
-        flip_rate: of each bit, how often it differs between neighbours in reading order (0.5 for coin flips).
-        dead_bits: bits whose mean lies outside [0.2, 0.8].
-        max_correlation, mean_correlation: of the absolute correlations of two different bits; a constant bit counts
+        tokens: number of codes, N.
+        bit_mean: share of ones of each bit; bit_mean_min and bit_mean_max are its extremes.
+        flip_rate: per bit, the share of neighbours in reading order that differ in it (0.5 for coin flips).
+        dead_bits: number of bits whose mean lies outside [0.2, 0.8].
+        max_correlation, mean_correlation: maximum and mean absolute correlation of two different bits; a constant bit counts
             as uncorrelated.
-        active, utilization, entropy, normalized_entropy, perplexity: of the 2^d codes.
-        utilization_ceiling: expected utilization of as many codes drawn uniformly, 1 − (1 − 1/K)^N; `tokens` is N.
+        active, utilization, entropy, normalized_entropy, perplexity: usage of the 2^d codes, see `codebook_usage`.
+        utilization_ceiling: expected utilization of N codes drawn uniformly, 1 − (1 − 1/K)^N with K = 2^d.
 
     Raises:
-        ValueError: codes are not three-dimensional or empty.
+        ValueError: codes are not three-dimensional, or empty.
     """
     if codes.ndim != 3 or not codes.numel():
         raise ValueError(f"Codes must be (images, tokens, bits), got shape {tuple(codes.shape)}.")

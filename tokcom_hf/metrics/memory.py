@@ -5,11 +5,11 @@ from pathlib import Path
 
 
 def high_water_mark(restart: bool = False) -> int:
-    """Largest resident memory of this process so far in bytes; `restart` first forgets what was before (Linux only)."""
+    """Peak resident memory of this process in bytes; `restart` first resets the peak (Linux only)."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # Not ru_maxrss: a child process starts with its parent's.
+    # Not ru_maxrss, because a child process inherits its parent's peak.
     if restart:
         Path("/proc/self/clear_refs").write_text("5")
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

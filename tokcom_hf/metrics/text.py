@@ -1,7 +1,8 @@
-"""Text metrics in one place: what is right, fluent, varied, like real text, and not copied.
+"""All text metrics: calibration, fluency, diversity, similarity to real text, and memorisation.
 
-Nothing is downloaded. A single number misleads: a generator that repeats one fluent sentence has a fine perplexity, and a
-unigram sampler a fine entropy. `TextJudge` measures all of them at once against the same training and held-out text.
+Nothing is downloaded. A single metric misleads: a generator that repeats one fluent sentence has a good perplexity, and a
+unigram sampler a good entropy. `TextJudge` therefore computes all unconditional metrics, against the same training and
+held-out text.
 """
 
 from collections.abc import Sequence
@@ -34,14 +35,17 @@ __all__ = [
 
 
 class TextJudge:
-    """Fits scorers once, then measures any number of sample sets.
+    """Fits the scorers once, then measures any number of sample sets.
 
     Args:
-        train: (tokens,) training text, with its document marks.
-        held_out: (rows, length) real text the generators have not seen. Every other row fits the second scorer and is the
-            reference of the distribution metrics; `held_out_rows` (the others) are the anchor of real text.
+        train: (tokens,) ids of the training text, with the EOS tokens between documents.
+        held_out: (rows, length) ids of real text that the generators have not seen. The even rows fit the second scorer and
+            are the reference of the distribution metrics; the odd rows, `held_out_rows`, show how real text scores.
         vocab_size: ids are 0 … vocab_size − 1.
-        order: of the Kneser–Ney scorers.
+        order: order of the Kneser–Ney scorers.
+
+    Raises:
+        ValueError: fewer than two held-out rows.
     """
 
     def __init__(self, train: np.ndarray, held_out: np.ndarray, vocab_size: int, order: int = 5):
@@ -54,12 +58,16 @@ class TextJudge:
         self.index = TrainIndex(train)
 
     def measure(self, sequences: Sequence[np.ndarray] | np.ndarray) -> dict[str, float]:
-        """All unconditional metrics of samples (a list of 1-d id arrays, or (rows, length)).
+        """Computes all unconditional metrics of samples (a list of 1-d id arrays, or (rows, length)).
 
         Returns:
-            kn_perplexity (scorer fitted on train), kn_perplexity_held_out (fitted on held-out text: if only the first is
-            low, the samples copy), entropy (nats), distinct_1 … 4, self_bleu, js_1 … 3 (bits), auc, overlap_8,
-            overlap_16, longest_match, mean_longest_match, tokens.
+            kn_perplexity (scorer fitted on training text), kn_perplexity_held_out (scorer fitted on held-out text),
+            entropy (nats), distinct_1 … 4, self_bleu, js_1 … 3 (bits), auc (NaN with fewer than 5 rows a side),
+            overlap_8, overlap_16, longest_match, mean_longest_match, tokens. If only kn_perplexity is low, the samples are
+            copied from the training text.
+
+        Raises:
+            ValueError: there are no samples.
         """
         sequences = [np.asarray(sequence) for sequence in sequences if len(sequence)]
         if not sequences:
@@ -79,5 +87,5 @@ class TextJudge:
 
 
 def _about_as_much(rows: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """The first rows holding at least `tokens` tokens, or all."""
+    """Returns the first rows that hold at least `tokens` tokens, or all rows."""
     return list(rows[: max(1, -(-tokens // rows.shape[1]))])

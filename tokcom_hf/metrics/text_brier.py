@@ -1,9 +1,9 @@
-"""BrierLM: a proper score for generators that only sample (CALM, arXiv 2510.27688).
+"""BrierLM: a proper score for generators that give samples but no probabilities (CALM, arXiv 2510.27688).
 
 For a prefix with true continuation y and independent samples a, b of the model, 1{a=y} + 1{b=y} − 1{a=b} is an unbiased
-estimate of 2·p(y) − Σ_w p(w)², one minus the Brier score. It is taken over the first n tokens, n = 1 … 4, averaged over
-prefixes, and BrierLM is 100 times the geometric mean of the four. Where p is known, 2·p(y) − p(a) estimates the same with
-less noise: few samples agree with anything in four tokens.
+estimate of 2·p(y) − Σ_w p(w)², one minus the Brier score. Brier-n is this estimate over the first n tokens, averaged over
+prefixes. BrierLM is 100 times the geometric mean of Brier-1 … Brier-4. Where p is known, 2·p(y) − p(a) estimates the same
+value with less noise, because samples rarely agree with the truth or each other in all of four tokens.
 """
 
 from itertools import combinations
@@ -12,18 +12,19 @@ import numpy as np
 
 
 def brier_scores(samples: np.ndarray, targets: np.ndarray, max_order: int = 4) -> np.ndarray:
-    """Brier-n of each prefix.
+    """Computes Brier-n of each prefix from samples.
 
     Args:
-        samples: (prefixes, draws, ≥ max_order) ids, independent draws per prefix; two draws give the formula above,
-            more average it over all pairs (still unbiased, less noise).
-        targets: (prefixes, ≥ max_order) true continuations.
+        samples: (prefixes, draws, ≥ max_order) ids, independent draws per prefix. Two draws give the formula above; with
+            more, it is averaged over all pairs, which is still unbiased and less noisy.
+        targets: (prefixes, ≥ max_order) ids of the true continuations.
+        max_order: largest n.
 
     Returns:
         (prefixes, max_order) values in [−1, 1].
 
     Raises:
-        ValueError: fewer than two draws, too short continuations, or shapes that do not fit.
+        ValueError: there are fewer than two draws, continuations are too short, or shapes do not match.
     """
     samples, targets = np.asarray(samples), np.asarray(targets)
     if samples.ndim != 3 or targets.ndim != 2 or len(samples) != len(targets):
@@ -49,20 +50,21 @@ def brier_scores(samples: np.ndarray, targets: np.ndarray, max_order: int = 4) -
 def brier_scores_from_log_probs(
     sample_log_probs: np.ndarray, target_log_probs: np.ndarray, max_order: int = 4
 ) -> np.ndarray:
-    """Brier-n of each prefix where the model says how likely texts are: 2·p(y) − mean over draws of p(draw).
+    """Computes Brier-n of each prefix from probabilities: 2·p(y) − mean over draws a of p(a).
 
-    Since the draws a come from p, the mean of p(a) is Σ_w p(w)²: the same expectation as `brier_scores`, without waiting for
-    samples to agree.
+    Because the draws come from p, the expectation of p(a) is Σ_w p(w)², so the result has the same expectation as
+    `brier_scores` but less variance.
 
     Args:
-        sample_log_probs: (prefixes, draws, ≥ max_order), log p in nats of each token of each draw given those before it.
-        target_log_probs: (prefixes, ≥ max_order), of the true continuations.
+        sample_log_probs: (prefixes, draws, ≥ max_order), log p in nats of each token of each draw given the tokens before.
+        target_log_probs: (prefixes, ≥ max_order), the same for the true continuations.
+        max_order: largest n.
 
     Returns:
         (prefixes, max_order) values in [−1, 2].
 
     Raises:
-        ValueError: shapes that do not fit, or too short continuations.
+        ValueError: shapes do not match, or continuations are too short.
     """
     drawn, target = np.asarray(sample_log_probs, dtype=np.float64), np.asarray(target_log_probs, dtype=np.float64)
     if drawn.ndim != 3 or target.ndim != 2 or len(drawn) != len(target):
@@ -79,17 +81,19 @@ def brier_scores_from_log_probs(
 def brier_lm(
     samples: np.ndarray, targets: np.ndarray, max_order: int = 4, bootstrap: int = 1000, seed: int = 0
 ) -> dict[str, float]:
-    """BrierLM with its parts and a bootstrap standard error over prefixes; arguments as `brier_scores`.
+    """Computes BrierLM, its parts, and a bootstrap standard error over prefixes; arguments as for `brier_scores`.
 
     Returns:
-        brier_lm: 100 · (Π Brier-n)^¼; 0 where an average is not positive (a model worse than that is not ranked by it).
-        brier_lm_error: bootstrap standard error. brier_1 … brier_4: averages · 100. prefixes: their number.
+        brier_lm: 100 · (Π Brier-n)^¼, or 0 if one of the averages is not positive, so it cannot rank such models.
+        brier_lm_error: bootstrap standard error of brier_lm.
+        brier_1 … brier_4: 100 · Brier-n, averaged over prefixes.
+        prefixes: number of prefixes.
     """
     return brier_summary(brier_scores(samples, targets, max_order), bootstrap, seed)
 
 
 def brier_summary(scores: np.ndarray, bootstrap: int = 1000, seed: int = 0) -> dict[str, float]:
-    """What `brier_lm` returns, from the scores (prefixes, orders) of `brier_scores` or `brier_scores_from_log_probs`."""
+    """Computes the result of `brier_lm` from the scores (prefixes, orders) of one of the two functions above."""
     resampled = [_geometric_mean(means) for means in _resampled_means(scores, bootstrap, seed)]
     means = scores.mean(axis=0)
     result = {"brier_lm": _geometric_mean(means), "brier_lm_error": float(np.std(resampled))}
@@ -100,15 +104,15 @@ def brier_summary(scores: np.ndarray, bootstrap: int = 1000, seed: int = 0) -> d
 def brier_lm_difference(
     first: np.ndarray, second: np.ndarray, bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, float]:
-    """BrierLM and each Brier-n of `first` minus those of `second`, scores (prefixes, orders) on the same prefixes.
+    """Compares two models by their scores (prefixes, orders) on the same prefixes: BrierLM of `first` minus `second`.
 
     Returns:
-        difference, error, low, high: of BrierLM; its bootstrap standard error and 95 % interval over prefixes, which are
-        drawn for both models together, so that prefixes that are easy for both do not blur it.
-        brier_n_difference, brier_n_low, brier_n_high: the same of 100 · Brier-n for each order n.
+        difference, error, low, high: the difference of BrierLM, its bootstrap standard error, and its 95 % interval. The
+            bootstrap draws the same prefixes for both models, so that the prefixes' difficulty cancels.
+        brier_n_difference, brier_n_low, brier_n_high: difference and interval of 100 · Brier-n, for each order n.
 
     Raises:
-        ValueError: scores of different shapes.
+        ValueError: the scores have different shapes.
     """
     if np.shape(first) != np.shape(second):
         raise ValueError(
@@ -133,10 +137,10 @@ def _interval(prefix: str, resampled: np.ndarray | list[float]) -> dict[str, flo
 
 
 def _resampled_means(scores: np.ndarray, bootstrap: int, seed: int, blocks: int = 200) -> np.ndarray:
-    """Means (bootstrap, orders) over prefixes drawn again in whole blocks of neighbours.
+    """Block bootstrap: means (bootstrap, orders) over blocks of neighbouring prefixes drawn with replacement.
 
-    Prefixes of `held_out_prefixes` are in the order of the text and overlap: drawn one by one, they would pass for more
-    text than they are, and the error would come out too small.
+    Prefixes of `held_out_prefixes` are in the order of the text and overlap, so they are not independent; drawing them one
+    by one would underestimate the error.
     """
     parts = np.array_split(np.arange(len(scores)), min(blocks, len(scores)))
     sums, sizes = np.stack([scores[part].sum(axis=0) for part in parts]), np.array([len(part) for part in parts])

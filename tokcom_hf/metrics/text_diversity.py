@@ -1,7 +1,7 @@
-"""How varied samples are, and how close their n-gram distribution is to that of real text.
+"""Diversity of samples, and distance of their n-gram distribution from that of real text.
 
-All functions take a list of 1-d id arrays. Every plug-in estimate here depends on the amount of text, so compare rows of
-equal token counts only.
+All functions take a list of 1-d id arrays. All estimates here depend on the amount of text, so compare only samples with
+equal numbers of tokens.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ Sequences = Sequence[np.ndarray]
 
 
 def ngrams(sequences: Sequences, n: int) -> np.ndarray:
-    """All n-grams of all sequences, (count, n); none spans two sequences."""
+    """Returns all n-grams of all sequences, (count, n) int64; no n-gram spans two sequences."""
     parts = [
         np.lib.stride_tricks.sliding_window_view(np.asarray(sequence, dtype=np.int64), n)
         for sequence in sequences
@@ -23,22 +23,22 @@ def ngrams(sequences: Sequences, n: int) -> np.ndarray:
 
 
 def distinct_n(sequences: Sequences, n: int) -> float:
-    """Distinct n-grams / all n-grams, in (0, 1]."""
+    """Number of distinct n-grams divided by the number of n-grams, in (0, 1]; NaN without n-grams."""
     grams = ngrams(sequences, n)
     return len(np.unique(grams, axis=0)) / len(grams) if len(grams) else float("nan")
 
 
 def unigram_entropy(sequences: Sequences) -> float:
-    """Entropy of the token frequencies, nats (plug-in estimate: rises with the number of tokens)."""
+    """Entropy of the token frequencies in nats; this plug-in estimate rises with the number of tokens."""
     _, counts = np.unique(np.concatenate([np.asarray(s) for s in sequences]), return_counts=True)
     frequencies = counts / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
 
 
 def jensen_shannon(sequences: Sequences, reference: Sequences, n: int) -> float:
-    """Jensen–Shannon divergence of the n-gram frequencies, bits: 0 = same, 1 = nothing in common.
+    """Jensen–Shannon divergence of the n-gram frequencies in bits: 0 = equal, 1 = no n-gram in common.
 
-    Sampling noise keeps it above 0 for two halves of one text; read it beside that value.
+    Sampling noise keeps it above 0 even for two halves of one text; compare it with that value.
     """
     first, second = ngrams(sequences, n), ngrams(reference, n)
     if not len(first) or not len(second):
@@ -52,10 +52,11 @@ def jensen_shannon(sequences: Sequences, reference: Sequences, n: int) -> float:
 
 
 def self_bleu(sequences: Sequences, max_order: int = 4, max_sequences: int = 200) -> float:
-    """Mean BLEU of each sequence against all the others, in [0, 1]; 1 = all alike (Zhu et al., 1802.01886).
+    """Mean BLEU of each sequence against all others, in [0, 1]; 1 = all equal (Zhu et al. 2018, arXiv 1802.01886).
 
-    Clipped precisions of orders 1 … max_order, geometric mean, brevity penalty to the closest length; an order without a
-    match counts as 0.1 / its n-grams, as is usual for this metric. Only the first `max_sequences` are used.
+    BLEU is the geometric mean of clipped precisions of orders 1 … max_order, times the brevity penalty to the closest
+    length. An order without a match gets the precision 0.1 / number of n-grams, as is usual for this metric. Only the first
+    `max_sequences` sequences are used.
     """
     rows = [np.asarray(s).tolist() for s in sequences[:max_sequences] if len(s) >= max_order]
     if len(rows) < 2:
@@ -63,7 +64,8 @@ def self_bleu(sequences: Sequences, max_order: int = 4, max_sequences: int = 200
     log_precision = np.zeros(len(rows))
     for n in range(1, max_order + 1):
         counters = [Counter(zip(*(row[i:] for i in range(n)))) for row in rows]
-        # The two largest counts of every n-gram and the owner of the largest give the maximum over the others.
+        # Per n-gram: the largest count, the sequence that has it, and the second largest count. They give the maximum over
+        # all other sequences.
         best: dict[tuple, tuple[int, int, int]] = {}
         for owner, counter in enumerate(counters):
             for gram, count in counter.items():

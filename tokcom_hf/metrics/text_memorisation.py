@@ -1,7 +1,8 @@
-"""How much of a sample was copied from the training text.
+"""Memorisation: how much of a sample was copied from the training text.
 
-One suffix array of the training tokens gives, for every position of a sample, the longest piece starting there that also
-occurs in training; n-gram overlap and the longest match follow from these lengths. Read them beside held-out text.
+A suffix array of the training tokens gives, for every position of a sample, the length of the longest match with the
+training text that begins there. N-gram overlap and the longest match follow from these lengths. Compare them with those of
+held-out text.
 """
 
 from collections.abc import Sequence
@@ -10,16 +11,19 @@ import numpy as np
 
 
 class TrainIndex:
-    """Suffix array over training tokens.
+    """Suffix array of the training tokens.
 
     Args:
         tokens: (length,) training ids, or a list of such arrays (no match spans two of them).
-        max_match: matches are counted up to this length.
+        max_match: longest match length that is found; longer matches count as this length.
+
+    Raises:
+        ValueError: the training text is empty.
     """
 
     def __init__(self, tokens: np.ndarray | Sequence[np.ndarray], max_match: int = 128):
         if not (isinstance(tokens, np.ndarray) and tokens.ndim == 1):
-            # −1 and −2 never occur in a sample, so a match ends at them.
+            # No sample contains the ids −1 and −2, so every match ends before them.
             tokens = np.concatenate([np.append(np.asarray(part, dtype=np.int64), -2) for part in tokens])
         if len(tokens) == 0:
             raise ValueError("The training text is empty.")
@@ -28,7 +32,7 @@ class TrainIndex:
         self.suffixes = _suffix_array(self.tokens, max_match)
 
     def match_lengths(self, sequence: np.ndarray) -> np.ndarray:
-        """(length,) ids → (length,) longest match with training text starting at each position."""
+        """Returns the length of the longest match with the training text at each position; (length,) → (length,)."""
         sequence = np.asarray(sequence, dtype=np.int64)
         lengths = np.zeros(len(sequence), dtype=np.int64)
         alive = np.arange(len(sequence))
@@ -47,7 +51,7 @@ class TrainIndex:
         return lengths
 
     def _bound(self, low: np.ndarray, high: np.ndarray, depth: int, wanted: np.ndarray) -> np.ndarray:
-        """First suffix in [low, high) whose token at `depth` is ≥ wanted; the range is sorted by that token."""
+        """Binary search: first suffix in [low, high), sorted by the token at `depth`, whose token there is ≥ `wanted`."""
         low, high = low.copy(), high.copy()
         while (low < high).any():
             middle = (low + high) // 2
@@ -58,7 +62,7 @@ class TrainIndex:
 
 
 def _suffix_array(tokens: np.ndarray, depth: int) -> np.ndarray:
-    """Positions sorted by their first `depth` tokens (at least), by prefix doubling."""
+    """Returns positions sorted by at least the first `depth` tokens from there on, by prefix doubling."""
     rank = np.unique(tokens, return_inverse=True)[1].astype(np.int64)
     width = 1
     while width < depth and rank.max() < len(tokens) - 1:
@@ -74,11 +78,12 @@ def _suffix_array(tokens: np.ndarray, depth: int) -> np.ndarray:
 def memorisation(
     sequences: Sequence[np.ndarray], index: TrainIndex, sizes: tuple[int, ...] = (8, 16)
 ) -> dict[str, float]:
-    """Overlap of samples with the training text.
+    """Measures the overlap of samples with the training text.
 
     Returns:
         overlap_n: share of the samples' n-grams that occur in training, for each n of `sizes`, in [0, 1].
-        longest_match, mean_longest_match: tokens; over all sequences, and the mean of each sequence's longest.
+        longest_match: length of the longest match of any sequence, in tokens.
+        mean_longest_match: longest match of each sequence, averaged, in tokens.
     """
     matches = [index.match_lengths(sequence) for sequence in sequences if len(sequence)]
     result: dict[str, float] = {}

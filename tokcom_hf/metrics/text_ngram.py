@@ -1,9 +1,9 @@
-"""Interpolated modified Kneser–Ney n-gram model in numpy: perplexities for fluency, samples for an anchor row.
+"""Interpolated modified Kneser–Ney n-gram model in numpy: scores the fluency of text, and samples as a baseline.
 
-Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999), interpolated, with three
-discounts per order. The highest order uses counts, the lower ones continuation counts, below the unigrams lies the uniform
-distribution, so that every id of the vocabulary has a probability. Sequences have no start symbol: their first tokens are
-judged with the context there is, since rows of packed text start anywhere.
+Source: Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999), with three discounts per
+order. The highest order uses counts, the lower orders use continuation counts. Unigrams are interpolated with the uniform
+distribution, so that every id of the vocabulary has a probability. Sequences have no start symbol, because rows of packed
+text begin anywhere; the first tokens are scored with the shorter context that they have.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-# KenLM's --discount_fallback, for corpora too small to estimate discounts from.
+# KenLM's --discount_fallback, for corpora that are too small to estimate discounts.
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 
 
 class _Order(NamedTuple):
     """The n-grams of one order, sorted by (context, token).
 
-    keys: context id · vocabulary + token. discounted: max(count − D(count), 0). cumulative: its running sum with a zero
-    in front. total, backoff: per context, Σ counts (0 = unseen) and the weight of the order below.
+    keys: context id · vocab_size + token.
+    discounted: max(count − D(count), 0) of each n-gram.
+    cumulative: running sum of `discounted`, beginning with 0.
+    total: sum of the counts of each context; 0 for a context that was not seen.
+    backoff: weight of the next lower order, per context.
+    starts: index of the first n-gram of each context.
     """
 
     keys: np.ndarray
@@ -39,13 +43,13 @@ class KneserNey:
         order: length of the longest n-grams.
 
     Raises:
-        ValueError: no tokens, or ids outside the vocabulary.
+        ValueError: there are no tokens, ids are outside the vocabulary, or `order` is below 1.
     """
 
     def __init__(self, sequences: np.ndarray | Sequence[np.ndarray], vocab_size: int, order: int = 5):
         if order < 1:
             raise ValueError(f"order must be at least 1, got {order}.")
-        tokens, age = _join(sequences)
+        tokens, preceding = _join(sequences)
         if len(tokens) == 0:
             raise ValueError("A Kneser–Ney model needs at least one token to be fitted on.")
         _check_range(tokens, vocab_size)
@@ -55,7 +59,7 @@ class KneserNey:
         num_contexts = 1
         keys, first, ids, counts = [], [], [], []
         for n in range(1, order + 1):
-            valid = np.flatnonzero(age >= n - 1)
+            valid = np.flatnonzero(preceding >= n - 1)
             key = context[valid] * vocab_size + tokens[valid]
             unique, index, inverse, count = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
             gram = np.full(len(tokens), -1, dtype=np.int64)
@@ -68,12 +72,12 @@ class KneserNey:
             num_contexts = len(unique)
         for n in range(order):
             if n + 1 < order:
-                # Distinct left extensions: every distinct (n+1)-gram adds one to its n-token suffix.
+                # Continuation counts: every distinct (n+1)-gram adds one to its n-token suffix.
                 counts[n] = np.bincount(ids[n][first[n + 1]], minlength=len(keys[n][0]))
             self.orders.append(_build_order(*keys[n], counts[n], vocab_size))
 
     def log_probabilities(self, tokens: np.ndarray | Sequence[int]) -> np.ndarray:
-        """log p of each token given up to order − 1 tokens before it, in nats; (length,) → (length,)."""
+        """Returns log p in nats of each token given up to order − 1 tokens before it; (length,) → (length,)."""
         tokens = np.asarray(tokens, dtype=np.int64)
         _check_range(tokens, self.vocab_size)
         probability = np.full(len(tokens), 1.0 / self.vocab_size)
@@ -81,7 +85,7 @@ class KneserNey:
         for order in self.orders:
             usable = np.flatnonzero((context >= 0) & (order.total[context] > 0))
             gram = np.full(len(tokens), -1, dtype=np.int64)
-            # A context may have been seen without a continuation count, so ids are looked up for all of them.
+            # Also contexts with a total of 0: the n-gram's id is the next order's context.
             known = np.flatnonzero(context >= 0)
             gram[known] = _find(order.keys, context[known] * self.vocab_size + tokens[known])
             own = context[usable]
@@ -91,18 +95,21 @@ class KneserNey:
         return np.log(probability)
 
     def perplexity(self, sequences: Sequence[np.ndarray]) -> float:
-        """exp of the mean negative log probability over all tokens of all sequences."""
+        """Perplexity: exp of the mean negative log-probability of all tokens of all sequences; NaN without tokens."""
         logs = [self.log_probabilities(sequence) for sequence in sequences if len(sequence)]
         return float(np.exp(-np.concatenate(logs).mean())) if logs else float("nan")
 
     def sample(self, num_samples: int, length: int, seed: int = 0, prompts: np.ndarray | None = None) -> np.ndarray:
-        """Draws sequences; with `prompts` (num_samples, prompt length), their continuations alone.
+        """Draws sequences, or continuations of `prompts` (num_samples, prompt length).
 
-        Sampling follows the interpolation: with probability 1 − backoff the discounted n-grams of the longest seen
-        context decide, otherwise the context loses its first token.
+        Sampling follows the interpolation: with probability 1 − backoff a token is drawn from the discounted n-grams of the
+        longest seen context; otherwise the context loses its first token.
 
         Returns:
-            ids (num_samples, length).
+            ids (num_samples, length), without the prompts.
+
+        Raises:
+            ValueError: the number of prompts differs from `num_samples`.
         """
         generator = np.random.default_rng(seed)
         history = (
@@ -142,10 +149,10 @@ class KneserNey:
 
 
 def discounts(counts: np.ndarray) -> tuple[float, float, float]:
-    """D1, D2, D3+ of Chen and Goodman from the counts of an order's n-grams; (n,) → three floats.
+    """Computes the discounts D1, D2, D3+ of Chen and Goodman from the counts (n,) of an order's n-grams.
 
-    Y = n1 / (n1 + 2 n2), D_k = k − (k + 1) · Y · n_{k+1} / n_k. Falls back to (0.5, 1, 1.5) where a count of counts is
-    zero or a discount leaves [0, k].
+    Y = n1 / (n1 + 2 n2), D_k = k − (k + 1) · Y · n_{k+1} / n_k, where n_k is the number of n-grams with count k. Returns
+    (0.5, 1, 1.5) if an n_k is zero or a discount is outside [0, k].
     """
     n1, n2, n3, n4 = (int((counts == k).sum()) for k in (1, 2, 3, 4))
     if min(n1, n2, n3, n4) == 0:
@@ -169,13 +176,13 @@ def _build_order(keys: np.ndarray, num_contexts: int, counts: np.ndarray, vocab_
 
 
 def _find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Index of each wanted key in the sorted keys, −1 where absent."""
+    """Returns the index of each wanted key in the sorted keys, −1 if absent."""
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[place] == wanted, place, -1)
 
 
 def _join(sequences: np.ndarray | Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens in one array, and how many tokens of the same sequence stand before each."""
+    """Returns all tokens in one array, and the number of tokens before each one in its own sequence."""
     if isinstance(sequences, np.ndarray) and sequences.ndim == 1:
         sequences = [sequences]
     parts = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]

@@ -1,4 +1,4 @@
-"""Can a classifier tell samples from real text? Cross-validated AUC of a logistic regression on hashed n-grams."""
+"""Classifier two-sample test: cross-validated AUC of a logistic regression on hashed n-grams, samples against real text."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ import torch
 
 from .text_diversity import ngrams
 
-# Odd 64-bit multiplier (golden ratio): spreads n-grams over the hash buckets.
+# Multiplier of Fibonacci hashing (2^64 / golden ratio): spreads n-grams evenly over the buckets.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def hashed_features(sequences: Sequence[np.ndarray], orders: tuple[int, ...], num_buckets: int) -> np.ndarray:
-    """log(1 + counts) of hashed n-grams, each row scaled to length 1; (sequences, len(orders) · num_buckets)."""
+    """Returns log(1 + counts) of hashed n-grams, rows scaled to unit norm; (sequences, len(orders) · num_buckets)."""
     features = np.zeros((len(sequences), len(orders) * num_buckets), dtype=np.float32)
     for row, sequence in enumerate(sequences):
         for block, n in enumerate(orders):
@@ -26,7 +26,7 @@ def hashed_features(sequences: Sequence[np.ndarray], orders: tuple[int, ...], nu
 
 
 def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Probability that a random positive scores above a random negative, ties counting half."""
+    """ROC AUC: probability that a random positive scores above a random negative, where ties count half."""
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     positives = int(labels.sum())
@@ -45,13 +45,24 @@ def two_sample_auc(
     weight_decay: float = 1e-3,
     seed: int = 0,
 ) -> float:
-    """AUC of telling samples from real text on sequences the classifier has not seen; 0.5 = alike, 1 = told at once.
+    """Mean held-out AUC of a classifier of samples against real text; 0.5 = indistinguishable, 1 = fully separable.
 
-    The larger side is cut to the size of the smaller. Raises ValueError with fewer than `folds` sequences a side.
+    The larger set is cut to the size of the smaller one.
+
+    Args:
+        sequences, reference: samples and real text, lists of 1-d id arrays.
+        orders: n-gram lengths that are features.
+        num_buckets: hash buckets per order.
+        folds: number of cross-validation folds.
+        weight_decay: L2 penalty of the logistic regression.
+        seed: seed of the split into folds.
+
+    Raises:
+        ValueError: a set has fewer than `folds` sequences.
     """
     count = min(len(sequences), len(reference))
     if count < folds:
-        raise ValueError(f"The two-sample test needs at least {folds} sequences a side, got {count}.")
+        raise ValueError(f"The two-sample test needs at least {folds} sequences in each set, got {count}.")
     both = [*sequences[:count], *reference[:count]]
     features = torch.from_numpy(hashed_features(both, orders, num_buckets))
     labels = torch.cat([torch.ones(count), torch.zeros(count)])
@@ -67,7 +78,7 @@ def two_sample_auc(
 
 
 def _logistic_regression(features: torch.Tensor, labels: torch.Tensor, weight_decay: float) -> torch.Tensor:
-    """Weights (dimensions,) that minimise mean log loss + weight_decay · |w|²; a constant would not change the order."""
+    """Returns weights (dimensions,) that minimise mean log loss + weight_decay · |w|²; AUC needs no bias."""
     centered = features - features.mean(dim=0)
     weights = torch.zeros(features.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")

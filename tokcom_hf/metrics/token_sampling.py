@@ -1,4 +1,4 @@
-"""Draws token ids from logits."""
+"""Samples token ids from logits."""
 
 import torch
 
@@ -6,11 +6,11 @@ import torch
 def sample_tokens(
     logits: torch.Tensor, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Logits (..., vocab) → ids (...) drawn from softmax(logits / temperature); the largest at temperature 0.
+    """Draws ids (...) from softmax(logits / temperature), logits (..., vocab); temperature 0 takes the argmax.
 
-    By inverting the distribution function with one number per token: `torch.multinomial` draws one per token **and** row of
-    the vocabulary, which took a quarter of the time of generation. The numbers come from the CPU, where the generator lives,
-    so that a seed means the same on every device.
+    Inverse transform sampling needs one random number per token. `torch.multinomial` draws one per token and vocabulary
+    entry, which took a quarter of generation time. Random numbers are drawn on the CPU, so that a seed gives the same
+    numbers on every device.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)

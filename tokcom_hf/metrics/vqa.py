@@ -1,4 +1,4 @@
-"""VQA accuracy, BLEU and the paired bootstrap: plain functions, nothing to download."""
+"""VQA accuracy, BLEU and the paired bootstrap; nothing is downloaded."""
 
 import math
 import random
@@ -13,20 +13,20 @@ _NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, number words as digits, as in the VQA evaluation."""
+    """Normalises an answer as the VQA evaluation does: lower case, no punctuation, no articles, number words as digits."""
     text = text.lower().strip().translate(str.maketrans("", "", string.punctuation))
     words = _ARTICLES.sub(" ", text).split()
     return " ".join(_NUMBERS.get(word, word) for word in words)
 
 
 def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Score of each prediction in [0, 1].
+    """Scores each prediction in [0, 1].
 
-    With three or more human answers the VQA score: min(1, matches / 3) averaged over leaving each annotator out
-    (Antol et al. 2015). With one or two, exact match after normalisation.
+    With three or more reference answers this is the VQA score (Antol et al. 2015): min(1, matches / 3), averaged over
+    leaving out each annotator. With one or two, it is the exact match after normalisation.
 
     Raises:
-        ValueError: the lists differ in length, or a question has no reference.
+        ValueError: the lists differ in length, or a question has no reference answer.
     """
     if len(predictions) != len(references) or any(not r for r in references):
         raise ValueError(
@@ -45,7 +45,7 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def accuracy_by_type(scores: Sequence[float], types: Sequence[str]) -> dict[str, float]:
-    """Mean score per question type and over `all` questions."""
+    """Returns the mean score of each question type, and of all questions as `all`."""
     groups: dict[str, list[float]] = {}
     for score, kind in zip(scores, types):
         groups.setdefault(kind, []).append(score)
@@ -56,15 +56,15 @@ def accuracy_by_type(scores: Sequence[float], types: Sequence[str]) -> dict[str,
 def bleu(
     predictions: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4, smooth: bool = False
 ) -> float:
-    """Corpus BLEU in [0, 100] (Papineni et al. 2002), tokens split at white space.
+    """Corpus BLEU in [0, 100] (Papineni et al. 2002); tokens are split at white space.
 
     Args:
         predictions: one text per row.
         references: accepted texts of each row.
         max_order: longest n-grams counted.
         smooth: add one to the matches and to the count of every order above 1, as BLEU+1 does (Lin & Och 2004, ORANGE;
-            "add-k" with k = 1 in sacrebleu, `method2` in NLTK). Without it a text shorter than `max_order` words gets 0,
-            however right it is.
+            "add-k" with k = 1 in sacrebleu, `method2` in NLTK). Without smoothing, a corpus without any matching n-gram of
+            `max_order` words gets 0, for example one of shorter texts.
     """
     matches, possible = [0] * max_order, [0] * max_order
     predicted_length = reference_length = 0
@@ -95,13 +95,20 @@ def _ngrams(words: Sequence[str], order: int) -> Counter:
 def paired_bootstrap(
     first: Sequence[float], second: Sequence[float], samples: int = 10000, seed: int = 0
 ) -> dict[str, float]:
-    """Difference of mean scores on the same questions with its 95 % interval and P(first <= second).
+    """Compares two models by their scores on the same questions with a paired bootstrap.
+
+    Returns:
+        difference: mean of `first` minus mean of `second`.
+        low, high: 95 % interval of the difference.
+        p_not_better: share of bootstrap samples in which `first` is not better than `second`.
 
     Raises:
-        ValueError: the two lists are not of the same non-zero length.
+        ValueError: the lists differ in length, or are empty.
     """
     if len(first) != len(second) or not first:
-        raise ValueError(f"A paired bootstrap needs two equally long lists, got {len(first)} and {len(second)}.")
+        raise ValueError(
+            f"A paired bootstrap needs two non-empty lists of equal length, got {len(first)} and {len(second)}."
+        )
     differences = [a - b for a, b in zip(first, second)]
     rng = random.Random(seed)
     size = len(differences)

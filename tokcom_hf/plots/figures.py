@@ -1,4 +1,4 @@
-"""What every figure needs: matplotlib without a display, one answer where it is missing, one way to write a file."""
+"""Helpers of all figures: imports matplotlib without a display, handles its absence, and saves a figure."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -22,20 +22,20 @@ def pyplot() -> Any:
 
 
 def drawn_or_not(draw: Callable[Arguments, None]) -> Callable[Arguments, bool]:
-    """Makes a function that draws return True, and False, without being called, where matplotlib is missing."""
+    """Decorates a drawing function: it returns True after drawing, or False without drawing where matplotlib is missing."""
 
     @wraps(draw)
-    def drawing(*args: Arguments.args, **kwargs: Arguments.kwargs) -> bool:
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> bool:
         if pyplot() is None:
             return False
         draw(*args, **kwargs)
         return True
 
-    return drawing
+    return wrapper
 
 
 def save(figure: Any, path: str | Path, dpi: int = 110) -> None:
-    """Writes a figure's file and frees its memory."""
+    """Writes `figure` to `path` and closes it, which frees its memory."""
     figure.tight_layout()
     figure.savefig(path, dpi=dpi)
     pyplot().close(figure)

@@ -9,7 +9,7 @@ from .figures import drawn_or_not, pyplot, save
 
 @drawn_or_not
 def plot_joint_training(history: list[dict], report: dict[str, Any], path: str | Path) -> None:
-    """Generation loss and KL over the steps, and the mean and flip rate of every bit.
+    """Plots generation loss and KL divergence over the optimizer steps, and the mean and flip rate of every bit.
 
     Args:
         history: a trainer's log history.
@@ -21,13 +21,18 @@ def plot_joint_training(history: list[dict], report: dict[str, Any], path: str |
     _curve(left, history, "eval_generation_loss", "held-out", marker="o")
     if "generation_chance" in report:
         left.axhline(
-            report["generation_chance"], color="black", linestyle="--", linewidth=0.8, label="ln of all codes"
+            report["generation_chance"], color="black", linestyle="--", linewidth=0.8, label="uniform over all codes"
         )
     left.set(title="generation loss of image tokens", xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
     for name, label in (("quantized_kl", "quantized features"), ("continuous_kl", "continuous features")):
         _curve(middle, history, f"joint/{name}", label)
         _curve(middle, history, f"eval_{name}", f"{label}, held-out", marker="o")
-    middle.set(title="KL of answers to the teacher's", xlabel="optimizer step", ylabel="nats per token", yscale="log")
+    middle.set(
+        title="KL divergence of answers from the teacher",
+        xlabel="optimizer step",
+        ylabel="nats per token",
+        yscale="log",
+    )
     bits = range(len(report["bit_mean"]))
     right.bar(bits, report["bit_mean"], label="share of ones")
     right.plot(bits, report["flip_rate"], "k.", label="flip rate")

@@ -10,14 +10,14 @@ from .figures import pyplot, save
 
 @torch.no_grad()
 def kept_grids(model, batch: dict[str, torch.Tensor]) -> list[tuple[int, np.ndarray]]:
-    """Which patches of an image go on, wherever in a `PrunedVLM` some are removed.
+    """Returns which patches of an image are left, for each layer of a `PrunedVLM` at which their number falls.
 
     Args:
         batch: the processor's inputs for one prompt with one image.
 
     Returns:
-        (decoder layer, bool (side, side)) of the first layer, and of each later one that sees fewer patches than the layer
-        before; empty where the prompt's vision tokens make no square.
+        (decoder layer, bool (side, side)) for the first layer and for each later layer that sees fewer patches than the
+        layer before it; an empty list where the prompt's vision tokens do not form a square.
     """
     output = model(**{name: value.to(model.device) for name, value in batch.items()})
     places = (batch["input_ids"][0] == model.family.image_token_id).nonzero()[:, 0].tolist()
@@ -30,7 +30,7 @@ def kept_grids(model, batch: dict[str, torch.Tensor]) -> list[tuple[int, np.ndar
 
 
 def dimmed(picture: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """The picture (height, width, 3) uint8 with the patches dark where `grid` (side, side) is False."""
+    """Darkens the patches of a picture (height, width, 3) uint8 where `grid` (side, side) is False."""
     (height, width), side = picture.shape[:2], len(grid)
     mask = grid[np.arange(height) * side // height][:, np.arange(width) * side // width]
     return (picture * (0.2 + 0.8 * mask[..., None])).astype("uint8")
@@ -38,7 +38,7 @@ def dimmed(picture: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def plot_kept_patches(model, collator, rows, path: str | Path) -> str:
-    """Draws one line per image: the image, then what enters the language model and each pruning layer.
+    """Draws one row per image: the image, then the patches that enter the language model and each pruning layer.
 
     Returns:
         A sentence that says where the picture is, or why there is none.

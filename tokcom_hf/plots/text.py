@@ -7,7 +7,7 @@ from .figures import drawn_or_not, pyplot, save
 
 
 def setting_name(point: dict[str, Any]) -> str:
-    """The settings of a point of TokCom's frontier: "8 steps, temperature 0.9, best of 2"."""
+    """The sampling settings of one point of TokCom's frontier as text: "8 steps, temperature 0.9, best of 2"."""
     name = f"{point['num_steps']} steps, temperature {point['temperature']:g}"
     name += f", best of {point['best_of']}" if point.get("best_of", 1) > 1 else ""
     guidance = point.get("guidance_scale", 1.0)
@@ -16,7 +16,7 @@ def setting_name(point: dict[str, Any]) -> str:
 
 @drawn_or_not
 def draw_evaluation(out: Path, results: dict[str, Any]) -> None:
-    """The three figures of recipes/evaluate_tokcom.py, into the folder `out`."""
+    """Draws the three figures of recipes/evaluate_tokcom.py into the folder `out`."""
     plot_accuracy_against_noise(results["reconstruction"], out / "accuracy_against_noise.png")
     plot_denoising_against_time(results["denoising"], out / "denoising.png")
     curves: dict[str, list[dict[str, Any]]] = {}
@@ -24,7 +24,7 @@ def draw_evaluation(out: Path, results: dict[str, Any]) -> None:
         for point in points:
             line, label = name, f"T={point['temperature']:g}"
             if name == "TokCom":
-                # One line per way to sample, one point per number of steps.
+                # One line per temperature, best-of and guidance; its points are numbers of steps.
                 label = str(point["num_steps"])
                 line = f"TokCom, {setting_name(point).partition(' steps, ')[2]}"
             curves.setdefault(line, []).append({**point, "label": label})
@@ -35,7 +35,7 @@ def draw_evaluation(out: Path, results: dict[str, Any]) -> None:
 
 
 def plot_accuracy_against_noise(reconstruction: dict[str, float], path: Path) -> None:
-    """Token and chunk accuracy of the VAE against latent noise σ (in latent standard deviations)."""
+    """Plots token and chunk accuracy of the VAE against latent noise σ (in latent standard deviations)."""
     figure, axes = _axes("latent noise σ / latent std", "held-out accuracy", "Decoding noisy latents")
     for name, label in (("token_accuracy", "token"), ("chunk_accuracy", "whole chunk")):
         axes.plot(*_against_noise(reconstruction, name), marker="o", label=label)
@@ -44,7 +44,7 @@ def plot_accuracy_against_noise(reconstruction: dict[str, float], path: Path) ->
 
 
 def plot_noise_curves(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Token accuracy against latent noise, one curve per VAE; that of its control (`untrained`) is dashed."""
+    """Plots token accuracy against latent noise: one solid curve per VAE, a dashed one for its untrained control."""
     figure, axes = _axes("latent noise σ / latent std", "held-out token accuracy", "Decoding noisy latents")
     for name, row in rows.items():
         (line,) = axes.plot(*_against_noise(row, "token_accuracy"), marker="o", markersize=3, label=name)
@@ -56,7 +56,7 @@ def plot_noise_curves(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def plot_denoising_against_time(denoising: dict[str, float], path: Path) -> None:
-    """Token accuracy of one denoiser prediction and of the whole flow from x_t, beside decoding x_t itself, against t."""
+    """Plots token accuracy against t, decoding x_t directly, after one denoiser prediction, and after the whole flow."""
     figure, axes = _axes("t (0 noise, 1 clean)", "held-out token accuracy", "Denoising")
     for name, label in (
         ("reconstructed", "after the whole flow"),
@@ -72,14 +72,14 @@ def plot_denoising_against_time(denoising: dict[str, float], path: Path) -> None
 
 
 def plot_frontier(curves: dict[str, list[dict[str, Any]]], anchors: dict[str, dict[str, float]], path: Path) -> None:
-    """Kneser–Ney perplexity against unigram entropy: one line per curve, one cross per anchor.
+    """Plots Kneser–Ney perplexity against unigram entropy: one line per curve, one cross per anchor.
 
     Args:
-        curves: name -> points with `entropy`, `kn_perplexity_held_out` and a `label` written beside them.
+        curves: name -> points with `entropy`, `kn_perplexity_held_out` and a `label`, which is written beside the point.
         anchors: name -> dict with `entropy` and `kn_perplexity_held_out`.
     """
     figure, axes = _axes(
-        "unigram entropy, nats", "5-gram perplexity (scorer of held-out text)", "Quality and diversity"
+        "unigram entropy, nats", "perplexity under a 5-gram model of held-out text", "Quality and diversity"
     )
     for name, points in curves.items():
         axes.plot(*_columns(points), marker="o", markersize=3, linewidth=1, label=name)
@@ -93,13 +93,13 @@ def plot_frontier(curves: dict[str, list[dict[str, Any]]], anchors: dict[str, di
 
 @drawn_or_not
 def plot_brier_lm(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """BrierLM of each row with its bootstrap error, one below the other.
+    """Plots BrierLM of each row with its bootstrap error, one row below the other.
 
     Args:
         rows: name -> dict with `brier_lm`, `brier_lm_error`, and `kind` ("TokCom", "heads alone" or "autoregressive"), which
             gives the colour.
     """
-    figure, axes = _axes("BrierLM", "", "The odds of four tokens")
+    figure, axes = _axes("BrierLM (higher is better)", "", "BrierLM over continuations of 1 to 4 tokens")
     names = list(rows)[::-1]
     for kind in dict.fromkeys(row["kind"] for row in rows.values()):
         chosen = [name for name in names if rows[name]["kind"] == kind]

@@ -12,10 +12,10 @@ __all__ = ["NO_MATPLOTLIB", "plot_history", "plot_usage", "pyplot"]
 
 @drawn_or_not
 def plot_usage(counts: torch.Tensor, path: str | Path, title: str = "") -> None:
-    """Histogram of code use (sorted) and its cumulative curve.
+    """Plots the usage of each code, sorted, and its cumulative curve.
 
     Args:
-        counts: `(codebook_size,)`.
+        counts: how often each code occurs, `(codebook_size,)`.
         path: PNG file to write.
     """
     share = np.sort(counts.double().cpu().numpy())[::-1]
@@ -33,7 +33,7 @@ def plot_usage(counts: torch.Tensor, path: str | Path, title: str = "") -> None:
 
 @drawn_or_not
 def plot_history(history: list[dict], path: str | Path) -> None:
-    """Usage, normalised entropy and PSNR over training steps, from a trainer's log history."""
+    """Plots codebook utilization, normalised entropy and PSNR over training steps, from a trainer's log history."""
     figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.2))
     for axis, names in zip(axes, (("eval_utilization", "eval_normalized_entropy"), ("eval_psnr",)), strict=True):
         for name in names:
