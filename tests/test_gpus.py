@@ -42,10 +42,10 @@ def test_a_machine_without_gpus_says_so(machine):
     ("available", "per_run", "message"),
     [
         ([0, 1, 2, 3], 2, "accelerate launch --num_processes 2"),
-        ([0, 9], None, r"names \[9\], but this machine shows 4"),
+        ([0, 9], None, r"names \[9\], but this machine has 4 visible"),
         ([0, 0], None, "different GPU numbers"),
         ([], None, "different GPU numbers"),
-        ([0], 2, "does not fit available_gpus"),
+        ([0], 2, "at most the number of available_gpus"),
     ],
 )
 def test_what_cannot_act_is_refused(machine, available, per_run, message):

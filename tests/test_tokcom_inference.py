@@ -131,8 +131,8 @@ def test_a_stage_one_file_has_no_denoiser_and_says_so(tmp_path, model):
     save_checkpoint(tmp_path / "best_vae.pt", model.vae, epoch=1, val_loss=0.1, tokenizer_path="tokens")
     vae_model, denoised_model, _, _ = load_checkpoint(tmp_path / "best_vae.pt")
     assert denoised_model is None and torch.equal(reconstruct(vae_model, IDS), model.reconstruct(IDS))
-    with pytest.raises(TypeError, match="a VAE alone encodes"):
+    with pytest.raises(TypeError, match="with a VAE alone, use encode"):
         generate(vae_model, denoised_model)
     context = small(context=SHAPE, block_size=1)
-    with pytest.raises(ValueError, match="reads a context"):
+    with pytest.raises(ValueError, match="needs a context"):
         generate(context.vae, context.denoiser)

@@ -1,7 +1,7 @@
-"""tokcom_hf: fewer tokens, as Hugging Face models.
+"""tokcom_hf: Hugging Face models that need fewer tokens for text, images, and vision-language prompts.
 
-Importing the package registers its models with the Auto classes and its pipelines with `pipeline()`; models, pipelines,
-trainers, data and plots are imported on first use.
+Importing the package registers its models with the Auto classes and its pipelines with `pipeline()`. Models, pipelines and
+trainers are imported at their first use.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ from .registry import MODELS, register_all
 
 __version__ = "0.3.0"
 
-# Public name -> submodule. Models come from the registry, so that a row there is all a new model needs.
+# Public name -> submodule. Models are added from the registry, so a new model needs a row only there.
 _LAZY = {name: f"models.configuration_{row.stem}" for row in MODELS for name in [row.config]}
 _LAZY |= {row.model: f"models.modeling_{row.stem}" for row in MODELS}
 _LAZY |= {

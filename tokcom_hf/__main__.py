@@ -1,4 +1,4 @@
-"""`python -m tokcom_hf`: what a bug report needs: versions, devices, installed extras and registered models."""
+"""`python -m tokcom_hf` prints the facts for a bug report: versions, devices, installed extras and registered models."""
 
 import platform
 import sys
@@ -12,7 +12,7 @@ from .registry import MODELS, PIPELINES
 
 
 def installed(name: str) -> str | None:
-    """The version of distribution `name`, None where it is not installed."""
+    """Returns the version of distribution `name`, None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -20,7 +20,7 @@ def installed(name: str) -> str | None:
 
 
 def dependencies() -> dict[str, list[str]]:
-    """Extra name ('' for what the package always needs) → distributions; empty where the package itself is not installed."""
+    """Maps each extra ('' for the required dependencies) to its distributions; empty if the package is not installed."""
     found: dict[str, list[str]] = {}
     if installed("tokcom_hf") is None:
         return found
@@ -32,7 +32,7 @@ def dependencies() -> dict[str, list[str]]:
 
 
 def devices() -> list[str]:
-    """The devices that torch can use, the processor first."""
+    """Lists the devices that torch can use, the CPU first."""
     import torch
 
     found = [f"cpu ({torch.get_num_threads()} threads)"]
@@ -45,7 +45,7 @@ def devices() -> list[str]:
 
 
 def report() -> str:
-    """The lines that `python -m tokcom_hf` prints."""
+    """Returns the text that `python -m tokcom_hf` prints."""
     lines = [f"tokcom_hf {__version__}", f"python {sys.version.split()[0]}, {platform.platform()}"]
     groups = dependencies()
     for name in groups.get("", ["torch", "transformers", "accelerate", "peft", "datasets", "safetensors"]):

@@ -1,9 +1,9 @@
-"""What a checkpoint of training is, whether it is whole, and which one is the newest whole one.
+"""Checks training checkpoints, and finds the newest one that is whole: complete and undamaged.
 
-A checkpoint is written under a temporary name, gets a manifest of its files, and is renamed last. Disks and people damage
-folders afterwards, too. Everything that resumes asks here, so that one rule decides: the files are those of the manifest,
-byte for byte. In a checkpoint without a manifest, as older releases wrote it, every file that training needs is there, can
-be opened, and is as long as it says.
+A checkpoint is written under a temporary name, gets a manifest of its files, and is renamed into place last. It may still be
+damaged later, so all code that resumes uses the checks of this module. A checkpoint with a manifest is whole if its files
+match the manifest byte for byte. A checkpoint of an older release has no manifest: it is whole if every file that training
+needs exists, can be opened, and has the length that its header states.
 """
 
 import json
@@ -44,11 +44,11 @@ AVERAGE_FILE = "ema.safetensors"
 AUXILIARY_FILE = "auxiliary.pt"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin")
 TRAINING_FILES = ("optimizer.pt", "scheduler.pt")
-RANDOM_STATES = "rng_state*.pth"  # one of a single process, else one of each rank
+RANDOM_STATES = "rng_state*.pth"  # one file, or one per rank
 
 
 def checkpoints(output_dir: str | Path | None) -> Iterator[Path]:
-    """The folders `checkpoint-N` directly in `output_dir`, newest (largest N) first, whole or not."""
+    """Yields the folders `checkpoint-N` directly in `output_dir`, whole or not, the newest (largest N) first."""
     found = []
     for folder in Path(output_dir or ".").glob("checkpoint-*"):
         step = step_of(folder)
@@ -58,7 +58,7 @@ def checkpoints(output_dir: str | Path | None) -> Iterator[Path]:
 
 
 def step_of(folder: str | Path) -> int | None:
-    """N where the folder is called `checkpoint-N`, else None."""
+    """Returns N if the folder is named `checkpoint-N`, else None."""
     name = Path(folder).name
     step = name.removeprefix("checkpoint-")
     return int(step) if name != step and step.isascii() and step.isdigit() else None
@@ -67,17 +67,17 @@ def step_of(folder: str | Path) -> int | None:
 def checkpoint_fault(
     folder: str | Path, required: Iterable[str] = (), settings: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Says what keeps training from going on from `folder`, or None where it is whole.
+    """Returns why training cannot resume from `folder`, as a phrase, or None if the checkpoint is whole.
 
     Args:
-        folder: a `checkpoint-N`.
-        required: names of files that this run needs beside weights, optimizer, scheduler and state.
-        settings: of the run that is to go on; None goes on with any.
+        folder: a folder `checkpoint-N`.
+        required: names of files that the run needs in addition to weights, optimizer, scheduler and trainer state.
+        settings: settings of the run that resumes, which must match those of the checkpoint; None skips this check.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
-    # The state is written behind weights and optimizer: without it saving was cut short.
+    # The state is written after weights and optimizer: if it is missing, saving was interrupted.
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -99,7 +99,7 @@ def checkpoint_fault(
 
 
 def content_fault(folder: str | Path) -> str | None:
-    """Says in what the files of a checkpoint are not those that were written, or None; for one without a manifest, too."""
+    """Returns how the files of a checkpoint differ from its manifest; None if they match or there is no manifest."""
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
@@ -110,7 +110,7 @@ def content_fault(folder: str | Path) -> str | None:
 def _manifest_fault(folder: Path, manifest: dict[str, Any], required: Iterable[str], settings) -> str | None:
     step = step_of(folder)
     if step is not None and step != manifest.get("step"):
-        return f"its {MANIFEST_FILE} is that of step {manifest.get('step')}"
+        return f"its {MANIFEST_FILE} belongs to step {manifest.get('step')}"
     lacking = next((name for name in required if name not in manifest["files"]), None)
     if lacking is not None:
         return f"{lacking} is missing"
@@ -143,7 +143,7 @@ def _file_fault(path: Path) -> str | None:
     try:
         if path.suffix == ".safetensors" and not _whole_safetensors(path):
             return f"{path.name} is cut short"
-        # torch.save writes a zip archive, whose directory comes last.
+        # torch.save writes a zip archive; its directory comes last, so a truncated file is no zip file.
         if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
             return f"{path.name} is cut short"
     except (OSError, ValueError):
@@ -152,7 +152,7 @@ def _file_fault(path: Path) -> str | None:
 
 
 def _whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says: 8 bytes of length, the header, and the last tensor's end."""
+    """Returns whether the file is as long as its header states: 8 bytes of header length, the header, and all tensors."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -169,7 +169,7 @@ def _whole_safetensors(path: Path) -> bool:
 def last_complete_checkpoint(
     output_dir: str | Path | None, required: Iterable[str] = (), settings: Mapping[str, Any] | None = None
 ) -> str | None:
-    """The newest whole `checkpoint-N` directly in `output_dir`, or None; says which newer ones are passed over.
+    """Returns the newest whole `checkpoint-N` directly in `output_dir`, or None; logs a warning for each newer one it skips.
 
     Args:
         output_dir: folder of the run.
@@ -185,10 +185,10 @@ def last_complete_checkpoint(
 
 
 def last_finite_checkpoint(output_dir: str | Path | None, required: Iterable[str] = ()) -> str | None:
-    """The newest whole `checkpoint-N` directly in `output_dir` that holds no NaN and no infinity, or None.
+    """Returns the newest whole `checkpoint-N` directly in `output_dir` without NaN or infinite values, or None.
 
-    Trainers look at every tensor before they save it and write the manifest, which shows that nothing has changed since; a
-    checkpoint without a manifest is looked through here.
+    Trainers check every tensor before they save it, and the manifest proves that the files have not changed since. The
+    tensors of a checkpoint without a manifest are checked here.
     """
     required = tuple(required)
     for folder in checkpoints(output_dir):
@@ -220,19 +220,19 @@ def choose_checkpoint(
     required: Iterable[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> str | None:
-    """The one rule by which training goes on.
+    """Chooses the checkpoint from which training resumes.
 
     Args:
         output_dir: folder of the run.
-        wanted: None or False starts at the beginning; True goes on from the newest whole checkpoint of `output_dir`, and
-            starts at the beginning where there is no checkpoint yet; a path goes on from that checkpoint.
+        wanted: None or False starts from the beginning. True resumes from the newest whole checkpoint of `output_dir`, or
+            starts from the beginning if there is no checkpoint yet. A path resumes from that checkpoint.
         required, settings: see `checkpoint_fault`.
 
     Returns:
-        a whole checkpoint, or None to start at the beginning.
+        the path of a whole checkpoint, or None to start from the beginning.
 
     Raises:
-        ValueError: the named checkpoint is not whole, or there are checkpoints and none of them is.
+        ValueError: the named checkpoint is not whole, or `output_dir` has checkpoints but none is whole.
     """
     required = tuple(required)
     if wanted is None or wanted is False:
@@ -260,14 +260,15 @@ def choose_checkpoint(
 def _tell_unlisted(folder: str | Path) -> None:
     if not (Path(folder) / MANIFEST_FILE).is_file():
         logger.warning(
-            "%s has no %s, as checkpoints of older releases: the form of its files was checked, not every byte.",
+            "%s has no %s, like all checkpoints of older releases, so only "
+            "the structure of its files was checked, not every byte.",
             folder,
             MANIFEST_FILE,
         )
 
 
 def newest_state(output_dir: str | Path) -> dict[str, Any] | None:
-    """The trainer state of the newest `checkpoint-N` that has a readable one, or None."""
+    """Returns the trainer state of the newest `checkpoint-N` whose state can be read, or None."""
     for folder in checkpoints(output_dir):
         try:
             return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))

@@ -1,12 +1,12 @@
 """Recipe arguments: a YAML file of sections, overridden by the command line.
 
 A recipe names its sections (for example `run`, `vae`, `vae_training`), each a dataclass. In the YAML file every section
-is a mapping. On the command line `--vae.hidden_size 256` sets one field of one section, and `--seed 3` sets that field
-in every section that has it. Values are read as YAML, with `5e-4` understood as a number. A recipe may also accept
-documented names of its options (`documented_names.py`).
+is a mapping. On the command line, `--vae.hidden_size 256` sets one field of one section, and `--seed 3` sets that field
+in every section that has it. Values are read as YAML, but `5e-4` is a number. A recipe may also accept documented names of
+its options (`documented_names.py`).
 
-A field whose metadata has `replaces`, a tuple of fields of its section or a function from its value to one, takes their
-place: on the command line it unsets those that only the file has set.
+A field may have the metadata `replaces`: a tuple of other fields of its section, or a function from the field's value to
+such a tuple. Setting the field on the command line then unsets those fields where only the file has set them.
 """
 
 import dataclasses
@@ -39,13 +39,14 @@ def parse_recipe(
         sections: section name -> dataclass (a model config, a `TrainingArguments`, or the recipe's own).
         default_config: YAML file used when `--config` is not given.
         argv: arguments without the program name; `sys.argv[1:]` by default.
-        aliases: documented names of the sections' fields; a name with dots is a path in a YAML file.
+        aliases: documented names of the sections' fields, see `documented_names.py`.
 
     Returns:
-        section name -> {field: value}, holding only what the file or the command line set.
+        section name -> {field: value}, with only the fields that the file or the command line set.
 
     Raises:
-        RecipeError: unknown section or flag (with the nearest known one), missing file, or a value of the wrong type.
+        RecipeError: a section or flag is unknown (the message suggests the nearest one), the file is missing, or a value has
+            the wrong type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -72,7 +73,7 @@ def parse_recipe(
 
 
 def _read_config(file: str | Path, sections: dict[str, type], aliases: Aliases) -> Iterator[tuple[str, Any]]:
-    """Yields (path with dots, value) for the options that a configuration file sets."""
+    """Yields (dotted path, value) for each option that a configuration file sets."""
     try:
         loaded = read_yaml(read_text(file)) or {}
     except ValueError as error:
@@ -80,7 +81,7 @@ def _read_config(file: str | Path, sections: dict[str, type], aliases: Aliases) 
     if not isinstance(loaded, dict):
         kind = type(loaded).__name__
         raise RecipeError(f"{file}: expected sections with options ({', '.join(sections)}), got one {kind}.")
-    # The documents write options without a section, too.
+    # Documented configuration files also have options outside of any section.
     known = {*aliases, *(field for cls in sections.values() for field in fields_of(cls) if aliases)}
     for section, mapping in loaded.items():
         if section in sections and not isinstance(mapping, dict | None):
@@ -95,7 +96,7 @@ def _read_config(file: str | Path, sections: dict[str, type], aliases: Aliases) 
 
 
 def _leaves(tree: Any, aliases: Aliases, path: str = ""):
-    """Yields (path with dots, value) for the values of nested sections; a mapping that is itself documented is a value."""
+    """Yields (dotted path, value) for the leaves of nested sections; a mapping whose path is a documented name is a leaf."""
     if isinstance(tree, dict) and path not in aliases:
         for name, value in tree.items():
             yield from _leaves(value, aliases, f"{path}.{name}" if path else str(name))
@@ -121,7 +122,7 @@ def _split(argv: list[str], config: str | Path | None) -> tuple[str | Path | Non
             while position < len(argv) and not argv[position].startswith("--"):
                 words.append(argv[position])
                 position += 1
-            # A flag alone means true; several words mean a list, as argparse's nargs="+".
+            # A flag without a value means true; several values are a list, as with argparse's nargs="+".
             value = "true" if not words else words[0] if len(words) == 1 else words
         if name == "config":
             config = str(value)
@@ -136,7 +137,7 @@ def _set(values, sections, flag: str, value, origin: str, aliases: Aliases | Non
     targets = [section] if dot else [name for name, cls in sections.items() if field in fields_of(cls)]
     targets = [name for name in targets if name in sections and field in fields_of(sections[name])]
     own = None if dot else _documented(field, aliases or {})
-    # Of an option that several sections have, or that others belong to, the document's name means these.
+    # A documented name may equal a field's name: it then sets only the options of the table, not the field in all sections.
     meant = own is not None and any(option.rpartition(".")[2] == field for option in options_of(own))
     if targets and not meant:
         for name in targets:
@@ -159,11 +160,11 @@ def _set(values, sections, flag: str, value, origin: str, aliases: Aliases | Non
 
 
 def _documented(flag: str, aliases: Aliases) -> str | Alias | None:
-    """The table's entry of a documented name: the whole path, or its last part where only one entry ends so."""
+    """Returns the table's entry of a documented name: its full path, or the last part of it if that is unambiguous."""
     if flag in aliases:
         return aliases[flag]
     ending = [alias for name, alias in aliases.items() if name.endswith(f".{flag}")]
-    # The documents write some keys at two depths; both stand for the same option.
+    # The documents write some keys at two depths; both entries have the same option.
     return ending[0] if ending and all(alias == ending[0] for alias in ending) else None
 
 
@@ -193,7 +194,7 @@ def _help(doc: str, sections: dict[str, type], aliases: Aliases) -> str:
     lines = [
         doc.strip(),
         "",
-        "Options (--section.field value, or --field value for every section that has it; --traceback shows errors whole):",
+        "Options (--section.field value, or --field value for every section that has it; --traceback prints tracebacks):",
     ]
     for name, cls in sections.items():
         lines.append(f"\n[{name}] {cls.__name__}")

@@ -1,4 +1,4 @@
-"""Values of recipe arguments: read as YAML, and checked against the fields of a dataclass."""
+"""Values of recipe arguments: reads them as YAML and checks them against the fields of a dataclass."""
 
 import contextlib
 import dataclasses
@@ -13,17 +13,17 @@ from typing import Any
 import yaml
 
 PLAIN = {int, float, bool, str, type(None)}
-LARGEST = 10**300  # of an integer that is read as a float
-# A configuration has a few hundred; a document of aliases can stand for billions.
+LARGEST = 10**300  # an integer of at least this size is infinite as a float
+# A configuration has a few hundred values; a few lines of nested YAML aliases can expand to billions.
 MOST_VALUES = 100_000
 
 
 class RecipeError(ValueError):
-    """A command line or configuration file that cannot be used; its message is meant for the user."""
+    """A command line or configuration file is invalid; the message is written for the user."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only, from a document of bounded size, with no key twice in a mapping."""
+    """Loads plain values only, and refuses documents of more than `MOST_VALUES` values and duplicate keys in a mapping."""
 
     def get_single_data(self) -> Any:
         node = self.get_single_node()
@@ -41,12 +41,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
-    """Values that a node stands for, those of each alias counted again; a few lines of aliases may be billions."""
+    """Counts the values that a node expands to; each use of an alias counts all its values again."""
     if node in counts:
         known = counts[node]
         if known is None:
             raise yaml.constructor.ConstructorError(
-                None, None, "an alias stands inside its own value", node.start_mark
+                None, None, "an alias occurs inside its own value", node.start_mark
             )
         return known
     counts[node] = None
@@ -54,7 +54,7 @@ def _count(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
     inner = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
     total = 1 + sum(_count(part, counts) for part in inner)
     if total > MOST_VALUES:
-        text = f"more than {MOST_VALUES:,} values, those of aliases counted again"
+        text = f"more than {MOST_VALUES:,} values after expanding aliases"
         raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
     counts[node] = total
     return total
@@ -68,14 +68,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-# Nor is `no` a boolean to anybody who writes `--eval_strategy no`.
+# YAML 1.1 also reads `no` as a boolean, but `--eval_strategy no` means the string.
 _BOOL = "tag:yaml.org,2002:bool"
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-# Nor is 010 eight, or 1:30 ninety.
+# YAML 1.1 also reads 010 as 8 and 1:30 as 90; here both stay strings.
 _INT = "tag:yaml.org,2002:int"
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _INT]
@@ -88,8 +88,8 @@ def read_yaml(text: str) -> Any:
     """Parses one YAML document of plain values, reading `5e-4` as a float.
 
     Raises:
-        ValueError: no YAML, a tag that stands for an object of Python, a key twice in a mapping, or more values than
-            `MOST_VALUES`; one sentence with the line.
+        ValueError: the text is no YAML, has a tag of a Python object or a duplicate key, or expands to more than
+            `MOST_VALUES` values. The message is one sentence that names the line where it is known.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -101,7 +101,7 @@ def read_yaml(text: str) -> Any:
         raise ValueError(f"no YAML that can be read ({' '.join(str(error).split())[:160]}).") from None
     except RecursionError:
         raise ValueError("no YAML that can be read (nested too deeply).") from None
-    except (ValueError, OverflowError) as error:  # digits that make no number
+    except (ValueError, OverflowError) as error:  # digits that form no valid number or date
         raise ValueError(f"no YAML that can be read ({' '.join(str(error).split())[:160]}).") from None
 
 
@@ -110,7 +110,7 @@ def fields_of(cls: type) -> dict[str, Any]:
 
 
 def _annotation(cls: type, field: dataclasses.Field) -> Any:
-    """The field's type; Any where its annotation names something that only type checkers import."""
+    """Returns the field's type, or Any if its annotation uses a name that is imported for type checking only."""
     if not isinstance(field.type, str):
         return field.type
     owner = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
@@ -121,11 +121,15 @@ def _annotation(cls: type, field: dataclasses.Field) -> Any:
 
 
 def field_value(value, annotation, where: str, from_command_line: bool):
-    """Checks plain scalar annotations; anything richer is left to the dataclass itself."""
+    """Converts `value` to a field's annotated scalar or list type and checks it; other types are left to the dataclass.
+
+    Raises:
+        RecipeError: the value has the wrong type, or is NaN or infinite; the message begins with `where`.
+    """
     kinds = set(typing.get_args(annotation)) if _is_union(annotation) else {annotation}
     if from_command_line:
         words = value if isinstance(value, list) else [value]
-        # Beside other types a string may mean something else: --report_to none.
+        # Where a string is allowed among other types, "none" is a value: --report_to none.
         optional = type(None) in kinds and (str not in kinds or kinds <= {str, type(None)})
         if optional and words in (["none"], ["null"]):
             return None
@@ -138,7 +142,7 @@ def field_value(value, annotation, where: str, from_command_line: bool):
         value = parsed if len(parsed) > 1 else parsed[0]
     if isinstance(value, str) and kinds <= {int, float, type(None)}:
         # The documents put numbers in quotation marks: lr: "2e-05".
-        with contextlib.suppress(ValueError):  # then it is no number, which is said below
+        with contextlib.suppress(ValueError):  # not a number: the type check below raises
             value = read_yaml(value)
     _check_lists(value, kinds, where)
     if not kinds <= PLAIN or type(value) in kinds:
@@ -152,11 +156,11 @@ def field_value(value, annotation, where: str, from_command_line: bool):
 
 
 def _check_lists(value, kinds: set, where: str) -> None:
-    """Raises RecipeError where a list of plain values is wanted and a text, a mapping or another list is given."""
+    """Raises RecipeError if the field is a list of plain values and `value`, or an item of it, has another type."""
     lists = [kind for kind in kinds if typing.get_origin(kind) is list]
     if len(lists) != 1 or not kinds - set(lists) <= PLAIN or not set(typing.get_args(lists[0])) <= PLAIN:
         return
-    # One value stands for a list of one, or for what else the field may be.
+    # A single value means a list of one item, or a value of the field's other types.
     wanted = set(typing.get_args(lists[0])) | (set() if isinstance(value, list) else kinds - set(lists))
     for part in value if isinstance(value, list) else [value]:
         number = float in wanted and type(part) is int
@@ -167,7 +171,7 @@ def _check_lists(value, kinds: set, where: str) -> None:
 
 
 def _finite(value, where: str):
-    """`value`; raises RecipeError where it is NaN or infinite, which no option means."""
+    """Returns `value`; raises RecipeError if it is NaN or infinite, because no option accepts these."""
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where}: expected a finite number, got {value!r}.")
     return value

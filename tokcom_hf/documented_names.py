@@ -1,12 +1,12 @@
-"""Documented names of options: what the four documents call an option, and which option of a recipe does that.
+"""Tables that translate option names of the four documents into the recipes' own options.
 
-`parse_recipe(..., aliases=TRAIN_VQGAN)` accepts these names on the command line and in YAML files, and shows each in
-`--help` beside its option. Unknown flags are answered from the same tables ("Did you mean"), so that a documented name given
-to another recipe leads to the option that means the same there.
+`parse_recipe(..., aliases=TRAIN_VQGAN)` accepts the documented names on the command line and in YAML files, and shows
+each in `--help` beside its option. The same tables suggest an option for an unknown flag ("Did you mean"), so that a
+documented name given to the wrong recipe leads to that recipe's option of the same meaning.
 
-A name with dots is a path in a documented YAML file, for example `method_settings.merge_ratio`. Its last part is a flag too,
-where no option and no other path of the recipe is called so. A name that is an option's own may stand in a table only if it
-means that option: in one of the sections that have it, or together with others.
+A name with dots is a path in a documented YAML file, for example `method_settings.merge_ratio`. Its last part is also a flag
+if no option and no other path of the recipe has that name. A documented name may equal an option's own name only if the
+option is among those it stands for: then it selects one section of several, or sets further options with it.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Alias:
-    """The option `option` (`section.field`, or several of them) under a documented name.
+    """The options that a documented name stands for.
 
-    `convert` turns the documented value into the option's own: one value for one option, a tuple for several.
-    It may raise ValueError with a sentence.
+    Args:
+        option: `section.field`, or a tuple of several.
+        convert: function from the documented value to the option's value, or to a tuple of one value per option; it raises
+            ValueError with one sentence for an invalid value. None passes the value on.
     """
 
     option: str | tuple[str, ...]
@@ -30,7 +32,7 @@ Aliases = dict[str, str | Alias]
 
 
 def _is_cpu(device: Any) -> bool:
-    """The value of `use_cpu` for a documented device; Trainer itself takes the first accelerator that it may see."""
+    """Returns the value of `use_cpu` for a documented device; without it, Trainer uses the first visible accelerator."""
     import torch
 
     if device == "cpu":
@@ -38,7 +40,7 @@ def _is_cpu(device: Any) -> bool:
     kind, _, index = str(device).partition(":")
     if index not in ("", "0"):
         raise ValueError(
-            f"a run uses the first device that it sees; give --device {kind} and choose it by the environment."
+            f"a run uses the first visible device; give --device {kind}, and choose the device with the environment."
         )
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or found.type != kind:
@@ -57,13 +59,14 @@ _TOKCOM_STAGES = ("vae_training", "denoiser_training", "distillation_training")
 
 
 def _epochs(value: Any) -> tuple[float, int]:
-    """`num_train_epochs` and a `max_steps` that does not cut them short."""
+    """Returns `num_train_epochs` and the `max_steps` of -1, because a positive `max_steps` would override the epochs."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
         raise ValueError(f"expected a number of epochs above 0, got {value!r}.")
     return float(value), -1
 
 
-# Names of TrainConfig that are options here: dataset_name, chunk_size, noise_std, sample_every, num_samples, wandb_project.
+# Other names of TrainConfig are options already: dataset_name, chunk_size, noise_std, sample_every, num_samples,
+# wandb_project.
 TRAIN_TOKCOM: Aliases = {
     "tokenizer_path": "run.tokenizer",
     "max_length": "run.length",
@@ -82,9 +85,9 @@ INFER_TOKCOM: Aliases = {"checkpoint": "run.model", "input_text": "run.text"}
 
 TRAIN_VQGAN: Aliases = {
     "train_dir": "run.image_dir",
-    # A model may see other channels than it makes; the discriminator's are those it makes.
+    # Only the model's option: the discriminator's in_channels are the model's output channels.
     "in_channels": "model.in_channels",
-    # Documented runs are counted in epochs, and evaluated and saved after each.
+    # Documented runs are measured in epochs; each epoch ends with an evaluation and a checkpoint.
     "epochs": Alias(
         ("training.num_train_epochs", "training.max_steps", "training.eval_strategy", "training.save_strategy"),
         lambda epochs: (epochs, -1, "epoch", "epoch"),
@@ -93,7 +96,7 @@ TRAIN_VQGAN: Aliases = {
     "use_amp": "training.bf16",
     "CODEBOOK_CONFIG.n_embed": "model.codebook_size",
     "CODEBOOK_CONFIG.embed_dim": "model.codebook_dim",
-    # Of the codes; the average of the weights is --training.ema_decay.
+    # The decay of the codebook; that of the averaged weights is --training.ema_decay.
     "CODEBOOK_CONFIG.ema_decay": "model.ema_decay",
     "CODEBOOK_CONFIG.commitment_loss_beta": "model.commitment_weight",
     "TRAINER_CONFIG.entropy_weight": "model.entropy_weight",
@@ -122,7 +125,7 @@ TRAIN_VQGAN: Aliases = {
 ANALYZE_CODEBOOK: Aliases = {}
 
 TRAIN_TOKEN_PRUNING: Aliases = {
-    # Steps would overrule epochs.
+    # A positive max_steps would override the epochs.
     "trainer_settings.dl_settings.epochs": Alias(
         ("training.num_train_epochs", "training.max_steps"), lambda epochs: (epochs, -1)
     ),
@@ -152,7 +155,7 @@ TRAIN_TOKEN_PRUNING: Aliases = {
     "manager_settings.gpus_per_subtask": "run.gpus_per_subtask",
     "search_settings.enable": "run.search",
     "search_settings.n_trials": "run.trials",
-    # The wishes of the summary's list, by their titles.
+    # The proposed features of the document's summary, named by their titles.
     "method_settings.dynamic_merge_ratio": "merger.question_dependent_ratio",
     "method_settings.hierarchical_pruning": Alias(
         ("pruner.keep_ratio", "pruner.keep_tokens"), lambda ratios: (ratios, None)
@@ -174,13 +177,13 @@ TABLES = (TRAIN_TOKCOM, INFER_TOKCOM, TRAIN_VQGAN, ANALYZE_CODEBOOK, TRAIN_TOKEN
 
 
 def options_of(alias: str | Alias) -> tuple[str, ...]:
-    """The options, `section.field`, that an entry of a table stands for."""
+    """Returns the options (`section.field`) that an entry of a table stands for."""
     option = alias.option if isinstance(alias, Alias) else alias
     return (option,) if isinstance(option, str) else option
 
 
 def meanings(name: str) -> list[str]:
-    """Fields that the documented name `name` stands for in any recipe, in the order of the tables, without repeats."""
+    """Returns the fields that a documented name stands for in any recipe, in the order of the tables, without repeats."""
     found = [
         option.rpartition(".")[2]
         for table in TABLES

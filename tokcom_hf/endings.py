@@ -1,11 +1,11 @@
-"""How a recipe ends: what went wrong as one sentence, and the exit code.
+"""Ends a recipe: prints an error as one sentence and sets the exit code.
 
-    0  the work is done
-    1  it was begun and cannot go on: numbers that are not finite, a disk that is full, read-only or gone
-    2  it cannot be begun: an argument, a file of the user's
-    128 + signal  it was stopped and can go on
+    0  the recipe has finished
+    1  the recipe had started and cannot continue: values are not finite, or the disk is full, read-only or gone
+    2  the recipe could not start: an argument or a file of the user is invalid
+    128 + signal  the recipe was stopped by a signal and can be resumed
 
-Anything else is a fault of the program and shows its traceback.
+Any other error is a bug in the program and prints its traceback.
 """
 
 import errno
@@ -21,24 +21,23 @@ from .whole_files import WriteError, write_error, write_fault
 
 FAILED, REFUSED = 1, 2
 
-# What a file system answers that cannot keep a run, whatever the file.
+# Errors of the file system as a whole, not of a single file.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
-# Folder of the run that this process is in.
+# Output folder of this process's run.
 _folder: HeldFolder | None = None
 
 
 def writing_into(folder: HeldFolder) -> None:
-    """From now on faults of the disk that name no file are about this folder."""
+    """Registers the run's output folder, which later disk errors are about if they name no file."""
     global _folder
     _folder = folder
 
 
 def run_recipe(main) -> None:
-    """Calls `main()` and ends the process; what ends it early becomes one line on stderr and an exit code.
+    """Calls `main()` and ends the process; an error becomes one line on stderr and an exit code.
 
-    SIGTERM and SIGINT end it with 128 + signal, where something is being trained behind a checkpoint (`stopping`).
-
-    Characters that the terminal does not know (a redirected Windows console, LANG=C) are printed as question marks.
+    SIGTERM and SIGINT end the process with 128 + signal; during training a checkpoint is saved first (`stopping`).
+    Characters that the terminal cannot encode (a redirected Windows console, LANG=C) are printed as question marks.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -54,14 +53,14 @@ def run_recipe(main) -> None:
             told = ending(error)
             if told is None:
                 raise
-            # Errors of libraries may have several lines.
+            # Messages of libraries may have several lines; they are joined into one.
             print(f"error: {' '.join(told[0].split())}", file=sys.stderr)
             raise SystemExit(told[1]) from (error if "--traceback" in sys.argv else None)
         leave_together()
 
 
 def ending(error: Exception) -> tuple[str, int] | None:
-    """The sentence that tells an error to the user, and the exit code; None for a fault of the program."""
+    """Returns the error message for the user and the exit code; None if the error is a bug in the program."""
     if isinstance(error, (WriteError, FloatingPointError)):
         return str(error), FAILED
     fault = _disk_fault(error)
@@ -71,7 +70,7 @@ def ending(error: Exception) -> tuple[str, int] | None:
 
 
 def _disk_fault(error: Exception) -> WriteError | None:
-    """The error as one about the run's folder, where a file system could not keep what was written."""
+    """Returns the error as a `WriteError` about the file or the run's folder if it is a disk error, else None."""
     place = None if _folder is None else _folder.path
     file = error.filename if isinstance(error, OSError) else None
     if isinstance(error, OSError) and error.errno in _DISK:
@@ -93,13 +92,13 @@ def _is_below(file, folder) -> bool:
 
 
 def leave_together() -> None:
-    """Ends a run of several processes; call it when nothing refers to the trainer any more.
+    """Ends a run of several processes together; call it when nothing refers to the trainer any more.
 
-    A rank that leaves while another still listens, or while a wrapped model still owns the group, aborts in the backend's
-    threads.
+    A rank aborts in the backend's threads if it exits while another rank still communicates, or while a wrapped model still
+    holds the process group.
     """
     if dist.is_available() and dist.is_initialized():
-        # Trainer and model refer to each other, and the model's reducer to the group.
+        # Trainer and model refer to each other, and the model's gradient reducer holds the process group: only gc frees it.
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What decides a run's result, as a flat dictionary that two runs can be compared by."""
+"""The settings that determine a run's result, as a flat dictionary by which two runs can be compared."""
 
 import dataclasses
 import hashlib
@@ -10,8 +10,8 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedConfig, TrainingArguments
 
-# Of `TrainingArguments`, what decides the trained weights; how often to log, save or evaluate does not. More steps or
-# epochs make no other run: it goes on for longer.
+# Fields of `TrainingArguments` that determine the trained weights. Logging, saving and evaluation intervals do not. Steps
+# and epochs are not among them, because a run may be resumed for longer.
 DECIDING = frozenset(
     [
         "learning_rate",
@@ -39,7 +39,7 @@ DECIDING = frozenset(
         "greater_is_better",
     ]
 )
-# Of the recipes' and trainers' own arguments, what is only shown or measured.
+# Arguments of recipes and trainers that do not affect the trained weights.
 COSMETIC = frozenset(
     [
         "output_dir",
@@ -69,7 +69,7 @@ COSMETIC = frozenset(
         "save_parts",
     ]
 )
-# Fields that name a file, a folder or something on the Hub: files count by their contents.
+# Fields that name a file, a folder or a Hub repository; files and folders are compared by content (`fingerprint`).
 PATHS = frozenset(
     [
         "train_file",
@@ -90,12 +90,12 @@ PATHS = frozenset(
 def settings_of(
     sections: Mapping[str, type], values: Mapping[str, Mapping[str, Any]], ignore: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """What decides a run's result, as `{"section.field": value}`: data, model and training settings, defaults included.
+    """Returns the settings that determine a run's result, `{"section.field": value}`, defaults included.
 
     Args:
-        sections: name -> dataclass, as for `parse_recipe`; those of one stage.
-        values: what configuration file and command line set.
-        ignore: further fields that decide nothing.
+        sections: section name -> dataclass, as for `parse_recipe`, for one stage.
+        values: fields that the configuration file and the command line set, as `parse_recipe` returns them.
+        ignore: further fields that do not affect the result.
     """
     settings: dict[str, Any] = {}
     ignored = COSMETIC | set(ignore)
@@ -109,14 +109,14 @@ def settings_of(
         if issubclass(cls, TrainingArguments):
             settings = {key: value for key, value in settings.items() if _decides(section, key)}
             parts = given.get("per_device_train_batch_size", 8), given.get("gradient_accumulation_steps", 1)
-            # The same batch on more devices, or in more parts, is the same training.
+            # Only the total batch size counts: devices and gradient accumulation may divide it differently.
             settings[f"{section}.batch_size"] = parts[0] * parts[1] * PartialState().num_processes
-    # As it comes back from the marker.
+    # Converted to what reading `run.json` returns, so that both can be compared.
     return json.loads(json.dumps(settings, default=str))
 
 
 def _own(cls: type, name: str) -> bool:
-    """Whether a field left at its default is the class's own matter: not what every configuration has, not a part."""
+    """Returns False for the fields that every model config has and for sub-configs, whose defaults are not compared."""
     if issubclass(cls, PreTrainedConfig):
         return name not in _names(PreTrainedConfig) and name not in cls.sub_configs
     return True
@@ -138,10 +138,10 @@ def _default(item: dataclasses.Field) -> Any:
 
 
 def fingerprint(path: Any) -> Any:
-    """What a name stands for, as 16 hexadecimal digits; the name itself where it is no path.
+    """Hashes the content of a path to 16 hexadecimal digits; returns any other value as it is.
 
-    Of a file its bytes count; of a folder with a model its configuration, tokenizer and weights (of files above 64 MiB their
-    size, beginning and end); of another folder the names and sizes of its files.
+    A file is hashed by its bytes. A folder with a model is hashed by configuration, tokenizer and weights (files above 64
+    MiB by size, beginning and end). Any other folder is hashed by the names and sizes of its files.
     """
     if not isinstance(path, str) or not Path(path).exists():
         return path

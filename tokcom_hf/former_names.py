@@ -1,6 +1,7 @@
-"""Former import paths of modules: `tokcom_hf.models.vector_search` still gives `tokcom_hf.models.vqgan_code_search`.
+"""Keeps former import paths working: `tokcom_hf.models.vector_search` is `tokcom_hf.models.vqgan_code_search`.
 
-For scripts that import modules by the paths they had until November 2026. Saved folders carry their own files.
+Scripts may still import modules by their paths of before November 2026. Saved model folders do not need this, because they
+contain their own code.
 """
 
 import sys
@@ -94,7 +95,7 @@ FORMER = {
 
 
 class FormerNames(MetaPathFinder, Loader):
-    """Finds a module by its former path, where no other finder knows that path, and gives the present module itself."""
+    """Import finder and loader of former paths: it warns, and returns the module of the present path itself."""
 
     def find_spec(self, name, path=None, target=None):
         present = FORMER.get(name.removeprefix(f"{PACKAGE}."))
@@ -106,7 +107,7 @@ class FormerNames(MetaPathFinder, Loader):
         present = spec.loader_state
         warnings.warn(f"{spec.name} is now {present}; import it from there.", FutureWarning, stacklevel=2)
         module = import_module(present)
-        # The import system is about to replace it by the former path's.
+        # The import system now replaces the module's spec by that of the former path; `exec_module` restores it.
         spec.loader_state = module.__spec__
         return module
 
@@ -115,6 +116,6 @@ class FormerNames(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Adds the finder behind all others; safe to call twice."""
+    """Adds the finder after all other import finders; safe to call twice."""
     if not any(isinstance(finder, FormerNames) for finder in sys.meta_path):
         sys.meta_path.append(FormerNames())

@@ -1,7 +1,7 @@
-"""Uploads a finished model folder, without the checkpoints and caches a run leaves in it.
+"""Uploads a finished model folder to the Hub, without the checkpoints and caches that a run leaves in it.
 
-Every recipe pushes through `push_folder`, once, when all its files are written. `Trainer`'s own pushes are not used: they
-upload a generic card, and they come before results, figures and the real card.
+Every recipe pushes once, through `push_folder`, when all its files are written. The pushes of `Trainer` are not used,
+because they upload a generic model card, and before the results, the figures and the final card exist.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 
 from .whole_files import UNFINISHED_PREFIX
 
-RUN_MARKER = "run.json"  # of `run_folders`; it names local paths
+RUN_MARKER = "run.json"  # written by `run_folders`; not uploaded, because it contains local paths
 RUN_FILES = [
     "checkpoint-*",
     "*/checkpoint-*",
@@ -35,7 +35,7 @@ RUN_FILES = [
 
 @dataclass(frozen=True)
 class Upload:
-    """Where `--push_to_hub` sends the finished folder."""
+    """Hub repository that `--push_to_hub` uploads the finished folder to; see `push_folder`."""
 
     repo_id: str
     private: bool | None = None
@@ -43,15 +43,18 @@ class Upload:
     revision: str | None = None
 
     def push(self, folder: str | Path, suffix: str = "") -> str:
-        """Uploads `folder` to `repo_id + suffix` and returns the commit's address."""
+        """Uploads `folder` to `repo_id + suffix` and returns the commit's URL."""
         return push_folder(folder, self.repo_id + suffix, self.private, self.token, self.revision)
 
 
 def take_upload(training: dict[str, Any]) -> Upload | None:
-    """Moves the Hub settings out of a section of `TrainingArguments`: the recipe pushes, the trainer does not.
+    """Removes the Hub settings from the values of `TrainingArguments`, so that the recipe pushes and the trainer does not.
+
+    Returns:
+        the upload, or None if `push_to_hub` is not set.
 
     Raises:
-        ValueError: `push_to_hub` without `hub_model_id`, or a setting that pushes during training.
+        ValueError: `push_to_hub` is set without `hub_model_id`, or with a setting that pushes during training.
     """
     wanted = training.pop("push_to_hub", False)
     repo_id = training.pop("hub_model_id", None)
@@ -65,7 +68,7 @@ def take_upload(training: dict[str, Any]) -> Upload | None:
     if strategy not in ("end", "every_save") or always:
         raise ValueError(
             f"Recipes push the finished folder once, got --hub_strategy {strategy} and --hub_always_push {always}; "
-            "leave both out. A trainer of your own pushes checkpoints."
+            "leave both out. To push checkpoints during training, use the trainer in a script of your own."
         )
     return Upload(repo_id, private, token, revision)
 
@@ -77,17 +80,17 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Creates the model repository `repo_id` where it does not exist, uploads `folder`, and returns the commit's address.
+    """Creates the model repository `repo_id` where it does not exist, uploads `folder`, and returns the commit's URL.
 
     Args:
-        folder: holds `config.json`.
+        folder: model folder with a `config.json`.
         repo_id: `user/name`.
-        private: of a new repository; None takes the account's default.
-        token: access token; None takes the one logged in with.
-        revision: branch, created where it does not exist; None is `main`.
+        private: visibility of a new repository; None means the account's default.
+        token: access token; None means that of the login.
+        revision: branch, created if it does not exist; None means `main`.
 
     Raises:
-        ValueError: no repository name.
+        ValueError: `repo_id` is empty.
         OSError: the folder holds no model.
     """
     if not repo_id:

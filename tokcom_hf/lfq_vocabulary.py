@@ -1,4 +1,4 @@
-"""The documented functions: `expand_vocab_for_lfq` adds LFQ tokens to a model, `get_lfq_token_range` gives their ids."""
+"""Documented functions: `expand_vocab_for_lfq` adds LFQ tokens to a model, `get_lfq_token_range` returns their ids."""
 
 from .models.lfq_rows import vocabulary_of
 from .models.lfq_tokens import check_output_dim
@@ -8,7 +8,7 @@ from .models.modeling_lfq_expanded import LFQExpandedModel
 def _output_dim(lfq_config: dict | None) -> int:
     config = {"output_dim": 16} if lfq_config is None else lfq_config
     if "output_dim" not in config:
-        raise ValueError(f"lfq_config needs the key 'output_dim', the bits per code; got {sorted(config)}.")
+        raise ValueError(f"lfq_config needs the key 'output_dim', the number of bits per code; got {sorted(config)}.")
     return check_output_dim(config["output_dim"])
 
 
@@ -20,12 +20,15 @@ def expand_vocab_for_lfq(
     freeze_original: bool = True,
     tokenizer=None,
 ) -> LFQExpandedModel:
-    """Adds 2^output_dim tokens behind the vocabulary of a model, whose own ids and rows do not change.
+    """Appends 2^output_dim tokens to the vocabulary of a model; existing ids and embedding rows do not change.
 
     Args:
         model: a loaded model, or its Hub name or folder.
-        lfq_config: `{"output_dim": bits per code}`, 16 bits where None.
+        lfq_config: `{"output_dim": bits per code}`; None means 16 bits.
         embedding_init_method, embedding_init_std, freeze_original, tokenizer: see `LFQExpandedModel.from_base`.
+
+    Raises:
+        ValueError: `lfq_config` lacks `output_dim`, or `LFQExpandedModel.from_base` refuses an argument.
     """
     return LFQExpandedModel.from_base(
         model,
@@ -38,16 +41,16 @@ def expand_vocab_for_lfq(
 
 
 def get_lfq_token_range(model, lfq_config: dict | None = None) -> tuple[int, int]:
-    """`(start, end)` of a model's LFQ ids, end exclusive.
+    """Returns the range `(start, end)` of a model's LFQ ids, end exclusive.
 
     Args:
-        model: an expanded model, a joint model around one, the result of `merge_and_unload()`; or a plain model, for the
-            range that it would get.
-        lfq_config: `{"output_dim": bits per code}`. A plain model is taken to get so many, 16 where None; another must have
-            so many.
+        model: an expanded model, a joint model that contains one, or the result of `merge_and_unload()`. For a plain model,
+            the range is the one that `expand_vocab_for_lfq` would add.
+        lfq_config: `{"output_dim": bits per code}`. For a plain model, None means 16 bits. For an expanded model, None skips
+            the check of the number of bits.
 
     Raises:
-        ValueError: the model has LFQ tokens of another number of bits.
+        ValueError: the model's LFQ tokens have another number of bits than `lfq_config`.
     """
     inner = getattr(model, "language_model", None)
     model = inner if isinstance(inner, LFQExpandedModel) else model

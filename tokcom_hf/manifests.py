@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files, by which resuming knows that it is the one that was written, byte for byte."""
+"""Manifests: a checkpoint's list of files with their hashes, which proves that the checkpoint is unchanged."""
 
 import hashlib
 import json
@@ -9,22 +9,23 @@ from typing import Any
 
 from .whole_files import flush
 
-# Step, world size, settings of the run and every file of a checkpoint with its size and SHA-256; written last.
+# Holds step, world size, the run's settings, and size and SHA-256 of every file of the checkpoint; written last.
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 
-# Files of which `Trainer` reads whatever it finds: one that does not belong there would be loaded.
+# Files that `Trainer` loads whenever they exist, so that an extra one is a fault.
 _READ = re.compile(r".*\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|pt|pth|distcp)")
-# Verified already by this process: folder -> sizes and times of its files.
+# Folders that this process has verified -> sizes and times of their files, so that each is hashed once.
 _verified: dict[str, tuple] = {}
 
 
 def write_manifest(folder: Path, **told: Any) -> None:
-    """Writes the list of all files below `folder`, with what else it is to tell, and flushes it.
+    """Writes the manifest of all files below `folder` and flushes it.
 
     Args:
-        folder: of a checkpoint whose files are all written and flushed.
-        told: `step`, `world_size`, `resumable` (it holds more than weights) and `settings` of the run.
+        folder: a checkpoint whose files are all written and flushed.
+        told: further entries: `step`, `world_size`, `resumable` (whether it holds more than weights) and `settings` of the
+            run.
     """
     files = {name: {"size": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(folder).items()}
     path = folder / MANIFEST_FILE
@@ -34,10 +35,10 @@ def write_manifest(folder: Path, **told: Any) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """What a checkpoint's manifest says, or None where it has none, as those of older releases.
+    """Reads a checkpoint's manifest; returns None if there is none, as in checkpoints of older releases.
 
     Raises:
-        ValueError: there is one that cannot be read.
+        ValueError: the manifest cannot be read, was changed, or has an unknown format; the message is a phrase.
     """
     try:
         text = (Path(folder) / MANIFEST_FILE).read_text(encoding="utf-8")
@@ -51,18 +52,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{MANIFEST_FILE} has format {manifest.get('format')!r}, and this release reads {FORMAT}")
     if text != _text({name: value for name, value in manifest.items() if name != "sha256"}):
-        raise ValueError(f"{MANIFEST_FILE} is not as it was written")
+        raise ValueError(f"{MANIFEST_FILE} was changed after it was written")
     return manifest
 
 
 def _text(manifest: Mapping[str, Any]) -> str:
-    """A manifest with its own SHA-256 as the last entry."""
+    """Returns the JSON text of a manifest, with its own SHA-256 as the last entry."""
     content = json.dumps(manifest, indent=1)
     return json.dumps({**manifest, "sha256": hashlib.sha256(content.encode()).hexdigest()}, indent=1) + "\n"
 
 
 def files_fault(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Says in what the files below `folder` differ from a manifest's, or None."""
+    """Returns how the files below `folder` differ from those of a manifest, as a phrase, or None if they match."""
     there = _files(folder)
     for name in files:
         if name not in there:
@@ -90,7 +91,7 @@ def files_fault(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | N
 
 
 def settings_difference(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 8) -> str | None:
-    """Names the settings that two runs do not share, or None; one that only one of two releases knows says nothing."""
+    """Lists the settings that differ between two runs, or returns None; settings that only one run has are ignored."""
     differing = [name for name in before if name in now and before[name] != now[name]]
     if not differing:
         return None

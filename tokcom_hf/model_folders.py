@@ -1,7 +1,7 @@
-"""Loads a model by folder or name so that whatever is wrong with the folder is one sentence that names it.
+"""Loads a model by folder or Hub name; any fault of the folder becomes one sentence that names the folder.
 
-A folder is checked before transformers opens it: what its files announce (layers, widths, bytes of tensors) is compared with
-what they hold, and a name that looks like a path is never looked up on the Hub.
+A folder is checked before transformers opens it: sizes in its configuration must be plausible, and the headers of its
+weights must match the lengths of the files. A name that looks like a path is never looked up on the Hub.
 """
 
 import json
@@ -20,13 +20,13 @@ from transformers import CONFIG_MAPPING
 
 from .data.text_files import read_text
 
-# What the largest published models have is below these by a factor of ten and more.
+# At least ten times the sizes of the largest published models.
 MOST_LAYERS = 10_000
 MOST_SIZE = 1 << 28
 LONGEST_HEADER = 100 << 20
 SIZES = re.compile(r"(size|dim|width|channels|heads|vocab|chunks|factor|experts|positions|steps|tokens|groups)")
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".gguf")
-# What transformers, torch and huggingface_hub raise on files that they cannot use, beyond what they promise.
+# Errors that transformers, torch and huggingface_hub raise for unusable files, including undocumented ones.
 BROKEN = (
     OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, EOFError, RecursionError,
     UnpicklingError, SafetensorError, StrictDataclassError, struct.error,
@@ -34,18 +34,18 @@ BROKEN = (
 
 
 def load_pretrained(loader: Any, name: str | os.PathLike, what: str = "Model", **options: Any) -> Any:
-    """`loader.from_pretrained(name)`.
+    """Returns `loader.from_pretrained(name, **options)`, after `check_model_folder`.
 
     Args:
-        loader: a class of this package, or an auto class.
-        name: folder or name on the Hub.
-        what: is loaded, for the error.
-        options: of `from_pretrained`.
+        loader: a class of this package, or an Auto class.
+        name: folder or Hub name.
+        what: kind of object that is loaded, for error messages.
+        options: further arguments of `from_pretrained`.
 
     Raises:
         FileNotFoundError: `name` looks like a path, and there is no such folder.
-        ValueError: what `check_model_folder` refuses, or what the loader cannot use.
-        OSError: it cannot be loaded from the Hub.
+        ValueError: `check_model_folder` refuses the folder, or the loader cannot use it.
+        OSError: a file cannot be read, or the model cannot be loaded from the Hub.
     """
     with checked_folder(name, what):
         return loader.from_pretrained(name, **options)
@@ -76,8 +76,9 @@ def check_model_folder(name: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: `name` looks like a path, and there is no such folder.
-        ValueError: no configuration that can be read, sizes beyond what any model has, weights that are cut short or
-            announce more than they hold, or an index of other files than those in the folder.
+        NotADirectoryError: `name` is a file.
+        ValueError: the configuration cannot be read or has implausible sizes, weights are truncated or do not match their
+            header, or an index names files that are not in the folder.
     """
     folder = Path(name)
     if "\0" in str(name) or not str(name).strip():
@@ -92,7 +93,7 @@ def check_model_folder(name: str | os.PathLike) -> None:
         config = _read_json(folder / "config.json")
         kind = config.get("model_type")
         if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and "auto_map" not in config):
-            raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is no model that is known here.")
+            raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is not known here.")
         _check_sizes(config, folder / "config.json")
     for path in sorted(folder.glob("*.safetensors")):
         check_safetensors(path)
@@ -101,17 +102,17 @@ def check_model_folder(name: str | os.PathLike) -> None:
 
 
 def looks_like_a_path(name: str) -> bool:
-    """Whether a name can only be meant as a path: names on the Hub are `name` or `owner/name`."""
+    """Returns whether a name can only be a path, because Hub names have the form `name` or `owner/name`."""
     parent, _, last = name.rpartition("/")
     written = name.startswith((".", "~", "/")) or "\\" in name or "/" in parent or not last or name.endswith(FILES)
     return written or (bool(parent) and (parent == "outputs" or os.path.isdir(parent)))
 
 
 def check_safetensors(path: str | Path) -> None:
-    """Compares the header of a safetensors file with its length, before memory is asked for.
+    """Compares the header of a safetensors file with the file's length, before any memory is allocated for it.
 
     Raises:
-        ValueError: a file that is cut short, has bytes behind its tensors, or announces tensors that it does not hold.
+        ValueError: the file is truncated, has bytes after its tensors, or its header lists tensors that it does not hold.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -120,20 +121,20 @@ def check_safetensors(path: str | Path) -> None:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, LONGEST_HEADER):
             raise ValueError(
-                f"{path} is truncated or no safetensors file: its header should be {length:,} bytes long, and {size:,} "
-                "bytes are there."
+                f"{path} is truncated or no safetensors file: its header should have {length:,} bytes, but the file "
+                f"has {size:,}."
             )
         try:
             header = json.loads(file.read(length))
             ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             raise ValueError(
-                f"{path} is truncated or no safetensors file: its header lists no tensors and places."
+                f"{path} is truncated or no safetensors file: its header does not list tensors and their offsets."
             ) from None
     end = 8 + length + max(ends, default=0)
     if size != end:
         raise ValueError(
-            f"{path} is truncated or no safetensors file: its tensors should end at byte {end:,}, and the file has {size:,}."
+            f"{path} is truncated or no safetensors file: its tensors should end at byte {end:,}, but it has {size:,}."
         )
 
 
@@ -141,7 +142,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        reason = str(error) if str(path) in str(error) else f"{path} is no JSON that can be read ({error})."
+        reason = str(error) if str(path) in str(error) else f"{path} is not valid JSON ({error})."
         raise ValueError(reason) from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object with names and values.")
@@ -149,7 +150,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_sizes(config: dict[str, Any], place: Path, inside: str = "") -> None:
-    """Raises ValueError where a number of layers or a width is beyond what any model has."""
+    """Raises ValueError if a number of layers or a width is implausibly large."""
     for name, value in config.items():
         if isinstance(value, dict):
             _check_sizes(value, place, f"{inside}{name}.")
@@ -158,13 +159,15 @@ def _check_sizes(config: dict[str, Any], place: Path, inside: str = "") -> None:
         counted = "layers" in name or "blocks" in name or "depth" in name
         most = MOST_LAYERS if counted else MOST_SIZE if SIZES.search(name) else None
         if most is not None and value > most:
-            raise ValueError(f"{place}: {inside}{name} is {value:,}, more than any model has ({most:,} at most here).")
+            raise ValueError(
+                f"{place}: {inside}{name} is {value:,}, more than any model has; at most {most:,} is accepted."
+            )
 
 
 def _check_index(path: Path) -> None:
     parts = _read_json(path).get("weight_map")
     if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
-        raise ValueError(f"{path} has no weight_map from names of tensors to names of files.")
+        raise ValueError(f"{path} has no weight_map from tensor names to file names.")
     for part in sorted(set(parts.values())):
         if Path(part).name != part or not (path.parent / part).is_file():
             raise ValueError(f"{path} names the file {part!r}, which is not beside it; copy all parts of the model.")

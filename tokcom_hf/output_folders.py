@@ -1,4 +1,4 @@
-"""What a recipe finds in its output folder: what it may remove there, and what makes it refuse the folder."""
+"""Checks output folders of recipes, and removes the files of a former run from them."""
 
 import contextlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from .checkpoints import checkpoints
 from .hub import RUN_MARKER
 from .whole_files import UNFINISHED_PREFIX, remove, remove_unfinished
 
-# Files that recipes write into their folders, beside checkpoints; nothing else is ever removed.
+# Files that recipes write into their folders, besides checkpoints; nothing else is ever removed.
 RESULT_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "training_args.bin", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -21,21 +21,21 @@ RESULT_FILES = (
 )  # fmt: skip
 
 NOT_EMPTY = (
-    "Output folder {folder!r} is not empty; add --resume_from_checkpoint true to go on with that run, --overwrite to "
-    "replace it, or name another with --output_dir."
+    "Output folder {folder!r} is not empty; add --resume_from_checkpoint true to resume its run, --overwrite to "
+    "replace it, or name another folder with --output_dir."
 )
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether there is more in an output folder than what a start that was cut short leaves."""
+    """Returns whether an output folder holds more than the files that an interrupted start leaves."""
     return any(item.name != RUN_MARKER and not item.name.startswith(UNFINISHED_PREFIX) for item in folder.iterdir())
 
 
 def remove_results(folders: Sequence[Path]) -> None:
-    """Removes what a run of this package wrote into its folders, and those of them that are empty then.
+    """Removes the files that a run of this package wrote into its folders, and then the folders that are empty.
 
     Args:
-        folders: the output folder, which stays, and those below it that the run writes into.
+        folders: the output folder, which is kept, and the folders below it that the run writes into.
     """
     for folder in folders:
         if folder.is_symlink() or not folder.is_dir():
@@ -47,21 +47,21 @@ def remove_results(folders: Sequence[Path]) -> None:
                 if file.is_file() or file.is_symlink():
                     file.unlink()
         for emptied in (folder / "logs" / "tensorboard", folder / "logs", folder / "checkpoints"):
-            with contextlib.suppress(OSError):  # others' files are in it, or there is none
+            with contextlib.suppress(OSError):  # the folder holds files of others, or does not exist
                 emptied.rmdir()
         if folder != folders[0]:
-            with contextlib.suppress(OSError):  # others' files are in it
+            with contextlib.suppress(OSError):  # the folder holds files of others
                 folder.rmdir()
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Removes the folders `checkpoint-N` directly in `folder`; a link goes, what it points to stays."""
+    """Removes the folders `checkpoint-N` directly in `folder`; of a symbolic link, only the link is removed."""
     for checkpoint in list(checkpoints(folder)):
         remove(checkpoint)
 
 
 def check_new_folder(path: str | Path, overwrite: bool = False) -> Path:
-    """Refuses a non-empty output folder of a recipe that trains nothing, unless it may replace files of the same names.
+    """Refuses a non-empty output folder of a recipe without training, unless it may overwrite files of the same names.
 
     Raises:
         FileExistsError: the folder holds files and `overwrite` is not set.
@@ -81,8 +81,8 @@ def check_new_folder(path: str | Path, overwrite: bool = False) -> Path:
 def check_output_dir(path: str | Path, overwrite: bool = False, resume: bool = False) -> Path:
     """Refuses a non-empty output folder unless the run overwrites or resumes it.
 
-    With `overwrite` the folders `checkpoint-N` directly in it are removed; what lies below other folders stays. Recipes use
-    `RunFolder`, which knows what else a run owns.
+    With `overwrite`, the folders `checkpoint-N` directly in it are removed, and nothing else. Recipes use `RunFolder`
+    instead, which knows all files of a run.
 
     Raises:
         FileExistsError: the folder holds files and neither flag is set.

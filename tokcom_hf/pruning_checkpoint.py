@@ -1,8 +1,9 @@
 """Reads a documented pruning run: `token_merger_step_N.pt`, `layer_pruners_step_N.pt`, `discriminator_step_N.pt`.
 
-Each file is one module's state dict. `TokenPruningTrainer` with `save_parts` writes such files with our own names; those of
-the documented modules are `importance_scorer`, `q_proj`, `k_proj` for the merger and, under each layer's number,
-`vision_proj`, `text_proj`, `cross_attn`, `mask_predictor` for the pruners. Shapes tell the sizes; every name must fit.
+Each file is the state dict of one module. `TokenPruningTrainer` with `save_parts` writes such files with this package's
+names of weights. The documented names are `importance_scorer`, `q_proj`, `k_proj` for the merger and, below each
+layer's number, `vision_proj`, `text_proj`, `cross_attn`, `mask_predictor` for the pruners. Sizes follow from the shapes; a
+name that does not fit is an error.
 """
 
 import re
@@ -28,15 +29,18 @@ HEAD = re.compile(r"^(?:[A-Za-z_]+\.)?(?:layer_)?(\d+)\.(.+)$")
 
 
 def read_parts(folder: str | Path, step: int | None = None) -> dict[str, StateDict]:
-    """State dicts of the parts saved at a step, without the prefixes of DDP and `torch.compile`.
+    """Reads the state dicts of the parts saved at a step, without the prefixes of DDP and `torch.compile`.
 
     Args:
-        folder: holds `<part>_step_<N>.pt`.
-        step: N; the last step that the merger or the pruners were saved at where None.
+        folder: folder of the files `<part>_step_<N>.pt`.
+        step: N; None means the last step at which the merger or the pruners were saved.
+
+    Returns:
+        part (one of `PARTS`) -> state dict, for each part saved at that step.
 
     Raises:
-        FileNotFoundError: no such files.
-        ValueError: a file that is damaged or holds something else than tensors.
+        FileNotFoundError: the folder has no such files.
+        ValueError: a file is damaged or is no state dict of tensors.
     """
     found = {
         (match[1], int(match[2])): path
@@ -55,7 +59,11 @@ def read_parts(folder: str | Path, step: int | None = None) -> dict[str, StateDi
 
 
 def read_part(path: str | Path) -> StateDict:
-    """One file's state dict, without the prefixes of DDP and `torch.compile`."""
+    """Reads the state dict of one file, without the prefixes of DDP and `torch.compile`.
+
+    Raises:
+        ValueError: the file is damaged or is no state dict of tensors.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
@@ -70,15 +78,15 @@ def read_part(path: str | Path) -> StateDict:
 
 
 def convert_merger(state: StateDict, **settings: Any) -> TokenMerger:
-    """The merger of a state dict.
+    """Builds the merger of a state dict.
 
     Args:
-        state: documented names or ours.
-        settings: fields of `TokenMergerConfig` that shapes do not tell, for example `target_merge_tokens`; with our names
-            all that the merger was built with.
+        state: weights under documented names or this package's names.
+        settings: fields of `TokenMergerConfig`. With documented names, those that do not follow from shapes, for example
+            `target_merge_tokens`; with this package's names, all that the merger was built with.
 
     Raises:
-        ValueError: names that are missing or that no merger of ours has.
+        ValueError: a weight is missing, unknown, or of another shape.
     """
     state = {re.sub(r"^importance_scorer\b", "scorer", name): value for name, value in state.items()}
     if "similarity_proj.weight" not in state and not any("question" in name for name in state):
@@ -96,27 +104,33 @@ def convert_merger(state: StateDict, **settings: Any) -> TokenMerger:
 
 
 def convert_pruners(state: StateDict, **settings: Any) -> LayerPruner:
-    """The heads of a state dict, one per layer.
+    """Builds the pruner of a state dict, with one head per layer.
 
     Args:
-        state: documented names or ours, each under its layer's number or, counted from 0, its place among `layers`.
-        settings: fields of `LayerPrunerConfig` that shapes do not tell: `layers`, `num_attention_heads`, `selection` ...
+        state: weights under documented names or this package's names, below the number of the head's layer or the head's
+            position in `layers`, counted from 0.
+        settings: fields of `LayerPrunerConfig` that do not follow from shapes: `layers`, `num_attention_heads`,
+            `selection` ...
 
     Raises:
-        ValueError: names that are missing or that no head of ours has.
+        ValueError: a weight is missing, unknown, or of another shape.
     """
     heads: dict[int, StateDict] = {}
     for name, value in state.items():
         match = HEAD.match(name)
         if match is None:
-            raise ValueError(f"layer_pruners: {name!r} has no layer's number; expected e.g. '10.vision_proj.weight'.")
+            raise ValueError(
+                f"layer_pruners: {name!r} has no layer number; expected for example '10.vision_proj.weight'."
+            )
         heads.setdefault(int(match[1]), {})[match[2]] = value
     if any(name.startswith("question_proj") or name.startswith("score.") for head in heads.values() for name in head):
         return fill(LayerPruner(LayerPrunerConfig(**settings)), named(heads))
     layers = settings.get("layers") or sorted(heads)
     if sorted(heads) != list(layers):
         if sorted(heads) != list(range(len(layers))):
-            raise ValueError(f"layer_pruners: heads {sorted(heads)} do not fit pruning_layers {list(layers)}.")
+            raise ValueError(
+                f"layer_pruners: the file has heads {sorted(heads)}, but pruning_layers is {list(layers)}."
+            )
         heads = {layer: heads[place] for place, layer in enumerate(layers)}
     heads = {layer: convert_head(head, layer) for layer, head in heads.items()}
     first = next(iter(heads.values()))
@@ -132,7 +146,7 @@ def convert_pruners(state: StateDict, **settings: Any) -> LayerPruner:
 
 
 def convert_head(state: StateDict, layer: int) -> StateDict:
-    """One documented head in our names: its attention's stacked projection is two of ours."""
+    """Renames the weights of one documented head to this package's names, and splits its stacked attention projection."""
     need(state, ("vision_proj.weight",), f"layer {layer}: ")
     state = rest(state, "mask_predictor") | {
         name.replace(".2.", ".3.").replace(".0.", ".1."): value
@@ -150,12 +164,12 @@ def convert_head(state: StateDict, layer: int) -> StateDict:
 
 
 def convert_discriminator(state: StateDict, config: PruningDiscriminatorConfig) -> PruningDiscriminator:
-    """The discriminator of a state dict in our names: the documents name none of its weights."""
+    """Builds the discriminator of a state dict with this package's names, as the documents name none of its weights."""
     return fill(PruningDiscriminator(config), state)
 
 
 def two_layers(state: StateDict, prefix: str, documented: str, to: str | None = None) -> StateDict:
-    """The two linear layers below `prefix`, whatever stands between them without weights, as `to.0` and `to.2`."""
+    """Returns the two linear layers below `prefix` as `to.0` and `to.2`; layers without weights may lie between them."""
     names = [name for name in state if name.startswith(f"{prefix}.")]
     places = sorted({int(match[1]) for name in names if (match := re.match(rf"{prefix}\.(\d+)\.weight$", name))})
     fitting = {f"{prefix}.{place}.{kind}" for place in places for kind in ("weight", "bias")}
@@ -164,7 +178,7 @@ def two_layers(state: StateDict, prefix: str, documented: str, to: str | None = 
         shown = odd[0] if odd else (names[0] if names else f"{prefix}.0.weight (missing)")
         raise ValueError(
             f"{shown.replace(prefix, documented, 1)!r} does not fit: {documented} is two linear layers with a GELU between "
-            "them, with no further weights. Leave this part out of the folder to train it anew."
+            "them, with no further weights. To train this part from scratch, leave it out of the folder."
         )
     to = to or prefix
     found = {
@@ -177,12 +191,12 @@ def two_layers(state: StateDict, prefix: str, documented: str, to: str | None = 
 
 
 def rest(state: StateDict, prefix: str) -> StateDict:
-    """What does not stand below `prefix`."""
+    """Returns the weights that are not below `prefix`."""
     return {name: value for name, value in state.items() if not name.startswith(f"{prefix}.")}
 
 
 def add_biases(state: StateDict, layers: Iterable[str]) -> StateDict:
-    """With biases of zero where a linear layer was saved without one."""
+    """Adds zero biases for those linear layers in `layers` that were saved without a bias."""
     zeros = {
         f"{name}.bias": state[f"{name}.weight"].new_zeros(len(state[f"{name}.weight"]))
         for name in layers
@@ -192,30 +206,36 @@ def add_biases(state: StateDict, layers: Iterable[str]) -> StateDict:
 
 
 def need(state: StateDict, names: Iterable[str], where: str = "") -> None:
+    """Raises ValueError if `state` lacks one of the names."""
     missing = [name for name in names if name not in state]
     if missing:
         raise ValueError(f"{where}the state dict lacks {', '.join(missing)}; it has {', '.join(state)[:200]}.")
 
 
 def named(heads: Mapping[int, StateDict]) -> StateDict:
+    """Joins state dicts of heads into one, with names `heads.<layer>.<name>`."""
     return {f"heads.{layer}.{name}": value for layer, head in heads.items() for name, value in head.items()}
 
 
 def fill(module: Any, state: StateDict) -> Any:
-    """`module` with the weights of `state`, all of them and no others."""
+    """Loads `state` into `module` and returns it.
+
+    Raises:
+        ValueError: names or shapes of the weights differ; the message names the first.
+    """
     own = module.state_dict()
     wrong = [name for name in state if name not in own] + [name for name in own if name not in state]
     wrong += [name for name in state if name in own and state[name].shape != own[name].shape]
     if wrong:
         name = wrong[0]
         problem = (
-            f"is {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+            f"has shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
             if name in own and name in state
             else ("is missing in the file" if name in own else "is not among its weights")
         )
         raise ValueError(
-            f"{name!r} {problem}, so that the file does not fit a {type(module).__name__} of these settings ("
-            f"{len(wrong)} such names). Give the settings it was trained with, or leave the part out to train it anew."
+            f"{name!r} {problem}, so the file does not fit a {type(module).__name__} of these settings ({len(wrong)} "
+            "weights differ). Give the settings it was trained with, or leave the part out to train it from scratch."
         )
     module.load_state_dict(state)
     return module

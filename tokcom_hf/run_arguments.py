@@ -1,28 +1,28 @@
-"""The arguments about the output folder that every training recipe has."""
+"""The arguments for the output folder that every training recipe has."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class RunFolderArguments:
-    """Where a recipe writes, and what it does with what is there; the same in every recipe that trains."""
+    """Where a training recipe writes, and whether it replaces or resumes a run in that folder."""
 
-    output_dir: str = field(default="outputs", metadata={"help": "Folder of the model and the reports."})
+    output_dir: str = field(default="outputs", metadata={"help": "Output folder of the model and the reports."})
     overwrite: bool = field(
-        default=False, metadata={"help": "Replace the run in the output folder; files of others stay."}
+        default=False, metadata={"help": "Replace the run in the output folder; files that no run wrote are kept."}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "'true' goes on from the newest whole checkpoint of the output folder, or from the beginning where "
-            "there is none yet; a path goes on from that checkpoint."
+            "help": "'true' resumes from the newest undamaged checkpoint of the output folder, or starts from the beginning "
+            "if there is none yet; a path resumes from that checkpoint."
         },
     )
     resume: bool = field(default=False, metadata={"help": "Short for --resume_from_checkpoint true."})
 
     @property
     def checkpoint_wanted(self) -> str | bool:
-        """False: a new run; True: the newest checkpoint; else a checkpoint's path."""
+        """Which checkpoint to resume from: False for none, True for the newest one, or a path."""
         given = self.resume_from_checkpoint
         if given is None or given.lower() in ("false", "none"):
             return self.resume

@@ -1,13 +1,13 @@
-"""The output folder of a training recipe: who owns what in it, with which settings it was made, and how to go on.
+"""The output folder of a training recipe: the files that belong to its run, the run's settings, and how to resume it.
 
-A run leaves `run.json` in its folder: the recipe, and for each stage its settings and whether it is finished. From that
-file `--overwrite` knows what it may remove, and a resume whether it goes on with the same data and settings.
+A run writes `run.json` into its folder: the recipe's name, and for each stage its settings and whether it is finished. This
+file tells `--overwrite` what it may remove, and a resume whether data and settings are the same.
 
-    folder = RunFolder(run, "train_vqgan", folders=("discriminator", "pictures"))   # checks, changes nothing
-    ...                                                            # everything else that can be refused
+    folder = RunFolder(run, "train_vqgan", folders=("discriminator", "pictures"))   # checks only, changes nothing
+    ...                                                            # all other checks of arguments and data
     folder.start({"": settings_of(SECTIONS, values)})              # removes what --overwrite replaces, writes run.json
-    folder.train(trainer)                                          # from the beginning, or from the newest whole checkpoint
-    with folder.whole() as place:                                  # what `trainer.save_model` does not save
+    folder.train(trainer)                                          # from the beginning or a checkpoint
+    with folder.whole() as place:                                  # files that `trainer.save_model` does not save
         processor.save_pretrained(place)
     folder.finish()
 """
@@ -49,19 +49,19 @@ __all__ = [
 
 
 class RunFolder:
-    """The folder of one run. Building it checks and changes nothing; `start` makes it this run's.
+    """The output folder of one run. The constructor only checks it; `start` changes it.
 
     Args:
         run: the recipe's run arguments.
-        recipe: its name.
-        stages: what is trained, in order: the subfolder of each stage, or "" for a recipe that trains in the folder itself.
+        recipe: the recipe's name.
+        stages: subfolders of the stages, in the order of training; "" for a recipe that trains in the folder itself.
         folders: further subfolders that the run writes results into.
-        given: stages that an earlier run finished in this folder and that this one takes as they are.
+        given: stages that an earlier run has finished in this folder and that this run uses unchanged.
 
     Raises:
         FileExistsError: the folder holds files and the run neither overwrites nor resumes it.
         NotADirectoryError: the path is a file.
-        ValueError: it is the folder of another recipe, or the checkpoint to go on from is not whole.
+        ValueError: the folder belongs to another recipe, or the named checkpoint is incomplete or damaged.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RunFolder:
         self.marker = read_marker(self.path)
         self._held = HeldFolder()
         self._told: set[Path] = set()
-        # The stage of a named checkpoint, and the run it comes from where that is not this folder's.
+        # The stage of a named checkpoint, and the folder of its run if that is not this folder.
         self._stage, self._source = None, None
         if isinstance(self.wanted, str):
             choose_checkpoint(self.path, self.wanted)
@@ -93,14 +93,14 @@ class RunFolder:
 
     @property
     def resumes(self) -> bool:
-        """Whether the run goes on with what this folder holds."""
+        """Whether the run resumes the run of this folder."""
         return bool(self.wanted) and self._source is None
 
     # ------------------------------------------------------------------ checks
     def _check(self) -> None:
         path, shown = self.path, repr(str(self.path))
         if self.wanted and self.overwrite:
-            raise ValueError("--overwrite starts over and --resume_from_checkpoint goes on; give one of them.")
+            raise ValueError("--overwrite starts over and --resume_from_checkpoint resumes; give one of them.")
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"Output folder {shown} is a file; name a folder.")
         if not (above := next(place for place in path.absolute().parents if place.exists())).is_dir():
@@ -122,38 +122,38 @@ class RunFolder:
             full = [name for name in self.folders if (path / name).is_dir() and any((path / name).iterdir())]
             if full:
                 raise FileExistsError(
-                    f"{str(path / full[0])!r} holds files, and no {RUN_MARKER} in {shown} says that they are of this "
+                    f"{str(path / full[0])!r} holds files, and no {RUN_MARKER} in {shown} shows that they belong to this "
                     "recipe; remove them yourself, or name another folder with --output_dir."
                 )
         if held and self.marker is None and self.resumes:
             checkpoint = any(next(checkpoints(path / stage), None) for stage in self.stages)
             if (path / "config.json").is_file() and not checkpoint:
                 raise FileExistsError(
-                    f"{shown} holds a model, but neither {RUN_MARKER} nor checkpoints of a run to go on with; name "
+                    f"{shown} holds a model, but neither {RUN_MARKER} nor a checkpoint to resume from; name "
                     "another folder with --output_dir."
                 )
 
     def _check_settings(self, stage: str, now: Mapping[str, Any]) -> None:
-        """Raises where a stage was begun with other settings than it is to go on with."""
+        """Raises ValueError if a stage would be resumed with other settings than it was started with."""
         told = settings_difference(self.settings(stage), now)
         if told is None:
             return
         folder = self.path / stage
         raise ValueError(
-            f"The run in {str(folder)!r} was made with other data or settings: {told}. Resume with those it was "
-            "made with, start over with --overwrite, or train its weights on in a new folder: "
+            f"The run in {str(folder)!r} was made with other data or settings: {told}. Resume it with its own "
+            "settings, start over with --overwrite, or continue from its weights in a new folder: "
             f"--resume_from_checkpoint {folder / 'checkpoint-N'} --output_dir NEW."
         )
 
     def settings(self, stage: str = "") -> dict[str, Any]:
-        """What `stage` was begun with, as `start` was given it."""
+        """Returns the settings that `stage` was started with."""
         return self._record(stage).get("settings", {})
 
     def _record(self, stage: str) -> dict[str, Any]:
         return {} if self.marker is None else self.marker["stages"].get(stage, {})
 
     def _stage_of(self, checkpoint: str) -> str:
-        """The stage of a named checkpoint: the name of the folder it lies in, where stages have folders."""
+        """Returns the stage of a named checkpoint, which is the name of its parent folder if stages have folders."""
         name = Path(checkpoint).resolve().parent.name
         if name in self.stages:
             return name
@@ -161,19 +161,19 @@ class RunFolder:
             return ""
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint}: the checkpoint must lie in a folder called "
-            f"{' or '.join(self.stages)}, which tells the stage to go on with."
+            f"{' or '.join(self.stages)}, because that name is the stage to resume."
         )
 
     # ------------------------------------------------------------------ the run
     def start(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
-        """Removes what `--overwrite` replaces and writes `run.json`. Call it when nothing else is left to refuse.
+        """Removes the files that `--overwrite` replaces and writes `run.json`. Call it after all other checks.
 
         Args:
-            settings: for each stage what decides its result (`fingerprints.settings_of`).
+            settings: for each stage, the settings that determine its result (`fingerprints.settings_of`).
 
         Raises:
-            ValueError: a resume with other data or settings; names them.
-            FileExistsError: a stage behind a given one was begun before, and the run neither overwrites nor resumes it.
+            ValueError: the run is resumed with other data or settings; the message lists them.
+            FileExistsError: a stage after a given one has files, and the run neither overwrites nor resumes it.
         """
         if self.resumes:
             for stage in self.stages:
@@ -186,7 +186,7 @@ class RunFolder:
         if self.given and begun and not (self.wanted or self.overwrite):
             raise FileExistsError(NOT_EMPTY.format(folder=str(self.path / begun[0])))
         state = PartialState()
-        # No rank may see the new marker while another still checks the folder.
+        # Wait: no rank may read the new marker while another rank still checks the folder.
         state.wait_for_everyone()
         if state.is_main_process:
             with told_faults(self.path):
@@ -204,7 +204,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         folders = [self.path, *(self.path / name for name in self.folders)]
         marker = {"recipe": self.recipe, "stages": stages}
-        # Where removing was cut short, what is left of the former run is not gone on with.
+        # "removing" marks an interrupted removal: the rest of that run is removed, too, and never resumed.
         replaces = self.overwrite or bool(self.marker and self.marker.get("removing"))
         if replaces and self.marker is not None:
             write_marker(self.path, marker | {"removing": True})
@@ -218,7 +218,7 @@ class RunFolder:
         write_marker(self.path, marker)
 
     def _go_on_from_stage(self, stages: dict[str, Any]) -> None:
-        """From a named checkpoint: earlier stages are as they were, later ones are trained anew."""
+        """Prepares to resume from a named checkpoint: earlier stages are kept, later stages are trained again."""
         place = self.stages.index(self._stage)
         for stage in self.stages[:place]:
             if self._source is not None and (self._source / stage).is_dir():
@@ -232,14 +232,14 @@ class RunFolder:
             remove_checkpoints(self.path / stage)
 
     def checkpoint(self, required: Iterable[str] = (), stage: str = "", folder: str | None = None) -> str | None:
-        """The checkpoint from which `stage` goes on, or None where it starts at the beginning; says which.
+        """Returns and prints the checkpoint from which `stage` resumes; None means that it starts from the beginning.
 
         Args:
-            required: files that this run needs in it (`CompressionTrainer.checkpoint_files`).
+            required: files that this run needs in the checkpoint (`CompressionTrainer.checkpoint_files`).
             stage: one of the run's stages.
-            folder: subfolder of the stage's checkpoints where it is not called as the stage.
+            folder: subfolder of the stage's checkpoints, if its name differs from the stage.
         """
-        # Another run's checkpoint may have been saved with other settings.
+        # A checkpoint of another run may have other settings, so they are not compared.
         settings = self.settings(stage) if self._source is None else None
         if isinstance(self.wanted, str):
             return choose_checkpoint(None, self.wanted, required, settings) if stage == self._stage else None
@@ -247,12 +247,12 @@ class RunFolder:
         chosen = choose_checkpoint(place, self.wanted, required, settings)
         if self.wanted and place not in self._told:
             self._told.add(place)
-            told = f"going on from {chosen}" if chosen else f"no checkpoint in {place} yet; starting at the beginning"
+            told = f"resuming from {chosen}" if chosen else f"no checkpoint in {place} yet; starting from step 0"
             PartialState().print(told, flush=True)
         return chosen
 
     def train(self, trainer: Any, stage: str = "", folder: str | None = None) -> None:
-        """Trains from where `stage` is to go on; the checkpoints repeat its settings.
+        """Trains `stage` from its checkpoint or from the beginning; new checkpoints record the stage's settings.
 
         Args:
             trainer: a `CompressionTrainer`.
@@ -263,35 +263,35 @@ class RunFolder:
 
     @contextmanager
     def whole(self, name: str = "") -> Iterator[Path]:
-        """Inside the block an empty folder to save a model into; behind it the files are in the run's folder `name`.
+        """Gives an empty folder to save a model into; at the end of the block its files move to the subfolder `name`.
 
-        A kill leaves the former files or these. For the main process alone.
+        After a kill, that folder holds either all old or all new files. Call it in the main process only.
         """
         self._held.check()
         with whole_folder(self.path / name) as place:
             yield place
 
     def is_finished(self, stage: str) -> bool:
-        """Whether this run goes on with one that has finished `stage`."""
+        """Returns whether this run resumes a run that has finished `stage`."""
         if not self.wanted:
             return False
         if self.marker is None:
-            # A run of an older release left only its results.
+            # Runs of older releases have no marker; their results show that they finished.
             return self._source is None and bool(stage) and (self.path / stage / "results.json").is_file()
         return bool(self._record(stage).get("finished"))
 
     def begun_with(self, stage: str, file: str) -> str | None:
-        """The folder in which the stage that this run goes on with has left `file`; None for a new stage."""
+        """Returns the folder in which the resumed run's `stage` has left `file`; None if there is none."""
         places = [self.path] if self.resumes else []
         if self._source is not None and stage in self.stages and stage != self._stage:
             places = [self._source]
         return next((str(place / stage) for place in places if (place / stage / file).is_file()), None)
 
     def finish(self, stage: str = "") -> None:
-        """Records that `stage` has left its results.
+        """Records in `run.json` that `stage` is finished.
 
         Raises:
-            WriteError: the folder was removed meanwhile, or cannot be written.
+            WriteError: the folder was removed or replaced, or cannot be written.
         """
         self._held.check()
         if self.marker is not None:

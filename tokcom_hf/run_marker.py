@@ -1,4 +1,4 @@
-"""`run.json`: which recipe an output folder belongs to, its stages' settings, and which of them are finished."""
+"""Reads and writes `run.json`, which records an output folder's recipe, its stages' settings, and whether they finished."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from .whole_files import write_text
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """`{"recipe": name, "stages": {stage: {"settings": {...}, "finished": bool}}}`, or None where there is none."""
+    """Reads `{"recipe": name, "stages": {stage: {"settings": {...}, "finished": bool}}}`; None if there is no such file."""
     try:
         marker = json.loads((folder / RUN_MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -19,5 +19,5 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
-    """Writes `run.json`; a kill leaves the former one or this one."""
+    """Writes `run.json` atomically: after a kill, the file is either the old or the new one."""
     write_text(folder / RUN_MARKER, json.dumps(marker, indent=2) + "\n")

@@ -1,15 +1,15 @@
-"""SIGTERM, SIGINT and a launcher that is gone: training ends with a checkpoint of its step, and exits as unfinished.
+"""Stops training with a checkpoint on SIGTERM, on SIGINT, or when the launcher has exited.
 
     with stop_on_signals():     # `run_recipe` does this
-        trainer.train(...)      # CompressionTrainer has `StopAtSignal`; a plain `Trainer` is given it as a callback
+        trainer.train(...)      # CompressionTrainer has `StopAtSignal`; add it to a plain `Trainer` as a callback
 
-In training the current optimizer step ends, a checkpoint is written and `Stopped` is raised; all ranks stop at the same
-step. Anywhere else (reading data, the final evaluation, the final save) `Stopped` is raised at once: what it cuts short is
-done anew by the resumed run. A second signal ends the process at once. `Stopped` is a `SystemExit` with code 128 + signal:
-143 for SIGTERM, 130 for SIGINT.
+During training, the current optimizer step is finished, a checkpoint is written and `Stopped` is raised; all ranks stop at
+the same step. At any other time (reading data, the final evaluation, the final save) `Stopped` is raised at once, and the
+resumed run repeats the interrupted work. A second signal ends the process at once. `Stopped` is a `SystemExit` with code
+128 + signal: 143 for SIGTERM, 130 for SIGINT.
 
-transformers' `enable_jit_checkpoint` is not used: it returns from `train` as a finished training does, so that a recipe
-would go on to its next stage, and it may save between the backward pass and the optimizer step.
+transformers' `enable_jit_checkpoint` is not used, because it returns from `train` like a finished training, so a recipe
+would continue with its next stage, and because it may save between the backward pass and the optimizer step.
 """
 
 import os
@@ -26,17 +26,18 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-REPEAT_SECONDS = 2.0  # Ctrl-C reaches a worker twice: from the terminal and from its launcher
-GRACE_SECONDS = 10.0  # for what is not training and does not end by itself, as a rank that waits for another
+REPEAT_SECONDS = 2.0  # signals within this time count once: Ctrl-C reaches a worker from the terminal and its launcher
+GRACE_SECONDS = 10.0  # outside training, a process that a signal has not ended by then is killed
 WATCH_SECONDS = 0.5
 
 
 class Stopped(SystemExit):
-    """Ends the process with 128 + signal.
+    """Ends the process with exit code 128 + signal.
 
     Attributes:
         signum: SIGTERM or SIGINT.
-        checkpoint: folder of the step that was written last; None where nothing was being trained.
+        step: optimizer step after which training stopped; None outside training.
+        checkpoint: folder of that step's checkpoint; None outside training.
     """
 
     def __init__(self, signum: int, step: int | None = None, checkpoint: str | None = None):
@@ -48,13 +49,13 @@ class Stopped(SystemExit):
         if self.checkpoint is None:
             return f"stopped by {name}; the run is unfinished."
         return (
-            f"stopped by {name} after step {self.step}; the run is unfinished. The same command with --resume goes on "
+            f"stopped by {name} after step {self.step}; the run is unfinished. The same command with --resume resumes it "
             f"from {self.checkpoint}."
         )
 
 
 class _Request:
-    """What the signal handler has seen, and whether training is to react to it."""
+    """The signal that the handler has received, and whether training will react to it."""
 
     def __init__(self):
         self.active, self.training = False, False
@@ -66,7 +67,7 @@ class _Request:
         self.process = os.getpid()
 
     def receive(self, signum: int) -> bool:
-        """Notes a signal; True for one that repeats an earlier one on purpose."""
+        """Records a signal; returns True for a second one, more than `REPEAT_SECONDS` after the first."""
         if self.signum is None:
             self.signum, self.since = signum, time.monotonic()
             return False
@@ -78,7 +79,7 @@ _request = _Request()
 
 def _handle(signum: int, frame: Any) -> None:
     if os.getpid() != _request.process:
-        return  # see `_in_child`
+        return  # a forked child, see `_in_child`
     first = _request.signum is None
     if _request.receive(signum):
         os._exit(128 + signum)
@@ -86,30 +87,30 @@ def _handle(signum: int, frame: Any) -> None:
         raise Stopped(_request.signum or signum)
     if first:
         name = signal.Signals(signum).name
-        os.write(2, f"\n{name}: ending after this step, with a checkpoint; once more ends at once\n".encode())
+        os.write(2, f"\n{name}: stopping after this step, with a checkpoint; a second signal stops at once\n".encode())
 
 
 def training_begins() -> None:
-    """From here on a signal is only noted, for `agreed_signal` to tell."""
+    """From now on a signal is only recorded; `agreed_signal` returns it."""
     _request.training = _request.active
 
 
 def training_is_over() -> None:
-    """From here on a signal ends the process at once."""
+    """From now on a signal ends the process at once."""
     _request.training = False
 
 
 def noted_signal() -> int | None:
-    """The signal that this process has received in training; None for none."""
+    """Returns the signal that this process has received during training, or None."""
     return _request.signum if _request.training else None
 
 
 def _in_child() -> None:
-    """SIGTERM ends a forked process (a worker of a DataLoader or of `Dataset.map`); SIGINT is its parent's matter."""
+    """Makes SIGTERM end a forked child (a worker of a DataLoader or of `Dataset.map`); SIGINT is left to the parent."""
     if not _request.active:
         return
     _request.active = _request.training = False
-    # Else a signal to the child would wake the parent's watcher.
+    # Otherwise a signal to the child would wake the parent's watcher thread.
     signal.set_wakeup_fd(-1)
     if signal.getsignal(signal.SIGTERM) is _handle:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -121,10 +122,10 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGINT end training with a checkpoint, and everything else at once.
+    """Inside the block, SIGTERM and SIGINT end training with a checkpoint, and any other work at once.
 
-    A signal that the process was told to ignore stays ignored. Does nothing in threads other than the main one, where
-    Python takes no handlers.
+    A signal that the process ignores stays ignored. In threads other than the main one this does nothing, because Python
+    sets signal handlers only in the main thread.
     """
     if threading.current_thread() is not threading.main_thread() or _request.active:
         yield
@@ -135,8 +136,8 @@ def stop_on_signals() -> Iterator[None]:
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    # Python runs a handler between two of its own instructions; this descriptor tells the watcher of a signal even while
-    # the main thread waits inside a collective.
+    # Python runs handlers only between bytecode instructions; the wakeup descriptor informs the watcher even while the main
+    # thread is blocked inside a collective.
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in before:
         signal.signal(number, _handle)
@@ -150,8 +151,8 @@ def stop_on_signals() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(woken)
-        with suppress(BlockingIOError):  # full: the watcher is awake
-            os.write(writing, b"\0")  # no signal's number; without it the watcher looks up after WATCH_SECONDS
+        with suppress(BlockingIOError):  # the pipe is full, so the watcher is awake
+            os.write(writing, b"\0")  # wakes the watcher before WATCH_SECONDS are over; 0 is no signal
         watcher.join()
         os.close(reading)
         os.close(writing)
@@ -159,7 +160,7 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def _watch(reading: int, ended: threading.Event) -> None:
-    """Stops the run whose launcher has gone, and ends one that a signal outside training did not end."""
+    """Stops the run if its launcher has exited, and kills the process if a signal outside training has not ended it."""
     parent, alone, told = os.getppid(), _launcher_has_gone(), None
     while not ended.is_set():
         if select.select([reading], [], [], WATCH_SECONDS)[0]:
@@ -174,15 +175,15 @@ def _watch(reading: int, ended: threading.Event) -> None:
 
 
 def _launched() -> bool:
-    """Whether `accelerate launch` or `torchrun` started this process."""
+    """Returns whether `accelerate launch` or `torchrun` started this process."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _launcher_has_gone() -> bool:
-    """Whether `accelerate launch` ended while its only process was still importing.
+    """Returns whether `accelerate launch` exited while its only process was still importing.
 
-    It starts that process in its own process group; whoever inherits an orphan has another. torchrun gives every worker a
-    group of its own, and ends its workers itself.
+    `accelerate launch` starts that process in the launcher's own process group; the process that adopts an orphan is in
+    another group. torchrun gives every worker a group of its own, but it also ends its workers itself.
     """
     if not _launched() or "TORCHELASTIC_RUN_ID" in os.environ:
         return False
@@ -193,7 +194,7 @@ def _launcher_has_gone() -> bool:
 
 
 def agreed_signal() -> int | None:
-    """The signal that any rank has received, the same on all ranks; None for none."""
+    """Returns a signal that any rank has received, the same on all ranks, or None."""
     if not _request.active:
         return None
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -205,11 +206,11 @@ def agreed_signal() -> int | None:
 
 
 def report_stop(stopped: Stopped) -> None:
-    """Says why the process ends; where several ranks were training, they end together."""
+    """Prints why the process ends; outside training, a rank of several exits at once, without waiting for the others."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not several or dist.get_rank() == 0:
         print(stopped, file=sys.stderr, flush=True)
     if several and stopped.checkpoint is None:
-        # The other ranks wait for this one, and the backend's threads for them; the launcher ends them.
+        # A normal exit would hang: the backend's threads wait for the other ranks. The launcher ends those.
         sys.stdout.flush()
         os._exit(int(stopped.code or 1))

@@ -1,10 +1,10 @@
-"""Did you mean ...? The option of a recipe that an unknown flag most likely stands for."""
+"""Suggests the option of a recipe that an unknown flag most likely means ("Did you mean ...?")."""
 
 import difflib
 
 from .documented_names import meanings
 
-# What others call an option, and what it may be called here; the first name that a recipe has is proposed.
+# Common names of options elsewhere -> names of options here; the first one that the recipe has is suggested.
 MEANINGS = {
     "input_text": ("text", "train_file"),
     "input": ("input_file", "train_file"),
@@ -31,7 +31,7 @@ MEANINGS = {
     "cpu": ("use_cpu",),
     "dataset": ("dataset_name", "train_file"),
 }
-# Words inside an option's name.
+# Abbreviations in option names -> the words used here.
 WORDS = {
     "adv": "adversarial", "gan": "adversarial", "disc": "discriminator", "recon": "reconstruction", "lr": "learning_rate",
     "bs": "batch_size", "val": "eval", "dim": "size", "perc": "perceptual", "temp": "temperature",
@@ -40,21 +40,21 @@ EMPTY_WORDS = frozenset(("loss", "num", "n", "the", "use"))
 
 
 def suggestion(name: str, known: list[str]) -> str | None:
-    """The option of `known` that `name` most likely means, by spelling or by meaning; None rather than a wrong one."""
+    """Returns the option of `known` that `name` most likely means, by meaning or by spelling; None if unsure."""
     meant = [other for other in (*MEANINGS.get(name, ()), *meanings(name)) if other in known]
     if meant:
         return meant[0]
     for other in difflib.get_close_matches(name, known, n=5, cutoff=0.75):
         pairs = list(zip(name.split("_"), other.split("_")))
         alike = [difflib.SequenceMatcher(None, mine, theirs).ratio() for mine, theirs in pairs]
-        # Two options may share most of their letters and none of their sense: every word must be alike.
+        # Every word must be similar, because names can share most letters without sharing their meaning.
         if name.replace("_", "") == other.replace("_", "") or (
             name.count("_") == other.count("_") and min(alike) >= 0.6
         ):
             return other
     words = {part for word in name.split("_") for part in WORDS.get(word, word).split("_")} - EMPTY_WORDS
     holding = [other for other in known if words and words <= set(other.split("_"))]
-    # A single word that several options hold says too little.
+    # A single word that several options contain is ambiguous.
     if holding and (len(words) > 1 or len(holding) == 1):
         return min(holding, key=len)
     return None

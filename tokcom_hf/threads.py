@@ -1,4 +1,4 @@
-"""Processor threads of a recipe."""
+"""CPU threads of a recipe."""
 
 import os
 
@@ -7,15 +7,18 @@ from accelerate import PartialState
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
-    # Only Linux tells which cores are this process's own.
+    """Returns the number of CPU cores that this process may use."""
+    # Only Linux reports the cores that a process is restricted to.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_all_cores(threads: int | None = None) -> None:
-    """Lets a single process on a CPU use `threads` threads, or all its cores for None and 0; leaves any other run alone.
+    """Sets the number of CPU threads of a run of one process on a CPU; changes nothing for any other run.
 
-    `accelerate launch` gives each process one thread, which a single one need not share.
+    `accelerate launch` gives each process one thread, even if there is only one process.
+
+    Args:
+        threads: number of threads; None and 0 mean all cores of the process.
     """
     state = PartialState()
     if state.num_processes == 1 and state.device.type == "cpu":

@@ -1,7 +1,8 @@
-"""Reads the documented TokCom checkpoint (`best_vae.pt`, `best_diffusion.pt`) into this package's models.
+"""Reads documented TokCom checkpoints (`best_vae.pt`, `best_diffusion.pt`) into this package's models.
 
 Such a file is a dictionary with `epoch, stage, val_loss, model_args, config, vae_model_state_dict,
-denoised_model_state_dict`. Apart from rotary tables and copies of shared tensors its weights have our names.
+denoised_model_state_dict`. Its weights have the names of this package's models, except for rotary tables and copies of tied
+tensors.
 """
 
 import os
@@ -25,42 +26,42 @@ from .torch_files import DAMAGED
 
 StateDict = dict[str, torch.Tensor]
 
-# Parts of a model -> what a file calls their weights.
+# Parts of a model -> key of their weights in a file.
 STATE_OF = {"": "vae_model_state_dict", "vae": "vae_model_state_dict", "denoiser": "denoised_model_state_dict"}
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 ROTARY = ".self_attn.rope."
-# The embedding is stored once per user; the head is tied to it.
+# The file stores the embedding again for each module that uses it, and for the tied head.
 COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.lm_head.weight")
-# Parts of weight names that DistributedDataParallel and torch.compile put around a model.
+# Parts of weight names that DistributedDataParallel and torch.compile add.
 WRAPPERS = ("module", "_orig_mod")
 
 
 def is_checkpoint_file(name: str | os.PathLike) -> bool:
-    """Whether a name is that of a documented checkpoint file, by its suffix; folders and Hub names are none."""
+    """Returns whether a name is that of a checkpoint file, by its suffix; folders and Hub names are not."""
     path = Path(name)
     return path.suffix in SUFFIXES and not path.is_dir()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Loads the file with `weights_only=True` and checks that it is what the format says.
+    """Loads a checkpoint file with `weights_only=True` and checks that it has the documented format.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: truncated, not a PyTorch file, holding code, or another kind of checkpoint.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, is no PyTorch file, contains code, or is another kind of checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Checkpoint {str(path)!r} does not exist.")
     try:
-        # Mapped, the full-size file (about 4.7 GB) is not held in memory beside the model it fills.
+        # Memory-mapped, so that the full-size file (about 4.7 GB) is not in memory in addition to the model.
         mapped = zipfile.is_zipfile(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
         reason = str(error).splitlines()[0][:160]
         raise ValueError(
-            f"{path} is no PyTorch checkpoint of plain tensors, or is damaged; nothing but tensors, numbers and text is "
-            f"read from it ({reason})."
+            f"{path} is no PyTorch checkpoint of plain tensors, or is damaged; only tensors, numbers and text are read "
+            f"from it ({reason})."
         ) from None
     except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
@@ -77,7 +78,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def checkpoint_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The `config` of a file, with the documented values of keys that it leaves out."""
+    """Returns the `config` of a checkpoint, with documented values for missing keys."""
     given = checkpoint.get("config") or {}
     if not isinstance(given, dict):
         raise ValueError(f"config must be a dictionary of settings, got {type(given).__name__}.")
@@ -90,10 +91,10 @@ def checkpoint_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_tokenizer(checkpoint: dict[str, Any], path: str | Path, name: str | None = None) -> Any:
-    """The tokenizer of a checkpoint file: `name` where given, else its `config['tokenizer_path']`, else the one beside it.
+    """Loads the tokenizer of a checkpoint file: `name`, else its `config['tokenizer_path']`, else the one beside it.
 
     Raises:
-        OSError: none of them can be loaded.
+        OSError: no tokenizer can be loaded.
     """
     if name is not None:
         return load_tokenizer(name)
@@ -105,16 +106,16 @@ def checkpoint_tokenizer(checkpoint: dict[str, Any], path: str | Path, name: str
             if (place / "tokenizer.json").is_file():
                 return load_tokenizer(place)
         raise OSError(
-            f"{path} was trained with the tokenizer {wanted!r}, which cannot be loaded; name it, or a copy of it, with "
+            f"{path} was trained with the tokenizer {wanted!r}, which cannot be loaded; give it, or a copy of it, with "
             f"--tokenizer. ({error})"
         ) from None
 
 
 def load_checkpoint_file(path: str | Path, tokenizer: str | None = None) -> tuple[TokComModel | TokComVAE, Any]:
-    """Model and tokenizer of a checkpoint file; `tokenizer` replaces the name that the file holds.
+    """Loads model and tokenizer of a checkpoint file; `tokenizer` replaces the name in the file.
 
     Raises:
-        OSError, ValueError: what `read_checkpoint`, `checkpoint_tokenizer` and `convert_checkpoint` raise.
+        OSError, ValueError: see `read_checkpoint`, `checkpoint_tokenizer` and `convert_checkpoint`.
     """
     checkpoint = read_checkpoint(path)
     loaded = checkpoint_tokenizer(checkpoint, path, tokenizer)
@@ -124,16 +125,16 @@ def load_checkpoint_file(path: str | Path, tokenizer: str | None = None) -> tupl
 def convert_checkpoint(
     checkpoint: dict[str, Any], eos_token_id: int | None = None, source: str | Path | None = None
 ) -> TokComModel | TokComVAE:
-    """The models of a checkpoint: a `TokComModel`, or a `TokComVAE` where it has no denoiser yet (stage one).
+    """Builds the model of a checkpoint: a `TokComModel`, or a `TokComVAE` if the checkpoint has no denoiser (stage one).
 
     Args:
-        checkpoint: as `read_checkpoint` returns it.
-        eos_token_id: of its tokenizer.
-        source: its file, for errors.
+        checkpoint: dictionary returned by `read_checkpoint`.
+        eos_token_id: EOS id of the checkpoint's tokenizer.
+        source: path of the file, for error messages.
 
     Raises:
-        ValueError: sizes or settings out of range; weights missing, left over, NaN or infinite, or of another shape than
-            `model_args` say; a head that is not tied.
+        ValueError: sizes or settings are out of range; weights are missing, unknown, not finite, or of another shape than
+            `model_args` give; or the head is not tied to the embedding.
     """
     try:
         return _converted(checkpoint, eos_token_id)
@@ -146,7 +147,7 @@ def _converted(checkpoint: dict[str, Any], eos_token_id: int | None) -> TokComMo
     check_settings(settings)
     vae_weights = vae_state(checkpoint["vae_model_state_dict"], arguments.shape())
     check_layers(vae_weights, "encoder.layers.", arguments.num_hidden_layers, STATE_OF["vae"])
-    # Some files count the omni token in vocab_size, some do not; the embedding knows.
+    # Only some files count the omni token in vocab_size, so the embedding's rows are counted.
     rows = len(vae_weights["embed_tokens.weight"])
     if rows - arguments.vocab_size not in (0, 1):
         raise ValueError(f"embed_tokens.weight has {rows} rows, but model_args.vocab_size is {arguments.vocab_size}.")
@@ -162,15 +163,19 @@ def _converted(checkpoint: dict[str, Any], eos_token_id: int | None) -> TokComMo
 
 
 def plain_state(state: Any, where: str) -> StateDict:
-    """A state dict of finite floating-point weights, without the prefixes of a wrapped model.
+    """Checks that `state` is a state dict of finite floating-point weights; removes the prefixes of a wrapped model.
+
+    Args:
+        state: value from a checkpoint.
+        where: its key in the checkpoint, for error messages.
 
     Raises:
-        ValueError: no state dict, or other values in it.
+        ValueError: `state` is no state dict, or holds other values.
     """
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and torch.is_tensor(state[name]) for name in state
     ):
-        raise ValueError(f"{where} is no state dict of names and tensors.")
+        raise ValueError(f"{where} is no state dict that maps names to tensors.")
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             what = "NaN or infinite values" if tensor.is_floating_point() else str(tensor.dtype)
@@ -179,27 +184,29 @@ def plain_state(state: Any, where: str) -> StateDict:
 
 
 def check_layers(state: StateDict, prefix: str, count: int, where: str) -> None:
-    """Raises ValueError where a state dict lacks whole layers of `count`, which may be more than can be built."""
+    """Raises ValueError if a state dict has fewer than `count` layers, before a model of so many layers is built."""
     layers = {name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)}
     if count > len(layers):
-        raise ValueError(f"{where} lacks layers: it has {len(layers)}, and model_args.num_hidden_layers is {count}.")
+        raise ValueError(f"{where} lacks layers: it has {len(layers)}, but model_args.num_hidden_layers is {count}.")
 
 
 def unwrapped(state: StateDict) -> StateDict:
-    """Weights without the prefixes `module.` and `_orig_mod.` of a wrapped model.
+    """Removes the prefixes `module.` and `_orig_mod.` of a wrapped model from the names of weights.
 
     Raises:
-        ValueError: two weights of one name, one of them prefixed.
+        ValueError: two weights have the same name without prefixes.
     """
     names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in state}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
-        raise ValueError(f"The weights hold {twice[0]!r} under two prefixes of a wrapped model; keep one of them.")
+        raise ValueError(
+            f"The weights hold {twice[0]!r} twice, under different prefixes of a wrapped model; keep one of them."
+        )
     return {names[name]: tensor for name, tensor in state.items()}
 
 
 def vae_state(state: StateDict, shape: dict[str, Any]) -> StateDict:
-    """Documented VAE weights → ours: prefixes, rotary tables and copies of the embedding left out, the head named `lm_head`.
+    """Converts documented VAE weights: removes prefixes, rotary tables and copies of the embedding, adds the tied `lm_head`.
 
     Raises:
         ValueError: the copies differ from the embedding.
@@ -213,15 +220,15 @@ def vae_state(state: StateDict, shape: dict[str, Any]) -> StateDict:
     for name in COPIES_OF_EMBEDDING:
         copy = state.pop(name, embedding)
         if copy is not embedding and not torch.equal(copy, embedding):
-            raise ValueError(f"{name} differs from embed_tokens.weight, but in TokCom they are one tied tensor.")
+            raise ValueError(f"{name} differs from embed_tokens.weight, but in TokCom the two are one tied tensor.")
     return state | {"embed_tokens.weight": embedding, "lm_head.weight": embedding}
 
 
 def drop_rotary(state: StateDict, shape: dict[str, Any]) -> StateDict:
-    """Leaves out the stored rotary tables, after checking that they are the ones our layers compute.
+    """Removes the stored rotary tables, after checking that this package's layers compute the same ones.
 
     Raises:
-        ValueError: tables of another base or another order of dimensions; converted weights would give other numbers.
+        ValueError: the tables have another base or another order of dimensions, so the model's outputs would differ.
     """
     head_dim = shape["hidden_size"] // shape["num_attention_heads"]
     checked: set[str] = set()
@@ -234,7 +241,7 @@ def drop_rotary(state: StateDict, shape: dict[str, Any]) -> StateDict:
         cos, sin = rotary_embeddings(len(table), SimpleNamespace(**shape), table)
         frequencies = float(shape["rope_theta"]) ** (-torch.arange(0, head_dim, 2).float() / head_dim)
         expected = {"cos_cached": cos[0], "sin_cached": sin[0], "inv_freq": frequencies.unsqueeze(0)}.get(kind)
-        # Half tables are as good: both halves of ours are equal.
+        # Tables of half the width are accepted, because both halves of our tables are equal.
         if expected is not None and kind != "inv_freq":
             expected = expected[:, : table.shape[-1]]
         if expected is not None and (expected.shape != table.shape or (expected - table).abs().max() > 1e-3):
@@ -246,12 +253,16 @@ def drop_rotary(state: StateDict, shape: dict[str, Any]) -> StateDict:
 
 
 def fill(build: Callable[[], Any], parts: dict[str, StateDict]) -> Any:
-    """The model that `build` makes, with every weight of its `parts`: submodule ("" for the model itself) -> weights.
+    """Builds a model and loads its weights.
+
+    Args:
+        build: function that returns the model.
+        parts: submodule ("" for the model itself) -> its state dict.
 
     Raises:
-        ValueError: a weight missing, left over, or of another shape.
+        ValueError: a weight is missing, unknown, or of another shape.
     """
-    # Without memory first: model_args may announce a size that the weights do not have.
+    # On the meta device first, without memory: model_args may state larger sizes than the weights have.
     try:
         with torch.device("meta"):
             sketch = build()
@@ -266,7 +277,7 @@ def fill(build: Callable[[], Any], parts: dict[str, StateDict]) -> Any:
 
 
 def check_fit(own: StateDict, state: StateDict, where: str) -> None:
-    """Raises ValueError where `state` does not hold exactly the weights `own`, in their shapes."""
+    """Raises ValueError unless `state` has exactly the names and shapes of the weights `own`."""
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     for names, what in ((missing, "lacks"), (unexpected, "has the unknown")):
         if names:
@@ -275,5 +286,5 @@ def check_fit(own: StateDict, state: StateDict, where: str) -> None:
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise ValueError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, model_args ask for {tuple(own[name].shape)}."
+                f"{where}: {name} has shape {tuple(tensor.shape)}, but model_args require {tuple(own[name].shape)}."
             )

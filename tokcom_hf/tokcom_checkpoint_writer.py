@@ -1,4 +1,4 @@
-"""Writes the documented TokCom checkpoint (`best_vae.pt`, `best_diffusion.pt`) of a model of the documented architecture."""
+"""Writes documented TokCom checkpoints (`best_vae.pt`, `best_diffusion.pt`) of models of the documented architecture."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ from .tokcom_checkpoint import StateDict
 from .tokcom_model_args import DOCUMENTED_SETTINGS, documented_config, model_arguments
 from .whole_files import whole_file
 
-# What decides the numbers of a model beside model_args and config of its file, and cannot be told there.
+# Config fields that change a model's outputs but have no place in the model_args and config of a documented file.
 DECIDING = {
     "vae": ("latent_size", "num_decoder_layers", "chunk_projection", "variational", "fixed_norm"),
     "denoiser": (
@@ -33,16 +33,17 @@ def save_checkpoint(
     tokenizer_path: str,
     max_length: int = 1024,
 ) -> Path:
-    """Writes the documented file of a model: stage `vae` of a `TokComVAE`, stage `diffusion` of a `TokComModel`.
+    """Writes a model as a documented checkpoint file: stage `vae` for a `TokComVAE`, stage `diffusion` for a `TokComModel`.
 
     Args:
-        path: file to write; replaced in one move.
-        epoch, val_loss: of the saved weights; None where they were not measured.
+        path: file to write; it is renamed into place when complete.
+        model: the model to save.
+        epoch, val_loss: epoch and validation loss of the weights; None if they were not measured.
         tokenizer_path: name or folder of the tokenizer.
-        max_length: tokens per row in training; of a `TokComModel` its config says it.
+        max_length: tokens per training row, for a `TokComVAE`; a `TokComModel` has it in its config.
 
     Raises:
-        ValueError: a model of another architecture, which the format cannot describe; names what differs.
+        ValueError: the format cannot describe the model's architecture; the message lists the fields that differ.
     """
     whole: Any = model if isinstance(model, TokComModel) else None
     vae: Any = model if whole is None else whole.vae
@@ -71,7 +72,7 @@ def save_checkpoint(
 
 
 def check_documented(config: Any) -> None:
-    """Raises ValueError where the documented format cannot hold a model; names what of its configuration differs."""
+    """Raises ValueError if the documented format cannot hold a model; the message lists the fields that differ."""
     differing = undocumented(config)
     if differing:
         raise ValueError(
@@ -80,7 +81,7 @@ def check_documented(config: Any) -> None:
 
 
 def undocumented(config: Any) -> list[str]:
-    """What of a `TokComConfig` or `TokComVAEConfig` the documented format has no place for, as `part.field=value`."""
+    """Lists the fields of a model's config that the documented format cannot hold, as `part.field=value`."""
     documented: Any = documented_config(model_arguments(config), DOCUMENTED_SETTINGS)
     pairs: dict[str, tuple[Any, Any]] = {"vae": (getattr(config, "vae", config), documented.vae)}
     if isinstance(config, TokComConfig):
@@ -94,7 +95,7 @@ def undocumented(config: Any) -> list[str]:
 
 
 def documented_vae_state(vae: TokComVAE) -> StateDict:
-    """Our VAE weights → documented ones: the embedding under each of its names, what only training uses left out."""
+    """Converts VAE weights to documented names: copies the embedding for each user, omits weights used in training only."""
     state = {name: value for name, value in _on_cpu(vae.state_dict()).items() if not name.startswith("hint.")}
     embedding = state["embed_tokens.weight"]
     del state["lm_head.weight"]

@@ -4,7 +4,7 @@
     ids = generate(vae_model, denoised_model, num_chunks=256, chunk_size=4, hidden_size=model_args.hidden_size,
                    noise_std=config["noise_std"], num_steps=50, batch_size=1, device="cuda")
 
-The documented way in. `TokComModel` does the same and more as methods of one object.
+These are the documented functions; `TokComModel` has the same operations, and more, as methods.
 """
 
 from pathlib import Path
@@ -33,13 +33,15 @@ def load_checkpoint(
     """Loads a documented `.pt` file, or a model folder or Hub name, in evaluation mode.
 
     Returns:
-        vae_model; denoised_model; model_args, the VAE's shape as attributes; config, a dictionary with `tokenizer_path`,
-        `max_length`, `chunk_size` and `noise_std`. denoised_model is None for a VAE alone, and the whole `TokComModel`
-        where two models do not say how to generate: with a context, the latents' statistics, or another flow than the
-        documented one.
+        vae_model: the VAE.
+        denoised_model: the denoiser; None if the file or folder holds a VAE only. It is the whole `TokComModel` if VAE and
+            denoiser alone are not enough to generate: with a context encoder, standardised latents, or a flow other than
+            the documented one.
+        model_args: the VAE's sizes as attributes.
+        config: dictionary with `tokenizer_path`, `max_length`, `chunk_size` and `noise_std`.
 
     Raises:
-        OSError, ValueError: no such file or model, a damaged file, or a model of another kind.
+        OSError, ValueError: the file or model does not exist, is damaged, or is another kind of model.
     """
     if is_checkpoint_file(path):
         checkpoint = read_checkpoint(path)
@@ -72,25 +74,29 @@ def generate(
     device: str | torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.LongTensor:
-    """Token ids (batch_size, num_chunks · chunk_size) from noise.
+    """Generates token ids (batch_size, num_chunks · chunk_size) from noise.
 
     Args:
-        chunk_size, hidden_size: the VAE's; None leaves them unsaid.
-        noise_std: standard deviation of x0; None takes the model's own, 0.05 for a `DenoisedModel`.
-        num_steps: Euler steps of the flow; None takes the model's own, 50 for a `DenoisedModel`.
-        device: both models are moved there; None leaves them where they are.
+        vae_model, denoised_model: models returned by `load_checkpoint`.
+        num_chunks: number of chunks per row.
+        chunk_size, hidden_size: checked against the VAE's values; None skips the check.
+        noise_std: standard deviation of the noise x_0; None means the model's own, 0.05 for a `DenoisedModel`.
+        num_steps: Euler steps of the flow; None means the model's own, 50 for a `DenoisedModel`.
+        batch_size: number of rows.
+        device: device that both models are moved to; None leaves them on their own.
         generator: CPU generator of the noise.
 
     Raises:
-        ValueError: chunk_size or hidden_size that are not the models', models that do not belong together, or a number
-            below 1.
+        TypeError: a model has the wrong class.
+        ValueError: `chunk_size` or `hidden_size` differs from the model's, the models do not belong together, or a number
+            is below 1.
     """
     model = _whole(vae_model, denoised_model, noise_std, device)
     for name, value in (("chunk_size", chunk_size), ("hidden_size", hidden_size)):
         own = getattr(vae_model.config, name)
         if value is not None and value != own:
             raise ValueError(
-                f"{name}={value} contradicts the model, whose {name} is {own}; leave it out, or give that."
+                f"{name}={value} contradicts the model, whose {name} is {own}; leave {name} out, or give {own}."
             )
     options: dict[str, Any] = {} if noise_std is None else {"temperature": _temperature(model, noise_std)}
     return model.generate(
@@ -101,7 +107,7 @@ def generate(
 def reconstruct(
     vae_model: TokComVAE, input_ids: torch.LongTensor, device: str | torch.device | None = None
 ) -> torch.LongTensor:
-    """ids (batch, length) → latents → ids (batch, length)."""
+    """Encodes and decodes ids (batch, length); returns ids (batch, length)."""
     return decode(vae_model, encode(vae_model, input_ids, device))
 
 
@@ -115,10 +121,15 @@ def denoise_reconstruct(
     device: str | torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.LongTensor:
-    """ids (batch, length) → latents, mixed with noise at t = `noise_level` → denoised → ids (batch, length).
+    """Encodes ids (batch, length), mixes the latents with noise, denoises and decodes them; returns ids (batch, length).
 
-    noise_level: 0 is pure noise, 0.9 a tenth of noise, 1 none, which is `reconstruct`. The other arguments are those of
-    `generate`.
+    Args:
+        input_ids: (batch, length) token ids.
+        noise_level: flow time t of the noisy latents, in [0, 1]: 0 is pure noise, 1 is no noise (as `reconstruct`).
+        vae_model, denoised_model, noise_std, num_steps, device, generator: see `generate`.
+
+    Raises:
+        ValueError: `noise_std` differs from the model's, or the models do not belong together.
     """
     model = _whole(vae_model, denoised_model, noise_std, device)
     if noise_std is not None and noise_std != model.config.noise_std:
@@ -133,14 +144,14 @@ def denoise_reconstruct(
 def encode(
     vae_model: TokComVAE, input_ids: torch.LongTensor, device: str | torch.device | None = None
 ) -> torch.Tensor:
-    """ids (batch, length) → latents (batch, length / chunk_size, latent)."""
+    """Encodes ids (batch, length) to latents (batch, length / chunk_size, latent_size)."""
     vae = _moved(vae_model, device)
     return vae.encode(input_ids.to(vae.device))
 
 
 @torch.no_grad()
 def decode(vae_model: TokComVAE, latents: torch.Tensor, device: str | torch.device | None = None) -> torch.LongTensor:
-    """latents (batch, chunks, latent) → ids (batch, chunks · chunk_size)."""
+    """Decodes latents (batch, chunks, latent_size) to ids (batch, chunks · chunk_size)."""
     vae = _moved(vae_model, device)
     return vae.decode(latents.to(vae.device))
 
@@ -150,30 +161,30 @@ def _moved(model: Any, device: str | torch.device | None) -> Any:
 
 
 def _whole(vae_model: Any, denoised_model: Any, noise_std: float | None, device: str | torch.device | None) -> Any:
-    """The `TokComModel` of two models: the given one, or the documented one around a `DenoisedModel`."""
+    """Returns `denoised_model` if it is a `TokComModel`, else a `TokComModel` of the VAE and the `DenoisedModel`."""
     if isinstance(denoised_model, TokComModel):
         if denoised_model.vae is not vae_model:
             raise ValueError(
-                "vae_model is not the VAE of denoised_model; pass both as one load_checkpoint returned them."
+                "vae_model is not the VAE of denoised_model; pass both as the same load_checkpoint call returned them."
             )
         return _moved(denoised_model, device)
     if not isinstance(denoised_model, DenoisedModel):
         raise TypeError(
-            f"denoised_model must be a DenoisedModel or a TokComModel, got {type(denoised_model).__name__}; a VAE alone "
-            "encodes, decodes and reconstructs."
+            f"denoised_model must be a DenoisedModel or a TokComModel, got {type(denoised_model).__name__}; with a VAE "
+            "alone, use encode, decode or reconstruct."
         )
     if not isinstance(vae_model, TokComVAE):
         raise TypeError(f"vae_model must be a TokComVAE, got {type(vae_model).__name__}.")
     vae_config: Any = vae_model.config
     denoiser_config: Any = denoised_model.config
     if denoiser_config.context_size is not None:
-        raise ValueError("This denoiser reads a context; pass the TokComModel that it belongs to as denoised_model.")
+        raise ValueError("This denoiser needs a context; pass the TokComModel that it belongs to as denoised_model.")
     config = TokComConfig(
         vae=vae_config,
         denoiser=denoiser_config,
         noise_std=DOCUMENTED_SETTINGS["noise_std"] if noise_std is None else noise_std,
     )
-    # Its own parts would be as large again.
+    # On the meta device, because its own parts are replaced and would double the memory.
     with torch.device("meta"):
         model = TokComModel(config)
     model.vae, model.denoiser = _moved(vae_model, device), _moved(denoised_model, device)

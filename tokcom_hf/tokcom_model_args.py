@@ -1,4 +1,4 @@
-"""`model_args` and `config` of the documented TokCom checkpoint, and the configurations that they stand for."""
+"""Converts `model_args` and `config` of the documented TokCom checkpoint to this package's configurations, and back."""
 
 import logging
 from dataclasses import dataclass, fields
@@ -10,12 +10,12 @@ from .models.configuration_tokcom_vae import TokComVAEConfig
 
 logger = logging.getLogger(__name__)
 
-# Keys of model_args that the document prints; the norm's epsilon and the RoPE base have one documented value.
+# Required keys of model_args, those that the document prints; rms_norm_eps and rope_theta have documented defaults.
 PRINTED_KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
     "omni_token_id",
 )  # fmt: skip
-# The config of a file that says nothing else.
+# Defaults of the keys of a file's config.
 DOCUMENTED_SETTINGS: dict[str, Any] = {
     "tokenizer_path": "meta-llama/CodeLlama-7b-hf", "max_length": 1024, "chunk_size": 4, "noise_std": 0.05,
 }  # fmt: skip
@@ -23,9 +23,9 @@ DOCUMENTED_SETTINGS: dict[str, Any] = {
 
 @dataclass
 class ModelArgs:
-    """Architecture of VAE and denoiser as the documented files hold it under `model_args`; the defaults are documented.
+    """Architecture of VAE and denoiser: the `model_args` of documented files, with the documented defaults.
 
-    `vocab_size` counts the omni token, whose id is the last one where it is None.
+    `vocab_size` includes the omni token; `omni_token_id` None means the last id.
     """
 
     hidden_size: int = 896
@@ -44,10 +44,10 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelArgs":
-        """The `model_args` of a file; keys that nothing here reads are named in a warning.
+        """Reads the `model_args` of a file; logs a warning with the keys that are ignored.
 
         Raises:
-            ValueError: a key that the document prints is missing.
+            ValueError: a required key is missing, or a value is out of range.
         """
         absent = [key for key in PRINTED_KEYS if key not in values]
         if absent:
@@ -60,11 +60,11 @@ class ModelArgs:
         known = {item.name for item in fields(cls)}
         unread = sorted(set(map(str, values)) - known - {"chunk_size"})
         if unread:
-            logger.warning("model_args that no part of the model reads: %s.", ", ".join(unread))
+            logger.warning("model_args that are ignored: %s.", ", ".join(unread))
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def shape(self) -> dict[str, Any]:
-        """Fields that `TokComVAEConfig` and `DenoisedModelConfig` share."""
+        """Returns the fields that `TokComVAEConfig` and `DenoisedModelConfig` share."""
         return {
             "hidden_size": self.hidden_size, "num_hidden_layers": self.num_hidden_layers,
             "num_attention_heads": self.num_attention_heads, "num_key_value_heads": self.num_key_value_heads,
@@ -72,24 +72,24 @@ class ModelArgs:
         }  # fmt: skip
 
     def vae_config(self, chunk_size: int = 4) -> TokComVAEConfig:
-        """Configuration of the documented VAE."""
+        """Returns the configuration of the documented VAE."""
         return TokComVAEConfig(
             **self.shape(), vocab_size=self.vocab_size, omni_token_id=self.omni_token_id, chunk_size=chunk_size
         )
 
     def denoiser_config(self) -> DenoisedModelConfig:
-        """Configuration of the documented denoiser."""
+        """Returns the configuration of the documented denoiser."""
         return DenoisedModelConfig(**self.shape(), latent_size=self.hidden_size)
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises ValueError for anything but a finite number of at least 0."""
+    """Raises ValueError unless `value` is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError where the `config` of a file holds a length, a chunk size or a noise that no model has."""
+    """Raises ValueError if `max_length`, `chunk_size` or `noise_std` in the `config` of a file is out of range."""
     for name in ("chunk_size", "max_length"):
         if type(settings[name]) is not int or settings[name] < 1:
             raise ValueError(f"config.{name} must be a whole number of at least 1, got {settings[name]!r}.")
@@ -97,7 +97,7 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def documented_config(arguments: ModelArgs, settings: dict[str, Any], eos_token_id: int | None = None) -> TokComConfig:
-    """Configuration of the whole model of a checkpoint file; `settings` are its `config`."""
+    """Returns the `TokComConfig` of a checkpoint file; `settings` is the file's `config`."""
     return TokComConfig(
         vae=arguments.vae_config(settings["chunk_size"]),
         denoiser=arguments.denoiser_config(),
@@ -108,6 +108,6 @@ def documented_config(arguments: ModelArgs, settings: dict[str, Any], eos_token_
 
 
 def model_arguments(config: Any) -> ModelArgs:
-    """The `model_args` of a `TokComConfig` or `TokComVAEConfig`: the shape of the VAE."""
+    """Returns the `model_args` of a `TokComConfig` or `TokComVAEConfig`: the architecture of the VAE."""
     vae = getattr(config, "vae", config)
     return ModelArgs(**{item.name: getattr(vae, item.name) for item in fields(ModelArgs)})

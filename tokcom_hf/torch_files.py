@@ -1,4 +1,4 @@
-"""What torch raises on a damaged file that is read with `weights_only=True`: its unpickler trusts the stack it works on."""
+"""Errors that `torch.load(weights_only=True)` raises on damaged files, because its unpickler does not validate its input."""
 
 import struct
 from pickle import UnpicklingError

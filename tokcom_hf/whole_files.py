@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all.
+"""Atomic writes: after a crash, a file or folder is either complete or as it was before.
 
-What is written has a name that begins with `.unfinished-` until every byte of it is on the disk; a rename then puts it in
-its place. A kill or a full disk therefore leaves the former state and at most something under such a name, which the next
-start of the same run removes.
+Files are written under a name that begins with `.unfinished-`, flushed to the disk, and then renamed into place. A kill or a
+full disk therefore leaves the former state and at most a file or folder with such a name, which the next start of the same
+run removes.
 """
 
 import filecmp
@@ -15,26 +15,26 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# Beginning of the name of everything that is being written and not yet in its place.
+# Prefix of the names of files and folders that are still being written.
 UNFINISHED_PREFIX = ".unfinished-"
-# Folder inside a model's in which the final save is written; it exists only while that is being done.
+# Subfolder of a model folder into which the model is saved first; it exists only during the save.
 UNFINISHED_MODEL = UNFINISHED_PREFIX + "model"
 
-# `from_pretrained` finds no model in a folder without them: they go first and come back last.
+# Removed first and written last, because `from_pretrained` finds no model in a folder without these files.
 _HEADS = ("config.json", "adapter_config.json")
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# A disk with less room than this is full: file systems keep the last blocks for themselves.
+# Bytes of the trial write. A disk with less free space counts as full, because file systems reserve the last blocks.
 _ROOM = 1 << 16
-# What `torch.save` says of a write that failed.
+# Messages of `torch.save` about a failed write.
 _TORN = re.compile(r"inline_container|PytorchStreamWriter|Parent directory .* does not exist")
 
 
 class WriteError(OSError):
-    """A run cannot write what it has to keep; the message is a sentence for the user.
+    """A run cannot write a file that it needs; the message is a sentence for the user.
 
     Args:
-        text: the sentence.
-        path: file or folder that it is about.
+        text: the message.
+        path: file or folder that could not be written.
     """
 
     def __init__(self, text: str, path: str | Path | None = None):
@@ -44,10 +44,10 @@ class WriteError(OSError):
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Inside the block the path to write to; after it the file is flushed and at `path`.
+    """Gives a temporary path to write to; at the end of the block the file is flushed and renamed to `path`.
 
     Raises:
-        WriteError: the file cannot be written; a former one at `path` is as it was.
+        WriteError: the file cannot be written; a former file at `path` is unchanged.
     """
     path = Path(path)
     unfinished = path.with_name(f"{UNFINISHED_PREFIX}{os.getpid()}-{path.name}")
@@ -64,18 +64,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file in UTF-8, see `whole_file`."""
+    """Writes a UTF-8 text file atomically, see `whole_file`."""
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Inside the block an empty folder to write a model's files into; after it they are flushed and in `folder`.
+    """Gives an empty folder to save a model into; at the end of the block its files are flushed and renamed into `folder`.
 
-    Other files of `folder` stay, except weights of a former model under names that the new one does not use. Between the
-    first rename and the last one `folder` holds no `config.json`, so that nothing loads a mixture of two models. A subfolder
-    whose files would not change is left alone.
+    Other files in `folder` are kept, except weight files of a former model whose names the new one does not use. From the
+    first rename to the last, `folder` has no `config.json`, so that a mixture of two models cannot be loaded. A subfolder
+    whose files would not change is not touched.
 
     Raises:
         WriteError: the files cannot be written.
@@ -98,7 +98,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 def _into_place(unfinished: Path, folder: Path) -> None:
     every = [path.relative_to(unfinished) for path in sorted(unfinished.rglob("*")) if path.is_file()]
-    # A part that is as it was (the image decoder of an earlier stage) stays readable while the others are replaced.
+    # An unchanged subfolder (the image decoder of an earlier stage) stays readable while the others are replaced.
     new = {name.parent for name in every if not _same(unfinished / name, folder / name)}
     files = [name for name in every if name.parent in new]
     heads = [name for name in files if name.name in _HEADS]
@@ -117,22 +117,22 @@ def _into_place(unfinished: Path, folder: Path) -> None:
 
 
 def _same(first: Path, second: Path) -> bool:
-    """Whether both files are there with the same bytes."""
+    """Returns whether both files exist and have the same bytes."""
     return second.is_file() and filecmp.cmp(first, second, shallow=False)
 
 
 def reserve(path: str | Path) -> None:
-    """Takes the room of a sparse file, so that a full disk raises OSError here and does not kill the one who maps it."""
+    """Allocates the disk space of a sparse file, so that a full disk raises OSError here and not SIGBUS in a later write."""
     if hasattr(os, "posix_fallocate"):
         with Path(path).open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's entries, are on the disk."""
+    """Waits until the bytes of a file, or the entries of a folder, are on the disk."""
     windows = os.name == "nt"
     if windows and path.is_dir():
-        return  # folders have no handles there
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -141,14 +141,14 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """`flush` for everything below `folder`, and for itself."""
+    """Calls `flush` for all files and folders below `folder`, and for `folder` itself."""
     for path in folder.rglob("*"):
         flush(path)
     flush(folder)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder with all it holds, or a link; does nothing where there is nothing."""
+    """Removes a file, a folder with its contents, or a symbolic link; does nothing if the path does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -156,7 +156,7 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Removes what a killed run left directly in `folder` before it was in its place."""
+    """Removes the unfinished files and folders that a killed run left directly in `folder`."""
     for path in Path(folder).glob(UNFINISHED_PREFIX + "*"):
         remove(path)
 
@@ -164,7 +164,7 @@ def remove_unfinished(folder: str | Path) -> None:
 # ------------------------------------------------------------------ faults
 @contextmanager
 def told_faults(path: str | Path) -> Iterator[None]:
-    """Raises a `WriteError` about `path` where writing inside the block fails for the disk's sake."""
+    """Turns a disk error inside the block into a `WriteError` about `path`."""
     try:
         yield
     except Exception as error:
@@ -175,18 +175,19 @@ def told_faults(path: str | Path) -> Iterator[None]:
 
 
 def write_error(cause: str, path: str | Path) -> WriteError:
-    """The error that ends a run which cannot write `path`."""
+    """Builds the error of a run that cannot write `path`; `cause` is a phrase such as "No space left on device"."""
     return WriteError(
-        f"{cause} while writing {str(path)!r}; checkpoints saved before are as they were, so put this right and go on "
+        f"{cause} while writing {str(path)!r}; earlier checkpoints are unchanged, so solve this problem and resume "
         "with --resume_from_checkpoint true.",
         path,
     )
 
 
 def write_fault(error: BaseException, path: str | Path) -> str | None:
-    """Why writing `path` failed, in a few words; None where `error` is not the disk's.
+    """Returns why writing `path` failed, as a phrase; None if `error` is no disk error.
 
-    torch and safetensors tell such faults in errors of their own, torch without the cause: the folder is then tried.
+    torch and safetensors raise their own errors for disk errors. Those of torch lack the cause, which a trial write to the
+    folder then finds.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
@@ -204,7 +205,7 @@ def write_fault(error: BaseException, path: str | Path) -> str | None:
 
 
 def folder_fault(folder: str | Path) -> int | None:
-    """The `errno` with which writing a small file into `folder` fails, or None where that works."""
+    """Returns the `errno` with which writing a small file into `folder` fails, or None if it succeeds."""
     trial = Path(folder) / (UNFINISHED_PREFIX + "trial")
     try:
         try:

@@ -130,8 +130,8 @@ def changed(module: nn.Module, **changes) -> dict:
             lambda: convert_pruners(changed(Pruners(), **{"pruners.10.norm.weight": torch.ones(8)}), num_attention_heads=2),
             "'heads.10.norm.weight' is not among its weights",
         ),
-        (lambda: convert_pruners(Pruners().state_dict(), layers=[10, 20, 31]), r"do not fit pruning_layers \[10, 20, 31\]"),
-        (lambda: convert_pruners({"scale": torch.ones(1)}), "has no layer's number"),
+        (lambda: convert_pruners(Pruners().state_dict(), layers=[10, 20, 31]), r"but pruning_layers is \[10, 20, 31\]"),
+        (lambda: convert_pruners({"scale": torch.ones(1)}), "has no layer number"),
         (
             lambda: convert_discriminator({"net.0.weight": torch.ones(2, 2)}, PruningDiscriminatorConfig(hidden_size=8)),
             "'net.0.weight' is not among its weights",

@@ -389,7 +389,7 @@ def test_a_checkpoint_names_its_tokenizer_or_asks_for_it(run, inside, tmp_path):
     content["config"]["tokenizer_path"] = "no/such-tokenizer"
     torch.save(content, tmp_path / "moved.pt")
     words = ["--checkpoint", str(tmp_path / "moved.pt"), "--num_chunks", "3", "--seed", "1"]
-    with pytest.raises(OSError, match=r"'no/such-tokenizer', which cannot be loaded; name it.* with --tokenizer"):
+    with pytest.raises(OSError, match=r"'no/such-tokenizer', which cannot be loaded; give it.* with --tokenizer"):
         run(*words)
     told = run(*words, "--tokenizer", "tokenizer")
     assert told == run("--checkpoint", CHECKPOINT, "--num_chunks", "3", "--seed", "1")

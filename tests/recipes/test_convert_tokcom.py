@@ -287,9 +287,7 @@ def test_model_args_with_exactly_the_printed_keys_are_enough(reference, caplog):
     torch.testing.assert_close(model.vae(chunks).logits, reference[0](chunks), atol=1e-5, rtol=1e-5)
     # The document leaves room for more keys; what they say is not silently lost.
     convert_checkpoint(contents(reference, model_args=arguments | {"chunk_size": 4, "dropout": 0.1, "bias": True}))
-    assert [record.getMessage() for record in caplog.records] == [
-        "model_args that no part of the model reads: bias, dropout."
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["model_args that are ignored: bias, dropout."]
     for key in PRINTED:
         fewer = {name: value for name, value in arguments.items() if name != key}
         with pytest.raises(ValueError, match=f"model_args lack {key}"):
@@ -317,7 +315,7 @@ def test_weights_of_a_wrapped_model_lose_their_prefix(reference, prefix):
     torch.testing.assert_close(model.vae(chunks).logits, reference[0](chunks), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.denoiser(x, t).clean_latents, reference[1](x, t), atol=1e-5, rtol=1e-5)
     states["vae_model_state_dict"]["embed_tokens.weight"] = torch.zeros(61, 48)
-    with pytest.raises(ValueError, match=r"'embed_tokens\.weight' under two prefixes"):
+    with pytest.raises(ValueError, match=r"'embed_tokens\.weight' twice, under different prefixes"):
         convert_checkpoint(contents(reference, **states))
 
 
@@ -353,7 +351,7 @@ class Foreign:
         (lambda path, good: path.write_bytes(good[: len(good) // 2]), "truncated or no PyTorch checkpoint"),
         (lambda path, good: path.write_bytes(b""), "truncated or no PyTorch checkpoint"),
         (lambda path, good: path.write_text("not a checkpoint"), "no PyTorch checkpoint"),
-        (lambda path, good: torch.save({"model_args": Foreign()}, path), "nothing but tensors, numbers and text"),
+        (lambda path, good: torch.save({"model_args": Foreign()}, path), "only tensors, numbers and text"),
         (lambda path, good: torch.save({"state_dict": {}}, path), "lacks model_args and vae_model_state_dict"),
         (lambda path, good: torch.save([1, 2], path), "it has list"),
         (
