@@ -170,7 +170,7 @@ def test_tokcom_is_also_compared_with_the_curve_between_a_baselines_points():
     assert entropy == 5.5 and ratio == pytest.approx(100 / (50 * 2.4 ** (0.5 / 0.58)))
     near = found["equal_entropy"]["autoregressive at temperature 1 (entropy 5.58)"]["train"]["ratio"]
     assert near == pytest.approx(100 / 120) and near < ratio
-    assert any("curve interpolated" in line for line in found["lines"])
+    assert any("interpolated curve" in line for line in found["lines"])
 
 
 def test_ratios_on_a_frontier_are_taken_at_equal_entropy():

@@ -95,7 +95,7 @@ def test_the_recipe_prints_and_leaves_what_it_promises(trained):
     out, result = trained
     for words in ("held-out token accuracy", "chunk accuracy", "TokComModel with", "stage 1 (VAE): training loss",
                   "stage 2 (flow): training loss", "stage 3 (few steps): training loss", "nats per token", "heads alone",
-                  "TokCom without noise", "shuffled chunks", "held-out text", "untrained", "generated from nothing",
+                  "TokCom without noise", "shuffled chunks", "held-out text", "untrained", "generated without a prompt",
                   "continuing 'Document'"):  # fmt: skip
         assert words in result.stdout, words
     results = json.loads((out / "results.json").read_text())

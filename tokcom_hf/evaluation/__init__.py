@@ -1,1 +1,1 @@
-"""Runs models to measure them: samplers, protocols, drawing, answering, denoising."""
+"""Runs models to evaluate them: text sampling, image generation, question answering, denoising."""

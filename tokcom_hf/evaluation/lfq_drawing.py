@@ -1,4 +1,4 @@
-"""Steps of the full circle: turn images into codes, draw captions and look at the result."""
+"""Text-to-image generation with LFQ tokens: encodes images as codes, draws captions, and evaluates the drawn images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from .scene_reader import SceneReader, score_scene
 
 @torch.no_grad()
 def tokenize_images(decoder, image_processor, rows, batch_size: int = 128) -> torch.Tensor:
-    """Code numbers `(rows, h, w)` of the images of caption rows."""
+    """Encodes the images of caption rows as codes `(rows, h, w)`."""
     codes = []
     for start in tqdm(range(0, len(rows), batch_size), desc="images to tokens", leave=False):
         images = [rows[index]["image"] for index in range(start, min(start + batch_size, len(rows)))]
@@ -25,7 +25,7 @@ def tokenize_images(decoder, image_processor, rows, batch_size: int = 128) -> to
 
 @torch.no_grad()
 def decode_images(decoder, image_processor, codes: torch.Tensor, batch_size: int = 128) -> list[Image.Image]:
-    """Pictures of code numbers `(rows, h, w)`."""
+    """Decodes codes `(rows, h, w)` to images."""
     images: list[Image.Image] = []
     for part in codes.split(batch_size):
         images += image_processor.postprocess(decoder.decode_codes(part.to(decoder.device)).cpu())
@@ -44,17 +44,17 @@ def draw(
     batch_size: int = 64,
     **options: Any,
 ) -> torch.Tensor:
-    """Code numbers `(prompts, count)` of generated images.
+    """Generates images for captions; returns their codes `(prompts, count)`.
 
     Args:
         model: an `LFQExpandedModel`.
-        processor: its `LFQProcessor`.
+        processor: the model's `LFQProcessor`.
         prompts: captions.
-        starts: first code numbers `(prompts, n)` that are given, or None.
-        count: tokens of an image.
-        guidance_scale: weight of the caption against an empty one; 1 for none.
-        batch_size: captions at a time.
-        options: further ones of `generate`, for example `temperature`.
+        starts: given first codes `(prompts, n)` of each image, or None.
+        count: number of tokens of an image.
+        guidance_scale: classifier-free guidance against an empty caption; 1 turns it off.
+        batch_size: captions per batch.
+        options: further arguments of `generate`, for example `temperature`.
     """
     tokenizer, first = processor.tokenizer, processor.lfq_start_token_id
     tokenizer.padding_side = "left"
@@ -89,11 +89,20 @@ def draw(
 
 
 def evaluate_drawing(model, processor, decoder, image_processor, rows, tokens, run, output: Path) -> dict[str, Any]:
-    """Draws every held-out caption, with and without guidance, completes upper halves, saves grids.
+    """Draws every held-out caption, with and without guidance, completes images from their upper halves, and saves grids.
+
+    Args:
+        model, processor: an `LFQExpandedModel` and its `LFQProcessor`.
+        decoder, image_processor: the VQGAN that made the codes, and its image processor.
+        rows: held-out caption rows.
+        tokens: codes of the same rows, a `CaptionTokens`.
+        run: the recipe's arguments.
+        output: folder for the grids `generated.png` and `completed.png`.
 
     Returns:
-        On procedural scenes `drawn`: shares of pictures whose shapes and colours are right, for what is drawn and, as
-        anchors, for the true pictures, their reconstructions, and pictures drawn for another caption.
+        codes_in_use: number of different codes in `tokens`.
+        drawn: on procedural scenes only, the share of images with the right shapes and colours, for the drawn images and,
+            for comparison, for true images, their reconstructions, and images drawn for another caption.
     """
     model.eval()
     captions = [row["caption"] for row in (rows[index] for index in range(len(rows)))]
@@ -140,7 +149,7 @@ def _upper_half(image: Image.Image) -> Image.Image:
 
 
 def picture_grid(captions: Sequence[str], columns: dict[str, list[Image.Image]], path: Path, rows: int = 8) -> None:
-    """Saves captions beside pictures, one row each, two blocks of rows side by side."""
+    """Saves a sheet of captions with their images, one row per caption, in two blocks of at most `rows` rows."""
     size, text, gap = 96, 210, 6
     count = min(2 * rows, len(captions))
     block = text + len(columns) * (size + gap)

@@ -1,4 +1,4 @@
-"""Held-out evaluation of joint LFQ training: losses, answers beside the teacher's, and the state of the bits."""
+"""Held-out evaluation of joint LFQ training: losses, agreement with the teacher's answers, and bit statistics."""
 
 import math
 from collections import defaultdict
@@ -12,7 +12,7 @@ from .lfq_bases import generate_text
 
 
 class _Means:
-    """Means by name over everything added, each value weighted by what it is the mean of."""
+    """Weighted means by name; each added mean is weighted by the number of items that it averages."""
 
     def __init__(self):
         self.sums: dict[str, float] = defaultdict(float)
@@ -31,13 +31,18 @@ def evaluate_joint(trainer: Any, rows) -> dict[str, Any]:
     """Measures a `JointLFQTrainer`'s model on held-out rows.
 
     Returns:
-        generation_loss (nats per image token, captions given), generation_loss_no_caption (captions hidden; the
-        difference is what captions tell), generation_chance (ln of the number of codes); quantized_kl and
-        continuous_kl (nats per answer token, over all ids), lfq_mass and continuous_lfq_mass (probability of an LFQ id
-        where an answer token follows), lfq_mass_first (the same before an answer's first token), reconstruction_loss,
-        entropies; agreement (share of rows whose greedy answer to the first question, from quantized features, is word
-        for word the teacher's) and continuous_agreement; accuracy, teacher_accuracy; and `metrics.lfq.bit_report` of all
-        codes. A model without LFQ ids has no generation loss and no probability mass on them.
+        generation_loss, generation_loss_no_caption: nats per image token, with captions and with captions masked; the
+            difference is the information that captions give.
+        generation_chance: ln of the number of codes, the loss of a uniform guess.
+        quantized_kl, continuous_kl: KL divergence from the teacher, nats per answer token, over all ids.
+        lfq_mass, continuous_lfq_mass: probability of LFQ ids where an answer token follows; lfq_mass_first: the same before
+            an answer's first token only.
+        reconstruction_loss, entropy_loss, sample_entropy, batch_entropy: of the quantizer.
+        agreement, continuous_agreement: share of rows whose greedy answer to the first question equals the teacher's, from
+            quantized and from continuous features.
+        questions, accuracy, teacher_accuracy: number of those questions, and the accuracies from quantized features and of
+            the teacher.
+        and all of `metrics.lfq.bit_report`. A model without LFQ ids has no generation and no lfq_mass entries.
     """
     model = trainer.unwrapped_model
     was_training = model.training
@@ -69,19 +74,19 @@ def evaluate_joint(trainer: Any, rows) -> dict[str, Any]:
 
 
 def _add_generation(means: _Means, trainer, model, output, inputs) -> None:
-    """The loss of the image's tokens behind its caption, and behind a hidden one."""
+    """Adds the loss of the image tokens after the caption, and after a masked caption."""
     codes = output.quantizer.codes
     tokens = codes.shape[0] * codes.shape[1]
     means.add("generation_loss", output.generation_loss, tokens)
-    hidden = inputs["caption_mask"].clone()
-    hidden[:, :-1] = 0
+    start_only = inputs["caption_mask"].clone()
+    start_only[:, :-1] = 0
     with trainer.compute_loss_context_manager():
-        blind = model.generation_loss(codes, inputs["caption_ids"], hidden)
-    means.add("generation_loss_no_caption", blind, tokens)
+        no_caption = model.generation_loss(codes, inputs["caption_ids"], start_only)
+    means.add("generation_loss_no_caption", no_caption, tokens)
 
 
 def _add_understanding(means: _Means, output, labels: torch.LongTensor, answer_tokens: int, draws: bool) -> None:
-    """Distances to the teacher, the quantizer's losses and, in a model that draws, the mass on LFQ ids."""
+    """Adds KL divergences from the teacher, the quantizer's losses and, for a model with LFQ ids, their probability mass."""
     means.add("quantized_kl", output.quantized_kl, answer_tokens)
     means.add("continuous_kl", output.continuous_kl, answer_tokens)
     follows = labels[:, 1:] != -100
@@ -100,7 +105,7 @@ def _add_understanding(means: _Means, output, labels: torch.LongTensor, answer_t
 
 
 def _compare(answers: dict[str, list[str]], truth: list[list[str]]) -> dict[str, float | int]:
-    """Agreement with the teacher and accuracy."""
+    """Returns agreement with the teacher and accuracies."""
     teacher = answers["teacher"]
     report: dict[str, float | int] = {"questions": len(teacher)}
     for who, name in (("quantized", "agreement"), ("continuous", "continuous_agreement")):
@@ -112,7 +117,7 @@ def _compare(answers: dict[str, list[str]], truth: list[list[str]]) -> dict[str,
 
 
 def _answer(trainer, model, features, quantized, prompts, answers) -> None:
-    """Adds each side's greedy answers to the prompts."""
+    """Appends the greedy answers of teacher and student to `answers`."""
     tokenizer = trainer.generation_collator.processor.tokenizer
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
     options = {"attention_mask": mask, "max_new_tokens": trainer.args.eval_max_new_tokens, "do_sample": False}
@@ -126,5 +131,5 @@ def _answer(trainer, model, features, quantized, prompts, answers) -> None:
         continuous = answer(student, features)
         answers["continuous"] += continuous
         answers["quantized"] += answer(student, quantized)
-        # Where nothing of the base trains, the student that sees continuous features is the teacher.
+        # If the base model is frozen there is no separate teacher: the student with continuous features is the teacher.
         answers["teacher"] += continuous if trainer.teacher is None else answer(trainer.teacher, features)

@@ -1,4 +1,4 @@
-"""Accuracy, tokens and cost of a `PrunedVLM` in one mode, over a set of VQA rows."""
+"""Accuracy, token counts and cost of a `PrunedVLM` on VQA rows."""
 
 from typing import Any
 
@@ -17,18 +17,23 @@ def evaluate_mode(
     batch_size: int = 50,
     caption_max_new_tokens: int = 64,
 ) -> dict[str, Any]:
-    """Generated answers and what they cost.
+    """Generates answers in one pruning mode and measures their accuracy and cost.
 
     Args:
-        rows: questions, and requests for captions as `vqa_tasks.evaluation_rows` makes them.
-        max_new_tokens, caption_max_new_tokens: longest answer and longest caption.
+        model: a `PrunedVLM`.
+        collator: a `VQACollator` with `answers=False`.
+        rows: questions and requests for captions, from `vqa_tasks.evaluation_rows`.
+        mode: pruning mode.
+        max_new_tokens, caption_max_new_tokens: maximum tokens of an answer and of a caption.
+        batch_size: rows per batch.
 
     Returns:
-        accuracy: by question type and over all questions (over captions, exact match, where there is nothing else);
-        scores: per row; answers: the texts; bleu: smoothed corpus BLEU of the captions, of the answers where there are none;
-        flops, flops_origin, flops_ratio, sequence_kept, average_kept, vision_tokens, text_tokens: means over rows;
-        vision_tokens_per_layer, kv_bytes, kv_bytes_origin: likewise;
-        merged_tokens: vision tokens behind stage 1 of every row; merged_tokens_by_type: their means.
+        accuracy: by question type and over all questions; exact match of captions if there are only captions.
+        scores, answers: accuracy and text of each row.
+        bleu: smoothed corpus BLEU of the captions, or of the answers if there are no captions.
+        flops, flops_origin, flops_ratio, sequence_kept, average_kept, vision_tokens, text_tokens,
+        vision_tokens_per_layer, kv_bytes, kv_bytes_origin: entries of `PrunedVLM.token_report`, means over rows.
+        merged_tokens: number of vision tokens of each row after stage 1; merged_tokens_by_type: means per type.
     """
     reports: list[tuple[int, dict]] = []
     every = [rows[i] for i in range(len(rows))]
@@ -73,12 +78,15 @@ def evaluate_mode(
 
 
 def named_metrics(table: dict[str, dict]) -> dict[str, float]:
-    """The documented metrics of a table of modes, one number each.
+    """Computes the documented metrics from a table of modes, one number each.
+
+    Args:
+        table: mode -> result of `evaluate_mode`; needs `origin`, and `merge_only` or `hard`.
 
     Returns:
-        accuracy_baseline, and accuracy_soft, accuracy_hard, accuracy_merge_only of the modes that were run; bleu_… likewise
-        (smoothed, in [0, 100]); bleu_drop_…: points below bleu_baseline; avg_original_tokens, avg_merged_tokens: vision
-        tokens before and behind stage 1; keep_ratio_merge: their quotient.
+        accuracy_baseline, accuracy_<mode>: accuracy over all questions of `origin` and of each other mode.
+        bleu_baseline, bleu_<mode>: smoothed BLEU, in [0, 100]; bleu_drop_<mode>: points below bleu_baseline.
+        avg_original_tokens, avg_merged_tokens: vision tokens before and after stage 1; keep_ratio_merge: their quotient.
     """
     origin = table["origin"]
     merged = table["merge_only" if "merge_only" in table else "hard"]["vision_tokens_per_layer"][0]

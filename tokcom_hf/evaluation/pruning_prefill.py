@@ -1,4 +1,4 @@
-"""Prefill and decode time of a `PrunedVLM` per mode, measured side by side (A B A B, medians)."""
+"""Measures prefill and decode time of a `PrunedVLM` in several pruning modes; modes alternate, medians are reported."""
 
 import statistics
 import time
@@ -8,16 +8,19 @@ import torch
 
 @torch.no_grad()
 def time_modes(model, batch: dict, modes: list[str], repeats: int = 5, new_tokens: int = 4) -> dict[str, dict]:
-    """Median seconds of one prefill and of one decoded token, and bytes of the KV cache, per mode.
-
-    `prefill_cpu` is the processor time of all threads, which other work on the machine does not lengthen; it says
-    something where the model runs on the CPU.
+    """Measures prefill and decode time and the KV cache's size in each mode.
 
     Args:
         model: a `PrunedVLM`.
         batch: inputs of one batch, left-padded.
         modes: pruning modes to compare.
-        repeats: rounds; in each round every mode runs once, after one round that is not counted.
+        repeats: number of rounds, after one warm-up round; each round runs every mode once.
+        new_tokens: tokens decoded after each prefill.
+
+    Returns:
+        mode -> prefill (median seconds), prefill_cpu (median CPU seconds of all threads, meaningful only for a model on the
+        CPU; other work on the machine does not affect it), decode (median seconds per token), kv_bytes (cache size after
+        prefill).
     """
     batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
     prefill: dict[str, list[float]] = {mode: [] for mode in modes}

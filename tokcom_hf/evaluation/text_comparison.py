@@ -1,4 +1,4 @@
-"""Generators side by side: perplexity at equal entropy, few steps against many, copying against held-out text."""
+"""Compares generators: perplexity at equal entropy, few steps against many, and overlap with the training text."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -10,7 +10,7 @@ from ..metrics.text_brier import brier_lm_difference
 from ..plots.text import setting_name
 from .text_protocol import Point
 
-# Who judges, and the metric of its judgement.
+# Text that a scorer was fitted on, and the metric with its perplexity.
 SCORERS = (("train", "kn_perplexity"), ("held-out", "kn_perplexity_held_out"))
 # Numbers of steps whose perplexities are compared.
 FEW, MANY = 8, 32
@@ -19,10 +19,17 @@ FEW, MANY = 8, 32
 def ratio_at_equal_entropy(
     points: Sequence[Point], baseline: Point, tolerance: float = 0.1, key: str = "kn_perplexity_held_out"
 ) -> Point | None:
-    """Best perplexity of `points` whose entropy is within `tolerance` nats of the baseline's, over the baseline's.
+    """Compares the best perplexity of `points` with the baseline's at equal entropy.
+
+    Args:
+        points: points of a frontier, see `text_protocol.frontier`.
+        baseline: point to compare with.
+        tolerance: maximum difference of entropy, in nats.
+        key: the perplexity to compare.
 
     Returns:
-        the point with `ratio` added, or None where no point comes that near.
+        the best point within the tolerance, with `ratio` (its perplexity divided by the baseline's) added; None if no point
+        is within the tolerance.
     """
     near = [point for point in points if abs(point["entropy"] - baseline["entropy"]) <= tolerance]
     if not near:
@@ -34,9 +41,10 @@ def ratio_at_equal_entropy(
 def ratios_on_frontier(
     points: Sequence[Point], reference: Sequence[Point], key: str = "kn_perplexity_held_out"
 ) -> list[tuple[float, float]]:
-    """Perplexity of each point over that of the reference curve at the same entropy, as (entropy, ratio).
+    """Divides each point's perplexity by that of the reference curve at the same entropy; returns (entropy, ratio) pairs.
 
-    The reference's logarithm is interpolated between its points; points outside its entropies are left out.
+    The log-perplexity of the reference is interpolated linearly between its points. Points outside the reference's range of
+    entropies are left out.
     """
     curve = sorted(reference, key=lambda point: point["entropy"])
     entropies = [point["entropy"] for point in curve]
@@ -49,14 +57,14 @@ def ratios_on_frontier(
 
 
 def brier_lm_differences(scores: dict[str, list[np.ndarray]]) -> dict[str, dict[str, float]]:
-    """TokCom's BrierLM and Brier-n minus those of its heads alone and of each autoregressive baseline, on the same prefixes.
+    """Compares TokCom's BrierLM and Brier-n with its heads alone and with each autoregressive baseline.
 
     Args:
-        scores: name → Brier scores (prefixes, orders) of each sampling seed, which are averaged. Names as in `compare`, and
-            "heads alone".
+        scores: name → Brier scores (prefixes, orders) of each sampling seed, on the same prefixes; they are averaged over
+            seeds. Names are those of `compare`, and "heads alone".
 
     Returns:
-        name of the other → `text_brier.brier_lm_difference`.
+        name of the other generator → `text_brier.brier_lm_difference` of TokCom minus that generator.
     """
     means = {name: np.mean(runs, axis=0) for name, runs in scores.items() if runs}
     tokcom = _own_row(means)
@@ -67,7 +75,7 @@ def brier_lm_differences(scores: dict[str, list[np.ndarray]]) -> dict[str, dict[
 
 
 def difference_line(name: str, found: dict[str, float]) -> str:
-    """A result of `brier_lm_differences`, to be read."""
+    """Formats one result of `brier_lm_differences` as a line of text."""
     orders = "  ".join(
         f"Brier-{n} {found[f'brier_{n}_difference']:+.2f} [{found[f'brier_{n}_low']:+.2f}, {found[f'brier_{n}_high']:+.2f}]"
         for n in range(1, 5)
@@ -76,20 +84,21 @@ def difference_line(name: str, found: dict[str, float]) -> str:
 
 
 def _own_row(rows: dict) -> str | None:
-    """Name of TokCom's own row, "TokCom, 8 steps", among those of its variants."""
+    """Returns the name of TokCom's main row, such as "TokCom, 8 steps", or None; its variants have other suffixes."""
     names = (name for name in rows if name.startswith("TokCom, ") and name.endswith(" steps"))
     return next(names, None)
 
 
 def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
-    """TokCom against each baseline at equal entropy, few steps against many, copying against held-out text.
+    """Compares TokCom with each baseline at equal entropy, few steps with many, and its overlap with that of held-out text.
 
     Args:
-        rows: name → metric → {"mean", "std"}, as `measure_sampler` returns them.
-        curves: name → points, as `frontier` returns them; "TokCom" is compared with each name in `baselines`.
+        rows: name → metric → {"mean", "std"}, results of `measure_sampler`.
+        curves: name → points, results of `frontier`.
+        baselines: names in `curves` that "TokCom" is compared with.
 
     Returns:
-        the ratios by kind, and `lines`, the same to be read.
+        the ratios by kind of comparison, and `lines`, the same results as text.
     """
     found: dict[str, Any] = {
         "equal_entropy": {}, "on_the_baselines_curve": {}, "steps": {}, "steps_at_equal_entropy": {},
@@ -110,7 +119,7 @@ def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
         if ratios:
             where, lowest = min(ratios, key=lambda pair: pair[1])
             lines.append(
-                f"  {name}, its curve interpolated, {scorer} scorer: TokCom's best point is {lowest:.3g} x "
+                f"  {name}, interpolated curve, {scorer} scorer: TokCom's best perplexity is {lowest:.3g} x "
                 f"(entropy {where:.2f})"
             )
     plain = [p for p in curves["TokCom"] if p.get("best_of", 1) == 1 and p.get("guidance_scale", 1.0) == 1.0]
@@ -131,5 +140,5 @@ def compare(rows: dict, curves: dict, baselines: list[str]) -> dict[str, Any]:
     tokcom = _own_row(rows)
     excess = rows[tokcom]["overlap_8"]["mean"] - rows["held-out text"]["overlap_8"]["mean"]
     found["overlap_8_above_held_out"] = excess
-    lines.append(f"  8-gram overlap with train, above held-out text: {100 * excess:+.2f} points")
+    lines.append(f"  8-gram overlap with the training text, minus that of held-out text: {100 * excess:+.2f} points")
     return found | {"lines": lines}

@@ -1,4 +1,4 @@
-"""Perplexity over entropy of a TokCom model and its autoregressive baselines, along the settings of their sampling."""
+"""Measures perplexity and entropy of a TokCom model and its autoregressive baselines over their sampling settings."""
 
 import json
 from itertools import product
@@ -15,20 +15,31 @@ from .text_protocol import frontier
 
 
 def common_settings(run: Any) -> dict[str, Any]:
-    """What all rows of TokCom and its frontier share."""
+    """Returns the sampling settings that all TokCom rows and its frontier share."""
     return {"sampler": run.sampler, "block_size": run.block_size, "guidance_scale": run.guidance_scale,
             "best_of": run.best_of}  # fmt: skip
 
 
 def baseline_name(folder: str) -> str:
-    """ "autoregressive ar (equal compute)", where recipes/train_ar_baseline.py left its budget."""
+    """Returns a name such as "autoregressive ar (equal compute)", from the folder and its `budget.json` if there is one."""
     file = Path(folder) / "budget.json"
     matched = json.loads(file.read_text(encoding="utf-8")).get("matched") if file.is_file() else None
     return f"autoregressive {Path(folder).name}" + (f" (equal {matched})" if matched else "")
 
 
 def frontiers(run: Any, model, data: TextRows, judge: TextJudge, length: int) -> dict[str, list[dict[str, Any]]]:
-    """Perplexity and entropy over steps × temperature, best_of and guidance for TokCom, temperature for the baselines."""
+    """Measures the frontiers: TokCom over steps × temperature, best_of and guidance; baselines over temperature.
+
+    Args:
+        run: arguments of recipes/evaluate_tokcom.py.
+        model: a `TokComModel`.
+        data: rows and tokenizer.
+        judge: scorers of perplexity and entropy.
+        length: tokens per row.
+
+    Returns:
+        "TokCom" and the baselines' names → points, see `text_protocol.frontier`.
+    """
     report = lambda point: print("  " + "  ".join(f"{k} {v:.4g}" for k, v in point.items()), flush=True)  # noqa: E731
     arguments = {
         "judge": judge,
@@ -48,7 +59,7 @@ def frontiers(run: Any, model, data: TextRows, judge: TextJudge, length: int) ->
         varied += [{"guidance_scale": scale} for scale in run.frontier_guidance]
     for temperature, other in product(run.frontier_temperatures, varied):
         grid.append({"temperature": temperature, "num_steps": run.num_steps, **plain, **other})
-    # Without noise every draw is the same: generate refuses to draw it several times.
+    # At temperature 0 all draws are equal, so `generate` refuses best_of above 1.
     grid = [point for point in grid if point["temperature"] > 0 or point["best_of"] == 1]
     print("\nfrontier of TokCom")
     curves = {"TokCom": frontier(lambda **point: TokComSampler(model, common | point), grid, **arguments)}

@@ -1,7 +1,8 @@
-"""One interface over everything that writes token ids: TokCom, its heads alone, causal language models, n-gram models.
+"""A common interface to text generators: TokCom, its heads alone, causal language models, and n-gram models.
 
-A sampler draws whole rows (`rows`) and several independent continuations of given prefixes (`continuations`). Nothing stops
-at EOS: models are trained on packed rows, where the next document follows, and equal token counts make rows comparable.
+A sampler draws whole rows (`rows`) and several independent continuations of given prefixes (`continuations`). Samplers do
+not stop at EOS: models are trained on packed rows, where the next document follows, and rows must have equal token counts to
+be comparable.
 """
 
 from collections.abc import Iterator
@@ -18,36 +19,40 @@ from ..metrics.token_sampling import sample_tokens
 from ..models.shared_cache_name import CACHE
 from .text_likelihood import causal_log_probs, head_log_probs
 
-# Chunks drawn of a block that is larger, when only its first tokens are scored.
+# Maximum number of chunks drawn from a larger block, if only its first tokens are scored.
 MOST_CONTINUED = 16
 
 
 class Sampler(Protocol):
-    """What the evaluation asks of a generator."""
+    """Interface of a text generator to be evaluated."""
 
     def rows(self, count: int, length: int, seed: int) -> np.ndarray:
-        """Ids (count, length) from nothing: where a sampler has no better way, continuations of empty prefixes."""
+        """Draws rows (count, length) without a prompt; by default, these are continuations of empty prefixes."""
         return self.continuations(np.zeros((count, 0), dtype=np.int64), 1, length, seed)[:, 0]
 
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
-        """Ids (prefixes, draws, length) after `prefixes` (prefixes, prefix length)."""
+        """Draws independent continuations (prefixes, draws, length) of `prefixes` (prefixes, prefix length)."""
         ...
 
     def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
-        """log p in nats of each token of (prefixes, draws, length) that `continuations` would draw; None if unknown."""
+        """Returns log p in nats of each token of `continuations` (prefixes, draws, length), or None if unknown."""
         return None
 
     def scored_continuations(
         self, prefixes: np.ndarray, targets: np.ndarray, draws: int, length: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """`continuations`, and how likely they and the true ones are.
+        """Draws continuations, and scores them and the true continuations.
 
         Args:
+            prefixes: ids (prefixes, prefix length).
             targets: true continuations (prefixes, target length ≤ `length`).
+            draws: number of continuations per prefix.
+            length: tokens per continuation.
+            seed: seed of the draws.
 
         Returns:
-            ids (prefixes, draws, length); log p in nats of each token of the target, then of as many of each draw,
-            (prefixes, 1 + draws, target length), or None where the sampler does not know it.
+            ids (prefixes, draws, length); and log p in nats of the tokens of the target and of the first tokens of each
+            draw, (prefixes, 1 + draws, target length), or None if the sampler does not know probabilities.
         """
         drawn = self.continuations(prefixes, draws, length, seed)
         compared = np.concatenate([targets[:, None], drawn[..., : targets.shape[1]]], axis=1)
@@ -56,9 +61,12 @@ class Sampler(Protocol):
 
 @dataclass
 class TokComSampler(Sampler):
-    """`TokComModel.generate` with fixed settings (num_steps, block_size, sampler, temperature ...); None keeps the model's.
+    """Samples from `TokComModel.generate`; a flow gives no probabilities, so `log_probs` returns None.
 
-    A flow gives no log p of its draws, so `log_probs` is None.
+    Args:
+        model: a `TokComModel`.
+        settings: arguments of `generate` (num_steps, block_size, sampler, temperature ...); None keeps the model's value.
+        batch_size: rows per call of `generate`.
     """
 
     model: Any
@@ -76,7 +84,7 @@ class TokComSampler(Sampler):
         return torch.cat(parts).cpu().numpy()[:, :length]
 
     def continuations(self, prefixes: np.ndarray, draws: int, length: int, seed: int) -> np.ndarray:
-        # Without noise there is one continuation, which `generate` does not draw twice.
+        # At temperature 0 all continuations are equal, and `generate` refuses to draw several.
         copies = 1 if self.settings.get("temperature") == 0 else draws
         settings: dict[str, Any] = {
             "num_generate_chunks": -(-length // self.model.config.vae.chunk_size),
@@ -94,8 +102,10 @@ class TokComSampler(Sampler):
         return drawn.repeat(draws // copies, axis=1)
 
     def block_tokens(self) -> int:
-        """Tokens of a block, of at most 16 chunks: what to draw behind a prefix, so that its first chunk is drawn as in long
-        text, beside the others of its block."""
+        """Tokens to draw after a prefix so that the first chunk is drawn together with its block, as in long text.
+
+        This is the number of tokens of a block, but of at most 16 chunks.
+        """
         size = self.settings.get("block_size")
         size = self.model.config.block_size if size is None else size
         return min(size or MOST_CONTINUED, MOST_CONTINUED) * self.model.config.vae.chunk_size
@@ -105,15 +115,15 @@ class TokComSampler(Sampler):
 
 
 def tokens_behind_prefix(sampler: Sampler, scored: int) -> int:
-    """How many tokens to draw behind a prefix of which the first `scored` are looked at."""
+    """Returns how many tokens to draw after a prefix if only the first `scored` are used."""
     return max(scored, sampler.block_tokens()) if isinstance(sampler, TokComSampler) else scored
 
 
 @dataclass
 class HeadSampler(Sampler):
-    """The auxiliary heads of a `TokComModel` with a context, drawn independently of each other: its text without the flow.
+    """Samples a chunk's tokens independently from the auxiliary heads of a `TokComModel` with a context, without the flow.
 
-    The difference between a `TokComSampler` and this sampler is what the flow contributes.
+    The difference between a `TokComSampler` and this sampler shows what the flow contributes.
     """
 
     model: Any
@@ -152,7 +162,7 @@ class HeadSampler(Sampler):
         return torch.cat(parts).numpy()
 
     def _read(self, ids: torch.Tensor, draws: int) -> tuple[torch.Tensor, Any]:
-        """Ids (rows, n) → the state behind them, `draws` times each (rows · draws, hidden), and the cache as often."""
+        """Reads ids (rows, n); returns the last state (rows · draws, hidden_size) and the cache, repeated `draws` times."""
         cache = DynamicCache(config=self.model.config.context)
         states = self.model.context(ids, cache=cache)
         cache.batch_repeat_interleave(draws)
@@ -161,7 +171,7 @@ class HeadSampler(Sampler):
 
 @dataclass
 class CausalSampler(Sampler):
-    """A causal language model with KV cache, sampling from its whole distribution at a temperature (0 is greedy)."""
+    """Samples from a causal language model, with a KV cache, from the full distribution at a temperature (0 is greedy)."""
 
     model: Any
     start_id: int
@@ -186,11 +196,11 @@ class CausalSampler(Sampler):
     def _draw(
         self, prefixes: np.ndarray, targets: np.ndarray | None, draws: int, length: int, seed: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """What `scored_continuations` returns, each prefix read once for its draws and its target together."""
+        """Computes `scored_continuations`; each prefix is read once, for all its draws and its target."""
         generator = torch.Generator().manual_seed(seed)
-        given = 0 if targets is None else targets.shape[1]
-        copies, parts, scores = draws + (given > 0), [], []
-        # A bare loop over the cache: as fast as `generate`, and seeded by a generator of its own.
+        target_length = 0 if targets is None else targets.shape[1]
+        copies, parts, scores = draws + (target_length > 0), [], []
+        # An explicit decoding loop is as fast as `generate` and accepts a random generator.
         size = max(1, self.batch_size // draws)
         for start in range(0, len(prefixes), size):
             rows = slice(start, start + size)
@@ -201,26 +211,26 @@ class CausalSampler(Sampler):
                 cache.batch_repeat_interleave(copies)
             logits = outputs.logits[:, -1].repeat_interleave(copies, 0)
             tokens: list[torch.Tensor] = []
-            known: list[torch.Tensor] = []
+            token_log_probs: list[torch.Tensor] = []
             while len(tokens) < length:
                 if tokens:
                     outputs = self.model(tokens[-1].flatten()[:, None], use_cache=True, **{CACHE: cache})
                     logits = outputs.logits[:, -1]
-                # The target is the first copy; beyond its end it repeats its last token, which is not read.
-                each = logits.unflatten(0, (len(ids), copies))
-                drawn = sample_tokens(each[:, copies - draws :].flatten(0, 1), self.temperature, generator)
-                now = drawn.view(len(ids), draws)
+                # Copy 0 is the target. After its end it repeats its last token, and its logits are not used.
+                by_prefix = logits.unflatten(0, (len(ids), copies))
+                drawn = sample_tokens(by_prefix[:, copies - draws :].flatten(0, 1), self.temperature, generator)
+                next_tokens = drawn.view(len(ids), draws)
                 if targets is not None:
-                    place = min(len(tokens), given - 1)
-                    true = torch.as_tensor(targets[rows, place], dtype=torch.long).to(now.device)
-                    now = torch.cat([true[:, None], now], dim=1)
-                    if len(tokens) < given:
-                        log_probs = (each.float() / self.temperature).log_softmax(-1)
-                        known.append(log_probs.gather(-1, now[..., None])[..., 0])
-                tokens.append(now)
+                    place = min(len(tokens), target_length - 1)
+                    true = torch.as_tensor(targets[rows, place], dtype=torch.long).to(next_tokens.device)
+                    next_tokens = torch.cat([true[:, None], next_tokens], dim=1)
+                    if len(tokens) < target_length:
+                        log_probs = (by_prefix.float() / self.temperature).log_softmax(-1)
+                        token_log_probs.append(log_probs.gather(-1, next_tokens[..., None])[..., 0])
+                tokens.append(next_tokens)
             parts.append(torch.stack(tokens, dim=-1)[:, copies - draws :].cpu())
-            if known:
-                scores.append(torch.stack(known, dim=-1).cpu())
+            if token_log_probs:
+                scores.append(torch.stack(token_log_probs, dim=-1).cpu())
         return torch.cat(parts).numpy(), torch.cat(scores).numpy() if scores else None
 
     def log_probs(self, prefixes: np.ndarray, continuations: np.ndarray) -> np.ndarray | None:
@@ -233,7 +243,7 @@ class CausalSampler(Sampler):
 
 @dataclass
 class KneserNeySampler(Sampler):
-    """Samples of an n-gram model; order 1 is the unigram sampler."""
+    """Samples from a Kneser–Ney n-gram model; a model of order 1 gives a unigram sampler."""
 
     model: KneserNey
 
@@ -247,7 +257,7 @@ class KneserNeySampler(Sampler):
 
 @dataclass
 class ShuffledChunkSampler(Sampler):
-    """Training chunks in random order: every chunk is real, the text is not."""
+    """Control: training chunks in random order, so that each chunk is real text but the sequence is not."""
 
     train: np.ndarray
     chunk_size: int = 4
@@ -270,7 +280,7 @@ def _batches(count: int, size: int) -> Iterator[int]:
 
 @contextmanager
 def _without_end(model: Any) -> Iterator[None]:
-    """Inside the block TokCom does not stop at EOS."""
+    """Removes the EOS ids of a TokCom model inside the block, so that generation does not stop at EOS."""
     configs = (model.config, model.generation_config)
     ends = [config.eos_token_id for config in configs]
     try:

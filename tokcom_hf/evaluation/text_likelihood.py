@@ -1,6 +1,6 @@
-"""Losses in nats per token on held-out text: of a causal language model, and of the auxiliary heads of a TokCom's context.
+"""Held-out losses in nats per token, of causal language models and of the auxiliary heads of a TokCom model's context.
 
-The flow has none: how likely it makes a text is not known in closed form, so it is judged by samples.
+The flow has no such loss, because its likelihood of a text has no closed form; it is evaluated by samples.
 """
 
 from typing import Any
@@ -10,16 +10,19 @@ import torch
 
 from ..models.shared_cache_name import CACHE
 
-# Continuations scored at a time.
+# Continuations scored per batch.
 ROWS_AT_ONCE = 512
 
 
 @torch.no_grad()
 def mean_next_token_loss(model: Any, rows: np.ndarray, most: int = 256, batch_size: int = 16) -> float:
-    """Cross-entropy in nats of each token given all before it, under a causal language model of transformers.
+    """Mean next-token cross-entropy in nats, under a causal language model of transformers.
 
     Args:
-        rows: (rows, length) ids, of which at most `most` are read, evenly spaced; each row's first token does not count.
+        model: the language model.
+        rows: (rows, length) ids; the first token of each row is not scored.
+        most: maximum number of rows to use, evenly spaced.
+        batch_size: rows per forward pass.
     """
     ids = _some(rows, most).to(model.device)
     total = 0.0
@@ -31,16 +34,19 @@ def mean_next_token_loss(model: Any, rows: np.ndarray, most: int = 256, batch_si
 
 @torch.no_grad()
 def head_losses(model: Any, rows: np.ndarray, most: int = 256, batch_size: int = 16) -> list[float]:
-    """Cross-entropy in nats of each place of a chunk under the auxiliary heads of a `TokComModel` with a context.
+    """Mean cross-entropy in nats at each position of a chunk, under the auxiliary heads of a `TokComModel` with a context.
 
-    The first is the loss of the next token given all before it, to be read beside a causal language model's; the others do
-    not see the chunk's earlier tokens.
+    The first is the next-token loss, comparable with that of a causal language model. The later heads do not see the chunk's
+    earlier tokens.
 
     Args:
-        rows: (rows, length) ids, of which at most `most` are read, evenly spaced; chunks begin at the first token.
+        model: `TokComModel` with a context.
+        rows: (rows, length) ids; chunks begin at the first token.
+        most: maximum number of rows to use, evenly spaced.
+        batch_size: rows per forward pass.
 
     Returns:
-        chunk_size numbers.
+        a list of chunk_size losses.
     """
     size = model.config.vae.chunk_size
     ids = _some(rows, most)
@@ -55,7 +61,7 @@ def head_losses(model: Any, rows: np.ndarray, most: int = 256, batch_size: int =
 
 
 def head_log_probs(model: Any, states: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Context states (..., hidden) → log p (..., chunk_size, vocab) of the auxiliary heads."""
+    """Returns log-probabilities (..., chunk_size, vocab) of the auxiliary heads for context states (..., hidden_size)."""
     return (model.context.head_logits(states).float() / temperature).log_softmax(dim=-1)
 
 
@@ -63,14 +69,16 @@ def head_log_probs(model: Any, states: torch.Tensor, temperature: float = 1.0) -
 def causal_log_probs(
     model: Any, prefixes: torch.Tensor, continuations: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """log p of each token given all before it, under a causal language model of transformers with a KV cache.
+    """Computes log p of each token of continuations, under a causal language model of transformers.
 
     Args:
-        prefixes: (rows, prefix length ≥ 1).
-        continuations: (rows, draws, length); the prefix is read once for all its draws.
+        model: the language model; with its KV cache, each prefix is read once for all its draws.
+        prefixes: (rows, prefix length ≥ 1) ids.
+        continuations: (rows, draws, length) ids.
+        temperature: the logits are divided by it.
 
     Returns:
-        (rows, draws, length) float32 on the CPU, nats.
+        (rows, draws, length) float32 on the CPU, in nats.
     """
 
     def score(prefix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The measuring protocol of generated text: seeds, prefixes, frontiers, and comparisons at equal entropy."""
+"""Protocol of the text evaluation: held-out prefixes, sampling seeds, and frontiers of perplexity and entropy."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +17,15 @@ Point = dict[str, Any]
 def held_out_prefixes(
     tokens: np.ndarray, count: int, prefix_length: int, target_length: int = 4
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Evenly spaced places of held-out text: prefixes (count, prefix_length) and what follows (count, target_length).
+    """Cuts evenly spaced prefixes and their true continuations out of held-out text.
 
-    Fewer than `count` come back where the text has fewer places.
+    Args:
+        tokens: (tokens,) ids of the held-out text.
+        count: number of prefixes; a short text gives fewer.
+        prefix_length, target_length: tokens of a prefix and of a continuation.
+
+    Returns:
+        prefixes (count, prefix_length) and continuations (count, target_length).
 
     Raises:
         ValueError: the text is shorter than one prefix and its continuation.
@@ -37,14 +43,13 @@ def held_out_prefixes(
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What is drawn of a sampler for one seed.
+    """What a sampler draws for one seed.
 
     Args:
-        count: rows from nothing.
-        length: tokens of each.
-        prefixes: ids (prefixes, prefix length) to continue, and what really follows (prefixes, target length), as
-            `held_out_prefixes` gives them; None draws no continuations.
-        draws: continuations of each prefix.
+        count: number of rows drawn without a prompt.
+        length: tokens per row.
+        prefixes: prefixes and their true continuations, from `held_out_prefixes`; None draws no continuations.
+        draws: number of continuations per prefix.
     """
 
     count: int
@@ -61,22 +66,24 @@ def measure_sampler(
     scores: list[np.ndarray] | None = None,
     measure_more: Callable[[np.ndarray], dict[str, float]] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of rows drawn from nothing, and BrierLM on the plan's prefixes.
+    """Measures rows drawn without a prompt, and BrierLM on the plan's prefixes.
 
     Args:
-        sampler: what writes the text.
-        judge: knows the text of training and the held-out text.
-        seeds: one draw of the whole plan each.
+        sampler: the generator to measure.
+        judge: metrics, fitted on training and held-out text.
+        seeds: seeds; the whole plan is drawn once for each.
         plan: what is drawn for each seed.
-        scores: where given, the Brier scores (prefixes, orders) of each seed are appended to it: from probabilities where
-            the sampler knows them, otherwise from its draws.
-        measure_more: further metrics of the rows (count, length), a judge's perplexity for example.
+        scores: list to which the Brier scores (prefixes, orders) of each seed are appended, from probabilities if the
+            sampler
+            knows them, else from draws.
+        measure_more: function that returns further metrics of the rows (count, length), for example a judge's perplexity.
 
     Returns:
-        metric -> {"mean", "std"} over the seeds (std 0 for one seed), with `tokens_per_second` and `distinct_rows` (how
-        many of the rows differ) among the metrics; BrierLM and its parts a second time as `brier_lm_from_probabilities` ...
-        where the sampler knows those; and `brier_lm_pooled`, from the draws of all seeds together, whose "std" is the
-        bootstrap error over prefixes: with few draws a single seed's BrierLM is often 0.
+        metric -> {"mean", "std"} over the seeds (std is 0 for one seed): the metrics of `TextJudge.measure`,
+        `tokens_per_second`, `distinct_rows` (number of different rows), and BrierLM and its parts. If the sampler knows
+        probabilities, BrierLM and its parts from these are included as `brier_lm_from_probabilities` ... `brier_lm_pooled`
+        uses the scores of all seeds together, because a single seed with few draws often has a BrierLM of 0; its "std" is
+        the bootstrap error over prefixes.
     """
     runs = []
     scores = [] if scores is None else scores
@@ -89,7 +96,7 @@ def measure_sampler(
         run |= {} if measure_more is None else measure_more(rows)
         if plan.prefixes is not None:
             given, targets = plan.prefixes
-            # Another seed than the rows', so that both are independent.
+            # A seed other than that of the rows, so that both draws are independent.
             wanted = tokens_behind_prefix(sampler, targets.shape[1])
             continued, log_probs = sampler.scored_continuations(given, targets, plan.draws, wanted, seed + 10_000)
             per_prefix = brier_scores(continued, targets)
@@ -108,7 +115,7 @@ def measure_sampler(
 
 
 def summarize(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation of each metric over runs."""
+    """Returns the mean and sample standard deviation of each metric over runs, as {"mean", "std"}."""
     return {
         name: {
             "mean": float(np.mean([run[name] for run in runs])),
@@ -127,10 +134,18 @@ def frontier(
     seed: int = 0,
     report: Callable[[Point], None] | None = None,
 ) -> list[Point]:
-    """Perplexity and entropy for each setting, for example {"num_steps": 8, "temperature": 0.5}.
+    """Measures perplexity and entropy for each sampling setting.
+
+    Args:
+        make_sampler: function from a setting's entries to a sampler.
+        settings: sampling settings, for example {"num_steps": 8, "temperature": 0.5}.
+        judge: metrics, fitted on training and held-out text.
+        count, length: number of rows per setting, and tokens per row.
+        seed: seed of the rows.
+        report: called with each point when it is measured.
 
     Returns:
-        the settings, each with `kn_perplexity`, `kn_perplexity_held_out`, `entropy` and `tokens_per_second`.
+        the settings, each with `kn_perplexity`, `kn_perplexity_held_out`, `entropy` and `tokens_per_second` added.
     """
     points = []
     for setting in settings:

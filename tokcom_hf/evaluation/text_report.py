@@ -1,4 +1,4 @@
-"""The tables of the text evaluation, as they are printed."""
+"""Prints the tables of the text evaluation."""
 
 from typing import Any
 
@@ -12,24 +12,33 @@ COLUMNS = {
 
 
 def print_accuracies(results: dict[str, Any]) -> None:
-    """Reconstruction, denoising, spread of the latents and length of the sampling path, of `evaluation.json`."""
+    """Prints reconstruction, denoising, latent standard deviations and sampling path of `evaluation.json`."""
     print("\nheld-out reconstruction")
     for name, value in results["reconstruction"].items():
         print(f"  {name:32} {value:.5g}")
-    print("held-out denoising: noisy latents decoded, after one prediction, after the whole flow (reconstructed)")
+    print(
+        "held-out denoising: direct = noisy latents decoded, denoised = one prediction, reconstructed = the whole flow"
+    )
     for name, value in results["denoising"].items():
         print(f"  {name:32} {value:.4f}")
     std, path = results["latent_std_per_dimension"], results["sampling_path"]
     print(f"standard deviation per latent dimension: {std[0]:.3f} ... {std[len(std) // 2]:.3f} ... {std[-1]:.3f}")
     norms = "  ".join(f"{t:.2f}:{norm:.3f}" for t, norm in zip(path["t"], path["rms"]))
     print(f"root mean square of x along the sampling path (t:rms)  {norms}")
-    print(f"drawn latents to the encoding of their own text: mean squared distance {path['text_distance']:.3f}\n")
+    print(
+        f"mean squared distance of sampled latents to the encoding of their decoded text: {path['text_distance']:.3f}\n"
+    )
 
 
 def print_row(name: str, row: dict[str, dict[str, float]], header: bool = False) -> None:
-    """One generator: metric → {"mean", "std"}; `header` prints the titles of the columns above it.
+    """Prints one generator's row of the table.
 
-    Brier-n are those from probabilities where the row has them; BrierLM is that of all seeds together ± its error.
+    Brier-n is the one from probabilities, if the row has it. BrierLM is that of all seeds together, ± its bootstrap error.
+
+    Args:
+        name: name of the generator.
+        row: metric → {"mean", "std"}.
+        header: print the column titles first.
     """
     if header:
         print(f"{'mean ± std over seeds':40}" + "".join(f"{title:>17}" for title in COLUMNS.values()))

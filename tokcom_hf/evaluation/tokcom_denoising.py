@@ -1,4 +1,4 @@
-"""How well a denoiser knows what a noisy text says: token accuracy against t, given the text that precedes."""
+"""Denoising metrics of TokCom: token accuracy of denoised latents against the flow time t, given the preceding text."""
 
 from typing import Any
 
@@ -8,14 +8,15 @@ from .tokcom_reconstruction import token_and_chunk_accuracy
 
 
 class BlockDenoiser:
-    """Predictions for all chunks of known rows of text at once.
+    """Predicts the clean latents of all chunks of given rows of text in one call of the denoiser.
 
-    With a context each block of `config.block_size` chunks (of one chunk where that does not divide the row) is told the
-    tokens that really precede it; without one the whole row is a single block.
+    With a context, each block of `config.block_size` chunks (of one chunk if `block_size` does not divide the row) is
+    conditioned on the true tokens before it. Without a context, the whole row is a single block.
 
     Args:
         model: `TokComModel`.
-        input_ids, attention_mask: (rows, length), `length` a multiple of the chunk size; 0 = padding, None: there is none.
+        input_ids: (rows, length), `length` a multiple of the chunk size.
+        attention_mask: (rows, length), 0 for padding; None means no padding.
     """
 
     @torch.no_grad()
@@ -29,17 +30,17 @@ class BlockDenoiser:
             self.context = model.context(input_ids)[:, : chunks * chunk : self.size * chunk].flatten(0, 1)
         if attention_mask is not None and not bool(attention_mask.all()) and self.size > 1:
             real = attention_mask.view(rows, -1, self.size, chunk).any(dim=-1).flatten(0, 1)
-            # A block of padding alone sees itself.
+            # A block of padding only attends to itself, because a row of attention must not be empty.
             self.mask = (real | ~real.any(dim=-1, keepdim=True)).long()
 
     @torch.no_grad()
     def __call__(self, x_t: torch.Tensor, t: float, self_condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Noisy latents at time t in [0, 1], (rows, chunks, latent) → predicted clean latents of the same shape."""
+        """Predicts clean latents from noisy latents `x_t` (rows, chunks, latent_size) at time t in [0, 1]; same shape."""
         as_blocks = (-1, self.size, x_t.shape[-1])
-        earlier = None if self_condition is None else self_condition.reshape(as_blocks)
+        previous = None if self_condition is None else self_condition.reshape(as_blocks)
         return self.model.denoiser(
             x_t.reshape(as_blocks), torch.full((1,), t, device=x_t.device), context=self.context,
-            self_condition=earlier, attention_mask=self.mask, return_dict=True,
+            self_condition=previous, attention_mask=self.mask, return_dict=True,
         ).clean_latents.reshape(x_t.shape)  # fmt: skip
 
 
@@ -51,9 +52,16 @@ def denoising_metrics(
     times: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9),
     seed: int = 0,
 ) -> dict[str, float]:
-    """Token accuracy of one denoiser prediction from x_t, beside decoding x_t itself, for each t (0 noise, 1 clean).
+    """Measures token accuracy after one denoiser prediction from x_t, and after decoding x_t directly, for each t.
 
-    Returns `denoised_accuracy_t_0.1`, `direct_accuracy_t_0.1`, and so on.
+    Args:
+        model: `TokComModel`.
+        input_ids, attention_mask: (rows, length) held-out text, 0 for padding.
+        times: flow times t (0 noise, 1 clean).
+        seed: seed of the noise.
+
+    Returns:
+        `denoised_accuracy_t_0.1`, `direct_accuracy_t_0.1`, and so on.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -81,7 +89,11 @@ def denoise_reconstruct_accuracy(
     num_steps: int = 16,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Token accuracy after the whole flow from t = noise_level (0 noise, 1 clean): `reconstructed_accuracy_t_0.5` ..."""
+    """Measures token accuracy after the whole flow from t = noise_level (0 noise, 1 clean).
+
+    Returns:
+        `reconstructed_accuracy_t_0.5`, and so on.
+    """
     result = {}
     for level in noise_levels:
         generator = torch.Generator().manual_seed(seed)

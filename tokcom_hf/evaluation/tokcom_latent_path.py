@@ -1,4 +1,4 @@
-"""Health of the latents on their way from noise to text."""
+"""Statistics of the latents along the sampling path from noise to text."""
 
 from typing import Any
 
@@ -10,20 +10,23 @@ from .tokcom_denoising import BlockDenoiser
 
 @torch.no_grad()
 def sampling_path(model: Any, input_ids: torch.Tensor, num_steps: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Root mean square of x_t and of the predicted clean latents at each step of Euler sampling, behind real text.
+    """Measures the root mean square of x_t and of the predicted clean latents at each Euler step, given true preceding text.
 
-    On a healthy path `rms` runs from noise_std to the latents' own (1 where they are standardised); a prediction that stays
-    far below it is the mean of all chunks, one that grows far above it has left the data.
+    On a healthy path, `rms` goes from noise_std to that of encoded text (1 if latents are standardised). Predictions with a
+    much smaller `predicted_rms` are close to the mean of all latents; much larger ones lie outside the data.
 
     Args:
         model: `TokComModel`.
-        input_ids: (rows, length): with a context, the text that precedes each block; its shape alone counts without one.
-        num_steps: None takes the config's.
+        input_ids: (rows, length) ids. With a context, they give the text before each block; without one, only the shape is
+            used.
+        num_steps: Euler steps; None means the config's.
+        seed: seed of the noise.
 
     Returns:
-        t, rms, predicted_rms: one value per denoiser call, plus the end point in `t` and `rms`. text_distance: mean squared
-        distance, in the flow's space, of the drawn latents to the encoding of their own decoded text; 0 = each is the latent
-        of a text, 2 = as far as the latents of two texts where these are standardised.
+        t, rms, predicted_rms: one value per denoiser call; `t` and `rms` also contain the end point.
+        text_distance: mean squared distance, in the flow's space, between the sampled latents and the encoding of their
+            decoded text. 0 means that each is the latent of a text; with standardised latents, 2 is the distance of the
+            latents of two unrelated texts.
     """
     model.eval()
     ids = input_ids.to(model.device)
@@ -31,7 +34,7 @@ def sampling_path(model: Any, input_ids: torch.Tensor, num_steps: int | None = N
     found: dict[str, Any] = {"t": [], "rms": [], "predicted_rms": []}
     memory: dict[str, torch.Tensor | None] = {"clean": None}
 
-    def recorded(x: torch.Tensor, t: float) -> torch.Tensor:
+    def recorded_denoiser(x: torch.Tensor, t: float) -> torch.Tensor:
         clean = memory["clean"] = denoise(x, t, memory["clean"] if condition else None)
         found["t"].append(t)
         found["rms"].append(x.square().mean().sqrt().item())
@@ -42,7 +45,7 @@ def sampling_path(model: Any, input_ids: torch.Tensor, num_steps: int | None = N
     shape = (len(ids), ids.shape[1] // config.vae.chunk_size, config.vae.latent_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * config.noise_std
     times = sampling_times(config.num_steps if num_steps is None else num_steps, config.step_power)
-    end = sample(recorded, noise.to(model.device, model.dtype), times)
+    end = sample(recorded_denoiser, noise.to(model.device, model.dtype), times)
     found["t"].append(1.0)
     found["rms"].append(end.square().mean().sqrt().item())
     own_text = model.standardize(model.encode(model.decode(model.unstandardize(end))))

@@ -1,4 +1,4 @@
-"""How well latents carry text: tokens, chunks, sequences, rare tokens, random chunks, and accuracy against latent noise."""
+"""Reconstruction metrics of a TokCom VAE: accuracy of tokens, chunks, sequences and rare tokens, and under latent noise."""
 
 from typing import Any
 
@@ -8,11 +8,15 @@ import torch
 def token_and_chunk_accuracy(
     predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, chunk_size: int
 ) -> dict[str, float]:
-    """Share of right tokens, and of chunks whose real tokens are all right.
+    """Computes the share of correct tokens, and of chunks whose real tokens are all correct.
 
     Args:
         predicted, target: ids (rows, length), `length` a multiple of `chunk_size`.
-        mask: (rows, length), 1 = counts, 0 = padding.
+        mask: (rows, length), 1 for real tokens, 0 for padding.
+        chunk_size: tokens per chunk.
+
+    Returns:
+        `token_accuracy` and `chunk_accuracy`, in [0, 1].
     """
     mask = mask.bool()
     right = (predicted == target) | ~mask
@@ -33,10 +37,19 @@ def reconstruction_metrics(
     seed: int = 0,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Accuracy of `vae` on (rows, length) ids with noise of σ × the latents' own standard deviation.
+    """Measures a VAE's reconstruction of text with Gaussian noise on the latents.
 
-    Returns `token_accuracy` and `chunk_accuracy` (σ = 0), `token_accuracy_sigma_0.5` and so on for the other levels, and
-    the latents' `latent_std` (mean over dimensions) and `active_dimensions` (standard deviation above 0.1 of the largest).
+    Args:
+        vae: `TokComVAE`.
+        input_ids, attention_mask: (rows, length) held-out text, 0 for padding.
+        noise_levels: σ of the noise, in standard deviations of the latents.
+        seed: seed of the noise.
+        batch_size: rows per forward pass.
+
+    Returns:
+        `token_accuracy` and `chunk_accuracy` for σ = 0, `token_accuracy_sigma_0.5` and so on for other levels; `latent_std`
+        (mean over dimensions) and `active_dimensions` (number of dimensions with a standard deviation above 0.1 of the
+        largest).
     """
     vae.eval()
     device = next(vae.parameters()).device
@@ -60,11 +73,15 @@ def reconstruction_metrics(
 def rare_token_accuracy(
     predicted: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, train_counts: torch.Tensor, at_most: int = 10
 ) -> dict[str, float]:
-    """Accuracy on tokens seen at most `at_most` times in training, and their share of the text.
+    """Measures the accuracy on tokens that occur at most `at_most` times in the training text, and their share.
 
     Args:
-        predicted, target, mask: (rows, length).
-        train_counts: (vocabulary,) occurrences of each id in the training text.
+        predicted, target, mask: as for `token_and_chunk_accuracy`.
+        train_counts: (vocab_size,) number of occurrences of each id in the training text.
+        at_most: maximum number of occurrences of a rare token.
+
+    Returns:
+        `rare_token_accuracy` (NaN without rare tokens) and `rare_token_share`.
     """
     rare = (train_counts.to(target.device)[target] <= at_most) & mask.bool()
     count = int(rare.sum())
@@ -85,11 +102,12 @@ def detailed_reconstruction(
     seed: int = 0,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Every reconstruction number of a VAE on held-out rows (rows, length).
+    """Computes all reconstruction metrics of a VAE on held-out rows; arguments as for the functions above.
 
-    Returns `token_accuracy`, `chunk_accuracy` (and `..._sigma_0.5` per noise level, in standard deviations of the
-    latents), `latent_std`, `active_dimensions`, `sequence_accuracy` (whole rows right), `rare_token_accuracy`,
-    `rare_token_share` and `random_chunk_accuracy`, on chunks of uniformly random ids, where language does not help.
+    Returns:
+        the metrics of `reconstruction_metrics` and `rare_token_accuracy`; `sequence_accuracy`, the share of rows without an
+        error; `random_token_accuracy` and `random_chunk_accuracy`, on uniformly random ids, which language statistics cannot
+        predict.
     """
     metrics = reconstruction_metrics(vae, input_ids, attention_mask, noise_levels, seed, batch_size)
     predicted = _round_trip(vae, input_ids, batch_size)

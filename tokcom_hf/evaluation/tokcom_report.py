@@ -1,4 +1,4 @@
-"""The held-out table of a TokCom model: its text beside the controls that show which part wrote it."""
+"""The text table of a TokCom model: metrics of its text and of controls that lack one part of the model."""
 
 from typing import Any
 
@@ -18,18 +18,20 @@ COLUMNS = {
 def measure_text(
     model: Any, train: Any, held_out: Any, rows: int = 16, seed: int = 0, num_steps: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Rows of text from nothing, of the model and of its controls, measured by 5-gram Kneser-Ney scorers.
+    """Measures rows of text that the model and its controls generate without a prompt, with 5-gram Kneser–Ney scorers.
 
     Args:
         model: `TokComModel`.
-        train, held_out: rows with `input_ids` (length,).
-        rows: rows per sampler.
-        num_steps: steps of the flow; None takes the model's.
+        train, held_out: data sets with `input_ids` (length,).
+        rows: number of rows per sampler.
+        seed: seed of the samplers.
+        num_steps: steps of the flow; None means the model's.
 
     Returns:
-        name -> perplexity under a scorer of the training and one of the held-out text, entropy of the tokens in nats, and
-        how many of the rows differ: "held-out text", "TokCom", "TokCom without noise" (x0 = 0: one text), "heads alone"
-        (the tokens of a chunk drawn independently by the context's heads), "shuffled chunks".
+        name -> `kn_perplexity` (scorer fitted on training text), `kn_perplexity_held_out` (scorer fitted on held-out text),
+        `entropy` (nats) and `distinct_texts` (number of different rows). Names are "held-out text", "TokCom", "TokCom
+        without noise" (x_0 = 0, so all rows are the same text), "heads alone" (the context's heads draw a chunk's tokens
+        independently; only with a context) and "shuffled chunks".
     """
     ids = [np.stack([np.asarray(row["input_ids"]) for row in part]) for part in (train, held_out)]
     length, chunk = ids[0].shape[1], model.config.vae.chunk_size
@@ -56,7 +58,7 @@ def measure_text(
 
 
 def print_report(results: dict[str, Any], prompt: str) -> None:
-    """Prints losses, the VAE's accuracy against noise, the table of `measure_text` and the samples of results.json."""
+    """Prints the losses, the VAE's accuracy under noise, the table of `measure_text` and the samples from `results`."""
     for name, stage in (
         ("stage 1 (VAE)", "vae"),
         ("stage 2 (flow)", "denoiser"),
@@ -69,20 +71,18 @@ def print_report(results: dict[str, Any], prompt: str) -> None:
             )
     flow = results.get("denoiser", {})
     if "eval_next_token_loss" in flow:
-        print(
-            f"  held-out loss of the next token, read by the context: {flow['eval_next_token_loss']:.3f} nats per token"
-        )
+        print(f"  held-out next-token loss of the context's heads: {flow['eval_next_token_loss']:.3f} nats per token")
     vae = results.get("vae", {})
     if "token_accuracy" in vae:
-        print("\nheld-out accuracy of the VAE against noise (sigma in standard deviations of a latent)")
+        print("\nheld-out accuracy of the VAE with latent noise (sigma in standard deviations of the latents)")
         for sigma in (0, 0.3, 0.5, 0.7, 1.0):
             suffix = f"_sigma_{sigma:g}" if sigma else ""
             token, chunk = vae[f"token_accuracy{suffix}"], vae[f"chunk_accuracy{suffix}"]
             print(f"  sigma {sigma:<4g} token {token:.4%}   chunk {chunk:.4%}")
         print(f"  untrained  token {vae['untrained_token_accuracy']:.4%}")
-    print("\ntext from nothing" + "".join(f"{column:>24}" for column in COLUMNS))
+    print(f"\n{'unprompted text':<23}" + "".join(f"{column:>24}" for column in COLUMNS))
     for name, measured in results["text"].items():
         values = (measured[key] for key in COLUMNS.values())
-        print(f"  {name:<21}" + "".join(f"{value:>18.2f}" for value in values))
+        print(f"  {name:<21}" + "".join(f"{value:>24.2f}" for value in values))
     generated, continued = results["samples"]["generated"], results["samples"]["conditional"]
-    print(f"\ngenerated from nothing:\n  {generated!r}\n\ncontinuing {prompt!r}:\n  {continued!r}\n")
+    print(f"\ngenerated without a prompt:\n  {generated!r}\n\ncontinuing {prompt!r}:\n  {continued!r}\n")

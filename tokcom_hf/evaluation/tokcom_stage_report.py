@@ -1,4 +1,4 @@
-"""The report of recipes/train_tokcom.py: what it measures of each stage, the texts that its model writes, cards, figures."""
+"""The report of recipes/train_tokcom.py: metrics of each stage, samples, model cards and figures."""
 
 import json
 import time
@@ -21,18 +21,20 @@ SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 def held_out_batch(rows: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_ids` and `attention_mask` of the first `count` rows of a data set, each (rows, length)."""
+    """Returns `input_ids` and `attention_mask` of the first `count` rows of a data set, each (rows, length)."""
     batch = [rows[index] for index in range(min(count, len(rows)))]
     ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in batch])
     return ids, torch.stack([torch.as_tensor(row["attention_mask"]) for row in batch])
 
 
 def measure_stage(stage: str, model: Any, held_out: Any) -> dict[str, float]:
-    """Held-out accuracies of what a stage has trained.
+    """Measures the held-out accuracy of the model that a stage has trained.
 
     Args:
-        stage: "vae": a `TokComVAE`, with noise of each of `SIGMAS`; else a `TokComModel`'s denoiser, at each of `TIMES`.
-        held_out: rows with `input_ids` and `attention_mask`, of which 128 or 64 are used.
+        stage: "vae" measures reconstruction with latent noise of each of `SIGMAS`; any other stage measures denoising at
+            each of `TIMES`.
+        model: a `TokComVAE` for stage "vae", else a `TokComModel`.
+        held_out: rows with `input_ids` and `attention_mask`, of which at most 128 ("vae") or 64 are used.
     """
     if stage == "vae":
         return reconstruction_metrics(model, *held_out_batch(held_out, 128), SIGMAS)
@@ -40,7 +42,7 @@ def measure_stage(stage: str, model: Any, held_out: Any) -> dict[str, float]:
 
 
 def training_summary(trainer: Any, parameters: int) -> dict[str, Any]:
-    """What results.json says of a stage's training: size, steps, seconds, first and last loss, last held-out losses."""
+    """Returns a stage's entry in results.json: parameters, steps, seconds, first and last loss, last held-out losses."""
     history = trainer.state.log_history
     logs = [entry for entry in history if "loss" in entry]
     losses = {} if not logs else {"first_loss": logs[0]["loss"], "last_loss": logs[-1]["loss"]}
@@ -55,7 +57,7 @@ def training_summary(trainer: Any, parameters: int) -> dict[str, Any]:
 
 
 def sample_texts(model: Any, tokenizer: Any, run: Any) -> dict[str, str]:
-    """A text from nothing ("generated") and a continuation of `run.prompt` ("conditional"), both of `run.sample_chunks`."""
+    """Generates `run.sample_chunks` chunks without a prompt ("generated") and after `run.prompt` ("conditional")."""
     settings = {"num_steps": run.sample_steps, "generator": torch.Generator().manual_seed(run.seed)}
     generated = model.generate(num_chunks=run.sample_chunks, **settings)[0]
     prompt = tokenizer(run.prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
@@ -67,7 +69,7 @@ def sample_texts(model: Any, tokenizer: Any, run: Any) -> dict[str, str]:
 
 
 def draw_figures(folder: Path, results: Mapping[str, Any]) -> str:
-    """Draws accuracy against latent noise and against t, as far as `results` has them; returns what to say about them."""
+    """Draws the figures whose data `results` has, accuracy against latent noise and against t; returns a line to print."""
     if find_spec("matplotlib") is None:
         return "no figures: matplotlib is not installed (pip install 'tokcom_hf[plots]')"
     from ..plots.text import plot_accuracy_against_noise, plot_denoising_against_time
@@ -83,7 +85,7 @@ def draw_figures(folder: Path, results: Mapping[str, Any]) -> str:
 
 
 def card_data(source: TextSource) -> dict[str, Any]:
-    """What a model card says of the text that a model was trained on."""
+    """Returns the values of a model card that describe the training text."""
     file = source.train_file and Path(source.train_file).name
     return {
         "dataset": card_dataset(EMBEDDED_TEXT, source.dataset_name, source.dataset_config, source.train_file),
@@ -94,14 +96,15 @@ def card_data(source: TextSource) -> dict[str, Any]:
 def report_vae(
     folder: Path, vae: Any, held_out: Any, source: TextSource, results: dict[str, Any], metrics: dict[str, float]
 ) -> None:
-    """Adds an untrained VAE's accuracy to stage 1's results, writes them and the card into `folder`; prints a summary.
+    """Writes results.json and the model card of stage 1 into `folder`, and prints a summary.
 
     Args:
-        folder: of the saved VAE.
+        folder: folder of the saved VAE.
+        vae: the trained `TokComVAE`.
         held_out: rows that `metrics` were measured on.
-        source: text that it was trained on.
-        results: what results.json is to say of the stage; extended in place.
-        metrics: of these, what `measure_stage` has measured.
+        source: training text.
+        results: content of results.json; the accuracy of an untrained VAE is added in place.
+        metrics: the part of `results` from `measure_stage`.
     """
     untrained = reconstruction_metrics(type(vae)(vae.config), *held_out_batch(held_out, 128), (0.0,))
     results["untrained_token_accuracy"] = untrained["token_accuracy"]
@@ -117,29 +120,29 @@ def report_vae(
 def report_model(
     folder: Path, model: Any, data: TextRows, run: Any, results: dict[str, Any], started: float, repo_id: str | None
 ) -> None:
-    """Writes samples, results.json, the card and figures of a whole model into `folder`; prints what they say.
+    """Writes samples, results.json, model card and figures of a whole model into `folder`, and prints a report.
 
     Args:
-        folder: of the saved model.
+        folder: folder of the saved model.
         model: `TokComModel`.
-        data: rows that it was trained on, and held-out ones.
+        data: training and held-out rows, and the tokenizer.
         run: arguments of the run: a `TextSource` with `seed`, `prompt`, `sample_chunks` and `sample_steps`.
-        results: what results.json is to say; extended in place by seconds, samples and the table of `measure_text`.
-        started: when the run began (`time.time()`).
-        repo_id: `user/name` where the folder is going to be pushed.
+        results: content of results.json; seconds, samples and the table of `measure_text` are added in place.
+        started: start time of the run (`time.time()`).
+        repo_id: `user/name` of the repository that the folder will be uploaded to, or None.
     """
     parts = [part["seconds"] for part in results.values() if isinstance(part, dict) and "seconds" in part]
-    # Of a resumed run the seconds of all its parts, else those on the clock, data and reports included.
+    # Wall-clock time of this process, or the sum over the stages, which is larger after a resume.
     results["seconds"] = round(max(time.time() - started, sum(parts)), 1)
     results["samples"] = sample_texts(model, data.tokenizer, run)
-    # Files first: whatever happens to the terminal, they are there.
+    # Files before printing, so that they exist even if the terminal is closed.
     (folder / "samples.txt").write_text("\n\n---\n\n".join(results["samples"].values()) + "\n", encoding="utf-8")
     results["text"] = measure_text(model, data.train, data.validation, seed=run.seed, num_steps=run.sample_steps)
     (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
-    # What this model measures, not its teacher.
+    # Metrics of the distilled model if there is one, not of its teacher.
     measured = results["vae"] | results["distilled" if "distilled" in results else "denoiser"]
     metrics = {name: value for name, value in measured.items() if "accuracy" in name or name.startswith("eval_")}
-    parameters = {"TokCom": model.num_parameters(), "of them VAE": model.vae.num_parameters()}
+    parameters = {"TokCom": model.num_parameters(), "VAE part": model.vae.num_parameters()}
     card = {"parameters": parameters, "metrics": metrics, "measured": metrics, "samples": results["samples"]}
     write_model_card(folder, "tokcom", tags=["text-generation", "flow-matching"], pipeline_tag="text-generation",
                      name="TokCom", repo_id=repo_id, config=model.config.to_dict(), **card | card_data(run))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Greedy answers of a VLM to VQA rows, the way a user would get them: `model.generate`."""
+"""Generates greedy answers of a VLM to VQA rows with `model.generate`, as a user would."""
 
 from collections.abc import Callable
 
@@ -15,14 +15,19 @@ def generate_answers(
     on_batch: Callable[[dict], None] | None = None,
     **options,
 ) -> list[str]:
-    """Answers to the first question of every row.
+    """Generates greedy answers to the first question of every row.
 
     Args:
-        model: anything with `generate(**inputs)`.
+        model: model with a method `generate(**inputs)`.
         collator: a `VQACollator` with `answers=False` (left padding).
         rows: VQA rows.
+        batch_size: rows per batch.
+        max_new_tokens: maximum tokens of an answer.
         on_batch: called after each batch with its inputs, for example to collect token reports.
-        options: further options of `generate`, for example a `pruning_mode`.
+        options: further arguments of `generate`, for example `pruning_mode`.
+
+    Returns:
+        the answers, without special tokens and outer white space.
     """
     tokenizer = collator.processor.tokenizer  # type: ignore[attr-defined]
     was_training = model.training

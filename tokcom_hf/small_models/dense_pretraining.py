@@ -1,8 +1,8 @@
-"""Teaches a vision tower to see before a language model is attached: what does each patch show?
+"""Pretrains a vision tower on dense patch labels, before a language model is attached.
 
-A small VLM trained from scratch on answers alone spends most of its time before its tower tells shapes apart. A linear
-probe on every patch (shape, colour, size, dot, row, column of its grid cell) gets there in under a minute of one core.
-The probe is thrown away; the tower is an ordinary tower afterwards.
+If a small VLM is trained from scratch on answers alone, its tower takes most of the training time to learn to distinguish
+shapes. With a linear probe that predicts labels of every patch (shape, colour, size, dot, row, column), it takes less than a
+minute on one core. The probe is discarded afterwards.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ from ..data.scene_patches import ScenePatchDataset, patch_label_sizes
 from ..trainers.base import CompressionTrainer, CompressionTrainingArguments
 from ..whole_files import write_text
 
-SAVE_STEPS = 200  # and behind the last step: what a tower was taught is kept before the language model begins
-EMPTY_WEIGHT = 0.3  # weight of the patches without an object, which are many and easy
+SAVE_STEPS = 200  # checkpoint interval; the last step also saves, so the pretrained tower survives a later stop
+EMPTY_WEIGHT = 0.3  # loss weight of patches without an object, which are frequent and easy
 
 
 class PatchProbe(nn.Module):
-    """A linear probe over the patches' features of a tower.
+    """A linear probe on the patch features of a tower.
 
     Args:
         tower: the modules to train.
-        features: pixel values `(batch, 3, h, w)` → features `(batch, side², size)`, computed with `tower`.
-        size: feature size.
+        features: function from pixel values `(batch, 3, h, w)` to features `(batch, side², size)`, computed by `tower`.
+        size: size of a feature.
         side: features per side.
     """
 
@@ -45,26 +45,31 @@ class PatchProbe(nn.Module):
         self.head = nn.Linear(size, sum(self.sizes))
 
     def forward(self, pixel_values: torch.Tensor, patch_labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`patch_labels` `(batch, side², labels)` → `loss` and `correct` (share of right classes, per label)."""
+        """Computes `loss`, and `correct`: the accuracy of each label on patches with an object.
+
+        Args:
+            pixel_values: `(batch, 3, h, w)`.
+            patch_labels: classes `(batch, side², labels)`, see `data.scene_patches.patch_labels`.
+        """
         logits = self.head(self.features(pixel_values)).split(self.sizes, -1)
-        busy = patch_labels[..., 0] > 0
+        has_object = patch_labels[..., 0] > 0
         loss, correct = pixel_values.new_zeros(()), []
         for number, scores in enumerate(logits):
-            wanted = patch_labels[..., number]
-            loss = loss + F.cross_entropy(scores[busy], wanted[busy])
-            loss = loss + EMPTY_WEIGHT * F.cross_entropy(scores[~busy], wanted[~busy])
-            correct.append((scores.argmax(-1) == wanted)[busy].float().mean())
+            targets = patch_labels[..., number]
+            loss = loss + F.cross_entropy(scores[has_object], targets[has_object])
+            loss = loss + EMPTY_WEIGHT * F.cross_entropy(scores[~has_object], targets[~has_object])
+            correct.append((scores.argmax(-1) == targets)[has_object].float().mean())
         return {"loss": loss, "correct": torch.stack(correct).detach()}
 
 
 @dataclass(frozen=True)
 class TowerLesson:
-    """What a tower is taught on, and for how long.
+    """Data and hyperparameters of a tower's pretraining.
 
     Args:
         image_size: pixels per side of the drawn scenes.
         side: features per side that the tower returns.
-        steps, batch_size, learning_rate, seed: of the training.
+        steps, batch_size, learning_rate, seed: hyperparameters of the training.
         scenes: arguments of `data.scenes.sample_scene`.
     """
 
@@ -77,7 +82,7 @@ class TowerLesson:
     scenes: Mapping[str, Any] = field(default_factory=dict)
 
     def drawn(self, count: int, seed: int, image_processor) -> ScenePatchDataset:
-        """`count` scenes as the tower's processor would give them."""
+        """Returns `count` labelled scenes, normalised as by the tower's image processor."""
         return ScenePatchDataset(count, seed, image_processor, self.image_size, self.side, **self.scenes)
 
 
@@ -94,17 +99,17 @@ def pretrain_tower(
     """Trains `tower` in place on scenes drawn on the fly.
 
     Args:
-        tower: module whose parameters learn.
-        features: pixel values → features `(batch, side², size)`, one per patch in reading order.
-        image_processor: of the VLM.
+        tower: module to train.
+        features: function from pixel values to features `(batch, side², size)`, one per patch in reading order.
+        image_processor: the VLM's image processor.
         lesson: scenes, steps and learning rate.
         output_dir: folder of `Trainer`'s files and of `results.json`.
-        extra_modules: further modules that `features` passes through and that learn, too.
-        trainer_arguments: more fields of `CompressionTrainingArguments`.
-        resume: go on from the checkpoint that a signal has left in `output_dir`, if there is one.
+        extra_modules: further modules that `features` uses and that are trained, too.
+        trainer_arguments: further fields of `CompressionTrainingArguments`.
+        resume: resume from the checkpoint that a stop signal left in `output_dir`, if there is one.
 
     Returns:
-        Share of patches with an object whose label the probe reads, per label, on scenes that were not trained on.
+        label -> accuracy of the probe on patches with an object, on held-out scenes.
     """
     data = lesson.drawn(lesson.steps * lesson.batch_size, lesson.seed, image_processor)
     with torch.no_grad():
@@ -137,14 +142,14 @@ def pretrain_tower(
 
 
 def earlier_accuracy(output_dir: str | Path) -> dict[str, float]:
-    """What `pretrain_tower` returned when it trained into `output_dir`; empty if it never did."""
+    """Reads the result of an earlier `pretrain_tower` in `output_dir`; an empty dictionary if there is none."""
     file = Path(output_dir) / "results.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 @contextlib.contextmanager
 def _only_what_is_used(probe: PatchProbe, data: ScenePatchDataset):
-    """Freezes parameters without a gradient (a CLIP tower's last norm): ranks would wait for theirs."""
+    """Freezes parameters that get no gradient (a CLIP tower's last norm), because DDP waits for every gradient."""
     probe(**{name: value[None] for name, value in data[0].items()})["loss"].backward()
     unused = [p for p in probe.parameters() if p.requires_grad and p.grad is None]
     probe.zero_grad()
@@ -157,7 +162,7 @@ def _only_what_is_used(probe: PatchProbe, data: ScenePatchDataset):
 
 @torch.no_grad()
 def probe_accuracy(probe: PatchProbe, data: ScenePatchDataset) -> dict[str, float]:
-    """Share of patches with an object whose label the probe reads, per label."""
+    """Returns label -> accuracy of the probe on patches with an object."""
     device = next(probe.parameters()).device
     items = [data[i] for i in range(len(data))]
     batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}

@@ -1,4 +1,4 @@
-"""The stages of recipes/image_tokens.py before its own training: an image tokenizer and a language model to expand."""
+"""The first stages of recipes/image_tokens.py: an image tokenizer, and a language model whose vocabulary is expanded."""
 
 from functools import partial
 from typing import Any
@@ -21,24 +21,27 @@ from .small_llama import train_caption_llama
 def image_tokenizer(
     run: Any, config: VQGANConfig | None, training: dict[str, Any], folder: RunFolder, train: Any, held_out: Any
 ):
-    """The VQGAN that makes tokens, and its image processor: given, left by an interrupted run, or trained here.
+    """Returns the VQGAN that tokenizes images, and its image processor.
+
+    The VQGAN is loaded if `run.image_tokenizer` names one or the resumed run has finished this stage; else it is trained.
 
     Args:
         run: arguments of recipes/image_tokens.py.
-        config: of a VQGAN that is trained here; not used where one is given.
+        config: configuration of a VQGAN to train.
         training: fields of `VQGANTrainingArguments`.
-        folder: of the run.
+        folder: output folder of the run.
         train, held_out: caption rows.
 
     Raises:
-        RecipeError: the VQGAN has another quantizer than LFQ.
+        RecipeError: the VQGAN's quantizer is not LFQ.
+        TypeError: a VQGAN must be trained, but `config` is None.
     """
     name = run.image_tokenizer or (folder.path / DECODER_FOLDER if folder.is_finished(DECODER_FOLDER) else None)
     if name is not None:
         decoder = load_pretrained(AutoModel, name, "Image tokenizer")
         image_processor = load_pretrained(AutoImageProcessor, name, "Image processor")
     elif config is None:
-        raise TypeError("config must be a VQGANConfig where run.image_tokenizer names no trained VQGAN, got None.")
+        raise TypeError("config must be a VQGANConfig if run.image_tokenizer names no trained VQGAN, got None.")
     else:
         image_processor = VQGANImageProcessor(
             config.image_size, config.in_channels, size_divisor=config.downsample_factor
@@ -63,12 +66,15 @@ def image_tokenizer(
 
 
 def base_model(run: Any, text: dict[str, Any], folder: RunFolder, train: Any):
-    """Name of the language model to expand, and its tokenizer: given, or a small Llama trained on the captions.
+    """Returns the folder or Hub name of the language model to expand, and its tokenizer.
+
+    Without `run.base`, the language model is a small Llama that is trained on the captions; a resumed run uses the Llama
+    that it has already trained.
 
     Args:
         run: arguments of recipes/image_tokens.py.
         text: fields of `LlamaConfig`.
-        folder: of the run; a run that goes on takes the Llama that it holds.
+        folder: output folder of the run.
         train: caption rows.
     """
     if run.base is None and not folder.is_finished("base"):
@@ -82,7 +88,7 @@ def base_model(run: Any, text: dict[str, Any], folder: RunFolder, train: Any):
 
 
 def keep(folder: RunFolder, stage: str, *parts) -> None:
-    """Saves what a stage has made, for a run that goes on with this one."""
+    """Saves the results of a stage in its folder and marks the stage as finished, for a resumed run."""
     state = PartialState()
     if state.is_main_process:
         with folder.whole(stage) as place:
@@ -93,7 +99,7 @@ def keep(folder: RunFolder, stage: str, *parts) -> None:
 
 
 def crowded(run: Any) -> CaptionImages | None:
-    """Scenes with most cells filled, from which an image tokenizer learns shapes faster; None with the user's images."""
+    """Returns scenes with most cells filled, from which an image tokenizer learns faster; None with the user's images."""
     if run.image_text_file is not None:
         return None
     cells = run.grid * run.grid

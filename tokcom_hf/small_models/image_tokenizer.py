@@ -1,4 +1,4 @@
-"""The image tokenizer of the full circle: a VQGAN trained on the images of caption rows."""
+"""Trains the image tokenizer of recipes/image_tokens.py: a VQGAN on the images of caption rows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +18,16 @@ def train_image_tokenizer(
     seed: int,
     train_with: Callable[[VQGANTrainer], None] = VQGANTrainer.train,
 ):
-    """Trains a VQGAN on the images of caption rows and returns it with its averaged weights.
+    """Trains a VQGAN on the images of caption rows and returns it, on the CPU, with its averaged weights.
 
-    `train_with` calls the trainer's `train`, with the checkpoint to go on from where there is one.
+    Args:
+        model: `VQGAN` to train.
+        image_processor: the model's `VQGANImageProcessor`.
+        train, held_out: caption rows.
+        values: fields of `VQGANTrainingArguments`.
+        folder: output folder of the trainer.
+        seed: seed of the training.
+        train_with: calls the trainer's `train`, with the checkpoint to resume from, if there is one.
     """
     args = VQGANTrainingArguments(**values | {"output_dir": str(folder), "seed": seed, "report_to": "none"})
     trainer = VQGANTrainer(

@@ -15,7 +15,7 @@ _FUNCTION_WORDS = (
 
 
 def scene_words() -> list[str]:
-    """Every word that scene questions, answers and captions use."""
+    """Returns all words of scene questions, answers and captions."""
     words = [*_FUNCTION_WORDS.split(), *COLOURS, *_DETAIL_COLOURS, *SHAPES, *SIZES]
     words += [f"{shape}s" if shape != "cross" else "crosses" for shape in SHAPES]
     words += [str(n) for n in range(MAX_COUNT + 7)]
@@ -23,7 +23,7 @@ def scene_words() -> list[str]:
 
 
 def text_fields(tokenizer) -> dict[str, Any]:
-    """Fields of a language model's config that a tokenizer decides: the vocabulary's size and the special tokens."""
+    """Returns the fields of a language model's config that follow from its tokenizer: vocabulary size and special tokens."""
     return {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -33,13 +33,17 @@ def text_fields(tokenizer) -> dict[str, Any]:
 
 
 def end_generation_like(model, tokenizer) -> None:
-    """Lets `model.generate` stop at the tokenizer's end token and pad with its padding token."""
+    """Makes `model.generate` stop at the tokenizer's EOS token and pad with its padding token."""
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
 
 
 def scene_tokenizer(image_tokens: dict[str, str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of `scene_words()`. `image_tokens`: the special tokens of the model's processor, by attribute name."""
+    """Builds a word-level tokenizer of `scene_words()`.
+
+    Args:
+        image_tokens: attribute name -> special token of the model's processor.
+    """
     special = ["<pad>", "</s>", "<unk>", *image_tokens.values()]
     vocabulary = {word: index for index, word in enumerate([*special, *scene_words()])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

@@ -1,8 +1,8 @@
 """Inputs of InternVL models without torchvision, and a small InternVL for procedural scenes.
 
-transformers' own `InternVLProcessor` needs torchvision for its video half. Joint LFQ training shows one tile per image and
-no video, so `TileProcessor` puts a tokenizer and an image processor together by itself. It serves real InternVL
-checkpoints in the format of `OpenGVLab/InternVL3-1B-hf` and the small model alike.
+The `InternVLProcessor` of transformers needs torchvision for its video part. Joint LFQ training uses one tile per image and
+no video, so `TileProcessor` combines a tokenizer and an image processor without it. It works for InternVL checkpoints in the
+format of `OpenGVLab/InternVL3-1B-hf` and for the small model.
 """
 
 from pathlib import Path
@@ -29,20 +29,23 @@ IMAGE_TOKENS = {
 
 
 class TileProcessor:
-    """Text and images of an InternVL model, one tile per image.
+    """Processor of text and images for an InternVL model, with one tile per image.
 
     Args:
-        tokenizer: with the attributes of `IMAGE_TOKENS`, as InternVL's tokenizers have them.
-        image_processor: called with `crop_to_patches=False`.
-        image_seq_length: vision tokens per tile.
+        tokenizer: tokenizer with the attributes of `IMAGE_TOKENS`, such as InternVL's.
+        image_processor: image processor, called with `crop_to_patches=False`.
+        image_seq_length: number of vision tokens per tile.
+
+    Raises:
+        ValueError: the tokenizer lacks one of the attributes.
     """
 
     def __init__(self, tokenizer, image_processor, image_seq_length: int):
         missing = [name for name in IMAGE_TOKENS if getattr(tokenizer, name, None) is None]
         if missing:
             raise ValueError(
-                f"The tokenizer has no {', '.join(missing)}; TileProcessor serves InternVL checkpoints in transformers' "
-                "own format, such as OpenGVLab/InternVL3-1B-hf."
+                f"The tokenizer has no {', '.join(missing)}; TileProcessor needs an InternVL checkpoint in transformers' "
+                "format, such as OpenGVLab/InternVL3-1B-hf."
             )
         self.tokenizer, self.image_processor, self.image_seq_length = tokenizer, image_processor, image_seq_length
         self.image_token = tokenizer.context_image_token
@@ -50,23 +53,27 @@ class TileProcessor:
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "TileProcessor":
-        """Tokenizer, image processor and tokens per tile of a checkpoint (folder or Hub id)."""
+        """Loads tokenizer, image processor and tokens per tile of a checkpoint (folder or Hub id).
+
+        Raises:
+            ValueError: the checkpoint is no InternVL model in transformers' format.
+        """
         config = AutoConfig.from_pretrained(name)
         if not isinstance(config, InternVLConfig):
             raise ValueError(
-                f"{str(name)!r} is a {config.model_type!r} model; joint LFQ training needs an InternVL one, in the "
+                f"{str(name)!r} is a {config.model_type!r} model; joint LFQ training needs an InternVL model in the "
                 "format of OpenGVLab/InternVL3-1B-hf."
             )
         tokenizer, image_processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
         return cls(tokenizer, image_processor, config.image_seq_length)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer and image processor."""
+        """Saves tokenizer and image processor."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
     def __call__(self, text, images=None, return_tensors: str = "pt", padding: bool = True) -> dict[str, Any]:
-        """Texts, in which each `image_token` stands for the next image, and images → model inputs."""
+        """Makes model inputs of texts and images; each `image_token` in the texts stands for the next image."""
         tile = self.start_image_token + self.image_token * self.image_seq_length + self.end_image_token
         texts = [one.replace(self.image_token, tile) for one in text]
         encoded = self.tokenizer(texts, return_tensors=return_tensors, padding=padding)
@@ -79,14 +86,14 @@ class TileProcessor:
 
 
 def scene_tile_processor(image_size: int, image_seq_length: int) -> TileProcessor:
-    """The procedural scenes' tokenizer and an image processor for squares of `image_size` pixels."""
+    """Builds a processor of the procedural scenes' tokenizer and square images of `image_size` pixels per side."""
     tokenizer = scene_tokenizer(IMAGE_TOKENS)
     size = {"height": image_size, "width": image_size}
     return TileProcessor(tokenizer, GotOcr2ImageProcessorPil(size=size, crop_to_patches=False), image_seq_length)
 
 
 def tokens_per_tile(vision: InternVLVisionConfig, downsample_ratio: float = 0.5) -> int:
-    """Vision tokens that reach the language model: patches times downsample_ratio²."""
+    """Number of vision tokens per tile in the language model: patches times downsample_ratio²."""
     size: Any = vision.image_size
     patch: Any = vision.patch_size
     rows, columns = size[0] // patch[0], size[1] // patch[1]
@@ -96,11 +103,11 @@ def tokens_per_tile(vision: InternVLVisionConfig, downsample_ratio: float = 0.5)
 def build_small_internvl(
     vision: dict[str, Any], text: dict[str, Any]
 ) -> tuple[InternVLForConditionalGeneration, TileProcessor]:
-    """An untrained InternVL of the given shape, with the processor whose vocabulary it has.
+    """Builds an untrained InternVL, in float32, and its processor.
 
     Args:
         vision: fields of `InternVLVisionConfig`.
-        text: fields of `Qwen2Config` but the vocabulary's.
+        text: fields of `Qwen2Config`, except those that follow from the tokenizer.
     """
     vision_config = InternVLVisionConfig(**vision)
     length = tokens_per_tile(vision_config)

@@ -1,4 +1,4 @@
-"""A small Llama trained on captions: the language model that recipes expand where none can be downloaded."""
+"""Trains a small Llama on captions: the base model of recipes that expand a vocabulary, if none is downloaded."""
 
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,17 @@ def train_caption_llama(
     """Trains a Llama on captions of procedural scenes.
 
     Args:
-        captions: training text.
-        text: fields of `LlamaConfig` but the vocabulary's. The embedding table is padded to a multiple of 64 rows, as
-            large models pad theirs.
-        steps: optimizer steps of batch 64.
-        folder: of the trainer's files.
-        seed: of the weights and of the order of captions.
-        resume: go on from the checkpoint that a signal has left in `folder`, if there is one.
+        captions: training texts.
+        text: fields of `LlamaConfig`, except those of the vocabulary. The embedding table is padded to a multiple of 64
+            rows,
+            as in large models.
+        steps: number of optimizer steps, with batches of 64.
+        folder: output folder of the trainer.
+        seed: seed of the weights and of the order of captions.
+        resume: resume from the checkpoint that a stop signal left in `folder`, if there is one.
 
     Returns:
-        The model and its word-level tokenizer.
+        the model and its word-level tokenizer.
     """
     tokenizer = scene_tile_processor(16, 1).tokenizer
     torch.manual_seed(seed)

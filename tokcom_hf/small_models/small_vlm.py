@@ -1,4 +1,4 @@
-"""The small LLaVA that `recipes/pretrain_vlm.py` trains: CLIP images, the scenes' tokenizer, a Llama."""
+"""Builds the small LLaVA of `recipes/pretrain_vlm.py`: a CLIP tower, a Llama, and the tokenizer of procedural scenes."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from .scene_tokenizer import end_generation_like, scene_tokenizer, text_fields
 
 
 def scene_processor(image_size: int, patch_size: int) -> LlavaProcessor:
-    """A `LlavaProcessor` for square images of `image_size` pixels, `(image_size / patch_size)²` tokens per image."""
+    """Builds a `LlavaProcessor` for images of `image_size`² pixels, (image_size / patch_size)² tokens each."""
     tokenizer = scene_tokenizer({"image_token": "<image>"})
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
@@ -32,17 +32,17 @@ def scene_processor(image_size: int, patch_size: int) -> LlavaProcessor:
 def build_small_llava(
     vision: CLIPVisionConfig, text: dict[str, Any], processor: LlavaProcessor
 ) -> LlavaForConditionalGeneration:
-    """An untrained LLaVA of the given shape, in float32, with the processor's vocabulary.
+    """Builds an untrained LLaVA, in float32, with the processor's vocabulary.
 
     Args:
-        vision: of the CLIP tower; images are square.
-        text: fields of `LlamaConfig` except those that the vocabulary decides.
-        processor: from `scene_processor`, of the same image and patch size.
+        vision: configuration of the CLIP tower; images are square.
+        text: fields of `LlamaConfig`, except those that follow from the tokenizer.
+        processor: processor from `scene_processor`, with the same image and patch size.
     """
     tokenizer = processor.tokenizer
     image_size: Any = vision.image_size
     patch_size: Any = vision.patch_size
-    # Names that every config takes, without being fields of this one.
+    # Every config accepts these names, but type checkers do not know them.
     special: dict[str, Any] = {
         "image_token_id": tokenizer.convert_tokens_to_ids(processor.image_token),
         "pad_token_id": tokenizer.pad_token_id,

@@ -1,4 +1,4 @@
-"""What the recipes of the small VLMs share: scenes to train on, a tower that learns to see first, accuracy, the report."""
+"""Shared parts of the small VLMs' recipes: training scenes, pretraining of the tower, training, accuracy, and the report."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +24,13 @@ from .vlm_training import SmallVLMTrainer, SmallVLMTrainingArguments
 def training_scenes(
     args: SmallVLMTrainingArguments, scenes: SceneArguments, questions: Sequence[int], captions: bool = False
 ) -> SceneQuestionDataset:
-    """Fresh scenes for every step of a run of `args.max_steps`.
+    """Returns a data set with new scenes for every step of a run.
 
     Args:
-        scenes: which ones are drawn.
-        questions: how many are asked about each scene, at most, of each of `scenes.types`.
-        captions: ask for a caption of each scene, too.
+        args: training arguments; `max_steps` and the batch size give the number of scenes.
+        scenes: which scenes are drawn.
+        questions: maximum number of questions about a scene, for each of `scenes.types`.
+        captions: also ask for a caption of each scene.
     """
     per_step = args.train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     per_type = dict(zip(scenes.types, questions, strict=True))
@@ -46,17 +47,18 @@ def teach_tower(
     folder: RunFolder,
     extra_modules: Sequence[nn.Module] = (),
 ) -> dict[str, float]:
-    """Trains a vision tower patch by patch; prints and returns what a linear probe then reads from held-out patches.
+    """Pretrains a vision tower on patch labels; prints and returns the accuracy of a linear probe on held-out patches.
 
     Args:
-        tower: module whose parameters learn, and with it `extra_modules`, which `features` passes through, too.
-        features: pixel values -> features `(batch, side², size)`, one per patch in reading order.
-        processor: of the VLM.
-        args: of the training that follows.
-        lesson: what is taught, and for how long.
-        folder: of the run; its subfolder `tower` takes the results.
+        tower: module to train.
+        features: function from pixel values to features `(batch, side², size)`, one per patch in reading order.
+        processor: the VLM's processor.
+        args: arguments of the VLM training that follows; device and display settings are used here, too.
+        lesson: data and hyperparameters of the pretraining.
+        folder: output folder of the run; files go into its subfolder `tower`.
+        extra_modules: further modules that `features` uses and that are trained, too.
     """
-    seen = pretrain_tower(
+    accuracies = pretrain_tower(
         tower,
         features,
         processor.image_processor,
@@ -66,8 +68,8 @@ def teach_tower(
         resume=folder.resumes,
         trainer_arguments={"use_cpu": args.use_cpu, "disable_tqdm": args.disable_tqdm, "report_to": "none"},
     )
-    PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in seen.items()))
-    return seen
+    PartialState().print("tower: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items()))
+    return accuracies
 
 
 def train_small_vlm(
@@ -77,33 +79,33 @@ def train_small_vlm(
     teach: Callable[[], dict[str, float]] | None,
     build_trainer: Callable[[], SmallVLMTrainer],
 ) -> tuple[SmallVLMTrainer, dict[str, float]]:
-    """Teaches the tower, unless the run goes on from a checkpoint, then trains the whole and saves it.
+    """Pretrains the tower, unless the run resumes from a checkpoint, then trains the whole model and saves it.
 
     Args:
-        folder: of the run, checked.
-        settings: what decides the run's result (`fingerprints.settings_of`).
-        args: of the training.
-        teach: trains the tower and returns what a probe reads of it; None for a tower that is taught nothing.
-        build_trainer: builds the trainer, when the tower is taught.
+        folder: output folder of the run; `start` is called here.
+        settings: settings that determine the run's result (`fingerprints.settings_of`).
+        args: training arguments.
+        teach: pretrains the tower and returns the probe's accuracies; None skips the pretraining.
+        build_trainer: builds the trainer; called after the pretraining.
 
     Returns:
-        the trainer after training, and what `teach` returned, in this run or in the one that it goes on with.
+        the trainer after training, and the result of `teach`, from this run or the run that it resumes.
     """
     folder.start({"": settings})
     checkpoint = folder.checkpoint(average_files(args))
-    seen = earlier_accuracy(folder.path / "tower")
+    probe_accuracies = earlier_accuracy(folder.path / "tower")
     if teach is not None and checkpoint is None:
-        seen = teach()
+        probe_accuracies = teach()
     trainer = build_trainer()
     folder.train(trainer)
     trainer.use_averaged_weights()
     trainer.unwrapped_model.requires_grad_(True)
     trainer.save_model(str(folder.path))
-    return trainer, seen
+    return trainer, probe_accuracies
 
 
 def answer_accuracy(model: Any, processor: Any, rows: Any) -> dict[str, float]:
-    """Accuracy of a VLM's greedy answers to the first question of each row, by question type and over "all"."""
+    """Returns the accuracy of a VLM's greedy answers to each row's first question, by question type and for "all"."""
     answers = generate_answers(model, VQACollator(processor, answers=False), rows)
     scores = vqa_accuracy(answers, [row["answers"][0] for row in rows])
     return accuracy_by_type(scores, [row["types"][0] for row in rows])
@@ -115,10 +117,12 @@ def write_report(
     """Writes results.json and the model card of a small VLM into its folder.
 
     Args:
-        name: of its architecture.
-        results: of the run.
-        measured: of these, what stands in the card's metadata.
-        repo_id: `user/name` where the folder is going to be pushed.
+        folder: model folder.
+        name: name of the architecture.
+        model: the trained model.
+        results: results of the run.
+        measured: the results that the card's metadata lists.
+        repo_id: `user/name` of the repository that the folder will be uploaded to, or None.
     """
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_model_card(

@@ -1,4 +1,4 @@
-"""Trains a small VLM from scratch on packed questions, with a tower that can already see."""
+"""Trainer of a small VLM from scratch on packed questions, with a pretrained vision tower."""
 
 from dataclasses import dataclass, field
 
@@ -10,12 +10,13 @@ class SmallVLMTrainingArguments(CompressionTrainingArguments):
     """Arguments of `SmallVLMTrainer`."""
 
     muon_learning_rate: float = field(
-        default=0.02, metadata={"help": "Learning rate of Muon for the matrices; 0 trains all with AdamW."}
+        default=0.02,
+        metadata={"help": "Learning rate of Muon for weight matrices; 0 trains all parameters with AdamW."},
     )
 
 
 class SmallVLMTrainer(CompressionTrainer):
-    """`Trainer` with Muon for the matrices: it learns to read answers off the image in far fewer steps than AdamW."""
+    """`Trainer` with Muon for weight matrices, which needs far fewer steps than AdamW until answers depend on the image."""
 
     args: SmallVLMTrainingArguments
     arguments_class = SmallVLMTrainingArguments
