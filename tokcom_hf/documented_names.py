@@ -40,7 +40,7 @@ def _is_cpu(device: Any) -> bool:
     kind, _, index = str(device).partition(":")
     if index not in ("", "0"):
         raise ValueError(
-            f"a run uses the first visible device; give --device {kind}, and choose the device with the environment."
+            f"a run uses the first device that it can see; give --device {kind}, and choose the device by the environment."
         )
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or found.type != kind:

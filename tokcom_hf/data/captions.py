@@ -40,7 +40,7 @@ def read_image_text_jsonl(
     folder = image_folder(path, image_dir)
     rows, images = [], []
     for place, record in read_json_objects(path):
-        line = ImageTextRow(place, record, "image and caption, and an answer if there is a question")
+        line = ImageTextRow(place, record, "image, caption and, if it has a question, its answer")
         caption, question = line.text("caption"), line.text("question", "")
         answers = line.texts("answer") if question else [caption]
         image = line.image(folder, allow_outside)

@@ -37,7 +37,7 @@ class PackedVQACollator:
     def __post_init__(self):
         if not self.prompt.startswith("<image>"):
             raise ValueError(
-                f"The prompt of packed questions must begin with <image>, which they share; got {self.prompt!r}."
+                f"Packed questions share the image in front, so prompt must begin with <image>, got {self.prompt!r}."
             )
         require_placeholder("prompt", self.prompt, "{question}")
 
