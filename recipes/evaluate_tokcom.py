@@ -10,7 +10,7 @@ everything, the frontier too, in blocks of 16 chunks. Prints the tables, writes 
 matplotlib, `accuracy_against_noise.png`, `denoising.png` and `frontier.png`.
 No number stands alone: perplexity is read at its entropy and every metric beside held-out text and the controls. "heads
 alone" draws the context's auxiliary heads independently, so what TokCom has above it is the flow's worth; "noise removed"
-starts the flow at zero and must write one and the same row ("other rows" 1).
+starts the flow at zero and must write one and the same row ("distinct rows" 1).
 """
 
 import json

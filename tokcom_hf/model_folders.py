@@ -53,14 +53,14 @@ def load_pretrained(loader: Any, name: str | os.PathLike, what: str = "Model", *
 
 @contextmanager
 def checked_folder(name: str | os.PathLike, what: str = "Model") -> Iterator[None]:
-    """Checks a folder, then turns what a loader in the block raises about it into one sentence.
+    """Checks a model folder, then turns an error that a loader raises inside the block into one sentence.
 
     Args:
         name: folder or name on the Hub.
-        what: is loaded, for the error.
+        what: kind of object that is loaded, for error messages.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: as of `load_pretrained`.
+        FileNotFoundError, ValueError, OSError: see `load_pretrained`.
     """
     check_model_folder(name)
     try:

@@ -5,7 +5,7 @@ from typing import Any
 COLUMNS = {
     "brier_lm_pooled": "BrierLM", "brier_1": "Brier-1", "brier_2": "Brier-2", "brier_3": "Brier-3", "brier_4": "Brier-4",
     "kn_perplexity": "KN train", "kn_perplexity_held_out": "KN held-out", "entropy": "entropy",
-    "judge_perplexity": "judge", "distinct_rows": "other rows", "distinct_2": "dist-2", "self_bleu": "selfBLEU",
+    "judge_perplexity": "judge", "distinct_rows": "distinct rows", "distinct_2": "dist-2", "self_bleu": "selfBLEU",
     "js_1": "JS-1", "js_2": "JS-2", "auc": "AUC", "overlap_8": "8-gram", "longest_match": "longest",
     "tokens_per_second": "tok/s",
 }  # fmt: skip

@@ -106,7 +106,7 @@ def pretrain_tower(
         output_dir: folder of `Trainer`'s files and of `results.json`.
         extra_modules: further modules that `features` uses and that are trained, too.
         trainer_arguments: further fields of `CompressionTrainingArguments`.
-        resume: resume from the checkpoint that a stop signal left in `output_dir`, if there is one.
+        resume: resume from the newest checkpoint in `output_dir`, if there is one.
 
     Returns:
         label -> accuracy of the probe on patches with an object, on held-out scenes.

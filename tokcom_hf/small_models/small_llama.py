@@ -37,7 +37,7 @@ def train_caption_llama(
         steps: number of optimizer steps, with batches of 64.
         folder: output folder of the trainer.
         seed: seed of the weights and of the order of captions.
-        resume: resume from the checkpoint that a stop signal left in `folder`, if there is one.
+        resume: resume from the newest checkpoint in `folder`, if there is one.
 
     Returns:
         the model and its word-level tokenizer.
@@ -61,7 +61,7 @@ def train_caption_llama(
         learning_rate=2e-3,
         warmup_steps=10,
         lr_scheduler_type="cosine",
-        # Behind the last step, too: what comes before the model is kept may be cut short.
+        # The checkpoint of the last step is needed if the run is stopped before the model is saved.
         save_steps=max(1, steps),
         save_total_limit=1,
         report_to="none",
