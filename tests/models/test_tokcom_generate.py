@@ -250,7 +250,7 @@ def test_later_blocks_follow_the_draw_that_was_kept(blocks, prompt):
         ({"input_ids": torch.ones(1, 5).long(), "batch_size": 2}, "there are 1 prompts"),
         ({"temperature": -0.5}, "temperature must not be negative"),
         ({"temperature": float("nan")}, "temperature must not be negative"),
-        ({"temperature": float("inf")}, "temperature must not be negative, and finite"),
+        ({"temperature": float("inf")}, "temperature must not be negative, and must be finite"),
         ({"do_sample": False, "temperature": 0.7}, "Give one of the two"),
         ({"do_sample": True, "temperature": 0.0}, "Give one of the two"),
         ({"do_sample": False, "num_return_sequences": 2}, "At temperature 0"),

@@ -11,9 +11,9 @@ from .pipeline_files import PipelineTasks
 from .shared_removed_fields import take_removed
 
 INIT_METHODS = ("random", "zeros", "mean")
-# Removed fields and their former defaults. Any other order of bits would permute every image.
+# Removed fields and their former defaults. With another order of bits every LFQ id would mean another code.
 REMOVED = {"bit_order": "least_significant_first"}
-# Auto classes that build a base model; AutoModel is for remote code that registers no other.
+# Auto classes that build a base model; AutoModel serves remote code that registers with no other.
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 
 
@@ -22,25 +22,26 @@ class LFQExpandedConfig(PreTrainedConfig):
     """A language or vision-language model and the 2^output_dim visual tokens added to its vocabulary.
 
     The tokens:
-        output_dim: bits of an LFQ code, 1 to 24; 2^output_dim ids are added.
+        output_dim: bits of an LFQ code, 1 to 24; 2^output_dim ids are added, so each further bit doubles the new rows.
         lfq_start_token_id: first new id, which is the number of embedding rows of the base model (a padded vocabulary has
             more rows than its tokenizer has ids).
-        text_vocab_size: ids from here to `lfq_start_token_id` are padding rows, which no mode of `generate` gives. None:
-            there are none.
+        text_vocab_size: number of ids of the tokenizer. Ids from here to `lfq_start_token_id` are padding rows, which no
+            `mode` of `generate` emits. None (default): the vocabulary is not padded.
 
     Initial values and training of the new rows:
-        embedding_init_method: `random` (normal), `zeros`, or `mean` (mean of the old rows plus small offsets that depend on
-            the bits, so that rows differ).
+        embedding_init_method: `random` (default; normal), `zeros`, or `mean` (mean of the old rows plus small offsets that
+            depend on the bits, so that rows differ).
         embedding_init_std: standard deviation of `random` rows and of the offsets of `mean`, >= 0.
-        freeze_original: the base model's vocabulary tables are frozen. `LFQExpandedModel.freeze_base()` also freezes its
-            other weights.
+        freeze_original: freeze the base model's vocabulary tables, so that only new rows of the vocabulary train.
+            `LFQExpandedModel.freeze_base()` also freezes the base model's other weights.
 
     The base model:
-        base_config: its configuration as a dictionary.
-        base_auto_class: the Auto class that builds it, one of `AUTO_CLASSES`.
-        base_model_name_or_path: its Hub name or folder; `./base` is a folder inside the saved one.
-        base_revision: the commit it was loaded from on the Hub.
-        base_included: whether its weights are in this checkpoint, or at `base_model_name_or_path`.
+        base_config: configuration of the base model as a dictionary.
+        base_auto_class: the Auto class that builds the base model, one of `AUTO_CLASSES`.
+        base_model_name_or_path: Hub name or folder of the base model; `./base` is a folder inside the saved one.
+        base_revision: Hub commit that the base model was loaded from, and is loaded from again.
+        base_included: True: this checkpoint holds the base model's weights. False: they are loaded from
+            `base_model_name_or_path`.
     """
 
     model_type = "tokcom_lfq_expanded"
@@ -62,7 +63,7 @@ class LFQExpandedConfig(PreTrainedConfig):
         take_removed(kwargs, REMOVED)
         self.custom_pipelines = PipelineTasks("lfq", kwargs.pop("custom_pipelines", None))
         check_output_dim(self.output_dim)
-        # Not a field: it follows from two others. `from_pretrained` refuses other models' configurations, without an LFQ id.
+        # `vocab_size` is no field: two fields give it. Another model's config.json has none of the two and is refused later.
         given = kwargs.pop("vocab_size", None)
         if given is not None and self.lfq_start_token_id and given != self.vocab_size:
             raise ValueError(
@@ -76,8 +77,8 @@ class LFQExpandedConfig(PreTrainedConfig):
             raise ValueError(f"embedding_init_std must be >= 0, got {self.embedding_init_std}.")
         if self.text_vocab_size is not None and not 0 < self.text_vocab_size <= self.lfq_start_token_id:
             raise ValueError(
-                f"text_vocab_size={self.text_vocab_size} must be 1 to the {self.lfq_start_token_id} rows of the base "
-                "model's table: a tokenizer with more ids than the model has rows needs "
+                f"text_vocab_size must be from 1 to {self.lfq_start_token_id}, the rows of the base model's table, got "
+                f"{self.text_vocab_size}. A tokenizer with more ids than the model has rows needs "
                 "model.resize_token_embeddings(len(tokenizer)) before the vocabulary is expanded."
             )
         if self.base_auto_class not in AUTO_CLASSES:
@@ -89,7 +90,7 @@ class LFQExpandedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as saved, with remote code announced also for the base model's Auto class."""
+        """The configuration as saved; its `auto_map` names the saved code for the base model's Auto class, too."""
         values = super().to_dict()
         classes = values.get("auto_map") or {}
         names = ("AutoModel", self.base_auto_class)
@@ -124,7 +125,7 @@ class LFQExpandedConfig(PreTrainedConfig):
             return self
         values = self.base_config
         if values["model_type"] not in CONFIG_MAPPING:
-            # Classes of remote code are known only where the base model is loaded; the language model's values suffice.
+            # A configuration class of remote code is known only once the base model is loaded; plain values suffice here.
             text = _as_config(values.get("llm_config") or values.get("text_config") or values)
         else:
             text = _as_config(values).get_text_config(*args, **kwargs)

@@ -21,21 +21,27 @@ REMOVED = {
 
 @strict
 class LFQConfig(PreTrainedConfig):
-    """Vision features ↔ binary codes → embeddings of a language model. Numbers default to those of the documents.
+    """Shape of `LFQQuantizer`: vision features → binary codes → embeddings. The defaults are the documented numbers.
 
     What you will most likely change:
         input_size: width of the vision features.
-        llm_hidden_size: width of the embeddings, which is the language model's.
-        num_tokens: features per image, a square grid; None for any number.
-        output_dim: bits of a feature's code, 1 to 24; the vocabulary gains 2^output_dim tokens.
+        llm_hidden_size: width of the embeddings, which must be the language model's.
+        num_tokens: vision features per image, a square number; other inputs are refused. None accepts any number.
+        output_dim: bits of a feature's code, 1 to 24. More bits keep more of the feature; the language model's vocabulary
+            gains 2^output_dim tokens.
 
     Encoder:
         variant: `transformer` (features of an image attend to each other) or `linear` (one projection of each feature).
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: shape of the transformer.
-        qk_norm: RMSNorm on the queries and keys of each head.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: shape of the transformer; `linear` reads
+            none of them.
+        qk_norm: RMSNorm on the queries and keys of each head, which keeps attention logits bounded.
 
     Codes:
-        group_norm: normalise all logits of an image's bits together, without learned scale and shift.
+        group_norm: normalise all logits of an image's bits together to mean 0 and variance 1, without learned scale and
+            shift.
+
+    Initial weights:
+        initializer_range: standard deviation of linear weights.
     """
 
     model_type = "tokcom_lfq"

@@ -26,16 +26,19 @@ class PrunedVLMConfig(PreTrainedConfig):
 
     base_model_name_or_path: Hub name or absolute folder of the base. `base` means the subfolder of that name in the saved
         folder, which `save_pretrained(..., include_base=True)` writes.
-    base_revision: branch, tag or commit of a base on the Hub, which pins it.
-    base_included: the base's weights are in the folder's own weight files, beside the heads', because they were changed.
+    base_revision: branch, tag or commit of a base on the Hub; a commit pins the weights.
+    base_included: True: the base's weights were changed, so they are saved in the folder's own weight files. False: they are
+        loaded from `base_model_name_or_path`.
     base_config: the base's configuration as a dictionary.
     token_merger, layer_pruner: configurations of the learned stages as dictionaries, or None for no such stage.
-    strategy: a training-free strategy instead of the learned stages (`pruning_strategies.STRATEGIES` or `fastv`).
-    keep: vision tokens that the strategy keeps per image; a smaller image keeps all of its tokens.
-    strategy_layer: the layer of the language model before which `fastv` removes tokens.
+    strategy: a training-free strategy instead of the learned stages: `random`, `uniform`, `pool`, `tome`, `visionzip`,
+        `divprune` or `fastv`; see `pruning_strategies`.
+    keep: vision tokens that the strategy keeps per image, at least 1; a smaller image keeps all of its tokens.
+    strategy_layer: the layer of the language model before which `fastv` removes tokens, at least 1. An earlier layer saves
+        more FLOPs, from less reliable attention.
     strategy_seed: seed of the `random` strategy.
-    pruning_mode: `hard` (tokens are removed), `soft` (log(mask) is added to their attention scores), `merge_only` (stage 1
-        alone) or `origin` (the base as it is).
+    pruning_mode: `hard` (default; tokens are removed), `soft` (log(mask) is added to their attention scores, as in
+        training), `merge_only` (stage 1 alone) or `origin` (the base as it is).
     """
 
     model_type = "tokcom_pruned_vlm"
@@ -71,18 +74,18 @@ class PrunedVLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def tokens_kept(self, tokens: int) -> int:
-        """Vision tokens that stage 1 leaves, at most, of an image of `tokens` tokens, in every mode but `origin`."""
+        """The most vision tokens that stage 1 leaves of an image of `tokens` tokens, in every mode but `origin`."""
         if self.token_merger is not None:
-            of_one = TokenMergerConfig(**self.token_merger).tokens_kept
+            kept_of_tile = TokenMergerConfig(**self.token_merger).tokens_kept
         elif self.keep is None or self.strategy in LAYER_STRATEGIES:
             return tokens
         else:
-            of_one = partial(min, self.keep)
+            kept_of_tile = partial(min, self.keep)
         tile = self._tile_tokens() or tokens
-        return tokens // tile * of_one(tile)
+        return tokens // tile * kept_of_tile(tile)
 
     def _tile_tokens(self) -> int | None:
-        """Tokens of a tile in the families that treat every tile as an image of its own; None in the others."""
+        """Tokens of a tile in families that reduce every tile as an image of its own; None in other families."""
         base = self.base_config or {}
         sizes = base.get("vision_config") or {}
         if base.get("model_type") == "aya_vision":

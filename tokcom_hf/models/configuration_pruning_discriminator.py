@@ -14,9 +14,10 @@ class PruningDiscriminatorConfig(PreTrainedConfig):
     """A discriminator between hidden states of the unpruned and of the pruned model, at answer positions.
 
     hidden_size: the language model's width.
-    layers: the hidden states it reads, counted from the end (the documented -1, -3, -5).
-    internal_size: width of its hidden layers.
+    layers: hidden states of the language model that are compared, counted from the end; None: the documented [-1, -3, -5].
+    internal_size: width of the discriminator's hidden layers.
     dropout: dropout probability behind the first hidden layer.
+    initializer_range: without effect here: every linear layer has spectral norm and keeps torch's initial weights.
     """
 
     model_type = "tokcom_pruning_discriminator"

@@ -14,37 +14,38 @@ REMOVED = {"max_tokens": 576}
 
 @strict
 class TokenMergerConfig(PreTrainedConfig):
-    """Stage 1: N vision tokens become M before the language model. Numbers default to those of the documents.
+    """Stage 1: N vision tokens become M before the language model. The defaults are the documented numbers.
 
     What you will most likely change:
         feature_size: width of the vision features (1024 for LLaVA-1.5's CLIP tower).
         question_size: width of the language model's embeddings (4096 for LLaVA-1.5-7B).
-        merge_ratio: share of an image's tokens that stay, where `target_merge_tokens` is None.
+        merge_ratio: share of an image's tokens that stay, in (0, 1]; read where `target_merge_tokens` is None.
         target_merge_tokens: number of tokens that stay per image; a smaller image keeps all of its tokens.
 
     Kind:
-        merger_type: `simple` scores each token alone; `question_aware` lets tokens attend to the question before;
-            `fixed_pooling` has one learned query per merged token, shifted by the question.
-        question_dependent_ratio: every row keeps a number of tokens of its own. `learned` (or True): a linear layer predicts
-            the share from the question. `confidence`: a row keeps the best tokens that hold a learned mass of
-            softmax(scores), so that peaked scores keep few.
-        min_ratio, max_ratio: bounds of that share. With `max_ratio` training holds the mean over a batch at `merge_ratio`
-            (or `target_merge_tokens`); without it `merge_ratio` is the upper bound.
-        attention_guided: adds log(attention), times a learned weight, to the scores. `question`: the attention of the
-            question's tokens to each vision token, for every VLM. `tower` (or True): the attention that each token receives
-            in the vision tower, for VLMs whose tower gives it (LLaVA).
+        merger_type: `simple` scores each token alone; `question_aware` lets the tokens attend to the question before they
+            are scored; `fixed_pooling` has one learned query per merged token, shifted by the question.
+        question_dependent_ratio: False (default): all rows keep the same number of tokens. `learned` (or True): a linear
+            layer predicts each row's share from the question. `confidence`: a row keeps the best tokens that hold a learned
+            mass of softmax(scores), so that peaked scores keep few.
+        min_ratio, max_ratio: bounds of the share with `question_dependent_ratio`. With `max_ratio` training holds the mean
+            over a batch at `merge_ratio` (or `target_merge_tokens`); without it `merge_ratio` is the upper bound.
+        attention_guided: add log(attention), times a learned weight, to the scores; False (default) adds nothing.
+            `question`: the attention of the question's tokens to each vision token, for every VLM. `tower` (or True): the
+            attention that each token receives in the vision tower, for VLMs whose tower gives it (LLaVA).
 
     Computation:
         architecture: `normalized` assigns by cosine similarity at a learned scale, independent of the temperature, and
             divides weights by their column sums, which keeps the norms of features. `documented` assigns by
-            softmax(QKᵀ/√d / temperature) of two projections of the features, merges by weightsᵀ · features, has Gumbel
+            softmax(QKᵀ/√d / temperature) of two projections of the features, merges by weightsᵀ · features, and has Gumbel
             noise of scale 1 and no normalisation.
 
     Shape:
         internal_size, num_attention_heads: width and heads of the scorer and of the projections.
         scorer_size: hidden width of the scorer; `internal_size` where None.
-        initial_scale: initial scale of the cosine similarities.
+        initial_scale: initial scale of the cosine similarities; a larger one assigns each token to fewer centres.
         gumbel_noise: in training the centres are a sample (Gumbel-top-k of the scores) instead of the top-k.
+        initializer_range: standard deviation of initial linear weights.
     """
 
     model_type = "tokcom_token_merger"
@@ -106,14 +107,14 @@ class TokenMergerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def tokens_kept(self, tokens: int) -> int:
-        """Tokens left, at most, of an image of `tokens` tokens; from 1 to `tokens`."""
+        """The most tokens that are left of an image of `tokens` tokens; from 1 to `tokens`."""
         if self.max_ratio is None:
             return self.tokens_wanted(tokens)
-        # 1e-6: a product such as 0.7 · 10 = 7.000000000000001 must not add a slot.
+        # 1e-6: a product such as 0.55 · 100 = 55.00000000000001 must not add a slot.
         return max(1, math.ceil(self.max_ratio * tokens - 1e-6))
 
     def tokens_wanted(self, tokens: int) -> int:
-        """The budget for an image of `tokens` tokens; where the number depends on the question, its mean over a batch."""
+        """The budget for an image of `tokens` tokens. Where rows keep different numbers, the mean over a batch meets it."""
         target = self.target_merge_tokens
         wanted = max(1, round(self.merge_ratio * tokens)) if target is None else min(target, tokens)
         return wanted if self.max_ratio is None else min(wanted, self.tokens_kept(tokens))

@@ -18,7 +18,7 @@ def _part_field(part: str, name: str) -> property:
 
 @strict
 class TokComConfig(PreTrainedConfig):
-    """VAE, denoiser, context, and how they are trained and generate. The defaults are the documented system.
+    """Parts, training objective and generation defaults of a `TokComModel`. The defaults are the documented system.
 
     Parts:
         vae, denoiser: configurations of the two parts.
@@ -28,26 +28,29 @@ class TokComConfig(PreTrainedConfig):
     Flow:
         standardize_latents: the flow runs on (z − mean) / std with the statistics of the training data.
         noise_std: standard deviation of the flow's noise x0; 0.05 is documented, 1 suits standardised latents.
-        time_distribution, time_mean, time_std: training times, "uniform" (documented) or "logit_normal" σ(N(mean, std²)).
+        time_distribution, time_mean, time_std: training times, "uniform" (documented) or "logit_normal"
+            σ(N(time_mean, time_std²)); a negative mean trains more on noisy latents.
 
     Training of stage two (the loss is the weighted sum):
         mse_weight: weight of the squared error of the velocity; 0 is documented.
         cross_entropy_weight: weight of the cross-entropy through the frozen decoder, nats per token; 1 is documented.
-        head_weight: weight of the cross-entropy of the context's heads: the next token's and half of the later ones'.
+        head_weight: weight of the cross-entropy of the context's heads: that of the next token, plus half that of the
+            later tokens of a chunk.
         noise_draws: noisy copies of each block that share one pass of the context.
-        block_sizes: chunks per block, one drawn for each batch; 0 is the whole row.
-        context_dropout: share of the noisy blocks that are denoised without their context, which guidance needs.
+        block_sizes: chunks per block; each batch draws one of these numbers. 0 is the whole row.
+        context_dropout: share in [0, 1) of the noisy blocks that are denoised without their context. `guidance_scale` in
+            generation needs a share above 0.
         clean_prefix: without a context, a random prefix of the row has t = 1 and no loss, as prompts have in generation.
             Off (documented): training noises the whole row at one t.
-        max_chunks: chunks per row in training (1024 tokens / 4).
+        max_chunks: chunks per row in training; 256 chunks of 4 tokens are the documented 1024 tokens.
 
     Defaults of `generate`:
         block_size: chunks per block; 0 is all, and the only size without a context.
-        num_steps: steps of the flow per block; 50 is documented.
+        num_steps: steps of the flow per block, each one call of the denoiser; 50 is documented.
         step_power: the times of the steps are u^step_power for equal steps of u; 1 is documented, above 1 the steps near the
             noise are small.
-        sampler: "euler" (documented), "heun" or "renoise".
-        eos_token_id: ends a sequence; None: sequences have their full length.
+        sampler: "euler" (documented), "heun" (second order, twice the calls) or "renoise" (stochastic).
+        eos_token_id: id that ends a sequence; None: sequences have their full length.
     """
 
     model_type = "tokcom"
@@ -75,7 +78,7 @@ class TokComConfig(PreTrainedConfig):
     sampler: str = "euler"
     eos_token_id: int | None = None
 
-    # Read-only names of a flat config: the shape is the denoiser's, which runs at every step.
+    # Read-only names that libraries expect of a flat config: the shape is the denoiser's, which runs at every step.
     vocab_size = _part_field("vae", "vocab_size")
     hidden_size = _part_field("denoiser", "hidden_size")
     num_hidden_layers = _part_field("denoiser", "num_hidden_layers")
@@ -85,7 +88,7 @@ class TokComConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if refuse_removed(self.model_type, kwargs) and self.context is None:
-            # Version 0.1.0 wrote block sizes into every folder; they acted with the removed kind of attention alone.
+            # Version 0.1.0 wrote block sizes into every folder; they acted only with a kind of attention that is removed.
             self.block_sizes = [0]
             refuse_block_size(self.block_size)
         self.custom_pipelines = PipelineTasks("tokcom", kwargs.pop("custom_pipelines", None))
@@ -102,11 +105,11 @@ class TokComConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _build_parts(self) -> None:
-        """Makes configurations of the parts; widths that one part takes from another are filled in, or checked."""
+        """Builds the configurations of the parts; widths that two parts share are filled in, or checked."""
         if not isinstance(self.vae, TokComVAEConfig):
             self.vae = TokComVAEConfig(**self.vae or {})
         if isinstance(self.context, dict):
-            # Without a row for padding: the context reads the VAE's tokens and no others.
+            # The context reads the VAE's tokens and no others, so its table has no row for padding.
             self.context = LlamaConfig(**{"vocab_size": self.vae.vocab_size, "pad_token_id": None, **self.context})
         context_size = None if self.context is None else self.context.hidden_size
         widths = {"latent_size": self.vae.latent_size, "context_size": context_size}

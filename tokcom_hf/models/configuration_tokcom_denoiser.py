@@ -14,9 +14,10 @@ class DenoisedModelConfig(PreTrainedConfig):
     latent_size: width of a latent; where it equals `hidden_size`, as documented, there is no input projection.
     hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size, rms_norm_eps: as in Llama.
     rope_theta: RoPE base for chunk positions.
-    time_scale: factor of t ∈ [0, 1] before its sinusoid; 1 is documented, 1000 tells times apart that differ by 0.01.
+    time_scale: factor of t ∈ [0, 1] before its sinusoidal embedding; 1 is documented, 1000 gives times that differ by 0.01
+        clearly different embeddings.
     context_size: width of the context's state before a block; None (documented): the denoiser takes no context.
-    self_conditioning: the previous prediction of the clean latents is a second input (arXiv 2208.04202).
+    self_conditioning: take the previous prediction of the clean latents as a second input (arXiv 2208.04202).
     """
 
     model_type = "tokcom_denoiser"

@@ -17,32 +17,36 @@ class TokComVAEConfig(PreTrainedConfig):
         vocab_size: number of token ids **including** the omni token: `len(tokenizer) + 1`.
         omni_token_id: id that fills the decoder's query positions; None takes `vocab_size - 1`.
         chunk_size: tokens per latent.
-        latent_size: width of a latent; None (documented) takes `hidden_size`, without projections. 64–128 is sturdier.
+        latent_size: width of a latent; None (documented) takes `hidden_size`, without projections. Smaller widths (64–128)
+            train more reliably.
 
     Shape:
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, rms_norm_eps: as in Llama.
         num_hidden_layers: layers of the encoder, and of the decoder where `num_decoder_layers` is None.
         num_decoder_layers: layers of the decoder.
-        rope_theta: RoPE base for token positions; the denoiser's counts chunks.
+        rope_theta: RoPE base for token positions; the denoiser's `rope_theta` counts chunks.
         chunk_projection: "last" (documented) reads the latent off the last position and gives it to the decoder's first,
             the other positions being omni tokens; "all" maps all positions to the latent and back, which learns about ten
             times faster because no attention head has to learn which position is which.
 
     Latent space (off by default, as documented):
         variational: predict mean and log-variance, sample in training, and add the KL term.
-        kl_weight: weight of Σ_d max(KL_d, 0.5 nats).
+        kl_weight: weight of Σ_d max(KL_d, 0.5 nats) over latent dimensions d; read with `variational`.
         fixed_norm: scale every latent to root-mean-square 1.
-        latent_noise: in training, add noise of standard deviation U(0, latent_noise) × the latents' own.
-        token_dropout: in training, replace this share of the encoder's inputs by the omni token.
-        hint_tokens: tokens before a chunk that `Hint` reads to shift its noisy latent, a second loss; 0: none. A multiple
-            of chunk_size.
+        latent_noise: in training, add noise to the latents; its standard deviation is drawn from U(0, latent_noise), in
+            units of the latents' own.
+        token_dropout: in training, replace this share, in [0, 1), of the encoder's inputs by the omni token.
+        hint_tokens: number of tokens before a chunk from which `Hint` shifts the chunk's noisy latent, for a second
+            reconstruction loss; 0: no such loss. A multiple of `chunk_size`.
 
     Initial weights:
         initializer_range: standard deviation of all but the embedding.
         embedding_initializer_range: standard deviation of the embedding and of the head tied to it; None takes
-            `initializer_range`. At 0.3 the share of an embedding in a latent tells tens of thousands of tokens apart.
-        zero_init_residual: attention and MLP start at zero, so that the first steps learn one linear map for the whole
-            vocabulary, rare tokens included.
+            `initializer_range`. Larger embeddings weigh more in a latent: at 0.3 latents tell tens of thousands of tokens
+            apart.
+        zero_init_residual: the output projections of attention and MLP start at zero, so that the first steps learn one
+            linear map for the whole vocabulary, rare tokens included.
+        tie_word_embeddings: the head shares its weights with the embedding.
     """
 
     model_type = "tokcom_vae"

@@ -11,7 +11,7 @@ from .pipeline_files import PipelineTasks
 from .shared_removed_fields import take_removed
 
 QUANTIZER_NAMES = ("ema", "fsq", "lfq")
-# Option → the quantizers that read it. An option that is not here is read whatever the quantizer is.
+# Option → the quantizers that read it. Every quantizer reads the options that are not listed.
 READ_BY: dict[str, tuple[str, ...]] = {
     "fsq_levels": ("fsq",),
     "entropy_weight": ("ema", "lfq"),
@@ -39,7 +39,7 @@ REMOVED: dict[str, Any] = {
 
 
 def unread_options(quantizer: str) -> tuple[str, ...]:
-    """Options that a quantizer does not read; the width of `fsq` and `lfq` follows from the number of codes."""
+    """Options that a quantizer does not read; with `codebook_dim` for `fsq` and `lfq`, whose number of codes gives it."""
     width = () if quantizer == "ema" else ("codebook_dim",)
     return (*(name for name, quantizers in READ_BY.items() if quantizer not in quantizers), *width)
 
@@ -61,7 +61,7 @@ def default_fsq_levels(codebook_size: int) -> list[int]:
 
 @strict
 class VQGANConfig(PreTrainedConfig):
-    """Shape, losses and codebook of a `VQGAN`. The defaults are the documented numbers; `recipes/configs/base` are sturdier.
+    """Shape, losses and codebook of a `VQGAN`. The defaults are the documented numbers.
 
     What you will most likely change:
         image_size: side in pixels of the processor's output; the model takes any size divisible by `downsample_factor`.
@@ -72,36 +72,41 @@ class VQGANConfig(PreTrainedConfig):
         fsq_levels: levels of each dimension of `fsq`, each at least 2; None takes fours and eights.
 
     Network:
-        downsample_factor: pixels per code along each side, `patch_size` times a power of two.
+        downsample_factor: pixels per code along each side, `patch_size` times a power of two; 8 makes 32×32 codes of
+            256×256 pixels.
         patch_size: pixels folded into channels before the first convolution; above 1 it saves most of the time.
-        base_channels, channel_multipliers: width of each resolution, finest first; one multiplier more than halvings.
+        base_channels, channel_multipliers: their products are the channels at each resolution, finest first; one multiplier
+            more than there are halvings of the resolution.
         num_res_blocks: residual blocks per resolution.
         latent_channels: channels of encoder output and decoder input; None takes `codebook_dim`.
         mid_attention: self-attention at the coarsest resolution.
 
     Loss of `forward`:
         l1_weight, mse_weight: weights of the absolute and the squared error of the reconstruction.
-        commitment_weight: weight β of the distance between features and their codes. `VQGANTrainingArguments` warms it up.
+        commitment_weight: weight β of the squared distance between features and their codes;
+            `VQGANTrainingArguments.commitment_warmup_epochs` warms it up.
         entropy_weight: weight of the entropy term (`ema`, `lfq`).
         entropy_term: `choice` is (mean entropy of each vector's soft assignment − entropy of the mean assignment) / log K,
-            for sure choices and evenly used codes; `use` is its second part alone (`ema`).
-        entropy_temperature: temperature of those soft assignments (`ema`, `lfq`).
-        diversity_weight: weight of 1 − entropy of the mean assignment / log K: evenly used codes, whether or not the choices
-            are sure (`ema`).
+            which rewards sure choices and evenly used codes; `use` is the second part alone (`ema`).
+        entropy_temperature: temperature of these soft assignments (`ema`, `lfq`).
+        diversity_weight: weight of 1 − entropy of the mean assignment / log K, which rewards evenly used codes and leaves
+            open how sure the choices are (`ema`).
 
     Codebook of `ema`:
         codebook_similarity: `euclidean`, or `cosine` with features and codes on the unit sphere.
         codebook_init: `uniform` in ±1/K (documented; features then miss most codes), `data` or `kmeans`.
-        ema_decay: decay of the moving averages that the codes are.
+        ema_decay: share of the old value that a step keeps in the moving averages of the codes, in [0, 1); a larger one
+            moves codes more slowly.
         temperature: in training, codes are drawn from softmax(−distance² / (temperature · scale)); 0 takes the nearest.
-        temperature_scale: that scale: `dim` (√width), `mean` (the mean squared distance), `variance` (the features' mean
-            variance per channel) or `none` (1: features far from each other then make the draw surer).
-        dead_code_threshold, dead_code_unit: a code used less is dead; in vectors per step (`count`, documented), or as a
-            share of the mean use (`mean`, independent of batch and codebook size).
+        temperature_scale: the scale in this formula: `dim` (√width), `mean` (the mean squared distance), `variance` (the
+            features' mean variance per channel) or `none` (1: features far from each other then make the draw surer).
+        dead_code_threshold, dead_code_unit: a code that is used less than the threshold is dead. The unit is vectors per
+            step (`count`, documented) or the mean use of all codes (`mean`, independent of batch and codebook size).
         reset_fraction: largest share of the codes, dead ones only, that a reset moves onto data; 0 never resets.
         reset_interval: optimizer steps between resets; 0 leaves them to the trainer (each epoch).
-        balance_rate: step by which codes that are used too often become dearer, in squared distances between vectors and
-            codes; 0.05 is usual, 0 (default) lets every vector take its nearest code. Inference applies it as well.
+        balance_rate: step of a penalty that is added to the distance to codes which are used too often, as a share of the
+            mean squared distance; 0.05 is usual. 0 (default): every vector takes its nearest code. Inference applies the
+            penalty as well.
 
     Raises:
         ValueError: a value out of range, or an option that the chosen quantizer does not read (`READ_BY`).
@@ -225,7 +230,7 @@ class VQGANConfig(PreTrainedConfig):
             )
 
     def _check_options_of_quantizer(self) -> None:
-        """Raises ValueError for options of other quantizers; in a saved folder they never acted and get their defaults."""
+        """Raises ValueError for options of other quantizers; those of a saved folder never acted and get their defaults."""
         defaults = {item.name: item.default for item in fields(self)}
         idle = {
             name: getattr(self, name)
@@ -234,7 +239,7 @@ class VQGANConfig(PreTrainedConfig):
             and getattr(self, name) != defaults[name]
             and not (name in OFF_AT_ZERO and getattr(self, name) == 0)
         }
-        # Other quantizers have a width of their own; the option then says what the latent channels are, or nothing.
+        # `fsq` and `lfq` have a width of their own. A codebook_dim that only repeats it or latent_channels is accepted.
         width = math.log2(self.codebook_size) if self.quantizer == "lfq" else self.latent_channels
         if self.quantizer != "ema" and self.codebook_dim not in (
             defaults["codebook_dim"],
@@ -247,6 +252,6 @@ class VQGANConfig(PreTrainedConfig):
                 setattr(self, name, defaults[name])
         elif idle:
             given = ", ".join(f"{name}={value!r} (default {defaults[name]!r})" for name, value in idle.items())
-            raise ValueError(
-                f"The quantizer {self.quantizer!r} does not read {given}; leave it out, or choose quantizer='ema'."
-            )
+            readers = set.intersection(*(set(READ_BY.get(name, ("ema",))) for name in idle))
+            advice = f", or choose quantizer {' or '.join(sorted(readers))}" if readers else ""
+            raise ValueError(f"The quantizer {self.quantizer!r} does not read {given}; leave it out{advice}.")

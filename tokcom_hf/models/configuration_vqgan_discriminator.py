@@ -9,8 +9,8 @@ class VQGANDiscriminatorConfig(PreTrainedConfig):
     """A patch discriminator (Isola et al. 1611.07004): one logit per overlapping patch of the image.
 
     in_channels: channels of the images, 1 to 4.
-    base_channels: width after the first convolution; doubled at each following one up to eightfold.
-    num_layers: convolutions of stride 2.
+    base_channels: width after the first convolution; each following one doubles it, up to eightfold.
+    num_layers: convolutions of stride 2; each further one doubles the patch that a logit judges.
     """
 
     model_type = "tokcom_vqgan_discriminator"
@@ -21,7 +21,7 @@ class VQGANDiscriminatorConfig(PreTrainedConfig):
     num_layers: int = 3
 
     def __post_init__(self, **kwargs):
-        # Set before the checks; the base class would set them behind.
+        # The base class would set these after the checks.
         for name in [name for name in kwargs if name in self.attribute_map]:
             setattr(self, name, kwargs.pop(name))
         if self.in_channels not in (1, 2, 3, 4):

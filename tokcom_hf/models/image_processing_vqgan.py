@@ -10,7 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from .shared_image_files import read_image
 from .shared_image_pixels import CHANNELS
 
-# Keys of a saved processor that are no arguments.
+# Keys of a saved processor that are no arguments of its constructor.
 FILED = ("auto_map", "custom_pipelines", "feature_extractor_type", "image_processor_type", "processor_class")
 
 
@@ -18,15 +18,15 @@ class VQGANImageProcessor(BaseImageProcessor):
     """Converts, resizes and scales images to [-1, 1].
 
     EXIF rotation is applied. CMYK, palette and grey images are converted. Transparency is laid on white where the model has
-    no alpha channel. Of several pages or frames the first is taken. Samples of 16 bits, 32 bits and floats are scaled to 8
-    bits as `shared_image_pixels.to_uint8` says.
+    no alpha channel. The first of several pages or frames is taken. Samples of 16 bits, 32 bits and floats are scaled to 8
+    bits as `shared_image_pixels.to_uint8` describes.
 
     Args:
-        image_size: side of the square output (`resize_mode` `crop` and `squash`).
+        image_size: side of the square output in pixels (`resize_mode` `crop` and `squash`).
         num_channels: 1 to 4 (grey, grey + alpha, RGB, RGBA).
         resize_mode: `crop` scales the shorter side and cuts out the centre; `squash` changes the aspect ratio; `none` keeps
             the size, cut to a multiple of `size_divisor`.
-        size_divisor: the model's `downsample_factor`.
+        size_divisor: sides of the output are multiples of this number, the model's `downsample_factor`.
     """
 
     model_input_names = ["pixel_values"]

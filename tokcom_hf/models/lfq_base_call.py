@@ -1,4 +1,4 @@
-"""The keywords of an `LFQExpandedModel`'s base model. A misspelt one raises; models with `**kwargs` would ignore it."""
+"""The keywords of an `LFQExpandedModel`'s base model. A misspelt keyword raises; `**kwargs` alone would ignore it."""
 
 import inspect
 from typing import Any
@@ -8,7 +8,7 @@ from transformers.utils import TransformersKwargs
 from .lfq_rows import text_host
 from .shared_cache_name import cache_argument
 
-# Arguments of `LFQExpandedModel.forward` that go to the base model as they are, in the order of its call of `named`.
+# Arguments of `LFQExpandedModel.forward` that go to the base model unchanged, in the order in which `named` takes them.
 PASSED = (
     "input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids",
     "pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "pixel_values_videos", "video_grid_thw",
@@ -17,14 +17,14 @@ PASSED = (
 
 
 def named(*values: Any) -> dict[str, Any]:
-    """Values of the arguments `PASSED`, in their order, by name."""
+    """Names the values of the arguments `PASSED`, given in their order."""
     return dict(zip(PASSED, values, strict=True))
 
 
 def keywords_of(base) -> frozenset[str]:
     """Names of the keywords that act in a base model's forward, without `labels`.
 
-    A forward with `**kwargs` hands them to its language model and to attention, so their keywords act, too.
+    A forward with `**kwargs` hands these to its language model and to attention, whose keywords therefore act, too.
     """
     parameters = _parameters(base)
     names = set(parameters)
@@ -43,12 +43,12 @@ def cache_keyword_of(base) -> str:
     )
 
 
-def acting(model, inputs: dict) -> dict:
+def checked_keywords(model, inputs: dict) -> dict:
     """The keywords with which the base model is called: `inputs` without those that are None.
 
     Args:
         model: the `LFQExpandedModel`.
-        inputs: keywords by name.
+        inputs: values by keyword.
 
     Raises:
         TypeError: a keyword that the base model does not take.

@@ -20,8 +20,8 @@ NORM_EPS = 1e-6
 def rotary_2d(grid: tuple[int, int], head_dim: int, theta: float, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin `(1, rows · columns, head_dim)` of the rotary positions of features in reading order.
 
-    The first half of the pairs turns with the row, the second with the column. There is no buffer for them:
-    `from_pretrained` would leave a non-persistent one uninitialised.
+    The first half of the pairs rotates with the row, the second half with the column. cos and sin are computed in each call,
+    because `from_pretrained` would leave a non-persistent buffer uninitialised.
     """
     quarter = head_dim // 4
     frequencies = theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
@@ -64,7 +64,7 @@ class LFQAttention(nn.Module):
 
 
 class LFQBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block: x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x))."""
 
     def __init__(self, config: LFQConfig):
         super().__init__()

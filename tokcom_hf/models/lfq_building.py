@@ -1,4 +1,4 @@
-"""What `LFQExpandedModel.from_base` needs before it can build: the base model, and a configuration that describes it."""
+"""What `LFQExpandedModel.from_base` builds from: the loaded base model, and a configuration that describes it."""
 
 import os
 
@@ -14,8 +14,8 @@ def given_or_loaded(model: str | os.PathLike | PreTrainedModel, loading: dict) -
     """A loaded base model as it is, or the one that a name stands for, loaded with the options `loading`.
 
     Raises:
-        TypeError: options of loading for a model that is loaded already, or no model of transformers.
-        ValueError: a model that has LFQ tokens already.
+        TypeError: `loading` is not empty and the model is loaded already, or `model` is no model of transformers.
+        ValueError: the model has LFQ tokens already.
     """
     if isinstance(model, str | os.PathLike):
         model = load_base(model, **loading)
@@ -40,7 +40,7 @@ def config_around(model: PreTrainedModel, tokenizer, **settings) -> LFQExpandedC
 
     Args:
         model: the base model.
-        tokenizer: the base model's, whose size becomes `text_vocab_size`, or None.
+        tokenizer: the base model's tokenizer, whose size becomes `text_vocab_size`, or None.
         settings: further fields of `LFQExpandedConfig`.
     """
     reference, revision = reference_of(model)
@@ -67,13 +67,13 @@ def auto_class_of(model: PreTrainedModel) -> str:
     if type(model).__module__.startswith("transformers.models."):
         raise ValueError(
             f"{type(model).__name__} is built neither by AutoModelForCausalLM nor by AutoModelForImageTextToText, so a "
-            "saved LFQExpandedModel could not find it again."
+            "saved LFQExpandedModel could not load its base model."
         )
     return "AutoModel"
 
 
 def load_base(name: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """The causal or image-text-to-text model at a Hub name or in a folder; keywords as of `from_pretrained`."""
+    """Loads the causal or image-text-to-text model at a Hub name or in a folder; keywords are those of `from_pretrained`."""
     name = os.fspath(name)
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise OSError(f"No such model folder: {name!r}.")

@@ -1,4 +1,4 @@
-"""Saving and loading `LFQExpandedModel`: the new rows with a reference to the base model, or with its weights."""
+"""Saves and loads an `LFQExpandedModel`: the new rows with a reference to the base model, or with its weights."""
 
 import os
 
@@ -26,7 +26,7 @@ from .shared_wrapped_base import (
 )
 
 ROWS = "lfq_rows."
-# Keywords of `from_pretrained` about the saved folder, and those that Auto classes and pipelines hand on.
+# Keywords of `from_pretrained` that concern the saved folder, and keywords that Auto classes and pipelines hand on.
 _OTHER = (
     "variant",
     "state_dict",
@@ -43,8 +43,8 @@ def save_lfq_expanded(model, save, folder, include_base: bool | None, state_dict
     """Writes the configuration and the new rows, and the base model's weights where `include_base` says so.
 
     Args:
-        model, folder: the `LFQExpandedModel` and the folder for it.
-        save: its inherited `save_pretrained`.
+        model, folder: the `LFQExpandedModel` and the target folder.
+        save: the model's inherited `save_pretrained`.
         include_base: None decides as `LFQExpandedModel.save_pretrained` documents.
         state_dict: weights to save instead of the model's own (distributed training gives them).
 
@@ -92,10 +92,10 @@ def save_lfq_expanded(model, save, folder, include_base: bool | None, state_dict
             config.base_model_name_or_path = _reference(reference, folder)
     config.base_included = include_base
     if kwargs.get("is_main_process", True) and not any(value.is_meta for value in weights.values()):
-        # Offloaded weights may still be in these very files.
+        # Files of an earlier save stay where offloaded weights are still read from them.
         remove_weights(folder, kwargs.get("variant"))
     try:
-        # Some VLMs rename weights on saving, which loading would not undo behind the prefix `base.`.
+        # Some VLMs rename weights when they are saved; loading could not undo that for names that begin with `base.`.
         save(folder, state_dict=weights, **kwargs | {"save_original_format": False})
     finally:
         config.base_model_name_or_path = reference
@@ -112,7 +112,7 @@ def _refuse_adapters(model, base_weights: dict) -> None:
 
 
 def _is_reference(model, base_weights: dict) -> bool:
-    """Whether the base model's weights are those that its reference gives."""
+    """Whether the base model's weights equal those at `base_model_name_or_path`."""
     config, base = model.config, model.base
     if config.base_model_name_or_path is None:
         return False
@@ -223,14 +223,14 @@ def _load_rows(cls, name, config, hub: dict, base_trust_remote_code: bool, kwarg
 def _load_base(name, config, hub: dict, trusted: bool, kwargs: dict) -> PreTrainedModel:
     """The base model that the configuration of the saved model `name` refers to.
 
-    The configuration then names a folder inside the saved one by its absolute path.
+    A base model in a folder inside the saved one is named by its absolute path in the configuration afterwards.
     """
     reference = config.base_model_name_or_path
     where, subfolder = locate_base(reference, name)
     if subfolder is not None:
         where_options = hub | {"subfolder": "/".join(filter(None, (hub.get("subfolder"), subfolder)))}
     else:
-        # `revision` is one of the saved model's repository.
+        # `revision` names a commit of the saved model's repository, not of the base model's.
         where_options = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
         where_options["revision"] = config.base_revision
     loading = {key: kwargs[key] for key in LOADING_OPTIONS if key in kwargs}
@@ -240,7 +240,7 @@ def _load_base(name, config, hub: dict, trusted: bool, kwargs: dict) -> PreTrain
         _check_base(name, config, where, where_options, trusted)
         base = config.base_class().from_pretrained(where, trust_remote_code=trusted, **where_options, **loading)
     if subfolder is not None:
-        # A subfolder on the Hub has no name of its own; the next save includes it.
+        # A base model in a subfolder on the Hub has no name of its own, so the next save includes its weights.
         folder = os.path.join(os.path.abspath(name), where_options["subfolder"])
         config.base_model_name_or_path = folder if os.path.isdir(folder) else None
     return base

@@ -1,7 +1,7 @@
 """Which parts of an `LFQExpandedModel` train: the base model, its vocabulary tables, the new rows.
 
-Freezing also drops gradients that are there already: an optimizer skips a parameter without one, and so applies neither
-momentum nor weight decay to it.
+Freezing also drops existing gradients: an optimizer skips a parameter without a gradient, and so applies neither momentum
+nor weight decay to it.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from .lfq_rows import vocabulary_of
 
 
 def freeze(parameters: Iterable[nn.Parameter], frozen: bool) -> None:
-    """Freezes parameters, or frees them."""
+    """Freezes parameters, or unfreezes them where `frozen` is False."""
     for parameter in parameters:
         parameter.requires_grad_(not frozen)
         if frozen:
@@ -20,7 +20,7 @@ def freeze(parameters: Iterable[nn.Parameter], frozen: bool) -> None:
 
 
 def freeze_tables(base: nn.Module, frozen: bool) -> None:
-    """Freezes the vocabulary tables of a base model, or frees them."""
+    """Freezes the vocabulary tables of a base model, or unfreezes them where `frozen` is False."""
     for module in vocabulary_of(base):
         freeze(module.parameters(recurse=False), frozen)
 

@@ -1,4 +1,4 @@
-"""Generation of text and images with an `LFQExpandedModel`: the logits processor of a mode, and options of `generate`."""
+"""Generation of text and images with an `LFQExpandedModel`: the modes as a logits processor, and options of `generate`."""
 
 import torch
 from transformers import LogitsProcessor
@@ -49,18 +49,18 @@ class LFQModeLogitsProcessor(LogitsProcessor):
 def generation_options(
     model, inputs: torch.Tensor | None, mode: str | None, num_image_tokens: int, logits_processor, options: dict
 ) -> dict:
-    """Keywords of the base model's `generate`; arguments and errors as of `LFQExpandedModel.generate`."""
+    """Keywords of the base model's `generate`; arguments and errors are those of `LFQExpandedModel.generate`."""
     options = dict(options)
     processors = list(logits_processor or [])
     if mode is not None:
         start, _ = model.lfq_token_range
         text = model.config.text_vocab_size or start
-        # In front of all others: what warps or samples logits must see only ids that may be drawn.
+        # First of all processors: those that warp or sample logits must see only ids that may be drawn.
         processors.insert(0, LFQModeLogitsProcessor(mode, model.lfq_token_range, text, num_image_tokens))
     if mode == "image":
         for name in ("max_new_tokens", "min_new_tokens", "max_length", "min_length"):
             if options.get(name) not in (None, num_image_tokens):
-                raise ValueError(f"mode='image' generates {num_image_tokens=} tokens exactly; leave {name} out.")
+                raise ValueError(f"mode='image' generates exactly {num_image_tokens=} tokens; leave {name} out.")
         options |= {"max_new_tokens": num_image_tokens, "min_new_tokens": num_image_tokens, "max_length": None}
     if inputs is not None and options.get("input_ids") is not None:
         raise ValueError("inputs and input_ids are two names of one argument; give one of them.")

@@ -1,10 +1,10 @@
 """How `LFQExpandedModel` adds ids to its base model: hooks on the base model's embedding and head.
 
-New ids are taken out before the embedding and their rows put in behind it; logits of new ids are appended behind the head.
-In a forward with labels the head's input is caught for the loss (lfq_loss.py).
+Before the embedding, new ids are replaced by id 0; behind it, the rows of the new ids are put in place. Behind the head, the
+logits of the new ids are appended. In a forward with labels, the head's input is recorded for the loss (lfq_loss.py).
 
-No state of a call stays on the model, so threads may share one: ids travel as an attribute of the tensor that the embedding
-is given, and what the loss needs in an object of the calling thread.
+A call leaves no state on the model, so threads may share one. Ids travel as an attribute of the embedding's input tensor;
+what the loss needs is kept in a `LossCall` of the calling thread.
 """
 
 import threading
@@ -27,10 +27,11 @@ class LossCall:
 
     Attributes:
         model: the `LFQExpandedModel` whose forward it is.
-        narrow: the head computes the last position only, which shows whether the base model changes logits behind it.
+        narrow: the head computes the last position only; one position shows whether the base model changes logits behind
+            its head.
         hidden: the head's input `(batch, length, hidden)`.
         logits: the head's output, new ids included.
-        gradient_sink: takes the loss's gradient of tied rows, to which the lookup's backward adds its own.
+        gradient_sink: holds the loss's gradient of tied rows, to which the backward pass of the lookup adds its own.
     """
 
     model: torch.nn.Module
@@ -77,7 +78,7 @@ class VocabularyHooks:
     def without_new_ids(self, module, args):
         ids = args[0]
         base_ids = ids.masked_fill(ids >= self.model.config.lfq_start_token_id, 0)
-        # The hook behind the embedding gets this tensor.
+        # `with_new_rows` is given this tensor.
         base_ids.lfq_ids = ids
         return (base_ids, *args[1:])
 
@@ -91,7 +92,7 @@ class VocabularyHooks:
         return torch.where((index >= 0).unsqueeze(-1).to(output.device), rows, output)
 
     def _call(self) -> LossCall | None:
-        """The calling thread's forward with labels through this model, if it is in one."""
+        """The forward with labels that the calling thread runs through this model, or None."""
         call = getattr(_THREAD, "call", None)
         return call if call is not None and call.model is self.model else None
 
@@ -119,7 +120,7 @@ class VocabularyHooks:
         return (args[0][:, -1:], *args[1:]) if call.narrow else None
 
     def with_new_logits(self, module, args, output):
-        # Through the module's forward, for accelerate's hooks bring offloaded weights back there.
+        # `lfq_rows` is called as a module, because accelerate's hooks load offloaded weights in its forward.
         logits = torch.cat([output, self.model.lfq_rows(args[0], as_head=True).to(output)], dim=-1)
         call = self._call()
         if call is not None:

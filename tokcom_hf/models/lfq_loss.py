@@ -1,4 +1,4 @@
-"""The loss of an `LFQExpandedModel`, computed in chunks from the head's input: no step holds all logits."""
+"""The loss of an `LFQExpandedModel`, computed in chunks from the head's input, so that all logits never exist at once."""
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ def forward_with_loss(
         inputs: keywords of the base model's forward.
         labels: `(batch, length)` ids, -100 where there is nothing to predict.
         num_items: divisor of the summed loss; the mean over labels where None.
-        return_logits: also compute the logits.
+        return_logits: also return the logits.
     """
     inputs = dict(inputs)
     keep = inputs.pop("logits_to_keep", None)
@@ -50,7 +50,7 @@ def _run(model, inputs: dict, narrow: bool):
 
 
 def _in_memory(model) -> bool:
-    """Whether old and new rows are in memory; offloaded weights are only while their module runs."""
+    """Whether old and new rows are in memory; offloaded weights are in memory only while their module runs."""
     modules = (vocabulary_of(model.base)[1], model.lfq_rows)
     return not any(parameter.is_meta for module in modules for parameter in module.parameters())
 
@@ -74,5 +74,5 @@ def _loss(model, logits: torch.Tensor, call: LossCall, labels: torch.Tensor, num
 
 @torch.no_grad()
 def _is_plain(head: nn.Module, logits: torch.Tensor, hidden: torch.Tensor) -> bool:
-    """Whether the last position's logits are what the head gives for it."""
+    """Whether the logits of the last position are the head's own output for that position."""
     return torch.allclose(logits[:, -1:].float(), head(hidden[:, -1:]).float(), rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-# Share of the mean variance. Directions of much smaller variance are taken for noise and not amplified.
+# Floor of the variances as a share of their mean: directions of much smaller variance count as noise and are not amplified.
 WHITENING_FLOOR = 0.3
 
 
@@ -21,7 +21,7 @@ def whitening_of(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def match_features(model, features: torch.Tensor, grid: tuple[int, int] | None) -> None:
-    """Fits an `LFQQuantizer` to features `(batch, n, input_size)`; see its method of this name."""
+    """Fits an `LFQQuantizer` to features `(batch, n, input_size)`; see `LFQQuantizer.match_features`."""
     flat = features.flatten(0, 1)
     first = model.input_proj if model.config.variant == "transformer" else model.to_bits
     mean, whitening = whitening_of(model.input_norm(flat.to(model.input_norm.weight.dtype)))
@@ -33,12 +33,13 @@ def match_features(model, features: torch.Tensor, grid: tuple[int, int] | None) 
     model.embedding_scale.fill_(float(flat.float().std()))
     model.embedding_shift.copy_(flat.float().mean(0))
     bits = 2.0 * torch.cat([model.encode(part, grid) for part in features.split(64)]).flatten(0, 1) - 1
-    inner = F.gelu(model.from_bits[0](bits.to(model.from_bits[0].weight.dtype))).cpu().double()
-    wanted = ((flat.float() - model.embedding_shift) / model.embedding_scale).cpu().double()
-    inner_mean = inner.mean(0)
-    inner = inner - inner_mean
-    gram = inner.t() @ inner / len(inner)
+    hidden = F.gelu(model.from_bits[0](bits.to(model.from_bits[0].weight.dtype))).cpu().double()
+    targets = ((flat.float() - model.embedding_shift) / model.embedding_scale).cpu().double()
+    hidden_mean = hidden.mean(0)
+    hidden = hidden - hidden_mean
+    # Ridge regression: weight = (HᵀH + λI)⁻¹ HᵀY.
+    gram = hidden.t() @ hidden / len(hidden)
     gram.diagonal().add_(1e-2 * gram.diagonal().mean())
-    solution = torch.linalg.solve(gram, inner.t() @ wanted / len(inner)).t()
-    model.from_bits[2].weight.copy_(solution)
-    model.from_bits[2].bias.copy_(-solution @ inner_mean)
+    weight = torch.linalg.solve(gram, hidden.t() @ targets / len(hidden)).t()
+    model.from_bits[2].weight.copy_(weight)
+    model.from_bits[2].bias.copy_(-weight @ hidden_mean)

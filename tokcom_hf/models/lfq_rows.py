@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 
 class GradientSink:
-    """Takes the loss's gradient of tied rows from `split_cross_entropy`.
+    """Receives the loss's gradient of tied rows from `split_cross_entropy`.
 
-    An object, not a dictionary: accelerate's hooks copy the dictionaries among a module's arguments.
+    The dictionary is wrapped in an object, because accelerate's hooks copy dictionaries among a module's arguments.
     """
 
     def __init__(self):
@@ -60,9 +60,9 @@ class LFQRows(nn.Module):
         """Embeddings `(..., hidden)` of row numbers, or logits `(..., rows)` of hidden states.
 
         Args:
-            inputs: int64 row numbers `(...)`; with `as_head` hidden states `(..., hidden)`, whose dtype logits get.
-            gradient_sink: for the gradient of tied rows in training.
-            as_head: compute logits.
+            inputs: int64 row numbers `(...)`; with `as_head` hidden states `(..., hidden)`, whose dtype the logits get.
+            gradient_sink: where the loss leaves its gradient of tied rows in training; None without a loss.
+            as_head: compute logits instead of embeddings.
         """
         if as_head:
             weight, bias = self.tables()
@@ -84,7 +84,7 @@ def vocabulary_of(base: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
     """Input embedding and output head of a base model.
 
     Raises:
-        ValueError: no head, or different shapes.
+        ValueError: the model has no head, or embedding and head have different shapes.
         TypeError: the embedding is no nn.Embedding, or the head has no weight.
     """
     host, name = text_host(base), type(base).__name__
@@ -109,7 +109,7 @@ def vocabulary_of(base: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device on which a module with a `weight` computes, also where the weight is offloaded."""
+    """The device on which a module with a `weight` computes, even if the weight is offloaded."""
     weight: Any = module.weight
     hook: Any = getattr(module, "_hf_hook", None)
     return weight.device if hook is None or not weight.is_meta else torch.device(hook.execution_device)
@@ -148,7 +148,7 @@ def initialize_rows(rows: torch.Tensor, old: torch.Tensor, method: str, std: flo
 
 
 def new_rows(base: nn.Module, config) -> LFQRows:
-    """Rows for the LFQ tokens of an `LFQExpandedConfig` that fit a base model: tied tables and a bias as it has them.
+    """Rows for the LFQ tokens of an `LFQExpandedConfig`, tied and with a bias as the base model's tables are.
 
     Raises:
         ValueError: the base model has another number of rows than the configuration says.
@@ -166,7 +166,7 @@ def new_rows(base: nn.Module, config) -> LFQRows:
 
 @torch.no_grad()
 def draw_rows(rows: LFQRows, base: nn.Module, config) -> None:
-    """Fills all new rows and their bias as an `LFQExpandedConfig` says, from the old rows of `base`."""
+    """Fills all new rows and their bias by the method of an `LFQExpandedConfig`, from the old rows of `base`."""
     embedding, head = vocabulary_of(base)
     for new, old in ((rows.embedding, embedding), (rows.head, head)):
         if new is not None:

@@ -1,4 +1,4 @@
-"""Truncation and padding of `LFQProcessor`'s rows of ids, LFQ tokens included, as transformers' tokenizers do it."""
+"""Truncates and pads rows of ids with LFQ tokens for `LFQProcessor`, as transformers' tokenizers do."""
 
 import inspect
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ REFUSED = (
     "text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words", "return_overflowing_tokens",
     "return_offsets_mapping", "return_special_tokens_mask", "return_length", "return_token_type_ids",
 )  # fmt: skip
-# A tokenizer without a limit has a larger `model_max_length`.
+# A `model_max_length` from here on means that the tokenizer has no limit.
 LARGE = 10**20
 
 
@@ -17,10 +17,10 @@ class RowLengths:
     """How rows are cut and padded.
 
     Attributes:
-        cut: most ids of a row; None for no limit.
+        cut: largest number of ids in a row; None for no limit.
         pad: `longest`, a number of ids, or None for no padding.
-        multiple: padded lengths are a multiple of it.
-        pad_left, cut_left: where padding goes and where ids are cut.
+        multiple: padded lengths are multiples of this number.
+        pad_left, cut_left: whether padding is added, and ids are cut, on the left.
         fill: id of padding.
     """
 
@@ -36,7 +36,7 @@ def row_lengths(tokenizer, padding, truncation, max_length, pad_to_multiple_of, 
     """The options of a tokenizer call, checked.
 
     Raises:
-        ValueError: an unknown option, or a limit that neither the call nor the tokenizer gives.
+        ValueError: an unknown option, or neither the call nor the tokenizer gives a limit that is needed.
     """
     padding, truncation = getattr(padding, "value", padding), getattr(truncation, "value", truncation)
     paddings = {False: None, None: None, "do_not_pad": None, True: "longest", "longest": "longest", "max_length": 0}
@@ -72,7 +72,7 @@ def finish_rows(batch: dict, around: tuple[list, list], lengths: RowLengths, ima
     """Rows cut to length, with the special tokens around them and padding.
 
     Args:
-        batch: `input_ids` and everything else with one value per id, as lists of rows.
+        batch: `input_ids` and all other values with one number per id, each as a list of rows.
         around: special ids before and after each row, which are never cut.
         lengths: how rows are cut and padded.
         image_token: id of the base model's image placeholder, or None.

@@ -1,4 +1,4 @@
-"""Old and new vocabulary rows as one table: views of it, and the final merge."""
+"""Old and new vocabulary rows as one table: views of the joined table, and the final merge."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .lfq_rows import text_host, vocabulary_of
 class SplitTable(nn.Module):
     """A view of the embedding or of the head over old and new rows. It registers no parameters a second time."""
 
-    # The model, its embedding or head, and whether that is the head.
+    # The model, its embedding or head, and whether the latter is the head.
     _view: tuple[Any, Any, bool]
 
     def __init__(self, model, table: nn.Module, head: bool):
@@ -43,7 +43,7 @@ class SplitTable(nn.Module):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """`(old + 2^output_dim,)` or None."""
+        """Bias of the head over old and new ids, `(old + 2^output_dim,)`, a copy; None without one."""
         model, table, head = self._view
         return (
             join_tables(table.bias, model.lfq_rows.tables()[1])
@@ -53,7 +53,7 @@ class SplitTable(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
-        """Rows, old and new."""
+        """Number of rows, old and new."""
         return self._view[0].lfq_token_range[1]
 
     out_features = num_embeddings
@@ -70,14 +70,14 @@ class SplitTable(nn.Module):
 
 
 class JoinedHead(SplitTable):
-    """The head's view, a submodule of the model: peft looks for the output embeddings among the submodules."""
+    """The view of the head. It is a submodule of the model, because peft looks for the output embeddings among these."""
 
 
 class OldHead(nn.Module):
-    """The class of the base model's `nn.Linear` head in an `LFQExpandedModel`: it computes the same.
+    """The class that the base model's `nn.Linear` head gets in an `LFQExpandedModel`; it computes the same.
 
-    LoRA on the head would change logits of old ids only. As this is no `nn.Linear`, `target_modules="all-linear"` leaves it
-    out and peft refuses it by name.
+    LoRA on the head would change the logits of old ids only. As this class is no `nn.Linear`, `target_modules="all-linear"`
+    leaves the head out, and peft refuses a head that is named.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ class OldHead(nn.Module):
 
 
 def join_tables(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Old rows and below them new rows, detached, on the old rows' device and in their dtype."""
+    """Old rows followed by new rows, detached, on the old rows' device and in their dtype."""
     return torch.cat([old.detach(), new.detach().to(old)])
 
 

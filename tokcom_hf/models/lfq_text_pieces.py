@@ -1,8 +1,8 @@
-"""Encoding and decoding of text behind an LFQ token, which is not the start of a text.
+"""Encodes and decodes pieces of text behind an LFQ token, which do not start a text.
 
 Tokenizers like Llama's put a space before every text and remove it in decoding, so that "red<lfq:3>ring" and
-"red<lfq:3> ring" would have the same ids. Such a piece is encoded behind an anchor: a short text whose ids are then removed.
-Tokenizers that keep spaces (like GPT-2's) or have none need no anchor.
+"red<lfq:3> ring" would have the same ids. For them a piece is encoded behind an anchor: a short text whose ids are then
+removed. Tokenizers that keep spaces (like GPT-2's) or have none need no anchor.
 """
 
 
@@ -23,7 +23,7 @@ def anchor_of(tokenizer, piece: str) -> str:
 
 
 def decode_behind(tokenizer, ids: list[int], skip_special_tokens: bool = False, **options) -> str:
-    """Text of ids that follow other tokens, with a leading space if they have one."""
+    """Text of ids that follow other tokens, with its leading space if there is one."""
     if skip_special_tokens:
         # Removed here, because the tokenizer would also skip the anchor.
         ids = [token for token in ids if token not in tokenizer.all_special_ids]
@@ -36,7 +36,8 @@ def decode_behind(tokenizer, ids: list[int], skip_special_tokens: bool = False, 
 
 
 def _anchors(tokenizer) -> list[str]:
-    # A special token never merges with its neighbours, but some tokenizers put a space behind it; so others follow.
+    # Special tokens come first, because they never merge with their neighbours. Some tokenizers put a space behind them;
+    # the other texts serve these.
     special = [token for token in (tokenizer.eos_token, tokenizer.bos_token) if token]
     return [*special, "\n", ".", ",", "1", "a"]
 

@@ -25,7 +25,7 @@ def encode_lfq_codes_to_tokens(lfq_codes: torch.Tensor, start_token_id: int, out
     Args:
         lfq_codes: `(batch, length, output_dim)`, or any other leading shape; a value above 0 is bit 1, so codes in
             {0, 1}, in {-1, 1}, booleans and real-valued features all work, in every dtype.
-        start_token_id: id of the code without a set bit.
+        start_token_id: id of the code whose bits are all 0.
         output_dim: bits per code.
 
     Returns:
@@ -51,9 +51,9 @@ def decode_tokens_to_lfq_codes(
 
     Args:
         token_ids: `(batch, length)` integers, or any other shape.
-        start_token_id: id of the code without a set bit.
+        start_token_id: id of the code whose bits are all 0.
         output_dim: bits per code.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
         `(batch, length, output_dim)` with values in {0, 1}.

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .configuration_lfq_expanded import LFQExpandedConfig
-from .lfq_base_call import acting, cache_keyword_of, check_attentions, keywords_of, named
+from .lfq_base_call import cache_keyword_of, check_attentions, checked_keywords, keywords_of, named
 from .lfq_building import config_around, given_or_loaded
 from .lfq_files import load_lfq_expanded, save_lfq_expanded
 from .lfq_freezing import freeze, freeze_tables, trainable_rows
@@ -61,17 +61,17 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
         self.hooks = VocabularyHooks(self)
         self.hooks.register(embedding, head)
         self.keywords, self.cache_keyword = keywords_of(base), cache_keyword_of(base)
-        # Whether the base's logits are what its head returns (no soft cap, no scale); the first loss finds out.
+        # Whether the base's logits are what its head returns (no soft cap, no scale); None until the first loss.
         self.plain_head: bool | None = None
         if getattr(base, "hf_device_map", None):
-            # Saving and trainers read here what is offloaded.
+            # Saving and trainers read from this map which modules are offloaded.
             self.hf_device_map = {f"base.{name}".rstrip("."): where for name, where in base.hf_device_map.items()}
         self.post_init()
         self.freeze_original_rows(config.freeze_original)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Rows on the meta device are about to be loaded.
+        # Rows on the meta device are left alone: they are loaded afterwards.
         if isinstance(module, LFQRows) and not module.embedding.is_meta:
             draw_rows(module, self.base, self.config)
 
@@ -93,13 +93,13 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
             model: a loaded causal or image-text-to-text model, or its Hub name or folder.
             output_dim: bits per code, 1 to 24.
             embedding_init_method, freeze_original, embedding_init_std: see `LFQExpandedConfig`.
-            tokenizer: the base model's, so that no padding row of a padded vocabulary is generated as text.
-            kwargs: for loading, where `model` is a name (`dtype`, `device_map`, `trust_remote_code`, ...).
+            tokenizer: the base model's tokenizer, so that no padding row of a padded vocabulary is generated as text.
+            kwargs: options of loading, where `model` is a name (`dtype`, `device_map`, `trust_remote_code`, ...).
 
         Raises:
-            TypeError: no model of transformers, or options of loading for a model that is loaded already.
-            ValueError: no output embeddings, an expanded model, a tokenizer with more ids than the model has rows, or
-                an option out of range.
+            TypeError: `model` is no model of transformers, or is loaded already and there are options of loading.
+            ValueError: the model has no output embeddings or is expanded already, the tokenizer has more ids than the
+                model has rows, or an option is out of range.
         """
         check_output_dim(output_dim)
         base = given_or_loaded(model, kwargs)
@@ -116,13 +116,13 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
 
         Args:
             pretrained_model_name_or_path: Hub name or folder.
-            kwargs: as everywhere in transformers. `trust_remote_code` concerns the named repository alone; with
+            kwargs: those of transformers. `trust_remote_code` concerns the named repository alone; with
                 `base_trust_remote_code=True` the base model's repository may run code of its own.
 
         Raises:
             OSError: the folder or the base model cannot be found.
             TypeError: an unknown keyword.
-            ValueError: weights that do not fit or are not finite, or code that is not trusted.
+            ValueError: weights do not fit or are not finite, or code is not trusted.
         """
         return load_lfq_expanded(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
@@ -137,8 +137,8 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
 
         Args:
             save_directory: folder.
-            include_base: save the base model's weights too. None: where one of them has `requires_grad`, or where they
-                are not bit for bit what the base model's name or folder gives.
+            include_base: save the base model's weights, too. None: save them if one of them has `requires_grad`, or if
+                they are not bit for bit what the base model's name or folder gives.
 
         Raises:
             ValueError: `include_base=False` for a base model that no name or folder gives, or unmerged LoRA adapters.
@@ -146,17 +146,17 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
         save_lfq_expanded(self, super().save_pretrained, save_directory, include_base, **kwargs)
 
     def merge_and_unload(self) -> PreTrainedModel:
-        """The base model with old and new rows in one table, for stock transformers; this wrapper is used up."""
+        """The base model with old and new rows in one table, for stock transformers; do not use this wrapper afterwards."""
         return merge_rows(self)
 
     # ------------------------------------------------------------------ what trains, the vocabulary
     def freeze_original_rows(self, frozen: bool = True) -> None:
-        """Freezes (or frees) the base model's vocabulary tables, at any time in training."""
+        """Freezes (or unfreezes) the base model's vocabulary tables, at any time in training."""
         self.config.freeze_original = frozen
         freeze_tables(self.base, frozen)
 
     def freeze_base(self, frozen: bool = True) -> None:
-        """Freezes (or frees) the whole base model; the old rows stay frozen where `freeze_original` says so."""
+        """Freezes (or unfreezes) the whole base model; old rows stay frozen where `config.freeze_original` is set."""
         freeze(self.base.parameters(), frozen)
         self.freeze_original_rows(frozen or self.config.freeze_original)
 
@@ -171,11 +171,11 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
 
     @property
     def language_model(self) -> "LFQExpandedModel":
-        """This model. A joint model around one (`equip_internvl`) has the same property, so one code reads both."""
+        """This model itself. `JointLFQModel` has the same property, so that the same code reads both."""
         return self
 
     def get_input_embeddings(self) -> SplitTable:
-        """Maps old and new ids to embeddings; `.weight` joins both tables (a copy), `.trainable_mask` says which train."""
+        """Maps old and new ids to embeddings; `.weight` joins both tables (a copy), `.trainable_mask` marks trained rows."""
         return SplitTable(self, vocabulary_of(self.base)[0], head=False)
 
     def get_output_embeddings(self) -> JoinedHead:
@@ -230,19 +230,19 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
             input_ids: `(batch, length)`, old and new ids.
             cache, past_key_values: a KV cache, under the present name of transformers or the former one.
             labels: `(batch, length)` ids, -100 where there is nothing to predict; shifted here as in transformers.
-            use_cache: return a KV cache. None: as the base model decides, but none beside a loss.
-            logits_to_keep: logits of so many last positions, or of these positions; 0 for all.
+            use_cache: return a KV cache. None: without labels the base model decides; with labels there is no cache.
+            logits_to_keep: compute the logits of this many last positions, or of these positions; 0 for all.
             num_items_in_batch: divisor of the summed loss, which Trainer gives under gradient accumulation.
-            return_logits: compute logits beside the loss. None: only without labels, so that no training step and no
-                evaluation of a loss holds `(batch, length, vocabulary)`.
-            kwargs: anything else that the base model takes.
+            return_logits: also compute logits beside a loss. None: logits only without labels, so that no training step and
+                no evaluation of a loss holds `(batch, length, vocabulary)`.
+            kwargs: other keywords of the base model.
 
         Returns:
             The base model's output; `.logits` `(batch, length, old + 2^output_dim)` or None.
 
         Raises:
             TypeError: a keyword that the base model does not take.
-            ValueError: attentions that the implementation does not give, or a keyword that cannot act here.
+            ValueError: the attention implementation gives no attentions, or a keyword cannot act here.
         """
         if input_ids is not None:
             check_ids(input_ids)
@@ -253,7 +253,7 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
         inputs[self.cache_keyword] = one_cache(cache, past_key_values)
         inputs["output_attentions"] = output_attentions or self.config.output_attentions or None
         inputs["output_hidden_states"] = output_hidden_states or self.config.output_hidden_states or None
-        inputs = acting(self, inputs)
+        inputs = checked_keywords(self, inputs)
         if labels is not None:
             output = forward_with_loss(self, inputs, labels, num_items_in_batch, bool(return_logits))
         elif return_logits is False:
@@ -276,11 +276,11 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
         """transformers' `generate` of the base model over the larger vocabulary.
 
         Args:
-            inputs: prompt ids `(batch, length)`; or `input_ids=` and whatever else the base model's processor gives.
+            inputs: prompt ids `(batch, length)`; or `input_ids=` and the other tensors of the base model's processor.
             mode: `text` (no LFQ ids), `image` (exactly `num_image_tokens` LFQ ids), `mixed` (text and whole images of
                 `num_image_tokens`), or None for no restriction.
             num_image_tokens: LFQ tokens of one image, for the modes `image` and `mixed`.
-            logits_processor: run behind the one that `mode` needs.
+            logits_processor: further processors, which run after that of `mode`.
             kwargs: generation options. `guidance_scale` above 1 also needs `negative_prompt_ids` `(batch, length)`: the
                 prompt without its caption.
 
@@ -288,10 +288,10 @@ class LFQExpandedModel(AroundBase, StrictLoading, GenerationMixin):
             What the base model's `generate` returns: ids `(batch, prompt + new)`.
 
         Raises:
-            ValueError: options that would not act: an unknown one, or a length that is not that of the image.
+            ValueError: an option is unknown, or a length differs from the image's.
         """
         options = generation_options(self, inputs, mode, num_image_tokens, logits_processor, kwargs)
-        # Remote code may have no `generate` that sees images; this model then generates itself.
+        # A base model of remote code may have no `generate`; this model then generates itself.
         generate = self.base.generate if hasattr(self.base, "generate") else super().generate
         return generate(**options)
 

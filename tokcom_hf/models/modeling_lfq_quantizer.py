@@ -1,7 +1,11 @@
 """`LFQQuantizer`: vision features to binary codes and on to embeddings of a language model, without a codebook.
 
-Bit i is 1 where sigmoid(logit_i) > 0.5, with the sigmoid's gradient (straight-through). Embeddings depend on the code alone,
-so that a code that a language model generates decodes like one of an image.
+    logits = GroupNorm(Linear(Transformer(features)))
+    bit_i = [logit_i > 0], with the gradient of σ(logit_i) (straight-through)
+    embedding = scale · MLP(2 · bits − 1) + shift
+    loss = |embedding − target|² / |target|² + 0.1 · (E[H(p)] − H(E[p])) / (output_dim · ln 2),  p = p(code | feature)
+
+Embeddings depend on the code alone, so that a code that a language model generates decodes like one of an image.
 
 Source: lookup-free quantization 2310.05737 (MAGVIT-v2).
 """
@@ -16,14 +20,14 @@ from transformers.utils import ModelOutput
 
 from .configuration_lfq_quantizer import LFQConfig
 from .lfq_blocks import NORM_EPS, LFQBlock, rotary_2d
-from .lfq_matching import match_features, whitening_of  # noqa: F401 (the second: its former place)
+from .lfq_matching import match_features, whitening_of  # noqa: F401 (whitening_of: its former place)
 from .lfq_rows import weights_at_hand
 from .shared_bit_entropy import factorised_entropy
 from .shared_strict_loading import StrictLoading
 from .vqgan_code_search import all_reduce, world_size
 
 ROPE_THETA = 10000.0
-# The entropy loss reads sigmoid(logit / temperature). Below 1 small logits already count as sure bits.
+# Temperature T of the bit probabilities σ(logit / T) in the entropy loss. Below 1, small logits already count as sure bits.
 ENTROPY_TEMPERATURE = 0.25
 # Weight of the entropy loss in `.loss`; the reconstruction loss has weight 1.
 ENTROPY_WEIGHT = 0.1
@@ -101,9 +105,9 @@ class LFQQuantizer(StrictLoading):
         """Features `(batch, n, input_size)` → float32 logits `(batch, n, output_dim)`; a bit is 1 where its logit > 0.
 
         Args:
-            features: of images.
+            features: vision features.
             grid: (rows, columns) of n features that are not a square.
-            hidden: list that the hidden states are appended to.
+            hidden: list to which the hidden states are appended.
         """
         hidden = [] if hidden is None else hidden
         grid = self._check_features(features, grid)
@@ -159,10 +163,10 @@ class LFQQuantizer(StrictLoading):
 
     def _embed(self, bits: torch.Tensor) -> torch.Tensor:
         # ±1 instead of 0 and 1, so that no code is the zero vector.
-        made = self.from_bits((2 * bits - 1).to(self.from_bits[0].weight.dtype))
-        # accelerate brings offloaded weights back in `forward` only, and `decode` is called without it.
+        embeddings = self.from_bits((2 * bits - 1).to(self.from_bits[0].weight.dtype))
+        # accelerate loads offloaded weights in `forward` only, and `decode` runs outside of it.
         with weights_at_hand(self):
-            return made * self.embedding_scale + self.embedding_shift
+            return embeddings * self.embedding_scale + self.embedding_shift
 
     def forward(
         self,
@@ -178,8 +182,8 @@ class LFQQuantizer(StrictLoading):
 
         Args:
             features: `(batch, n, input_size)`.
-            targets: `(batch, n, llm_hidden_size)` that the embeddings shall resemble: the language model's input without
-                quantization. None: the features where the widths agree; otherwise the reconstruction loss is 0.
+            targets: `(batch, n, llm_hidden_size)`, the language model's input without quantization, which the embeddings are
+                trained to match. None: the features where the widths agree; otherwise the reconstruction loss is 0.
             grid: (rows, columns) of n features that are not a square.
             output_hidden_states: also return the hidden states.
             return_dict: False for a tuple without the fields that are None.
@@ -190,8 +194,8 @@ class LFQQuantizer(StrictLoading):
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("LFQQuantizer keeps no attentions; leave output_attentions out.")
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden: list[torch.Tensor] | None = [] if wanted else None
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden: list[torch.Tensor] | None = [] if wants_states else None
         logits = self.bit_logits(features, grid, hidden)
         probability = logits.sigmoid()
         codes = (logits > 0).long()
@@ -234,7 +238,7 @@ class LFQQuantizer(StrictLoading):
         targets = targets.detach().float()
         scale = targets.square().mean()
         if self.training:
-            # One scale for all ranks, so that several ranks compute the loss of a single process.
+            # One scale for all ranks, so that several ranks compute the same loss as one process.
             scale = all_reduce(scale.clone()) / world_size()
         return F.mse_loss(embeddings.float(), targets) / scale.clamp_min(1e-12)
 
@@ -258,5 +262,7 @@ class LFQQuantizer(StrictLoading):
         if side * side != length:
             if config.variant == "linear":
                 return (1, length)
-            raise ValueError(f"{length} features are no square grid; name its rows and columns with grid=(…, …).")
+            raise ValueError(
+                f"{length} features are no square grid; name its rows and columns with grid=(rows, columns)."
+            )
         return (side, side)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class PrunedVLM(AroundBase, GenerationMixin):
-    """A VLM with pruning stages and a pruning mode.
+    """A VLM with pruning stages and a pruning mode; "the heads" are its learned stages, `token_merger` and `layer_pruner`.
 
     model = PrunedVLM.from_base("llava-hf/llava-1.5-7b-hf", strategy="divprune", keep=64)
     model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
@@ -60,7 +60,7 @@ class PrunedVLM(AroundBase, GenerationMixin):
         if config.layer_pruner is not None:
             self.layer_pruner = LayerPruner(LayerPrunerConfig(**config.layer_pruner))
         check_stages(self)
-        self.temperature = 0.1
+        self.temperature = 0.1  # of soft masks and Gumbel noise, > 0; training anneals it
         self.last_prompt = LastPrompt()
         self.post_init()
 
@@ -87,8 +87,8 @@ class PrunedVLM(AroundBase, GenerationMixin):
             options: `strategy_layer`, `strategy_seed`; where `model` is a name, also options of `from_pretrained`.
 
         Raises:
-            TypeError: a keyword that is not known, or loading options for a model that is loaded already.
-            ValueError: a family that is not supported, or stages that do not fit the VLM.
+            TypeError: a keyword is unknown, or the model is loaded already and there are options of loading.
+            ValueError: the family of the VLM is not supported, or stages do not fit the VLM.
         """
         settings = {name: options[name] for name in STRATEGY_OPTIONS if name in options}
         loading = {name: value for name, value in options.items() if name not in settings}
@@ -107,8 +107,8 @@ class PrunedVLM(AroundBase, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads the heads, and the base model from where the configuration says.
 
-        Keywords are those of transformers, which act on the base (without `dtype` it has the precision it was saved in;
-        heads always have theirs), and fields of `PrunedVLMConfig`, for example `pruning_mode`.
+        Keywords are those of transformers, which act on the base, and fields of `PrunedVLMConfig` such as `pruning_mode`.
+        Without `dtype` the base has the precision in which it was saved; the heads always have theirs.
         """
         return load_pruned_vlm(cls, super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
@@ -117,11 +117,11 @@ class PrunedVLM(AroundBase, GenerationMixin):
 
         Args:
             save_directory: folder.
-            include_base: True: also the base, in the subfolder `base`. None: its weights, in the folder's own files,
-                where its reference does not give them (trained, merged, cast, resized, built in memory). False: never.
+            include_base: True: save the base, too, in the subfolder `base`. None: save its weights in the folder's own files
+                if its reference does not give them (trained, merged, cast, resized, built in memory). False: never.
 
         Raises:
-            ValueError: `include_base=False` where weights would be lost.
+            ValueError: `include_base=False` would lose weights.
         """
         save_pruned_vlm(self, super().save_pretrained, save_directory, include_base, **kwargs)
 
@@ -143,7 +143,7 @@ class PrunedVLM(AroundBase, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """The device of inputs, `head_device`; an offloaded model's first weight may be elsewhere."""
+        """The device for inputs, `head_device`; the first weight of an offloaded model may be on another one."""
         return self.head_device
 
     @property
@@ -199,14 +199,14 @@ class PrunedVLM(AroundBase, GenerationMixin):
             position_ids: rotary positions, `(batch, length)` or `(3, batch, length)`, instead of the family's own.
             cache, past_key_values: a `PrunedCache`, under transformers' present or former name; an empty one is filled.
             use_cache: fill a new cache, where none is given.
-            labels: `(batch, length)`, -100 where nothing is predicted. The heads read the text before the first label only.
+            labels: `(batch, length)`, -100 where nothing is predicted. The heads read only the text before the first label.
             pixel_values, image_sizes, image_grid_thw, batch_num_images: tensors of the family's processor.
             mm_token_type_ids: taken because processors give it, and not read: `input_ids` shows the placeholders.
-            logits_to_keep: logits of so many last places, or of these places; 0 for all.
-            pruning_mode: instead of the model's own, for this call.
+            logits_to_keep: compute the logits of this many last positions, or of these positions; 0 for all.
+            pruning_mode: for this call, instead of the model's own.
 
         Raises:
-            ValueError: images or a mode for a cached turn, videos, attentions, images without their placeholders.
+            ValueError: images or another mode for a cached turn, videos, attentions, or images that do not fit the text.
         """
         check_call(self.config, input_ids, output_attentions)
         images = image_inputs(
@@ -252,19 +252,19 @@ class PrunedVLM(AroundBase, GenerationMixin):
         pruning_mode: str | None = None,
         **options,
     ):
-        """`GenerationMixin.generate` behind the reduced prompt.
+        """Generates text after the reduced prompt, as `GenerationMixin.generate` does.
 
         Args:
             inputs, input_ids, …, mm_token_type_ids: prompt ids under either name and the processor's other tensors.
-            pruning_mode: instead of the model's own, for this call.
+            pruning_mode: for this call, instead of the model's own.
             options: generation options, logits processors, a streamer and the like.
 
         Returns:
             Ids `(batch, length + new)`; with `return_dict_in_generate=True` an output that also has `token_report`.
 
         Raises:
-            ValueError: options that could not act: `use_cache=False`, a cache or a cache implementation, `labels`,
-                `output_attentions`, videos, and names that nothing takes.
+            ValueError: an option could not act: `use_cache=False`, a cache or a cache implementation, `labels`,
+                `output_attentions`, videos, or an unknown name.
         """
         if input_ids is not None and inputs is not None:
             raise ValueError("inputs and input_ids are two names of one argument; give one of them.")
@@ -278,7 +278,7 @@ class PrunedVLM(AroundBase, GenerationMixin):
         output = super().generate(
             input_ids=input_ids, attention_mask=mask, generation_config=generation_config, **{CACHE: cache}, **options
         )
-        # Classifier-free guidance has run further prompts in between.
+        # Set again, because classifier-free guidance runs further prompts in between.
         self.last_prompt.record = cache.record
         if not torch.is_tensor(output):
             output["token_report"] = token_report(self, cache.record)

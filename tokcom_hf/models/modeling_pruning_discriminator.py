@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from .configuration_pruning_discriminator import PruningDiscriminatorConfig
 from .shared_strict_loading import StrictLoading
 
-# Power iterations for the norm of fresh weights, as many as torch's spectral_norm starts with.
+# Power iterations that estimate the norm of fresh weights, as many as torch's spectral_norm starts with.
 POWER_ITERATIONS = 15
 
 
@@ -49,15 +49,15 @@ class PruningDiscriminator(StrictLoading):
 
     def _init_weights(self, module: nn.Module) -> None:
         if is_parametrized(module):
-            # `spectral_norm` computes the weight from another tensor, which was drawn when the layer was built and may
-            # be on the meta device while a folder is loaded.
+            # `spectral_norm` computes the weight from another tensor, which was drawn when the layer was built, and which
+            # may be on the meta device while a folder is loaded.
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
     @torch.no_grad()
     def reinitialize(self) -> None:
-        """Draws all weights anew: the documented re-initialisation in training."""
+        """Draws all weights anew, which is the documented re-initialisation in training."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 # `module.weight` is computed at every access; the stored tensor is `original`.
@@ -76,13 +76,13 @@ class PruningDiscriminator(StrictLoading):
         Args:
             hidden_states: one `(batch, length, hidden)` per layer in `config.layers`.
             answer_mask: `(batch, length)`, 1 at answer positions.
-            return_dict: None for the logits alone, False for a tuple of them, True for an output object.
+            return_dict: None returns the logits tensor, False a tuple with it, True an output object.
 
         Returns:
             `(batch,)` logits, means over answer positions and layers.
 
         Raises:
-            ValueError: another number of hidden states than `config.layers`.
+            ValueError: the number of hidden states is not that of `config.layers`.
         """
         if len(hidden_states) != len(self.networks):
             raise ValueError(

@@ -1,4 +1,11 @@
-"""`LayerPruner`: selects the vision tokens that chosen layers keep."""
+"""`LayerPruner`: selects the vision tokens that chosen layers keep.
+
+    logit = score(token + Attention(token, question)), plus logistic noise · temperature in training
+    keep = the `budget` highest logits of each image
+    soft mask = σ((logit − level) / temperature), with `level` midway between the last kept and the first dropped logit
+
+With selection `threshold` the level is 0, and tokens above it are kept.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +17,8 @@ from .configuration_pruning_layer_pruner import LayerPrunerConfig
 from .pruning_question_attention import QuestionAttention
 from .pruning_stage import PruningStage
 
-# Mask of a dropped token in straight-through training. Sharp attention still sees a token at 1e-6; 1/mask must be finite.
+# Mask of a dropped token in straight-through training: sharp attention still sees a token at 1e-6, and 1 / mask must be
+# finite.
 DROPPED = 1e-30
 
 
@@ -19,10 +27,10 @@ class LayerPrunerOutput(ModelOutput):
     """Result of `LayerPruner`.
 
     Attributes:
-        keep_logits: `(batch, n)`; with selection `threshold` above 0 means keep.
+        keep_logits: `(batch, n)`, without noise; selection `threshold` keeps tokens whose logit is above 0.
         keep_mask: bool `(batch, n)`, the hard decision.
         soft_mask: `(batch, n)` in [0, 1], the decision's differentiable relaxation at the given temperature.
-        target: `(batch,)`, number of tokens that the budget allows.
+        target: `(batch,)`, number of tokens that the budget allows for all images of a row.
     """
 
     keep_logits: torch.Tensor | None = None
@@ -32,7 +40,7 @@ class LayerPrunerOutput(ModelOutput):
 
 
 class PrunerHead(nn.Module):
-    """One layer's scorer: `(batch, n, hidden)` to `(batch, n)`."""
+    """The scorer of one layer: hidden states `(batch, n, hidden)` to logits `(batch, n)`."""
 
     def __init__(self, config: LayerPrunerConfig):
         super().__init__()
@@ -91,12 +99,12 @@ class LayerPruner(PruningStage):
             question_embeddings: `(batch, q, hidden_size)`, needed for `pruner_type="cross_attention"`.
             question_mask: `(batch, q)`, 1 on tokens of the question.
             vision_mask: bool `(batch, n)`, False on padding, which is never kept.
-            images: `(batch, n)`, each token's image number; the budget is per image. One image per row where None.
-            temperature: of the soft mask, and of the Gumbel noise in training; > 0. The module's own where None.
+            images: `(batch, n)`, number of each token's image; the budget is per image. None: one image per row.
+            temperature: scale of the soft mask, and of the noise in training; > 0. None: the module's `temperature`.
             return_dict: False for a tuple.
 
         Raises:
-            ValueError: no head at that layer, or a question that is missing.
+            ValueError: there is no head for that layer, or the question is missing.
         """
         if str(layer_index) not in self.heads:
             raise ValueError(f"There is no head for layer {layer_index}; heads are at {self.config.layers}.")
@@ -106,7 +114,7 @@ class LayerPruner(PruningStage):
         temperature = max(float(self.temperature if temperature is None else temperature), 1e-6)
         noisy = logits
         if self.training and self.config.gumbel_noise:
-            # Keep against drop is a difference of two Gumbel variables, which is one logistic variable per token.
+            # The noise of keep minus that of drop: the difference of two Gumbel variables is one logistic variable.
             uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
             scale = 1.0 if self.config.architecture == "documented" else temperature
             noisy = logits + scale * (uniform.log() - (-uniform).log1p())
@@ -135,7 +143,7 @@ class LayerPruner(PruningStage):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _budget(self, layer_index: int, tokens: torch.Tensor) -> torch.Tensor:
-        """Number of tokens to keep of `tokens`, `(batch,)`: at least 1, at most all of them."""
+        """How many of `tokens` `(batch,)` to keep: at least 1, at most all."""
         place = self.config.layers.index(layer_index)
         if self.config.keep_tokens is None:
             wanted = (self.config.keep_ratios[place] * tokens).round().long()
@@ -158,7 +166,7 @@ def _straight_through(keep: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 
 def _top(logits: torch.Tensor, members: torch.Tensor, wanted: torch.Tensor):
-    """The `wanted` highest members of each row, and the level midway between the last kept and the first dropped logit."""
+    """Mask of the `wanted` highest members per row, and the level midway between the last kept and the first dropped one."""
     masked = logits.detach().masked_fill(~members, float("-inf"))
     ordered, order = masked.sort(-1, descending=True)
     rank = torch.empty_like(order).scatter_(

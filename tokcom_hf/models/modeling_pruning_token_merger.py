@@ -1,7 +1,9 @@
 """`TokenMerger`: N vision tokens in, M merged tokens out, chosen with the question in mind.
 
-The M best-scored tokens are centres. Every token is assigned softly to the centres by similarity, and each centre becomes
-the weighted mean of the tokens assigned to it: weights are divided by their column sums, which keeps the norms of features.
+    centres = the M highest of score(token + Attention(token, question)), plus Gumbel noise · temperature in training
+    A_ij = softmax_j(scale · cos(token_i, centre_j))              how token i is shared among the centres
+    merged_j = Σ_i A_ij · feature_i / Σ_i A_ij                    division by column sums keeps the norms of features
+
 The choice of centres is a hard top-k; a straight-through factor on each centre's column gives the scorer a gradient. With
 `architecture="documented"` assignment and merging follow the documented formulas (`TokenMergerConfig.architecture`).
 """
@@ -21,7 +23,7 @@ from .pruning_stage import PruningStage
 # The parameter `confidence` is the logit of a probability divided by this number, so that a learning rate of 2e-5 moves the
 # logit by 1 in 500 steps.
 CONFIDENCE_SCALE = 100.0
-# Learned queries of `fixed_pooling`, as many as an image of LLaVA-1.5 has tokens.
+# Number of learned queries of `fixed_pooling`, as many as an image of LLaVA-1.5 has tokens.
 MAX_QUERIES = 576
 
 
@@ -81,7 +83,7 @@ class TokenMerger(PruningStage):
                 self.queries.normal_(0.0, 1.0)
 
     def tokens_kept(self, tokens: int) -> int:
-        """Tokens left, at most, of an image of `tokens` tokens."""
+        """The most tokens that are left of an image of `tokens` tokens."""
         return self.config.tokens_kept(tokens)
 
     def forward(
@@ -102,13 +104,13 @@ class TokenMerger(PruningStage):
             question_mask: `(batch, q)`, 1 on real tokens.
             attention_scores: `(batch, n)` attention that each token received in the vision tower, needed for
                 `attention_guided="tower"`.
-            temperature: of the Gumbel noise and the straight-through factor in training, and of the assignment in the
-                documented architecture; > 0. The module's own `temperature` where None.
+            temperature: scale of the Gumbel noise and of the straight-through factor in training, and of the assignment in
+                the documented architecture; > 0. None: the module's `temperature`.
             return_dict: False for a tuple.
             use_gumbel: add Gumbel noise to the scores before the top-k. None: in training, where `gumbel_noise` is set.
 
         Raises:
-            ValueError: a missing question or missing attention, or more centres than `fixed_pooling` has queries.
+            ValueError: the question or the attention is missing, or more tokens are wanted than `fixed_pooling` has queries.
         """
         temperature = self.temperature if temperature is None else temperature
         noise = self.training and self.config.gumbel_noise if use_gumbel is None else use_gumbel
@@ -117,7 +119,7 @@ class TokenMerger(PruningStage):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The precision the merger computes in, which may be higher than the features'."""
+        """The dtype in which the merger computes, which may be more precise than that of the features."""
         return (self.q_proj if self.config.architecture == "documented" else self.similarity_proj).weight.dtype
 
     def _merge(self, vision_features, question_embeddings, question_mask, attention_scores, temperature, noise):
@@ -152,7 +154,7 @@ class TokenMerger(PruningStage):
             weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
         merged = weights.transpose(1, 2).to(vision_features.dtype) @ vision_features
         if not documented:
-            # Dividing by column sums cancels the gate and part of its gradient; this factor restores that part.
+            # The division by column sums cancels the gate and part of its gradient; this factor restores that part.
             merged = merged * gate[..., None].to(vision_features.dtype)
         # `count` is a constant without gradient, so the documented loss takes the expected number instead.
         kept = scores.sigmoid().sum(-1) if wanted is None else wanted
@@ -232,7 +234,7 @@ class TokenMerger(PruningStage):
         return share * tokens
 
     def _gates(self, scores, ranked, order, count, wanted, temperature):
-        """Per centre a factor that is 1 forward and has a gradient backward, and whether the row uses that slot."""
+        """Per centre: a factor of value 1 that passes a gradient to the scores, and whether the row uses the slot."""
         chosen = scores.gather(-1, ranked[:, :count])
         following = ranked[:, count : count + 1] if count < scores.shape[1] else ranked[:, -1:]
         threshold = (chosen[:, -1:] + scores.gather(-1, following)).detach() / 2

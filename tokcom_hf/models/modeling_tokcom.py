@@ -49,7 +49,7 @@ class TokComModel(StrictLoading, GenerationMixin):
     def __init__(self, config: TokComConfig):
         super().__init__(config)
         self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id)
-        # Tells whether either config was changed since.
+        # A generation config that still holds this value follows later changes of `config.eos_token_id`.
         self.eos_of_config = config.eos_token_id
         self.vae = TokComVAE(config.vae)
         self.denoiser = DenoisedModel(config.denoiser)
@@ -83,17 +83,17 @@ class TokComModel(StrictLoading, GenerationMixin):
     ) -> TokComOutput | tuple:
         """The objective of stage two on rows of tokens; the VAE stays as it is.
 
-        From token `offset` on a row is cut into blocks, which `noise_draws` repeats one whole row after the other.
+        From token `offset` on, a row is cut into blocks; `config.noise_draws` repeats them, one whole row after the other.
 
         Args:
             input_ids: (rows, length).
             attention_mask: (rows, length), 1 = token, 0 = padding on the right.
-            latents: what `encode` gives for the rows, (rows, length / chunk_size, latent), with offset 0; None encodes them.
+            latents: what `encode` gives for the rows, (rows, length / chunk_size, latent), for offset 0; None encodes them.
             noise: x0, (rows, blocks, chunks, latent); None draws it.
             timesteps: t in [0, 1], (rows, blocks) or (rows, blocks, chunks), no loss at t = 1; None draws them.
-            context_mask: (rows, blocks), False hides its context from a block; None hides none.
+            context_mask: (rows, blocks), False hides the context from a block; None hides it from no block.
             offset, block_size: tokens before the first block, and chunks per block (0: all). Models with a context only.
-            self_conditioned: predict twice and see the first prediction. Models with `self_conditioning` only.
+            self_conditioned: predict twice, the second time from the first prediction. Models with `self_conditioning` only.
             return_loss: whether to compute losses; `Trainer` looks for this name in models without labels.
             return_dict: False returns a tuple; None takes the config's.
 
@@ -135,7 +135,7 @@ class TokComModel(StrictLoading, GenerationMixin):
 
     # ------------------------------------------------------------------ latents
     def fit_latents(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Sets what `standardize` subtracts and divides by, (latent,) each, in the VAE's units."""
+        """Sets mean and standard deviation of the VAE's latents, (latent,) each, for `standardize`."""
         with torch.no_grad():
             self.latent_mean.copy_(mean)
             self.latent_std.copy_(std)
@@ -144,7 +144,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         """VAE latents → the space of the flow."""
         if not self.config.standardize_latents:
             return latents
-        # On several devices the statistics need not be where the latents are.
+        # In a model spread over several devices, statistics and latents may be on different ones.
         return (latents - self.latent_mean.to(latents.device)) / self.latent_std.to(latents.device)
 
     def unstandardize(self, latents: torch.Tensor) -> torch.Tensor:
@@ -224,21 +224,21 @@ class TokComModel(StrictLoading, GenerationMixin):
 
         Args:
             input_ids: prompts of any length, (batch, length); None: no prompt.
-            num_chunks: chunks to generate without a prompt, 256.
-            num_generate_chunks: chunks to generate after a prompt, 64.
+            num_chunks: chunks to generate without a prompt; default 256.
+            num_generate_chunks: chunks to generate after a prompt; default 64.
             num_steps: steps of the flow per block; each calls the denoiser once, twice with "heun" or guidance.
-            batch_size: sequences to generate without a prompt, 1.
+            batch_size: sequences to generate without a prompt; default 1.
             sampler: "euler", "heun" (second order) or "renoise" (stochastic).
             temperature: factor of all noise that the flow draws: 1 (default) as in training, 0 for one text without noise.
-            do_sample: False is temperature 0; True, and None, another temperature.
+            do_sample: False means temperature 0, True a temperature above 0; a contradicting `temperature` is refused.
             generator: CPU generator of the noise; makes the output reproducible on any device.
             attention_mask: (batch, length), 1 = token, 0 = padding on either side.
             block_size: chunks that are denoised together: 1 writes from left to right, 0 all at once.
             guidance_scale: x1 = without context + scale · (with context − without) (arXiv 2207.12598); 1 (default) = off.
-            best_of: draws of each block, of which the one is kept whose text encodes nearest to its latents, 1.
-            max_new_tokens, max_length: tokens to generate, or with the prompt and its padding. Give one of the four lengths.
-            num_return_sequences: continuations of each prompt (or of each of `batch_size`), side by side, 1.
-            eos_token_id, pad_token_id: id or ids that end a sequence; what follows the end, by default the (first) of them.
+            best_of: draws of each block (default 1); the draw is kept whose text encodes nearest to its own latents.
+            max_new_tokens, max_length: new tokens; new tokens with prompt and padding. Give one of the four lengths.
+            num_return_sequences: continuations of each prompt (or of each of `batch_size`), side by side; default 1.
+            eos_token_id, pad_token_id: id or ids that end a sequence; id behind the end, by default the (first) end id.
             streamer: a streamer of transformers; gets the prompt, then the tokens of each finished block one by one.
             return_dict_in_generate: return a `TokComGenerateOutput`, which holds the latents, too.
             generation_config: None takes `model.generation_config`, which is saved with the model. It may hold any of these
@@ -268,7 +268,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         return generate_blocks(self, prompt, settings, generator, streamer)
 
     def adjust_generation_fn(self, *args, **kwargs):
-        """As in transformers, but keeps our own settings, which are lost where the folder has no generation_config.json."""
+        """As in transformers, but keeps settings of this model where the folder has no generation_config.json."""
         super().adjust_generation_fn(*args, **kwargs)
         stored = self.generation_config.to_diff_dict()
         stored.pop("_from_model_config", None)

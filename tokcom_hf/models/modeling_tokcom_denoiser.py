@@ -133,12 +133,13 @@ class DenoisedModel(StrictLoading):
             self_condition: earlier prediction of the clean latents, shaped like `latents`; None means zeros. Models with
                 `self_conditioning` only.
             attention_mask: (batch, chunks), 1 = real, 0 = padding.
-            output_hidden_states, output_attentions: whether to return those of all layers; None takes the config's.
-            return_dict: False returns a tuple; None takes the config's.
+            output_hidden_states, output_attentions: return hidden states, or attention weights, of all layers; None takes
+                the config's value.
+            return_dict: False returns a tuple; None takes the config's value.
 
         Raises:
-            ValueError: shapes do not fit, this configuration cannot use an argument, or the attention implementation does
-                not compute the weights that are wanted.
+            ValueError: shapes do not fit, this configuration cannot use an argument, or attention weights are wanted that
+                the attention implementation does not compute.
         """
         record = LayerRecord.asked(self.config, output_hidden_states, output_attentions)
         self._check(latents, timesteps, context, self_condition)

@@ -21,7 +21,7 @@ from .shared_strict_loading import StrictLoading
 from .shared_tensor_checks import check_floats, check_ids
 from .tokcom_hint import HINT_WEIGHT, Hint
 
-# KL below this per latent dimension costs nothing.
+# Free bits: the KL of a latent dimension costs nothing below this number of nats.
 FREE_NATS = 0.5
 
 
@@ -29,7 +29,7 @@ FREE_NATS = 0.5
 class TokComVAEOutput(ModelOutput):
     """Output of `TokComVAE`.
 
-    loss: with `labels`, the reconstruction loss plus the weighted KL, and in training the hinted loss (scalar).
+    loss: with `labels`, reconstruction loss + kl_weight · KL, in training + 0.3 · loss of hinted latents (scalar).
     logits: (batch, chunk, vocab), where `return_logits` asks for them.
     latents: (batch, latent).
     reconstruction_loss, kl_loss: nats per token and nats per chunk.
@@ -56,7 +56,7 @@ class ChunkTransformer(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(num_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         for block in self.layers:
-            # Read by `_init_weights`, which transformers calls for each module that holds weights.
+            # A mark for `_init_weights`, which transformers calls for each module that holds weights.
             block.self_attn.o_proj.zero_init = block.mlp.down_proj.zero_init = config.zero_init_residual
 
     def forward(self, hidden_states: torch.Tensor, record: LayerRecord | None = None) -> torch.Tensor:
@@ -167,14 +167,15 @@ class TokComVAE(StrictLoading):
 
         Args:
             input_ids: (batch, length), a multiple of the chunk size; each chunk becomes a row of the output.
-            labels: same shape; -100 does not count.
+            labels: ids to predict, same shape; -100 does not count.
             return_logits: whether to compute logits; None computes them where there are no labels.
-            output_hidden_states, output_attentions: whether to return those of all layers; None takes the config's.
-            return_dict: False returns a tuple; None takes the config's.
+            output_hidden_states, output_attentions: return hidden states, or attention weights, of all layers; None takes
+                the config's value.
+            return_dict: False returns a tuple; None takes the config's value.
 
         Raises:
-            ValueError: the length is no multiple of the chunk size, or the attention implementation does not compute the
-                weights that are wanted.
+            ValueError: the length is no multiple of the chunk size, or attention weights are wanted that the attention
+                implementation does not compute.
         """
         record = LayerRecord.asked(self.config, output_hidden_states, output_attentions)
         chunks = self.fold(input_ids)
@@ -227,16 +228,18 @@ class TokComVAE(StrictLoading):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids (batch, chunk) → mean (batch, latent) and, if `variational`, the float32 log-variance (batch, latent)."""
         hidden_states = self.encoder(self.embed_tokens(chunks), record)
-        last = hidden_states.flatten(1) if self.config.chunk_projection == "all" else hidden_states[:, -1]
-        mean = self.latent_proj(last)
+        encoded = hidden_states.flatten(1) if self.config.chunk_projection == "all" else hidden_states[:, -1]
+        mean = self.latent_proj(encoded)
         if self.config.fixed_norm:
-            mean = nn.functional.rms_norm(mean.float(), mean.shape[-1:], eps=self.config.rms_norm_eps).to(last.dtype)
+            mean = nn.functional.rms_norm(mean.float(), mean.shape[-1:], eps=self.config.rms_norm_eps).to(
+                encoded.dtype
+            )
         if self.log_variance_proj is None:
             return mean, None
-        return mean, self.log_variance_proj(last).float().clamp(-10.0, 4.0)
+        return mean, self.log_variance_proj(encoded).float().clamp(-10.0, 4.0)
 
     def _perturb(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents with `latent_noise` in training."""
+        """Latents (batch, latent), in training with the noise of `latent_noise`."""
         if not self.training or self.config.latent_noise == 0:
             return latents
         scale = latents.detach().float().std(dim=0, unbiased=False) if len(latents) > 1 else latents.new_ones(())
@@ -248,7 +251,7 @@ class TokComVAE(StrictLoading):
         if self.config.chunk_projection == "all":
             shape = (len(latents), self.config.chunk_size, self.config.hidden_size)
             return self.decoder(self.decoder_proj(latents).view(shape), record)
-        # Through the module, because an offloaded weight is on its device during the module's forward only.
+        # The embedding is called as a module, because an offloaded weight is on its device only during the forward.
         omni = self.embed_tokens(torch.tensor([self.config.omni_token_id], device=latents.device))
         query = omni.expand(len(latents), self.config.chunk_size - 1, -1)
         return self.decoder(torch.cat([self.decoder_proj(latents).unsqueeze(1), query], dim=1), record)
@@ -257,7 +260,7 @@ class TokComVAE(StrictLoading):
         """Mean cross-entropy in nats per token: hidden states (…, hidden), labels (…) of which -100 does not count."""
         hidden_states, labels = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1)
         if type(self.lm_head) is not nn.Linear or hasattr(self.lm_head, "_hf_hook"):
-            # Through the head's forward: an offloaded weight is on its device only there, and an adapter adds to it there.
+            # The head is called as a module: only in its forward is an offloaded weight on its device, and an adapter added.
             counted = labels != -100
             logits = self.lm_head(hidden_states[counted]).float()
             return nn.functional.cross_entropy(logits, labels[counted], reduction="sum") / counted.sum().clamp(min=1)
@@ -269,7 +272,7 @@ class TokComVAE(StrictLoading):
         return mean.view(len(input_ids), -1, mean.shape[-1])
 
     def decode_logits(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents (batch, chunks, latent) → logits (batch, chunks · chunk_size, vocab); the omni token has the least."""
+        """latents (batch, chunks, latent) → logits (batch, chunks · chunk_size, vocab), the omni token's lowest."""
         hidden_states = self.decode_hidden(latents.flatten(0, 1).to(self.lm_head.weight.dtype))
         logits = self.lm_head(hidden_states.reshape(len(latents), -1, hidden_states.shape[-1]))
         omni = torch.tensor([self.config.omni_token_id], device=logits.device)

@@ -1,4 +1,9 @@
-"""VQGAN: a convolutional autoencoder whose latent grid is discrete (Esser et al. 2012.09841)."""
+"""VQGAN: a convolutional autoencoder whose latent grid is discrete (Esser et al. 2012.09841).
+
+z = encoder(x);  codes, e = quantizer(z);  x̂ = decoder(z + sg(e − z))                  sg: stop-gradient
+loss = l1_weight · |x̂ − x| + mse_weight · (x̂ − x)² + commitment_weight · (z − sg(e))² + entropy_weight · entropy
+       + diversity_weight · diversity
+"""
 
 import math
 from dataclasses import dataclass
@@ -49,7 +54,7 @@ class VQGAN(StrictLoading):
     accepts_loss_kwargs = False
     _supports_sdpa = True
     _no_split_modules = ["ResidualBlock", "SpatialAttention", "EMAQuantizer", "FSQQuantizer", "LFQQuantizerHead"]
-    # Codes depend on distances that bf16 cannot resolve.
+    # Codes depend on differences of distances that bf16 cannot resolve.
     _keep_in_fp32_modules_strict = [r"quantizer\.(?!initialized|num_updates)"]
     # A folder saved with balance_rate=0 has no penalties; where it is loaded with another rate they start at zero.
     _keys_to_ignore_on_load_missing = [r"^quantizer\.penalty$"]
@@ -66,14 +71,14 @@ class VQGAN(StrictLoading):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Quantizer):
-            # transformers calls this where one buffer is missing from the folder; those that were loaded must stay.
+            # transformers calls this if the folder lacks one buffer; the buffers that were loaded must stay.
             buffers = [b for b in module.buffers(recurse=False) if getattr(b, "_is_hf_initialized", False)]
             loaded = [buffer.clone() for buffer in buffers]
             module.reset_buffers()
             for buffer, value in zip(buffers, loaded):
                 buffer.copy_(value)
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            # As `nn.init.…` in full: transformers replaces these functions by ones that skip loaded weights.
+            # Called as `nn.init.NAME`: transformers replaces these functions by ones that skip loaded weights.
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -100,7 +105,7 @@ class VQGAN(StrictLoading):
             pixel_values: `(batch, in_channels, height, width)` in [-1, 1]; sides divisible by `downsample_factor`.
             labels: target images, `(batch, out_channels, height, width)`; None takes `pixel_values`.
             output_hidden_states, output_attentions: refused, because the model returns no outputs of its layers.
-            return_dict: False returns a tuple; None takes the config's.
+            return_dict: False returns a tuple; None takes the config's value.
 
         Raises:
             ValueError: a wrong rank, number of channels or size, or, in training, features that are NaN or infinite.
@@ -111,7 +116,7 @@ class VQGAN(StrictLoading):
             output_attentions,
             "a VQGAN returns no outputs of its layers; features(pixel_values) are the encoder's.",
         )
-        # Passed only where it matters: a quantizer that a user puts here need not have this argument.
+        # `learns` is passed only where it matters: a user's own quantizer need not have this argument.
         options = {} if self._codebook_learns() else {"learns": False}
         quantized = self.quantizer(self.features(pixel_values), **options)
         reconstruction = self.decoder(quantized.embeddings.permute(0, 3, 1, 2))
@@ -120,10 +125,10 @@ class VQGAN(StrictLoading):
         return as_asked(output, self.config, return_dict)
 
     def _codebook_learns(self) -> bool:
-        """Whether training moves the codebook: not while an adapter (peft) is trained that does not save it.
+        """Whether training moves the codebook; it stays while a peft adapter is trained, which does not save the codebook.
 
         Raises:
-            ValueError: such an adapter is trained before the codebook was placed on data.
+            ValueError: an adapter is trained before the codebook was placed on data.
         """
         # peft sets `peft_config` on the model, and wraps what is in `modules_to_save`.
         if not (hasattr(self, "peft_config") and isinstance(self.quantizer, Quantizer)):
@@ -198,7 +203,7 @@ class VQGAN(StrictLoading):
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         channels, factor = self.config.in_channels, self.config.downsample_factor
         shape = f"(batch, {channels}, height, width)"
-        # In training the quantizer looks at all features, on every device.
+        # In training the quantizer checks the features instead, on every device.
         check_floats(pixel_values, "pixel_values", shape, (None, channels, None, None), finite=not self.training)
         height, width = pixel_values.shape[2:]
         if height % factor or width % factor:

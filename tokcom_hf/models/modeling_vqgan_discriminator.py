@@ -14,13 +14,16 @@ from .shared_strict_loading import StrictLoading
 
 @dataclass
 class VQGANDiscriminatorOutput(ModelOutput):
-    """logits: `(batch, 1, h, w)`, positive where a patch looks real."""
+    """Output of `VQGANDiscriminator`: `logits` `(batch, 1, h, w)`, positive where a patch looks real."""
 
     logits: torch.Tensor | None = None
 
 
 class VQGANDiscriminator(StrictLoading):
-    """Real or reconstructed, patch by patch. GroupNorm, so that one forward may hold real and fake images together."""
+    """Tells real from reconstructed images, patch by patch.
+
+    Its norm is GroupNorm, so that one forward may hold real and fake images without mixing their statistics.
+    """
 
     config_class = VQGANDiscriminatorConfig
     base_model_prefix = "discriminator"
@@ -62,8 +65,8 @@ class VQGANDiscriminator(StrictLoading):
         """`(batch, in_channels, height, width)` in [-1, 1] → logits `(batch, 1, h, w)`.
 
         Raises:
-            ValueError: wrong number of channels, or images smaller than the network's field; hidden states or attentions,
-                which there are not.
+            ValueError: the number of channels is wrong, images are too small for `num_layers`, or hidden states or
+                attentions are wanted, which this model does not return.
         """
         refuse_layer_outputs(
             self.config,

@@ -1,4 +1,4 @@
-"""BatchedPipeline: the batches, the threads, the checked keywords and the saved folder of every pipeline of the package."""
+"""BatchedPipeline: batching, threads, keyword checks and saving for every pipeline of the package."""
 
 import difflib
 import os
@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Pipel
 
 from .pipeline_files import save_pipeline
 
-# A fast tokenizer keeps padding and truncation on itself, so calls of two threads must not overlap.
+# A fast tokenizer stores padding and truncation on itself, so calls of two threads must not overlap.
 TOKENIZER_LOCK = RLock()
 
 
@@ -27,7 +27,7 @@ class BatchedPipeline(Pipeline):
     - Generators and data sets (`torch.utils.data.Dataset`, `KeyDataset`, `datasets.Dataset`) give an iterator, which reads
       them batch by batch.
     - `batch_size` rows run at once, and `num_workers` threads prepare the next batches.
-    - Nothing of a call stays on the pipeline or the model, so threads may share it.
+    - A call leaves no state on the pipeline or the model, so threads may share one pipeline.
 
     Subclasses set `family` and `default_batch_size` (None: a whole list at once), and define `_is_single`,
     `_sanitize_parameters`, and the steps `preprocess`, `_forward` and `postprocess` on lists.
@@ -38,7 +38,7 @@ class BatchedPipeline(Pipeline):
     tokenizer: Any
     image_processor: Any
     processor: Any
-    # transformers annotates these with the None that they are in its base class.
+    # transformers annotates these as None, their value in its base class.
     _load_tokenizer: bool | None = False  # type: ignore[assignment]
     _load_processor: bool | None = False  # type: ignore[assignment]
     _load_image_processor: bool | None = False  # type: ignore[assignment]
@@ -48,7 +48,7 @@ class BatchedPipeline(Pipeline):
     _pipeline_calls_generate = False
 
     def __init__(self, *args, **kwargs):
-        # transformers loads a part that a string names, but not one that a path names.
+        # transformers loads a part that is named by a string, but not one that is named by a path object.
         loaders = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor, "processor": AutoProcessor}
         for name, loader in loaders.items():
             if isinstance(kwargs.get(name), os.PathLike):
@@ -64,7 +64,7 @@ class BatchedPipeline(Pipeline):
         return row
 
     def _parameters(self, kwargs: dict) -> tuple[dict, dict, dict]:
-        """Keywords of the three steps: those of the construction, overridden by those of a call."""
+        """Keywords of the three steps: those given at construction, overridden by those of the call."""
         preprocess, forward, postprocess = self._sanitize_parameters(**kwargs)
         return (
             {**self._preprocess_params, **preprocess},
@@ -107,13 +107,13 @@ class BatchedPipeline(Pipeline):
 
         Args:
             save_directory: folder.
-            kwargs: passed to `save_pretrained` of the model.
+            kwargs: passed to the model's `save_pretrained`.
         """
         save_pipeline(self, save_directory, self.family, **kwargs)
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raises TypeError for the first of `names` that is not in `known`, and suggests the nearest that is."""
+    """Raises TypeError for the first of `names` that is not in `known`, and suggests the nearest known name."""
     known = sorted(known)
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -147,7 +147,7 @@ def _batches(rows: Iterable, size: int) -> Iterator[list]:
 
 
 def _prepared(batches: Iterator[list], prepare, workers: int) -> Iterator:
-    """`prepare(batch)` of each batch in order, which `workers` threads compute ahead."""
+    """Yields `prepare(batch)` of each batch in order; `workers` threads compute the next ones ahead."""
     if not workers:
         yield from map(prepare, batches)
         return
@@ -160,9 +160,10 @@ def _prepared(batches: Iterator[list], prepare, workers: int) -> Iterator:
 
 
 def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
-    """The generator of one call: `generator`, or a new one from `seed`, or else from a seed of the global generator.
+    """The generator of one call: `generator`; or a new one seeded by `seed`, or by a draw of the global generator.
 
-    Without either argument `set_seed` decides the output; with one, the global generator is neither read nor seeded.
+    Without either argument transformers' `set_seed` makes the output reproducible; with one of them, the global generator is
+    neither read nor seeded.
     """
     if generator is not None:
         if seed is not None:
@@ -172,7 +173,7 @@ def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.G
 
 
 def check_texts(texts: list[str]) -> None:
-    """Refuses text that UTF-8 cannot encode, of which a tokenizer does not name the place.
+    """Refuses text that UTF-8 cannot encode; the error of a tokenizer would not name the place.
 
     Raises:
         ValueError: a text holds half of a surrogate pair, as broken JSON escapes do.

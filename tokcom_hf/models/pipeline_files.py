@@ -1,4 +1,4 @@
-"""The pipeline tasks of a model folder, and the saving of a pipeline with its code."""
+"""The pipeline tasks of a model folder, and `save_pipeline`, which saves a pipeline with its code."""
 
 import copy
 import os
@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers.dynamic_module_utils import custom_object_save
 
-# `pipeline(model=folder)` without a task runs the first of the family. transformers looks a "pt" class up in itself, so it
-# must be an Auto class.
+# `pipeline(model=folder)` without a task runs the first task of the family. transformers looks up the classes under "pt" in
+# its own namespace, so they must be Auto classes.
 TASKS: dict[str, dict[str, dict[str, Any]]] = {
     "tokcom": {
         "tokcom-generation": {
@@ -41,13 +41,13 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
 class PipelineTasks(dict):
     """`config.custom_pipelines`, as `pipeline()` reads it.
 
-    It lists one task, which `pipeline(model=folder)` then runs, and finds every task of the family by name. Where the
-    package is installed it finds none, so that `pipeline()` takes the registered class; the folder's copy of the code would
+    Iteration gives one task, which `pipeline(model=folder)` runs; every task of the family is found by name. In the
+    installed package no task is found, so that `pipeline()` takes the registered class: the folder's copy of the code would
     need `trust_remote_code`.
 
     Args:
         family: key of `TASKS`.
-        default: value of config.json, or name of the task to list; None lists the family's first.
+        default: value in config.json, or name of the task to list; None lists the family's first task.
     """
 
     def __init__(self, family: str, default: str | dict | None = None):
@@ -72,7 +72,7 @@ def save_pipeline(pipe, folder: str | os.PathLike, family: str, push_to_hub: boo
 
     Args:
         family: key of `TASKS`.
-        kwargs: passed to `save_pretrained` of the model.
+        kwargs: passed to the model's `save_pretrained`.
 
     Raises:
         NotADirectoryError: `folder` is a file.

@@ -1,4 +1,4 @@
-"""`pipeline("lfq-image-text")`: text, images and both from an `LFQExpandedModel`."""
+"""`pipeline("lfq-image-text")`: generates text, images or both with an `LFQExpandedModel`."""
 
 import math
 import os
@@ -37,19 +37,19 @@ class LFQImageTextPipeline(PromptPipeline):
 
     Args:
         image_decoder: a model with `decode_codes` (a VQGAN with `quantizer="lfq"`), or its folder or Hub name. None: the
-            folder `image_decoder` of the model's repository; without one the images are ids.
-        decoder_revision: branch, tag or commit of an `image_decoder` named by its Hub name.
+            folder `image_decoder` of the model's repository; if it has none, images are returned as ids.
+        decoder_revision: branch, tag or commit of an `image_decoder` that is given by its Hub name.
         decoder_trust_remote_code: run code of the `image_decoder`'s repository, to which trust in the model's repository
-            does not extend. A VQGAN needs none.
+            does not extend. A VQGAN needs no such code.
     """
 
     family = "lfq"
     default_batch_size = None
     defaults = {"do_sample": True}
     own_names = ("mode", "num_image_tokens")
-    # An LFQProcessor; transformers announces None.
+    # An LFQProcessor; transformers annotates both as None.
     processor: Any
-    _load_processor = True  # type: ignore[assignment]  # announced as None
+    _load_processor = True  # type: ignore[assignment]  # annotated as None
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class LFQImageTextPipeline(PromptPipeline):
         return _left_padded(dict(batch), self.processor.tokenizer.pad_token_id)
 
     def generate_ids(self, encoded: dict, options: dict, own: dict) -> tuple[torch.LongTensor, dict]:
-        """Ids `(rows, prompt + new)` of one batch, and the number of tokens of an image."""
+        """Ids `(rows, prompt + new)` of one batch, and the number of tokens per image."""
         mode, count = own.get("mode", "image"), own.get("num_image_tokens")
         count = self._num_image_tokens() if count is None else count
         rows = len(encoded["input_ids"])
@@ -147,7 +147,7 @@ class LFQImageTextPipeline(PromptPipeline):
         return config.image_size // config.downsample_factor
 
     def _draw(self, ids: torch.LongTensor):
-        """LFQ ids of a square image → PIL image, or the ids where nothing decodes them."""
+        """LFQ ids of a square image → PIL image; other ids, or ids without an image decoder, are returned as a list."""
         side = math.isqrt(len(ids))
         if self.image_decoder is None or side * side != len(ids):
             return ids.tolist()
@@ -160,9 +160,9 @@ class LFQImageTextPipeline(PromptPipeline):
 
         Args:
             save_directory: folder.
-            include_base: with the base model's weights. None: where its code is part of transformers; otherwise the folder
-                refers to it.
-            kwargs: for the model's `save_pretrained`.
+            include_base: save the base model's weights, too. None: save them if the base model's code is part of
+                transformers; otherwise the folder refers to the base model.
+            kwargs: passed to the model's `save_pretrained`.
         """
         if include_base is None:
             known = self.model.config.base_config["model_type"] in CONFIG_MAPPING
@@ -175,7 +175,7 @@ class LFQImageTextPipeline(PromptPipeline):
 
 
 def _left_padded(batch: dict[str, Any], pad_token_id: int | None) -> dict[str, Any]:
-    """Lists of one value per token → tensors `(rows, longest)`; the rest as tensors."""
+    """Lists with one value per token → tensors `(rows, longest)`, padded on the left; other values → tensors."""
     lengths = [len(ids) for ids in batch["input_ids"]]
     if pad_token_id is None and len(set(lengths)) > 1:
         raise ValueError("The tokenizer has no pad token; set processor.tokenizer.pad_token, or batch_size=1.")
@@ -193,18 +193,18 @@ def _left_padded(batch: dict[str, Any], pad_token_id: int | None) -> dict[str, A
 def _own_decoder(model) -> tuple[VQGAN, VQGANImageProcessor] | None:
     """The VQGAN in the folder `image_decoder` of the repository that the model was loaded from, or None.
 
-    Built by this file's own VQGAN class: code that lies beside the decoder's weights is never run.
+    This file's own VQGAN class builds it; code that lies beside the decoder's weights is never run.
     """
     name = model.config.name_or_path
     if not name:
-        # Built in memory: an empty name would mean the working directory.
+        # The model was built in memory; its empty name would mean the working directory.
         return None
     if os.path.isdir(name):
         if not (Path(name) / DECODER_FOLDER / "config.json").is_file():
             return None
         options = {}
     else:
-        # The commit that the model came from.
+        # The decoder comes from the same commit as the model.
         options = {"revision": getattr(model.config, "_commit_hash", None)}
         config = f"{DECODER_FOLDER}/config.json"
         if cached_file(name, config, _raise_exceptions_for_missing_entries=False, **options) is None:
@@ -214,7 +214,7 @@ def _own_decoder(model) -> tuple[VQGAN, VQGANImageProcessor] | None:
 
 
 def _load_decoder(decoder, options: dict):
-    """An image decoder (loaded, with or without its processor, or named) → decoder and image processor."""
+    """A loaded image decoder, a pair of decoder and processor, or a name → decoder and image processor."""
     if isinstance(decoder, tuple):
         return decoder
     if isinstance(decoder, str | os.PathLike):

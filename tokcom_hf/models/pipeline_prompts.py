@@ -69,7 +69,7 @@ def as_images(value: Any) -> list:
 
 
 def chat_prompt(messages: Iterable[dict], images: Iterable = ()) -> Prompt:
-    """A chat → `Prompt`; a part `{"type": "image"}` without an image takes the next of `images`, as `<image>` in text does.
+    """A chat → `Prompt`; a part `{"type": "image"}` without an image, or an `<image>` in text, takes the next of `images`.
 
     Raises:
         ValueError: a part is neither text nor image, or there are more or fewer `images` than parts without one.
@@ -93,13 +93,13 @@ def chat_prompt(messages: Iterable[dict], images: Iterable = ()) -> Prompt:
                 found.append(given[0] if given else waiting.pop(0))
     if waiting:
         raise ValueError(
-            f"{len(waiting)} image(s) more than the chat has image parts without one; put {{'type': 'image'}} into it."
+            f"{len(waiting)} image(s) more than the chat has places for; add a part {{'type': 'image'}} for each."
         )
     return Prompt(None, found, messages)
 
 
 def _without_images(messages: list[dict]) -> list[dict]:
-    """The chat as chat templates read it, without the images of image parts."""
+    """The chat as chat templates read it: image parts without their images."""
     return [
         message
         if isinstance(message["content"], str)
@@ -158,11 +158,13 @@ def _holes(text: Any) -> int:
 
 
 def _one_each(texts: list, images: list) -> bool:
+    """Whether `images`, as many as `texts`, hold one entry for each text rather than one flat list."""
     nested = any(isinstance(image, list | tuple) for image in images)
     return nested or all(_holes(text) == 1 for text in texts)
 
 
 def _dealt(texts: list, images: list) -> list[list]:
+    """One flat list of images, dealt to the image places of the texts in order."""
     counts = [_holes(text) for text in texts]
     if sum(counts) != len(images):
         raise ValueError(
@@ -176,11 +178,11 @@ def _dealt(texts: list, images: list) -> list[list]:
 def render(prompt: Prompt, processor) -> tuple[str, bool]:
     """The text of a prompt with the processor's image tokens, and whether the tokenizer should add special tokens.
 
-    A chat goes through the processor's chat template. Without a template, a single message becomes its parts in order, the
-    images before a text that has no `<image>`.
+    A chat goes through the processor's chat template. Without a template, a single message becomes its texts in order; the
+    image tokens come first if the texts have no `<image>`.
 
     Raises:
-        ValueError: there is no template for several messages, or not one image token per image.
+        ValueError: several messages need a template and there is none, or there is not one image token per image.
     """
     token = getattr(processor, "image_token", None) or IMAGE
     if prompt.messages is None:
@@ -220,7 +222,7 @@ def _from_template(messages: list[dict], processor, token: str) -> tuple[str, bo
 
 
 def answered(prompt: Prompt, answer: str) -> str | list[dict]:
-    """Prompt and answer: a text, or the chat with the answer as its last message or as the rest of it."""
+    """Prompt and answer: a text; or the chat with the answer as its last message, or behind the last message's prefill."""
     if prompt.messages is None:
         return prompt.text + answer
     last = prompt.messages[-1]

@@ -63,18 +63,18 @@ class PrunedImageTextToTextPipeline(PromptPipeline):
 
         Args:
             save_directory: folder.
-            include_base: with the base model, so that the folder needs no other.
-            kwargs: for the model's `save_pretrained`.
+            include_base: save the base model, too, so that the folder needs no other.
+            kwargs: passed to the model's `save_pretrained`.
         """
         super().save_pretrained(save_directory, include_base=include_base, **kwargs)
 
 
 def _processor_of(model):
-    """The processor beside the model, or the base model's own."""
+    """The processor saved beside the model, or else that of the base model."""
     for name in (model.config.name_or_path, model.config.base_model_name_or_path):
         if name:
             try:
-                # Trust in the model's repository does not extend to code of the base's.
+                # Trust in the model's repository does not extend to code of the base model's repository.
                 return AutoProcessor.from_pretrained(name, trust_remote_code=False)
             except (OSError, ValueError) as error:
                 reason = error

@@ -1,4 +1,4 @@
-"""`pipeline("tokcom-generation")`: text from prompts, or from nothing."""
+"""`pipeline("tokcom-generation")`: generates text from prompts, or from nothing."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ class TokComGenerationPipeline(BatchedPipeline):
     `[{"generated_text": ...}]`. `pipe(["one", "two"])` runs as one batch and returns such a list per prompt, as
     "text-generation" does. Generators and data sets (of texts, or with a column `text`) give an iterator.
 
-    Keyword arguments, at construction or call: `seed` (reproducible output), `return_full_text` (False leaves the prompt
-    out), `batch_size` (prompts per batch; by default all at once), and those of `TokComModel.generate`.
+    Keyword arguments, at construction or call: `seed` (makes the output reproducible), `return_full_text` (False leaves the
+    prompt out), `batch_size` (prompts per batch; by default all at once), and those of `TokComModel.generate`.
     """
 
     family = "tokcom"
@@ -61,7 +61,7 @@ class TokComGenerationPipeline(BatchedPipeline):
         """Returns `[{"generated_text": str}]` for one prompt or none, a list of such lists for a list of prompts.
 
         Raises:
-            TypeError: prompts are no strings, or a keyword is unknown.
+            TypeError: a prompt is no string, or a keyword is unknown.
             ValueError: a prompt is empty, or `TokComModel.generate` refuses an argument.
         """
         generator = kwargs.get("generator", self._forward_params.get("generator"))
@@ -95,7 +95,7 @@ class TokComGenerationPipeline(BatchedPipeline):
     ) -> dict[str, Any]:
         if num_return_sequences is None:
             num_return_sequences = getattr(options.get("generation_config"), "num_return_sequences", None) or 1
-        # Of lengths given at construction, the one for the other kind of call does not count.
+        # A length given at construction may be for the other kind of call, with or without prompts; it does not act here.
         options.pop("num_generate_chunks" if not model_inputs else "num_chunks", None)
         ids = self.model.generate(**model_inputs, num_return_sequences=num_return_sequences, **options)
         padding, width = [0] * len(ids), 0
@@ -107,7 +107,7 @@ class TokComGenerationPipeline(BatchedPipeline):
     def postprocess(  # type: ignore[override]  # a batch
         self, model_outputs: dict[str, Any], return_full_text: bool = True
     ) -> list[list[dict[str, str]]]:
-        """ids → one list of `num_return_sequences` dictionaries per prompt."""
+        """Ids → one list of `num_return_sequences` dictionaries per prompt."""
         texts, width = [], model_outputs["width"]
         for ids, padding in zip(model_outputs["ids"].tolist(), model_outputs["padding"]):
             prompt = "" if return_full_text else self.tokenizer.decode(ids[padding:width], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""PromptPipeline: the forms of input, options of `generate` and private sampling of pipelines with text and images."""
+"""PromptPipeline: what pipelines with text and images share: forms of input, options of `generate`, private sampling."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ PREPROCESS = ("allow_urls", "timeout")
 class PromptPipeline(BatchedPipeline):
     """Text and images in, ids out, through the model's `generate`.
 
-    Subclasses set `defaults` (of options of `generate`), `own_names` (further keywords of `_forward`) and
-    `postprocess_names`, and define `preprocess`, `generate_ids` and `postprocess`.
+    Subclasses set `defaults` (options of `generate`), `own_names` (further keywords of `_forward`) and `postprocess_names`,
+    and define `preprocess`, `generate_ids` and `postprocess`.
     """
 
     defaults: dict[str, Any] = {}
@@ -69,11 +69,11 @@ class PromptPipeline(BatchedPipeline):
                 images, as in transformers' "image-text-to-text".
             images, text: one text with an image or a list of images, or lists of equal length; `text` may be a chat, whose
                 image parts without an image take `images` in order.
-            seed: seed of the sampling, which has a generator of its own in each call.
+            seed: seed of the sampling; each call has a generator of its own.
 
         Raises:
             TypeError: a keyword is unknown, or an input is none of these.
-            ValueError: images do not fit the text, or `allow_urls=False` and there is a URL.
+            ValueError: images do not fit the text, or an image is a URL and `allow_urls` is False.
         """
         if inputs is not None and images is not None:
             inputs, text = None, inputs if text is None else text
@@ -134,7 +134,7 @@ class PromptPipeline(BatchedPipeline):
         for group in model_inputs["groups"]:
             encoded = group["encoded"]
             if samples and copies > 1:
-                # `generate` repeats rows itself only where it samples; here it picks the largest noisy logit.
+                # `generate` repeats rows only if it samples, but private sampling makes it greedy over noisy logits.
                 encoded = self.repeated(group, copies)
             call = dict(options)
             if samples:
@@ -143,9 +143,9 @@ class PromptPipeline(BatchedPipeline):
             encoded = self._on_device(encoded)
             ids, extra = self.generate_ids(encoded, call, own)
             new = ids[:, encoded["input_ids"].shape[1] :]
-            each = len(new) // len(group["rows"])
+            per_row = len(new) // len(group["rows"])
             for position, row in enumerate(group["rows"]):
-                rows[row] = (new[position * each : (position + 1) * each].cpu(), extra)
+                rows[row] = (new[position * per_row : (position + 1) * per_row].cpu(), extra)
         return {"rows": rows, "prompts": model_inputs["prompts"]}
 
     def repeated(self, group: dict, copies: int) -> dict[str, Any]:
@@ -163,10 +163,10 @@ class PromptPipeline(BatchedPipeline):
         }
 
     def grouped(self, prompts: list[Prompt], texts: list[tuple[str, bool]]) -> dict[str, Any]:
-        """Prompts in groups that fit into one batch: all or none with images, all or none with special tokens.
+        """Prompts in groups that can share a batch: in a group, all or none have images, and all or none special tokens.
 
         Args:
-            texts: what `render` gives for each prompt.
+            texts: text and special-token flag of each prompt, as `render` returns them.
         """
         check_texts([text for text, _ in texts])
         groups: dict[tuple[bool, bool], list[int]] = {}

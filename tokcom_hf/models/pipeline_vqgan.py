@@ -1,4 +1,4 @@
-"""`pipeline("vq-reconstruction")` and `pipeline("vq-tokenize")`."""
+"""`pipeline("vq-reconstruction")`, images → codes → images, and `pipeline("vq-tokenize")`, images ↔ codes."""
 
 import os
 from typing import Any
@@ -16,8 +16,8 @@ class _VQPipeline(BatchedPipeline):
     """Images in, codes or images out.
 
     An image is a PIL image, a path, a URL, a data URI, an array, a tensor, or a row `{"image": ...}` of a data set. Keyword
-    arguments, at construction or call: `allow_urls` (False refuses URLs; by default all are fetched, as transformers does,
-    those of this machine and its network, too), `timeout` (seconds for a URL), `batch_size` (images at once, 1 by default),
+    arguments, at construction or call: `allow_urls` (False refuses URLs; by default they are fetched as transformers does,
+    also from this machine and its network), `timeout` (seconds for a URL), `batch_size` (images at once, 1 by default),
     `num_workers` (threads that read images ahead).
     """
 
@@ -47,7 +47,7 @@ class _VQPipeline(BatchedPipeline):
             row = row["image"]
         if isinstance(row, str) and not os.path.isfile(row):
             return load_image(row, timeout, allow_urls, CHANNELS[self.image_processor.num_channels])
-        # The image processor opens it, because it keeps the transparency and depth that the model can use.
+        # The image processor opens files itself, because it keeps the transparency and depth that the model can use.
         return row
 
     def _dataset_row(self, row: dict) -> Any:

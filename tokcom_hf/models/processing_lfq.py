@@ -1,7 +1,7 @@
 """`LFQProcessor`: text, images and LFQ tokens of an `LFQExpandedModel`, with nothing added to its tokenizer.
 
-An LFQ token is written `<lfq:12345>`, where 12345 is its id minus the first LFQ id. Markers are read as numbers and the text
-between them goes through the tokenizer: a tokenizer with 65,536 added strings would be very slow.
+An LFQ token is written as the marker `<lfq:12345>`, where 12345 is its id minus the first LFQ id. Markers are parsed as
+numbers and the text between them goes through the tokenizer: a tokenizer with 65,536 added strings would be very slow.
 """
 
 import re
@@ -29,13 +29,14 @@ class LFQProcessor(ProcessorMixin):
     """Tokenizer (and image processor) of a base model, extended by LFQ tokens.
 
     Args:
-        tokenizer: the base model's.
+        tokenizer: the base model's tokenizer.
         lfq_start_token_id: first LFQ id, `model.config.lfq_start_token_id`; larger than `len(tokenizer)` where the
             vocabulary is padded.
         output_dim: bits per code.
         base: the base model's processor, where it takes images.
         image_prompt: text before an image's tokens, with `{caption}` in it. With an empty caption it is the unconditional
             prompt of classifier-free guidance.
+        has_base: whether the saved folder holds `base`; written by `save_pretrained`.
 
     processor = LFQProcessor.from_model(expanded, base_tokenizer_or_processor)
     batch = processor(text="a red circle <lfq:17><lfq:4>", return_tensors="pt")
@@ -66,7 +67,7 @@ class LFQProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template or getattr(base or tokenizer, "chat_template", None))
         self._text_size = size
         self._spaces: bool | None = None
-        # No attribute that transformers saves: two processors cannot share one processor_config.json.
+        # `to_dict` leaves `base` out, because two processors cannot share one processor_config.json.
         self.base = base
         self.has_base = has_base or base is not None
 
@@ -99,15 +100,15 @@ class LFQProcessor(ProcessorMixin):
             images: images in the form that the base model's processor takes, in the order of their placeholders.
             padding, truncation, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors,
                 add_special_tokens: as in transformers, for rows with their LFQ tokens.
-            kwargs: for the base model's processor, where there is one.
+            kwargs: keywords of the base model's processor, where there is one.
 
         Returns:
             `input_ids`, `attention_mask` and everything else that the base model's processor returns.
 
         Raises:
-            TypeError: a keyword that nothing takes, or a text that is no string.
-            ValueError: a marker beyond the 2^output_dim codes, images for a base model that takes none, no text, or a
-                length that would cut an image's tokens.
+            TypeError: a keyword is unknown, or a text is no string.
+            ValueError: a marker is beyond the 2^output_dim codes, the base model takes no images, there is no text, or a
+                length would cut an image's tokens.
         """
         if text is None:
             raise ValueError("LFQProcessor needs text; for images alone call its `base` processor.")
@@ -130,24 +131,24 @@ class LFQProcessor(ProcessorMixin):
         return BatchFeature(finished | rest, tensor_type=return_tensors)
 
     def _encode(self, parts: list[list[str | int]], images, options: dict):
-        """Encodes the pieces of all rows in one call, and joins everything with one value per token to rows.
+        """Encodes the pieces of all rows in one call, and joins all values with one number per token to rows.
 
         Args:
-            parts: per row texts and code numbers in order.
-            images: for the base model's processor.
-            options: its keywords.
+            parts: for each row, its texts and code numbers in order.
+            images: images for the base model's processor.
+            options: keywords of the base model's processor.
 
         Returns:
-            The output for the pieces; and by name rows of `input_ids` and of other values per token (mm_token_type_ids),
-            which are 0 at LFQ tokens.
+            The processor's output for the pieces; and, by name, the joined rows of `input_ids` and of other values per token
+            (mm_token_type_ids), which are 0 at LFQ tokens.
         """
-        texts, heads = [], []
+        texts, anchor_lengths = [], []
         for row in parts:
             for index, part in enumerate(row):
                 if isinstance(part, str):
                     anchor = anchor_of(self.tokenizer, part) if index > 0 and self._eats_spaces() else ""
                     texts.append(anchor + part)
-                    heads.append(len(encode_piece(self.tokenizer, anchor)) if anchor else 0)
+                    anchor_lengths.append(len(encode_piece(self.tokenizer, anchor)) if anchor else 0)
         inputs = options | ({} if images is None else {"images": images})
         encoder = self.tokenizer if self.base is None else self.base
         encoded = encoder(text=texts, add_special_tokens=False, **inputs) if texts else {"input_ids": []}
@@ -155,13 +156,13 @@ class LFQProcessor(ProcessorMixin):
         aligned = [name for name in encoded if name != "attention_mask" and _lengths(encoded[name]) == lengths]
         batch: dict[str, list[list[int]]] = {name: [] for name in aligned}
         for name in aligned:
-            pieces = iter(zip(encoded[name], heads, strict=True))
+            pieces = iter(zip(encoded[name], anchor_lengths, strict=True))
             for row in parts:
                 values: list[int] = []
                 for part in row:
                     if isinstance(part, str):
-                        piece, head = next(pieces)
-                        values += list(map(int, piece[head:]))
+                        piece, anchor_length = next(pieces)
+                        values += list(map(int, piece[anchor_length:]))
                     else:
                         values.append(self.lfq_start_token_id + part if name == "input_ids" else 0)
                 batch[name].append(values)
@@ -182,7 +183,7 @@ class LFQProcessor(ProcessorMixin):
         return self._spaces
 
     def _split(self, text: str) -> list[str | int]:
-        """Texts, none of them empty, and code numbers in order."""
+        """The texts (none of them empty) and code numbers of a text with markers, in order."""
         parts: list[str | int] = []
         for index, part in enumerate(MARKER.split(text)):
             if index % 2 == 0:
@@ -226,7 +227,7 @@ class LFQProcessor(ProcessorMixin):
         return [self.decode(row, skip_lfq_tokens, **kwargs) for row in sequences]
 
     def split_images(self, token_ids, num_image_tokens: int | None = None) -> list[torch.Tensor]:
-        """Runs of LFQ ids in one row, each int64 `(n,)`, or cut into images of exactly `num_image_tokens`."""
+        """Runs of LFQ ids in one row, each int64 `(n,)`; with `num_image_tokens` cut into whole images of that length."""
         runs = [torch.tensor(run) for is_lfq, run in self._runs(token_ids) if is_lfq]
         if num_image_tokens is None:
             return runs
@@ -247,7 +248,7 @@ class LFQProcessor(ProcessorMixin):
         for token in token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids):
             inside = start <= token < end
             if self._text_size <= token and not inside:
-                # Padding rows of the table have no text.
+                # Ids of padding rows of the vocabulary table have no text.
                 continue
             if not runs or runs[-1][0] != inside:
                 runs.append((inside, []))
@@ -255,7 +256,7 @@ class LFQProcessor(ProcessorMixin):
         return runs
 
     def apply_chat_template(self, conversation, tokenize: bool = False, **kwargs):  # type: ignore[override]  # as called
-        """The base model's chat template as text; with `tokenize=True` as a batch, its markers read as in a call."""
+        """A chat as text by the base model's template; with `tokenize=True` as a batch, markers read as in a call."""
         owner = self.tokenizer if self.base is None else self.base
         options = {name: value for name, value in kwargs.items() if name in ROW_OPTIONS}
         template = {name: value for name, value in kwargs.items() if name not in ROW_OPTIONS}
@@ -272,7 +273,7 @@ class LFQProcessor(ProcessorMixin):
         return values | {name: getattr(self, name) for name in names}
 
     def save_pretrained(self, save_directory, **kwargs):
-        """The tokenizer and the LFQ settings in `save_directory`, the base model's processor in a folder below it."""
+        """Saves tokenizer and LFQ settings in `save_directory`, and the base model's processor in a folder inside it."""
         files = super().save_pretrained(save_directory, **kwargs)
         if self.base is not None:
             self.base.save_pretrained(Path(save_directory) / BASE_FOLDER)

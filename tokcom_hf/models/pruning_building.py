@@ -1,4 +1,4 @@
-"""What `PrunedVLM.from_base` needs before it can build: the VLM, and a configuration that describes it and the stages."""
+"""What `PrunedVLM.from_base` builds from: the loaded VLM, and a configuration that describes it and the stages."""
 
 import os
 from typing import Any
@@ -9,20 +9,20 @@ from .configuration_pruned_vlm import PrunedVLMConfig
 from .pruning_families import check_family, family_of
 from .shared_wrapped_base import HUB_OPTIONS, LOADING_OPTIONS, named_as_dtype
 
-# Fields of `PrunedVLMConfig` that `PrunedVLM.from_base` takes beside its arguments.
+# Fields of `PrunedVLMConfig` that `PrunedVLM.from_base` takes as further keywords.
 STRATEGY_OPTIONS = ("strategy_layer", "strategy_seed")
 
 
 def load_base(name: str | os.PathLike, **options) -> PreTrainedModel:
-    """The VLM at a Hub name or in a folder.
+    """Loads the VLM at a Hub name or in a folder.
 
     Args:
         name: Hub name or folder.
-        options: of `from_pretrained`, in `HUB_OPTIONS` and `LOADING_OPTIONS`, `trust_remote_code`, `subfolder`, ....
+        options: keywords of `from_pretrained`: `HUB_OPTIONS`, `LOADING_OPTIONS`, `trust_remote_code`, `subfolder`, ...
 
     Raises:
-        TypeError: an option that is not known here.
-        ValueError: a model of a family that PrunedVLM does not support, or no image-text-to-text model.
+        TypeError: an option is unknown.
+        ValueError: PrunedVLM does not support the model's family, or it is no image-text-to-text model.
     """
     options = named_as_dtype(options)
     known = (*HUB_OPTIONS, *LOADING_OPTIONS, "weights_only", "trust_remote_code", "variant", "subfolder")
@@ -39,8 +39,8 @@ def given_or_loaded(model: str | os.PathLike | PreTrainedModel, loading: dict[st
     """A loaded VLM as it is, or the one that a name stands for, loaded with the options `loading`.
 
     Raises:
-        TypeError: options of loading for a model that is loaded already, or no model at all.
-        ValueError: a family that is not supported.
+        TypeError: `loading` is not empty and the model is loaded already, or `model` is no model.
+        ValueError: the model's family is not supported.
     """
     if isinstance(model, str | os.PathLike):
         return load_base(model, **loading)
@@ -60,7 +60,7 @@ def config_around(
 
     Args:
         model: the VLM.
-        revision: branch, tag or commit that it was loaded from, where one was named.
+        revision: branch, tag or commit from which the VLM was loaded, where one was named.
         token_merger, layer_pruner: the learned stages, as modules or configurations, or None.
         settings: further fields of `PrunedVLMConfig`.
     """

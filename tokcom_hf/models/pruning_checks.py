@@ -1,4 +1,4 @@
-"""Checks of `PrunedVLM`: stages that do not fit the base model, and arguments that could not act."""
+"""Checks of `PrunedVLM`: do the stages fit the base model, and can every argument act?"""
 
 import inspect
 
@@ -13,17 +13,22 @@ def check_stages(model) -> None:
     """Checks that the stages fit the base model.
 
     Raises:
-        ValueError: layers that the language model does not have, an unknown strategy, widths that differ, or a budget
-            above the number of tokens that arrive.
+        ValueError: the language model lacks a layer, the strategy is unknown, widths differ, or a budget exceeds the number
+            of tokens that arrive.
     """
     depth = len(model.family.text_model.layers)
-    at = model.layer_pruner.config.layers if model.layer_pruner is not None else []
+    layers = model.layer_pruner.config.layers if model.layer_pruner is not None else []
     if model.config.strategy in LAYER_STRATEGIES:
-        at = [model.config.strategy_layer]
-        if at[0] < 1:
-            raise ValueError("fastv reads the attention of the layer before it: strategy_layer must be >= 1.")
-    if any(not 0 <= layer < depth for layer in at):
-        raise ValueError(f"Pruning layers {at} must lie in 0 … {depth - 1}: the language model has {depth} layers.")
+        layers = [model.config.strategy_layer]
+        if layers[0] < 1:
+            raise ValueError(
+                "fastv reads the attention of the layer before strategy_layer, which must be >= 1, got "
+                f"{model.config.strategy_layer}."
+            )
+    if any(not 0 <= layer < depth for layer in layers):
+        raise ValueError(
+            f"Pruning layers {layers} must lie in 0 … {depth - 1}: the language model has {depth} layers."
+        )
     known = (*STRATEGIES, *LAYER_STRATEGIES)
     if model.config.strategy is not None and model.config.strategy not in known:
         raise ValueError(f"Unknown strategy {model.config.strategy!r}; known are {', '.join(known)}.")
@@ -51,9 +56,9 @@ def check_stages(model) -> None:
 
 
 def _check_budget(model, merger) -> None:
-    """Refuses a stage that wants more tokens than the stage before leaves.
+    """Refuses a stage that wants more tokens than the stage before it leaves.
 
-    Where images have many sizes the numbers are not known before; a stage then keeps all tokens of a smaller image.
+    If images may have many sizes, the numbers are not known here; a stage then keeps all tokens of a smaller image.
     """
     budget = model.layer_pruner.config.keep_tokens if model.layer_pruner is not None else None
     left = model.family.tokens_per_image
@@ -72,7 +77,7 @@ def _check_budget(model, merger) -> None:
 
 
 def check_call(config, input_ids, output_attentions: bool | None) -> None:
-    """Raises ValueError for a forward pass that asks for attentions or has no `input_ids`; further as `check_ids`."""
+    """Raises ValueError for a forward pass that asks for attentions or lacks `input_ids`, and the errors of `check_ids`."""
     _refuse_attentions(config.output_attentions if output_attentions is None else output_attentions)
     if input_ids is None:
         raise ValueError("PrunedVLM needs input_ids: it finds the images by their placeholders.")
@@ -123,7 +128,7 @@ def check_generation(model, input_ids, generation_config: GenerationConfig | Non
     if any("video" in name for name in options):
         raise ValueError("PrunedVLM takes images only (videos are not supported).")
     taken = inspect.signature(GenerationMixin.generate).parameters.keys() | vars(GenerationConfig()).keys()
-    # transformers' own loop refuses names that neither it nor `forward` knows.
+    # transformers' own loop refuses names that neither the loop nor `forward` knows.
     inputs = inspect.signature(type(model).forward).parameters.keys() | {"inputs_embeds"}
     refused = sorted(options.keys() & inputs - taken)
     if refused:

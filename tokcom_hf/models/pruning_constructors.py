@@ -16,7 +16,7 @@ def _check(settings: dict[str, Any], config: type) -> None:
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise TypeError(
-            f"{config.__name__} has no field {', '.join(map(repr, unknown))}; see its docstring for those it has."
+            f"{config.__name__} has no field {', '.join(map(repr, unknown))}; its docstring lists the fields."
         )
 
 
@@ -31,9 +31,9 @@ def LearnableTokenMerger(
 
     Args:
         d_model: width of the vision features.
-        merge_ratio: share of the tokens that stay.
+        merge_ratio: share of the tokens that stay, in (0, 1].
         merger_type: `simple`, or `question_aware`, which needs `question_size`.
-        temperature: readable and settable as `merger.temperature`.
+        temperature: initial value of `merger.temperature`, > 0.
         settings: further fields of `TokenMergerConfig`; TypeError for other names.
     """
     _check(settings, TokenMergerConfig)
@@ -59,7 +59,7 @@ def LayerSpecificPruner(
         d_model: the language model's width.
         layer_indices: prune before these layers.
         d_internal, num_heads: shape of the heads.
-        temperature: readable and settable as `pruner.temperature`.
+        temperature: initial value of `pruner.temperature`, > 0.
         settings: further fields of `LayerPrunerConfig`; TypeError for other names.
     """
     _check(settings, LayerPrunerConfig)

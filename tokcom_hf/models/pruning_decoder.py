@@ -17,9 +17,9 @@ def run_prompt(
     Args:
         model: the `PrunedVLM`.
         prompt: the embedded prompt.
-        cache: filled on the way, or None.
-        states: list that the input of every layer and the final states are appended to, or None.
-        length: original length of the prompt.
+        cache: receives keys and values of every layer; None: nothing is cached.
+        states: list to which the input of every layer and the final states are appended, or None.
+        length: length of the prompt before pruning.
 
     Returns:
         Final hidden states `(batch, length, hidden)`, and the fields of `PrunedVLMOutput` about pruning.
@@ -53,9 +53,9 @@ def run_layers(
         stream: the embedded prompt.
         mode: pruning mode; stage 2 works in `soft` and `hard`.
         cache: filled with keys, values and one `Segment` per run of layers with the same tokens.
-        collected: lists that the masks, logits and kept places of each layer are appended to.
-        states: list that the input of every layer is appended to, `(batch, length, hidden)`, or None.
-        length: original length of the prompt.
+        collected: lists to which the masks, logits and kept places of each layer are appended.
+        states: list to which the input `(batch, length, hidden)` of every layer is appended, or None.
+        length: length of the prompt before pruning.
     """
     text, config = model.family.text_model, model.family.text_config
     pruner = model.layer_pruner if mode in ("soft", "hard") else None
@@ -64,8 +64,8 @@ def run_layers(
     attention: torch.Tensor | None = None
     changed = True
     for number, layer in enumerate(text.layers):
-        reads = fastv == number + 1
-        layer = eager_copy(layer) if reads else layer
+        reads_attention = fastv == number + 1
+        layer = eager_copy(layer) if reads_attention else layer
         if pruner is not None and number in pruner.config.layers and bool(stream.vision.any()):
             before = stream
             stream, bias = _prune(model, number, stream, bias, mode, collected)
@@ -74,12 +74,11 @@ def run_layers(
             assert attention is not None
             stream = stream.keep(~stream.vision | _most_attended(attention, stream, model.config.keep))
             changed = True
-        if changed or reads:
-            # Eager attention needs the mask in floating point, which a bias of zeros makes it.
-            added = stream.hidden.new_zeros(stream.mask.shape) if reads and bias is None else bias
-            mask = attention_mask(
-                layer.self_attn.config if reads else config, stream.hidden, stream.mask, added, cache, number
-            )
+        if changed or reads_attention:
+            # Eager attention needs a floating-point mask, and a bias makes the mask one.
+            added = stream.hidden.new_zeros(stream.mask.shape) if reads_attention and bias is None else bias
+            text_config = layer.self_attn.config if reads_attention else config
+            mask = attention_mask(text_config, stream.hidden, stream.mask, added, cache, number)
             rotary = text.rotary_emb(stream.hidden, position_ids=stream.positions)
             if cache is not None:
                 cache.segments.append(Segment(number, stream.mask, bias))
@@ -93,7 +92,7 @@ def run_layers(
             CACHE: cache,
             "use_cache": cache is not None,
         }
-        if reads:
+        if reads_attention:
             hidden, attention = _with_attention(layer, stream.hidden, inputs)
         else:
             hidden = layer(stream.hidden, **inputs)
@@ -115,11 +114,11 @@ def decode(
         model: the `PrunedVLM`.
         input_ids: new tokens `(batch, new)`.
         mask: `(batch, at least new)`, whose last columns are 0 on padding among the new tokens.
-        positions: rotary positions `(batch, new)` or `(3, batch, new)`; by default they go on from the prompt's.
-        states: list that the input of every layer and the final states are appended to.
+        positions: rotary positions `(batch, new)` or `(3, batch, new)`; by default they continue those of the prompt.
+        states: list to which the input of every layer and the final states are appended, or None.
 
     Returns:
-        Final hidden states `(batch, new, hidden)`, and nothing about pruning, where `run_prompt` has its fields.
+        Final hidden states `(batch, new, hidden)`, and an empty dictionary in place of the fields that `run_prompt` returns.
     """
     assert cache.next_position is not None
     family, hidden = model.family, model.get_input_embeddings()(input_ids)
@@ -156,6 +155,7 @@ def decode(
 
 
 def _prune(model, number: int, stream: Stream, bias: torch.Tensor | None, mode: str, collected: dict):
+    """Stage 2 before layer `number`: the stream without dropped tokens (`hard`), or with log(mask) in its bias (`soft`)."""
     alive = collected["keep_masks"][-1] if mode == "soft" and collected["keep_masks"] else None
     decision = model.layer_pruner(
         number,
@@ -189,7 +189,7 @@ def _with_attention(layer, hidden: torch.Tensor, inputs: dict) -> tuple[torch.Te
 
 
 def _most_attended(attention: torch.Tensor, stream: Stream, keep: int) -> torch.Tensor:
-    """FastV (arXiv 2403.06764): the vision tokens that the last token attends to most, `keep` per image."""
+    """FastV (arXiv 2403.06764): mask of the vision tokens to which the last token attends most, `keep` per image."""
     places = torch.arange(stream.mask.shape[1], device=stream.mask.device)
     last = (places * stream.mask).amax(-1)
     received = attention.mean(1)[torch.arange(len(last), device=last.device), last]

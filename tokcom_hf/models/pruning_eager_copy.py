@@ -14,12 +14,12 @@ def eager_copy(module: nn.Module, configs: dict | None = None) -> nn.Module:
 
     Args:
         module: for example a decoder layer or a vision tower.
-        configs: of the recursion: copied configurations by the id of the original.
+        configs: for the recursion only: copies of configurations by the `id` of their original.
     """
     configs = {} if configs is None else configs
     view = copy.copy(module)
     for name, value in vars(module).items():
-        # A shallow copy shares dictionaries: weights shall be shared, hooks and children shall not.
+        # A shallow copy shares dictionaries. Weights are to be shared, hooks and children are not.
         if isinstance(value, dict) and name not in ("_parameters", "_buffers"):
             vars(view)[name] = value.copy()
     for name, child in module._modules.items():

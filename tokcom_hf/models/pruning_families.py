@@ -1,4 +1,4 @@
-"""The families of vision-language models that `PrunedVLM` supports; everything else in it is the same for all of them."""
+"""The families of vision-language models that `PrunedVLM` supports; its other code is the same for all families."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .pruning_family_base import ImageTokens, VLMFamily
 
 
 class LlavaFamily(VLMFamily):
-    """LLaVA-1.5: a CLIP- or SigLIP-like tower, features before the two-layer projector."""
+    """LLaVA-1.5: a CLIP- or SigLIP-like tower; the features are those before the two-layer projector."""
 
     image_inputs = ("pixel_values",)
     reduces_before_projector = True
@@ -43,7 +43,7 @@ class LlavaFamily(VLMFamily):
         features = torch.cat([states[:, first:] for states in chosen], dim=-1)
         received = None
         if with_attention:
-            # hidden_states[i] is the output of layer i - 1; attentions has one entry less.
+            # hidden_states[i] is the output of layer i - 1; `attentions` has one entry fewer.
             index = layers[-1] if layers[-1] < 0 else layers[-1] - 1
             received = list(output.attentions[index].mean((1, 2))[:, first:])
         return ImageTokens(list(features), received, [output.last_hidden_state.shape[1]] * len(features))
@@ -53,7 +53,7 @@ class LlavaFamily(VLMFamily):
 
 
 class InternVLFamily(VLMFamily):
-    """InternVL as in transformers: features after the pixel shuffle, before the projector."""
+    """InternVL as in transformers; the features are those after the pixel shuffle and before the projector."""
 
     image_inputs = ("pixel_values",)
     reduces_before_projector = True
@@ -172,7 +172,7 @@ def family_of(base) -> VLMFamily:
 
     Raises:
         TypeError: `base` is no model of transformers.
-        ValueError: a family that is not supported, or a model without a language-model head.
+        ValueError: the family is not supported, or the model has no language-model head.
     """
     if not hasattr(base, "config"):
         raise TypeError(f"PrunedVLM wraps a model of transformers, its Hub name or folder, got {type(base).__name__}.")

@@ -7,14 +7,14 @@ import torch
 
 @dataclass
 class ImageTokens:
-    """What the vision tower made of a batch's images.
+    """Output of the vision tower for the images of a batch.
 
     Attributes:
         features: per image `(tokens, feature_size)`.
         received: per image the attention `(tokens,)` that its tokens received in the tower, or None.
-        sequences: lengths, in patches, of the sequences that the tower attends within.
-        windows: the same for the layers of the tower that attend within windows, if it has any.
-        projected: tokens that went through the projector already; 0 where the features come from before it.
+        sequences: lengths, in patches, of the sequences within which the tower attends.
+        windows: lengths, in patches, of the windows within which some layers of the tower attend; empty without windows.
+        projected: number of tokens that passed the projector already; 0 if the features are those before it.
     """
 
     features: list[torch.Tensor]
@@ -37,7 +37,7 @@ class VLMFamily:
     image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     # Whether rotary positions have three axes: time, height and width.
     three_axes = False
-    # Whether tokens are reduced before the projector, which then works on fewer.
+    # Whether tokens are reduced before the projector, which then processes fewer tokens.
     reduces_before_projector = False
     # Whether the tower gives the attention that each token receives.
     gives_attention = False
@@ -58,14 +58,14 @@ class VLMFamily:
             raise ValueError(
                 f"PrunedVLM needs attention over all tokens in every layer, got layer types {sorted(other)}."
             )
-        # Without `layer_types` every layer slides where a window is set.
+        # Without `layer_types`, a window that is set holds for every layer.
         slides = kinds is None or "sliding_attention" in kinds
         self.window = getattr(self.text_config, "sliding_window", None) if slides else None
 
     def check_window(self, length: int) -> None:
         """Raises ValueError where `length` positions do not fit into the language model's sliding window.
 
-        A window hides nothing up to its width. Beyond it, removed tokens would still count towards its width.
+        Up to its width, a window hides nothing. Beyond it, removed tokens would wrongly count towards the width.
         """
         if self.window is not None and length > self.window:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Saving and loading `PrunedVLM`: its heads, and its base by reference, in a subfolder or in the same weight files."""
+"""Saves and loads a `PrunedVLM`: its heads, and its base by reference, in a subfolder or in the same weight files."""
 
 import json
 import os
@@ -29,9 +29,9 @@ from .shared_wrapped_base import (
 )
 
 INCLUDED = "base"
-# Keywords of `from_pretrained` that are about the saved folder itself.
+# Keywords of `from_pretrained` that concern the saved folder itself.
 _OF_FOLDER = ("generation_config", "output_loading_info", "use_safetensors", "variant", "subfolder")
-# Keywords that AutoModel hands on; they concern the code, which is loaded by then.
+# Keywords that AutoModel hands on; they concern the code, which is loaded already.
 _OF_AUTO = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
 
 
@@ -67,14 +67,14 @@ def save_pruned_vlm(model, save, folder, include_base: bool | None, state_dict=N
     config.base_model_name_or_path = reference
     kept = weights
     if not config.base_included:
-        # LoRA matrices in training belong to the checkpoint; merged ones are part of the base.
+        # Unmerged LoRA matrices belong to the checkpoint; merged ones are part of the base.
         kept = {name: value for name, value in weights.items() if not name.startswith("base.") or ".lora_" in name}
-        # A weight file needs a tensor, and a training-free strategy has none.
+        # A weight file needs at least one tensor, and a model with a training-free strategy has none.
         kept = kept or {"no_heads": torch.zeros(1)}
     if main:
         remove_weights(folder, kwargs.get("variant"))
     try:
-        # Some VLMs rename weights on saving, which loading would not undo behind the prefix `base.`.
+        # Some VLMs rename weights when they are saved; loading could not undo that for names that begin with `base.`.
         save(folder, state_dict=kept, **kwargs | {"save_original_format": False})
     finally:
         config.base_model_name_or_path, config.base_included = before
@@ -114,7 +114,7 @@ def _base_to_write(model, inner: dict, folder, include_base: bool | None) -> tup
 
 
 def _add_auto_class(path: Path) -> None:
-    """Announces remote code for a second Auto class; transformers announces it for one."""
+    """Names the saved code for AutoModelForImageTextToText, too; transformers names it for AutoModel alone."""
     values = json.loads(path.read_text(encoding="utf-8"))
     classes = values.get("auto_map", {})
     if "AutoModel" in classes:
@@ -141,16 +141,16 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
 
     Args:
         cls: `PrunedVLM`.
-        load: `PreTrainedModel.from_pretrained`, bound to it.
+        load: `PreTrainedModel.from_pretrained`, bound to `cls`.
         name: Hub name or folder.
-        config: instead of the folder's own.
-        state_dict: weights instead of the folder's own, of the heads, or of heads and base (names with `base.`).
+        config: configuration, or where to load one from, instead of the folder's own.
+        state_dict: weights instead of the folder's own: of the heads, or of heads and base (names that begin with `base.`).
         kwargs: options of `from_pretrained`, and fields of `PrunedVLMConfig` that replace the folder's.
 
     Raises:
         OSError: the folder, its weights or the base model cannot be found.
-        TypeError: a keyword that nothing takes.
-        ValueError: weights that do not fit, a base that is no supported VLM, or a reference that is not allowed.
+        TypeError: a keyword is unknown.
+        ValueError: weights do not fit, the base is no supported VLM, or its reference is not allowed.
     """
     groups = (_OF_AUTO, _OF_FOLDER, HUB_OPTIONS, (*LOADING_OPTIONS, "weights_only"))
     _, of_folder, hub, loading, fields = grouped(named_as_dtype(kwargs), *groups)
@@ -187,7 +187,7 @@ def load_pruned_vlm(cls, load, name, config=None, state_dict=None, **kwargs):
 
 
 def _load_reference(name, config, hub: dict, subfolder: str, loading: dict, given: dict):
-    """The base model from where the configuration says, in the dtype it was saved in."""
+    """Loads the base model from where the configuration says, by default in the dtype of the saved model."""
     reference = config.base_model_name_or_path
     if reference is None:
         raise OSError(f"{name} names no base model; build PrunedVLM with from_base and save it again.")
@@ -203,7 +203,7 @@ def _load_reference(name, config, hub: dict, subfolder: str, loading: dict, give
 
 
 def _fill_heads(model, name, weights: dict) -> None:
-    """Fills the heads in the dtype they were saved in, on the device of the base's embeddings."""
+    """Fills the heads with weights in their saved dtype, on the device of the base's embeddings."""
     weights = {key: value for key, value in weights.items() if key != "no_heads"}
     adapters = sorted(key for key in weights if ".lora_" in key)
     if adapters:
@@ -221,9 +221,9 @@ def _fill_heads(model, name, weights: dict) -> None:
 
 
 def _load_everything(load, name, config, options: dict, given: dict, files: list[str]):
-    """Heads and base from one set of files."""
+    """Loads heads and base from one set of files."""
     dtypes = stored_dtypes(files)
-    # The error below names wrong shapes; transformers' own refers to its log.
+    # Mismatches are let through here, because the error below names them; transformers' own only refers to its log.
     options = options | given | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load(name, config=config, **options)
     problems = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "unexpected_keys")}

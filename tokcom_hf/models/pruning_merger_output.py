@@ -12,15 +12,16 @@ class TokenMergerOutput(ModelOutput):
 
     Attributes:
         merged_features: `(batch, m, d)`.
-        merge_weights: `(batch, n, m)`, columns sum to 1.
+        merge_weights: `(batch, n, m)`; columns sum to 1, in the documented architecture rows do.
         keep_index: `(batch, m)`, places of the centres among the n tokens, ascending.
-        keep_mask: bool `(batch, m)`; False on slots that a row with a smaller number of its own does not use.
+        keep_mask: bool `(batch, m)`; False on slots that a row does not use, because its own number of tokens is smaller.
         scores: `(batch, n)`, importance of each token.
         kept_tokens: `(batch,)` expected number of kept tokens, differentiable: the sum of sigmoid(scores), or the number
             that the question-dependent ratio gives.
-        sparsity_loss: the documented (kept_tokens - m)², mean over the batch. With `max_ratio` (mean of kept_tokens -
+        sparsity_loss: the documented (kept_tokens − m)², mean over the batch. With `max_ratio` it is (mean of kept_tokens −
             budget)², which holds the mean and lets rows differ.
-        entropy_loss: mean entropy (nats) of a token's assignment to centres; without `max_ratio` plus the predicted share.
+        entropy_loss: mean entropy (nats) of a token's assignment to centres; plus the mean predicted share, if there is one
+            and no `max_ratio`.
     """
 
     merged_features: torch.Tensor | None = None

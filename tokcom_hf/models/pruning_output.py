@@ -10,14 +10,14 @@ from .pruning_stream import PrunedCache
 
 @dataclass
 class PrunedVLMOutput(ModelOutput):
-    """Result of `PrunedVLM`. Tensors of the input's length are aligned with it; removed places are zero.
+    """Result of `PrunedVLM`. Tensors of the input's length are aligned with the input and zero at removed places.
 
     Attributes:
         loss: mean cross-entropy over the labels.
         logits: `(batch, length, vocab)`.
         cache: the pruned KV cache, also as `past_key_values`.
         hidden_states: with `output_hidden_states=True`, per layer `(batch, length, hidden)`.
-        soft_masks, keep_masks, keep_logits: per pruned layer `(batch, tokens of that layer)`; masks are 1 on text.
+        soft_masks, keep_masks, keep_logits: per pruned layer `(batch, tokens that arrive there)`; masks are 1 on text.
         merge_weights: per group of equally large images `(images, n, m)`.
         merge_sparsity_loss: see `TokenMergerOutput.sparsity_loss`, mean over images.
         merge_entropy_loss: entropy of the assignment of tokens to centres, see `TokenMergerOutput.entropy_loss`.

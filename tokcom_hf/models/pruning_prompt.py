@@ -1,4 +1,4 @@
-"""Stage 1 of a `PrunedVLM`: a prompt is embedded, and its images' tokens become fewer before the language model."""
+"""Stage 1 of a `PrunedVLM`: embeds a prompt and reduces the tokens of its images before the language model."""
 
 import zlib
 from dataclasses import replace
@@ -42,7 +42,7 @@ def prepare_prompt(
         mode: pruning mode.
 
     Raises:
-        ValueError: images and image placeholders do not match, or an input that the family does not know.
+        ValueError: images and image placeholders do not match, or the family does not take an input.
     """
     family = model.family
     unknown = [name for name in images if name not in family.image_inputs]
@@ -82,7 +82,7 @@ def prepare_prompt(
 
 
 def _insert_images(model, prompt: Prompt, input_ids: torch.Tensor, inputs: dict) -> None:
-    """Puts the images' tokens, reduced, in the place of their placeholders in `prompt.stream`."""
+    """Replaces the image placeholders in `prompt.stream` by the reduced tokens of their images."""
     stream = prompt.stream
     strategy = model.config.strategy if model.config.strategy in STRATEGIES else None
     reduces = prompt.record.mode != "origin" and (model.token_merger is not None or strategy is not None)
@@ -126,7 +126,7 @@ def _insert_images(model, prompt: Prompt, input_ids: torch.Tensor, inputs: dict)
 def _by_strategy(
     model, strategy: str, images: ImageTokens, stream: Stream, input_ids: torch.Tensor, row_of_image: list[int]
 ) -> Reduced:
-    """Every image's tokens reduced by a training-free strategy."""
+    """Reduces the tokens of every image by a training-free strategy."""
     config, select = model.config, STRATEGIES[strategy]
     received: list = [None] * len(images.features) if images.received is None else images.received
     generators: list = [None] * len(received)
@@ -143,12 +143,12 @@ def _by_strategy(
 
 
 def _generator(seed: int, question: list[int], image: int) -> torch.Generator:
-    """Random numbers for one image of a question, the same whatever else is in the batch or runs beside it."""
+    """A generator seeded by question and image, so that its numbers do not depend on the rest of the batch."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {question} {image}".encode()))
 
 
 def _by_merger(model, images: ImageTokens, prompt: Prompt, row_of_image: torch.Tensor) -> Reduced:
-    """Every image's tokens merged, images of one size in one call; the merger's losses go into `prompt.merged`."""
+    """Merges the tokens of every image, images of one size in one call; the merger's losses go into `prompt.merged`."""
     merger, stream, features = model.token_merger, prompt.stream, images.features
     reduced: list = [None] * len(features)
     results = []

@@ -11,7 +11,8 @@ class QuestionAttention(nn.Module):
     """Multi-head attention of tokens `(batch, n, size)` to a question `(batch, q, size)`; zero in rows without a question.
 
     Args:
-        config: with `internal_size` and `num_attention_heads`. Attention is torch's fused one, or `eager` where it says so.
+        config: with `internal_size` and `num_attention_heads`. Attention is torch's fused function; with
+            `_attn_implementation="eager"` it is computed step by step.
     """
 
     def __init__(self, config):
@@ -47,7 +48,7 @@ class QuestionGuide(nn.Module):
 
     Args:
         config: with `internal_size` and `num_attention_heads`.
-        token_size: width of the vision tokens; the question's is `internal_size`.
+        token_size: width of the vision tokens; the question has width `internal_size`.
     """
 
     def __init__(self, config, token_size: int):

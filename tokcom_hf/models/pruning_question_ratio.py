@@ -1,4 +1,4 @@
-"""The number of vision tokens that a question needs: as many as hold a given probability mass of softmax(scores)."""
+"""How many vision tokens a question needs: as many as hold a given probability mass of softmax(scores)."""
 
 import torch
 
@@ -17,7 +17,7 @@ def confident_count(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         `(batch,)` float, 1 to n.
     """
     probabilities = scores.detach().float().softmax(-1).sort(-1, descending=True).values
-    # Mass of the better tokens. Rounding may take it to 1.
+    # Probability mass of the better tokens, which rounding may take to 1.
     before = (probabilities.cumsum(-1) - probabilities).clamp(max=1 - 1e-6)
     hard = (before < mass).sum(-1).clamp(min=1).float()
     soft = torch.sigmoid(torch.logit(mass, eps=1e-6) - torch.logit(before, eps=1e-6)).sum(-1)
@@ -25,5 +25,5 @@ def confident_count(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
 
 
 def within(count: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """`count` clamped to [low, high] in value but not in gradient, so that values outside still learn from a budget."""
+    """`count` clamped to [low, high] in value but not in gradient, so that values outside the range still learn."""
     return count.detach().clamp(low, high) + (count - count.detach())

@@ -1,4 +1,4 @@
-"""Costs of a prompt beside those of the unpruned model: vision tokens per layer, FLOPs (the heads' included), KV memory."""
+"""Costs of a prompt, pruned and unpruned: vision tokens per layer, FLOPs (those of the heads included), KV memory."""
 
 import threading
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ from .pruning_strategies import STRATEGIES
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """Numbers of tokens in a pass over a prompt, from which its costs follow.
+    """Numbers of tokens in a pass over a prompt; the costs of the prompt follow from them.
 
     Attributes:
         mode: pruning mode.
-        vision_tokens, text_tokens: `(batch,)`, of the unpruned rows.
-        image_tokens: unpruned tokens of every image.
+        vision_tokens, text_tokens: `(batch,)`, number in each unpruned row.
+        image_tokens: number of unpruned tokens of every image.
         sequences, windows, projected: work of the vision tower and the projector, see `ImageTokens`.
-        question_tokens: `(rows,)`, text tokens that the heads read; `rows` counts beams.
+        question_tokens: `(rows,)`, number of text tokens that the heads read; `rows` counts beams.
         kept_index: per decoder layer `(rows, tokens)` original places, -1 on padding.
     """
 
@@ -41,7 +41,7 @@ class PromptRecord:
 
 
 class LastPrompt(threading.local):
-    """The record of the calling thread's last prompt; a copy of the model starts without one."""
+    """The record of the calling thread's last prompt; a copy of the model starts without a record."""
 
     record: PromptRecord | None = None
 
@@ -59,8 +59,8 @@ class _Means:
         vision_per_layer: vision tokens that each layer saw.
         image_tokens: unpruned tokens of every image of all rows.
         rows: number of rows.
-        tower_flops: of the vision tower.
-        projected: tokens that the projector worked on in families that reduce behind it.
+        tower_flops: FLOPs of the vision tower.
+        projected: tokens that passed the projector, in families that reduce tokens behind it.
     """
 
     mode: str
@@ -79,16 +79,16 @@ def token_report(model, record: PromptRecord) -> dict:
 
     Args:
         model: the `PrunedVLM`.
-        record: of the pass over the prompt.
+        record: record of the pass over the prompt.
 
     Returns:
-        vision_tokens, text_tokens: of the unpruned prompt.
-        tokens_per_layer, vision_tokens_per_layer: what each layer saw.
-        vision_tokens_by_row: for every row a list of vision tokens per layer.
-        average_kept: mean over layers of vision tokens, divided by the unpruned number.
-        sequence_kept: the same for all tokens.
-        flops, flops_origin: totals of vision tower, projector, heads and language model, pruned and unpruned.
-        flops_parts: the pruned total by part.
+        vision_tokens, text_tokens: numbers of tokens of the unpruned prompt.
+        tokens_per_layer, vision_tokens_per_layer: numbers of tokens that each layer saw.
+        vision_tokens_by_row: for every row, the number of vision tokens per layer.
+        average_kept: mean over layers of the number of vision tokens, divided by the unpruned number.
+        sequence_kept: mean over layers of the number of all tokens, divided by the unpruned number.
+        flops, flops_origin: FLOPs of vision tower, projector, heads and language model together, pruned and unpruned.
+        flops_parts: the FLOPs of each part, pruned.
         flops_ratio: flops / flops_origin.
         kv_bytes, kv_bytes_origin: size of the KV cache after the prompt, pruned and unpruned.
     """
@@ -104,7 +104,7 @@ def token_report(model, record: PromptRecord) -> dict:
         vision=float(record.vision_tokens.float().mean()),
         text=text,
         question=float(record.question_tokens.float().mean()),
-        # Whole numbers are averaged: the difference of two rounded means of 16 tokens need not be 16.
+        # Counts are subtracted before they are averaged: the difference of two rounded means need not be a whole number.
         vision_per_layer=counts.cpu().double().mean(0).tolist(),
         image_tokens=record.image_tokens,
         rows=rows,
@@ -117,13 +117,13 @@ def token_report(model, record: PromptRecord) -> dict:
 def predicted_report(
     model, vision: float, text: float, vision_per_layer: list[float], question: float | None = None
 ) -> dict:
-    """The table of `token_report` for one image and given numbers of tokens, without running the model.
+    """The values of `token_report` for one image and given numbers of tokens, without running the model.
 
     Args:
         model: the `PrunedVLM`.
-        vision, text: tokens of the unpruned prompt.
-        vision_per_layer: vision tokens that each layer sees.
-        question: text tokens that the heads read; all where None.
+        vision, text: numbers of tokens of the unpruned prompt.
+        vision_per_layer: number of vision tokens that each layer sees.
+        question: number of text tokens that the heads read; None: all.
     """
     means = _Means(
         mode="hard",

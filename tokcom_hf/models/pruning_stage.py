@@ -7,10 +7,10 @@ class PruningStage(StrictLoading):
     """A learned stage of `PrunedVLM`.
 
     Attributes:
-        temperature: default of `forward`, > 0; training anneals it.
+        temperature: temperature of a `forward` that is given none, > 0; training anneals it.
     """
 
-    # `QuestionAttention` uses torch's fused attention for all of these.
+    # With all of these `QuestionAttention` uses torch's fused attention.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -37,8 +37,8 @@ def pooled_tokens(features, keep, attention=None, generator=None) -> Kept:
 def divprune_tokens(features, keep, attention=None, generator=None) -> Kept:
     """DivPrune (arXiv 2503.02175): greedily adds the token of largest cosine distance to the chosen ones.
 
-    Differs from the published method: it compares projected embeddings, this the given features, which in LLaVA and
-    InternVL come from before the projector.
+    Difference from the paper: it compares projected embeddings; this function compares the given features, which in LLaVA
+    and InternVL are those before the projector.
     """
     units = F.normalize(features.float(), dim=-1)
     distance = 1.0 - units @ units.T
@@ -59,8 +59,8 @@ def divprune_tokens(features, keep, attention=None, generator=None) -> Kept:
 def tome_tokens(features, keep, attention=None, generator=None) -> Kept:
     """ToMe (arXiv 2210.09461): rounds of bipartite matching that merge the most similar pairs, weighted by size.
 
-    Differs from the published method: it merges in the vision tower's blocks by their keys, with proportional attention;
-    this merges the tower's output.
+    Difference from the paper: it merges inside the blocks of the vision tower by their keys, with proportional attention;
+    this function merges the output of the tower.
     """
     values = features.float()
     sizes = values.new_ones(len(values))
@@ -84,9 +84,9 @@ def tome_tokens(features, keep, attention=None, generator=None) -> Kept:
 def visionzip_tokens(features, keep, attention=None, generator=None, contextual_share: float = 0.15) -> Kept:
     """VisionZip (arXiv 2412.04467): the tokens that receive most attention, and a few tokens merged from the rest.
 
-    Differs from the published method: it ranks by the attention of the CLS token where there is one and keeps that token,
-    matches by keys, and adds the mean of the merged tokens to their target. This ranks by the mean attention received in
-    the vision tower, matches by features, and takes the mean alone. Families whose tower gives no attention are ranked by
+    Differences from the paper: it ranks by the attention of the CLS token where there is one and keeps that token, matches
+    by keys, and adds the mean of the merged tokens to their target. This function ranks by the mean attention received in
+    the vision tower, matches by features, and takes the mean alone. In families whose tower gives no attention, it ranks by
     the similarity of the features to each other.
     """
     if attention is None:

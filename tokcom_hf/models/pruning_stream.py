@@ -39,10 +39,10 @@ class Stream:
     removed: bool = False
 
     def keep(self, keep: torch.Tensor) -> "Stream":
-        """The stream without the tokens where `keep`, bool `(batch, length)`, is False; itself where all are kept."""
+        """The stream without the tokens where `keep`, bool `(batch, length)`, is False; this stream if all are kept."""
         keep = keep & self.mask
         counts = keep.sum(-1)
-        # Both numbers in one transfer from the device.
+        # Both numbers are read in one transfer from the device.
         length, dropped = torch.stack([counts.max(), (self.mask & ~keep).sum()]).tolist()
         if not dropped:
             return self
@@ -76,7 +76,7 @@ class Stream:
             return hidden
         full = hidden.new_zeros(hidden.shape[0], length, hidden.shape[-1])
         alive = self.mask[..., None]
-        # Adding is safe: a padding slot shares its index with a removed token only, and is zeroed.
+        # Adding is safe: padding slots share their index with removed tokens only, and are zeroed.
         return full.scatter_add(1, self.index[..., None].expand_as(hidden), hidden * alive)
 
 
@@ -85,9 +85,9 @@ class Prompt:
     """A prompt after stage 1, ready for the first decoder layer.
 
     Attributes:
-        stream: its tokens.
-        record: its pruning mode and its numbers before pruning, for `token_report`.
-        merged: the merger's weights and losses, where it ran.
+        stream: the tokens of the prompt.
+        record: pruning mode and numbers of tokens before pruning, for `token_report`.
+        merged: weights and losses of the merger by name; empty if no merger ran.
     """
 
     stream: Stream
@@ -114,7 +114,7 @@ class PrunedCache(DynamicCache):
     Attributes:
         prompt: the prepared prompt, from `generate` to the first forward pass.
         mode: the pruning mode of the prompt that the cache holds.
-        record: that prompt's record, for `token_report`.
+        record: the record of that prompt, for `token_report`.
         segments: runs of layers that hold the same tokens.
         next_position: `(batch,)`, rotary position of the next new token.
     """
@@ -129,11 +129,12 @@ class PrunedCache(DynamicCache):
         self.next_position: torch.Tensor | None = None
 
     def take_prompt(self, rows: int) -> Prompt | None:
-        """The prepared prompt, repeated to `rows` rows, which this takes out of the cache; None where there is none."""
+        """Takes the prepared prompt out of the cache, repeated to `rows` rows; None if there is no prompt."""
         prompt, self.prompt = self.prompt, None
         return None if prompt is None else prompt.repeat(rows)
 
     def _select(self, choose) -> None:
+        """Applies `choose`, a selection of rows, to masks, biases and positions."""
         for segment in self.segments:
             segment.mask = choose(segment.mask)
             segment.bias = None if segment.bias is None else choose(segment.bias)
@@ -170,10 +171,10 @@ class PrunedCache(DynamicCache):
 
 
 def cache_for(cache, use_cache: bool | None) -> PrunedCache | None:
-    """The cache that a call uses: the one it was given, a new one where it asks for one, or None.
+    """The cache of a call: the given one; a new one with `use_cache` and no given one; else None.
 
     Raises:
-        TypeError: a cache of another class, whose layers all hold the same tokens.
+        TypeError: `cache` is of another class, whose layers must all hold the same tokens.
     """
     if cache is None and use_cache:
         return PrunedCache()
@@ -187,7 +188,7 @@ def attention_mask(
 ) -> torch.Tensor | None:
     """The attention mask of a decoder layer: causal, without padding, plus `bias` on the key columns.
 
-    A soft mask m of a token becomes log(m) on its key column, which converges to its removal as m goes to 0. (A factor on
+    A token with soft mask m gets log(m) on its key column, so that m → 0 converges to the removal of the token. (A factor on
     its hidden state would have no effect: RMSNorm cancels it.) The diagonal has no bias: a token always sees itself.
 
     Args:
@@ -196,7 +197,7 @@ def attention_mask(
         mask: bool `(batch, keys)`.
         bias: `(batch, keys)` of log keep probabilities, or None.
         cache: the KV cache, or None.
-        layer: the first layer the mask is for.
+        layer: first of the layers that use this mask.
     """
     built = create_causal_mask(
         config=config,

@@ -7,7 +7,7 @@ from .shared_wrapped_base import computed_buffers_kept
 
 
 class AroundBase(PreTrainedModel):
-    """A model around another one, its `base`, to which it leaves embeddings, generation settings and checkpointing."""
+    """A model around another one, its `base`, which provides embeddings, generation settings and gradient checkpointing."""
 
     base: PreTrainedModel
     supports_gradient_checkpointing = True
@@ -16,18 +16,18 @@ class AroundBase(PreTrainedModel):
     _supports_attention_backend = True
 
     def set_base(self, base: PreTrainedModel | None, auto_class) -> PreTrainedModel:
-        """Makes `base` the model inside and returns it.
+        """Sets the model inside and returns it.
 
         Args:
-            base: a model with its weights; None for a new one, whose weights are loaded afterwards.
-            auto_class: Auto class of the new one, which `config.make_base_config()` describes.
+            base: a model with its weights; None builds one from `config.make_base_config()`, whose weights are loaded later.
+            auto_class: Auto class that builds the new model.
         """
         if base is None:
             attention = self.config._attn_implementation
             options = {} if attention in (None, "sdpa") else {"attn_implementation": attention}
             base = auto_class.from_config(self.config.make_base_config(), dtype=torch.get_default_dtype(), **options)
         else:
-            # Marked modules keep their weights in `post_init`.
+            # `post_init` leaves the weights of marked modules as they are.
             for module in base.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]  # a mark of transformers, no tensor
         if getattr(base, "generation_config", None) is None:
@@ -37,12 +37,12 @@ class AroundBase(PreTrainedModel):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """That of the base model."""
+        """The generation config of the base model."""
         return self.base.generation_config
 
     @generation_config.setter
     def generation_config(self, config: GenerationConfig) -> None:
-        # transformers sets a default before there is a base model.
+        # transformers sets a default value before the base model exists.
         if "base" in self._modules:
             self.base.generation_config = config
 

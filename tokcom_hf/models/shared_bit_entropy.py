@@ -1,8 +1,8 @@
 """Exact entropies of binary codes with independent bits, without a table of n × 2^d probabilities (MAGVIT-v2 2310.05737).
 
-The entropy of one sample's code is a sum over its bits. The mean distribution over codes is no product, but a mean of
-products of two halves: mean = AᵀB / n, where A `(n, 2^(d/2))` and B `(n, 2^(d−d/2))` are the probabilities of the lower and
-the upper bits. This table has 2^d entries for any n. Nothing is approximated.
+The entropy of one sample's code is the sum of the entropies of its bits. The mean distribution over codes is no product, but
+a mean of products of two halves: mean = AᵀB / n, where A `(n, 2^(d/2))` and B `(n, 2^(d−d/2))` are the probabilities of the
+patterns of the lower and of the upper bits. This table has 2^d entries for any n. Nothing is approximated.
 """
 
 import torch
@@ -25,14 +25,14 @@ def factorised_entropy(logits: torch.Tensor, across_ranks: bool = False) -> tupl
     Args:
         logits: `(n, d)`; bit i of a sample is 1 with probability sigmoid(logits_i). Computed in float64 where they are
             float64, else in float32.
-        across_ranks: the batch is that of all ranks (of equal n). The entropy of the batch then has its global value, and a
-            gradient that is right after averaging over ranks, as DDP does.
+        across_ranks: the batch consists of those of all ranks (of equal n). The batch entropy then has its global value, and
+            its gradient is right once gradients are averaged over ranks, as DDP does.
 
     Returns:
-        Mean entropy of the codes of samples, and entropy of the mean distribution over 2^d codes.
+        E[H(code | sample)] and H(E[p(code | sample)]) over 2^d codes, scalars.
 
     Raises:
-        ValueError: `logits` are no table of at least one sample and one bit.
+        ValueError: `logits` are not two-dimensional, or empty.
     """
     if logits.ndim != 2 or not logits.numel():
         raise ValueError(f"Entropies need logits of shape (samples, bits), got {tuple(logits.shape)}.")

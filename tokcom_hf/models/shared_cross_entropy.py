@@ -46,7 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # log Σ exp = max − log p_max, and p_max ≥ 1 / vocabulary never underflows.
             total += (largest - part.gather(1, where).log() - chosen).sum()
             if grads.any_needed:
-                # d loss / d logits = (softmax − one-hot) / denominator, over the logits.
+                # d loss / d logits = (softmax − one-hot) / denominator; softmax − one-hot replaces the logits in place.
                 part.scatter_add_(1, target, torch.full_like(chosen, -1.0))
                 grads.add(slice(start, start + rows), hidden, part, columns)
         ctx.grads, ctx.gradient_sink = grads.of_inputs(weights, biases), gradient_sink
@@ -59,13 +59,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         if ctx.grads is None:
-            raise RuntimeError("chunked_cross_entropy can be differentiated once; its gradients were given away.")
+            raise RuntimeError("chunked_cross_entropy can be differentiated once; its gradients are freed then.")
         grad_hidden, *grads = ctx.grads
         ctx.grads = None
         scaled = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in grads]
         for index, shape in enumerate(ctx.shapes):
             if shape is not None and scaled[index] is None:
-                # Without any label the gradient is zero, not absent, so that every rank has one to reduce.
+                # Without any label the gradient is zero instead of None, so that every rank has one to reduce.
                 scaled[index] = torch.zeros(shape[0], dtype=shape[1], device=shape[2])
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(grad_output.to(grad_hidden.dtype))
@@ -74,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, None, None, None, None, *scaled
 
 
-# The number of parts depends on the labels, so a compiled graph ends here, once.
+# The number of parts depends on the labels, so torch.compile breaks its graph here, once.
 _apply = torch.compiler.disable(_ChunkedCrossEntropy.apply)
 
 
@@ -93,7 +93,7 @@ class _Gradients:
         self.biases: list[torch.Tensor | None] = [None] * len(heads)
 
     def add(self, rows: slice, hidden: torch.Tensor, logits: torch.Tensor, columns: list[slice]) -> None:
-        """Adds those of some rows; `logits` holds softmax − one-hot."""
+        """Adds the gradients of some rows; `logits` holds softmax − one-hot."""
         scaled = (hidden / self.denominator).to(self.dtype) if any(self.needs_weight) else None
         summed = None
         for index, (head, place) in enumerate(zip(self.heads, columns)):
@@ -115,7 +115,7 @@ class _Gradients:
             self.hidden[rows] = summed / self.denominator
 
     def of_inputs(self, weights, biases) -> list[torch.Tensor | None]:
-        """The gradient of the hidden states, then that of each weight and bias, in their dtypes."""
+        """The gradient of the hidden states, then of each weight and bias, each in the dtype of its tensor."""
         found = [self.hidden]
         for weight, bias, grad_weight, grad_bias in zip(weights, biases, self.weights, self.biases):
             found.append(None if grad_weight is None else grad_weight.to(weight.dtype))
@@ -135,11 +135,11 @@ def split_cross_entropy(
 
     Args:
         hidden_states: `(rows, hidden)`.
-        tables: `(weight (vocab_i, hidden), bias (vocab_i,) or None)` each.
-        labels: `(rows,)`; those of `ignore_index` do not count.
+        tables: pairs `(weight (vocab_i, hidden), bias (vocab_i,) or None)`.
+        labels: `(rows,)`; labels equal to `ignore_index` do not count.
         num_items: divisor of the sum; None takes the number of labels that count.
-        gradient_sink: receives the gradient of the last table's weight as `gradient_sink["grad"]` instead of autograd, for a
-            lookup in the same (tied) table that is differentiated later and returns the sum of both.
+        gradient_sink: receives the gradient of the last table's weight under "grad", and autograd receives none: a lookup in
+            the same (tied) table, which is differentiated later, returns the sum of both gradients.
 
     Returns:
         Scalar float32, 0 where no label counts; it can be differentiated once. Matrix products have the dtype of

@@ -1,4 +1,4 @@
-"""The one opener of image files: bitmap formats only, decoded, turned upright; errors name the file."""
+"""Opens image files for the whole package: bitmap formats only, decoded, turned upright; errors name the file."""
 
 import base64
 import binascii
@@ -49,7 +49,7 @@ BROKEN = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-# Number of last bytes in which a whole file has the end mark of its format.
+# Number of last bytes among which a complete file has the end mark of its format.
 TAIL = 64
 
 
@@ -67,7 +67,7 @@ def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
         with Image.open(source, formats=FORMATS) as image:
             image.load()
             if image.mode == "P" and not (image.palette and image.palette.palette):
-                raise ValueError("its colours are numbers of a palette, and it has none")
+                raise ValueError("its pixels are indices into a palette, which the file lacks")
             return upright(image)
     except BROKEN as error:
         raise _unreadable(source, error) from error
@@ -99,7 +99,7 @@ def read_image(image, mode: str = "RGB") -> Image.Image:
 
 
 def load_image(source, timeout: float | None = None, allow_urls: bool = True, mode: str = "RGB") -> Image.Image:
-    """`transformers.image_utils.load_image` with this opener: path, URL, data URI, base64, PIL image → image of `mode`.
+    """Path, URL, data URI, base64 or PIL image → image of `mode`; `transformers.image_utils.load_image` with `read_image`.
 
     Args:
         timeout: seconds to wait for a URL.
@@ -129,7 +129,7 @@ def load_image(source, timeout: float | None = None, allow_urls: bool = True, mo
 def check_image(source: str | os.PathLike | BinaryIO) -> None:
     """Refuses a broken image file by its header and its end mark, or its checksums (PNG), mostly without decoding it.
 
-    A file that fails this, or whose format has no end mark, is decoded to be sure.
+    A file that fails this check, or whose format has no end mark, is decoded to be sure.
 
     Raises:
         ValueError: as `open_image`.
@@ -145,7 +145,7 @@ def check_image(source: str | os.PathLike | BinaryIO) -> None:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned by its EXIF orientation, or a copy where that cannot be read."""
+    """The image turned by its EXIF orientation, or a copy if the orientation cannot be read."""
     try:
         turned = ImageOps.exif_transpose(image)
     except BROKEN:

@@ -57,7 +57,7 @@ def from_array(array: np.ndarray, channels_first: bool = False) -> Image.Image:
     """Array `(height, width[, channels])`, or `(channels, height, width)`, → PIL image of mode L, LA, RGB or RGBA.
 
     Args:
-        channels_first: whether channels come first where the shape alone does not tell.
+        channels_first: whether channels come first if the shape alone does not tell.
 
     Raises:
         ValueError: the shape is none of these, or `to_uint8` refuses the samples.
@@ -95,7 +95,7 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
 
     Raises:
         ValueError: samples are NaN, infinite or of another type; floats are negative, above 255, or have a largest value
-            between 1 and 2, which a nearly black image in levels and an unclipped one in shares of white both have.
+            between 1 and 2: they may be levels up to 255 of a nearly black image, or unclipped values from 0 to 1.
     """
     if array.dtype == np.uint8:
         return array

@@ -1,8 +1,8 @@
 """The arguments `return_dict`, `output_hidden_states` and `output_attentions` of the models' `forward`.
 
-transformers' decorators for them do not fit: `can_return_tuple` doubles the graph breaks of torch.compile by a frame around
-`forward`, and `capture_outputs` records by hooks, which threads share in a compiled model. Here nothing is kept on a module:
-`forward` names the arguments, and passes a record from layer to layer.
+transformers' decorators do not fit here: `can_return_tuple` adds a frame around `forward`, which doubles the graph breaks of
+torch.compile, and `capture_outputs` records by hooks, which threads share in a compiled model. Here nothing is stored on a
+module: `forward` names the arguments, and passes a record from layer to layer.
 """
 
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ class LayerRecord:
 
     @classmethod
     def asked(cls, config, output_hidden_states: bool | None, output_attentions: bool | None) -> "LayerRecord":
-        """An empty record of what the arguments say, or the config where they are None.
+        """An empty record of what the arguments ask for, or the config where an argument is None.
 
         Raises:
-            ValueError: attention weights are wanted of an implementation that does not compute them.
+            ValueError: attention weights are wanted, but the attention implementation does not compute them.
         """
         states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         weights = config.output_attentions if output_attentions is None else output_attentions
@@ -65,7 +65,7 @@ def refuse_layer_outputs(
 ) -> None:
     """Raises ValueError where layer outputs are wanted, by the arguments or by the config where they are None.
 
-    instead: what the caller may use, as a sentence.
+    instead: sentence for the error, which names what the caller can use.
     """
     for name, value in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
         if getattr(config, name) if value is None else value:

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 def rotary_embeddings(length: int, config, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of RoPE (arXiv 2104.09864) for positions 0 … length − 1, (1, length, head_dim) each.
 
-    They are computed in each call, in float32, because a buffer would be empty after loading through the meta device.
+    They are computed in each call, in float32, because a buffer would be left empty by loading through the meta device.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
@@ -45,10 +45,12 @@ def eager_attention(
 def attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention by the implementation that `module.config` names.
+    """softmax(QKᵀ · scaling) V by the attention implementation that `module.config` names.
 
     Args:
-        query, key, value: (batch, heads, length, head_dim).
+        module: attention layer with `config` and `scaling`.
+        query, key, value: (batch, heads, length, head_dim); key and value may have fewer heads.
+        attention_mask: boolean, True = may attend, broadcasts to (batch, heads, queries, keys); None: all may.
 
     Returns:
         (batch, length, heads, head_dim), and the weights (batch, heads, queries, keys) where the implementation computes
@@ -109,7 +111,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """Pre-norm transformer block; returns hidden states and attention weights."""
+    """Pre-norm transformer block: x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); also returns attention weights."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,8 +1,8 @@
 """Sampling in transformers' `generate` from a private generator, so that threads do not share random numbers.
 
-`generate(do_sample=True)` draws from torch's global generator. Here `generate` is greedy and its distribution the same: the
-warpers that it would add (temperature, top-k, top-p, ...) run as logits processors, and a last one adds Gumbel noise of the
-private generator, because argmax(logits + Gumbel noise) is distributed as softmax(logits).
+`generate(do_sample=True)` draws from torch's global generator. Here `generate` decodes greedily from noisy logits, with the
+same distribution: the warpers of sampling (temperature, top-k, top-p, ...) run as logits processors, and a last one adds
+Gumbel noise of the private generator, because argmax(logits + Gumbel noise) is distributed as softmax(logits).
 """
 
 import copy
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation import logits_process
 
-# Defaults of `generate`, at which none of them but top_k changes logits.
+# Defaults of `generate`; with these values, only top_k changes logits.
 DEFAULTS = {
     "do_sample": False,
     "num_beams": 1,
@@ -45,7 +45,7 @@ class GumbelNoise(LogitsProcessor):
         self.generator = generator
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Drawn on the generator's device; −log of an exponential variable is a Gumbel variable.
+        # −log of an exponential variable is a Gumbel variable; it is drawn on the device of the generator.
         noise = torch.empty(scores.shape, device=self.generator.device).exponential_(generator=self.generator)
         return scores.float() - noise.to(scores.device).log()
 
@@ -60,7 +60,7 @@ def sampling_options(model, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def warpers(values: dict[str, Any]) -> LogitsProcessorList:
-    """The processors that `generate` adds for sampling, in its order; `values` come from `sampling_options`."""
+    """The processors that `generate` adds for sampling, in the same order; `values` come from `sampling_options`."""
     found = LogitsProcessorList()
     if values["temperature"] not in (None, 1.0):
         found.append(TemperatureLogitsWarper(float(values["temperature"])))
@@ -82,13 +82,13 @@ def warpers(values: dict[str, Any]) -> LogitsProcessorList:
 
 
 def private_options(model, options: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    """Options of `generate` that draw from `generator` where the given ones sample; others come back unchanged.
+    """Options of `generate` that draw from `generator`, if `options` sample; otherwise `options` unchanged.
 
     Args:
         options: keyword arguments of `generate`, with `num_return_sequences=1` (the caller repeats the inputs).
 
     Raises:
-        ValueError: the options sample with beams, which draw inside `generate`.
+        ValueError: `options` sample with several beams, which draw inside `generate`.
     """
     values = sampling_options(model, options)
     if not values["do_sample"]:
@@ -105,9 +105,9 @@ def private_options(model, options: dict[str, Any], generator: torch.Generator) 
 
 
 def one_config(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `generate` of which generation options are moved into a copy of the `generation_config`, if there is one.
+    """Options of `generate`; if they hold a `generation_config`, the other generation options are moved into a copy of it.
 
-    Future versions of `generate` refuse such options beside a configuration.
+    Future versions of `generate` refuse generation options beside a configuration.
     """
     config = copy.deepcopy(options.get("generation_config"))
     if config is None:

@@ -1,15 +1,15 @@
-"""Fields that configurations no longer have: passed over at the value that changed nothing, refused at any other."""
+"""Fields that configurations no longer have: ignored at their former default, refused at any other value."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def take_removed(given: dict[str, Any], former: Mapping[str, Any], last_version: str = "0.2.0") -> list[str]:
-    """Takes removed fields out of the keywords that a configuration is made of.
+    """Takes removed fields out of the keywords from which a configuration is built.
 
     Args:
-        given: the keywords, of a caller or of a saved config.json; the removed ones are taken out in place.
-        former: removed field → its former default. Saved folders hold every field, so this value is in most of them.
+        given: keywords of a caller or of a saved config.json; removed fields are taken out in place.
+        former: removed field → its former default, which most saved folders hold, because they hold every field.
         last_version: the last version of tokcom_hf that reads these fields.
 
     Returns:
@@ -24,10 +24,10 @@ def take_removed(given: dict[str, Any], former: Mapping[str, Any], last_version:
 
 
 def refuse_fields(acting: Mapping[str, Any], last_version: str = "0.2.0") -> None:
-    """Raises ValueError where there is any removed field whose value changed what a model computes or learns."""
+    """Raises ValueError for removed fields, if there are any, whose values changed what a model computes or learns."""
     if acting:
         named = ", ".join(f"{name}={value!r}" for name, value in acting.items())
         raise ValueError(
             f"This configuration has {named}, which was removed; the last version of tokcom_hf that reads it is "
-            f"{last_version}. Load the folder with that version, or leave it out and train the model anew."
+            f"{last_version}. Load the folder with that version, or leave the field out and train the model anew."
         )

@@ -1,7 +1,7 @@
 """StrictLoading: refuses a checkpoint that does not hold exactly the model's weights.
 
-With a warning at most, transformers fills missing weights with random values, ignores unexpected ones and casts integers;
-the model then runs and is wrong. Here these are errors that name the tensors.
+transformers fills missing weights with random values, ignores unexpected ones and casts integers, with a warning at most;
+the model then runs and is wrong. Here each of these cases raises an error that names the tensors.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-# Names in one error message; the rest is counted.
+# Number of names in one error message; further tensors are only counted.
 SHOWN = 5
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,7 +53,7 @@ def opened(path) -> Iterator[safe_open]:
 
 
 def check_shapes(model: PreTrainedModel, load_config, loading_info) -> None:
-    """Raises RuntimeError, as transformers does, where a tensor has another shape than the model's; names it."""
+    """Raises RuntimeError, as transformers does, for a tensor with another shape than the model's; the error names it."""
     if load_config.ignore_mismatched_sizes:
         return
     for name, stored, wanted in sorted(loading_info.mismatched_keys):
@@ -79,7 +79,7 @@ def stored_tensors(state_dict, checkpoint_files) -> Iterator[tuple[str, torch.Te
 
 
 def check_values(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raises ValueError where a stored tensor is NaN or infinite, or is quantized where the model's is not."""
+    """Raises ValueError if a stored tensor holds NaN or infinity, or is quantized and the model's tensor is not."""
     floating = {name for name, value in model.state_dict().items() if value.is_floating_point()}
     for name, value in tensors:
         plain = value.dtype in FLOATING
@@ -97,8 +97,8 @@ def check_values(model: PreTrainedModel, tensors: Iterable[tuple[str, torch.Tens
 
 
 def check_keys(model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raises ValueError where a checkpoint lacks weights of the model or holds some that it does not have."""
-    wrong = {"lacks": sorted(missing), "has, but the model has not,": sorted(unexpected)}
+    """Raises ValueError if a checkpoint lacks weights of the model or holds weights that the model does not have."""
+    wrong = {"lacks": sorted(missing), "holds, unknown to the model,": sorted(unexpected)}
     parts = [
         f"{verb} {len(names)} tensor(s): {', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
         for verb, names in wrong.items()
@@ -112,7 +112,7 @@ def check_keys(model: PreTrainedModel, missing: Iterable[str], unexpected: Itera
 
 
 def check_ties(model: PreTrainedModel, device_map: dict[str, Any] | None) -> None:
-    """Raises ValueError where a device map offloads one of two tied weights only, which accelerate cannot do."""
+    """Raises ValueError if a device map offloads only one of two tied weights, which accelerate cannot do."""
 
     def place(weight: str) -> Any:
         fitting = [name for name in device_map or {} if name == "" or f"{weight}.".startswith(f"{name}.")]

@@ -1,4 +1,4 @@
-"""What callers hand over as a tensor: its type, its shape and its values."""
+"""Checks of tensors that callers pass: type, shape and values."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ def check_ids(ids: Any, size: int | None = None, name: str = "input_ids", every_
     """Checks token ids (batch, length).
 
     Args:
-        size: of the vocabulary; None leaves the values alone.
-        every_device: read the values of a tensor that is not on the CPU, too, which waits for its device.
+        size: vocabulary size; None does not check the values.
+        every_device: also check the values of a tensor that is not on the CPU, which waits for its device.
 
     Raises:
-        TypeError: no tensor of integers.
-        ValueError: another rank, an empty tensor, or an id outside [0, size).
+        TypeError: `ids` is no tensor of integers.
+        ValueError: `ids` is not two-dimensional, is empty, or holds an id outside [0, size).
     """
     kind = ids.dtype if torch.is_tensor(ids) else type(ids).__name__
     if not torch.is_tensor(ids) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -32,13 +32,13 @@ def check_floats(values: Any, name: str, shape: str, sizes: tuple[int | None, ..
     """Checks a tensor of floating-point numbers.
 
     Args:
-        shape: in words, for the error.
-        sizes: of its dimensions; None for any of at least 1.
-        finite: look for NaN and infinite values, on the CPU.
+        shape: the shape in words, for the error.
+        sizes: size of each dimension; None for any size of at least 1.
+        finite: look for NaN and infinite values in tensors on the CPU.
 
     Raises:
-        TypeError: no tensor of floating-point numbers.
-        ValueError: another shape, an empty tensor, or NaN or infinite values.
+        TypeError: `values` is no tensor of floating-point numbers.
+        ValueError: `values` has another shape, is empty, or holds NaN or infinite values.
     """
     kind = values.dtype if torch.is_tensor(values) else type(values).__name__
     if not torch.is_tensor(values) or not values.is_floating_point():
@@ -51,6 +51,6 @@ def check_floats(values: Any, name: str, shape: str, sizes: tuple[int | None, ..
 
 
 def _at_hand(tensor: torch.Tensor) -> bool:
-    """Whether values can be read without waiting for a device, and not while a graph is traced."""
+    """Whether the values can be read: without waiting for a device, and not while a graph is traced."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
     return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()

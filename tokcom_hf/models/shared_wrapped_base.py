@@ -1,4 +1,4 @@
-"""Files of models around a base model: where the base is, whether it is unchanged, reading and checking weights."""
+"""Files of models around a base model: finding the base, comparing it with its reference, reading and checking weights."""
 
 import inspect
 import json
@@ -17,7 +17,7 @@ from transformers.utils import cached_file, logging
 from .shared_strict_loading import opened
 
 logger = logging.get_logger(__name__)
-# Keywords of `from_pretrained` by what they are for: the Hub's, and those of how weights are loaded.
+# Keywords of `from_pretrained` in two groups: access to the Hub, and how weights are loaded.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 LOADING_OPTIONS = (
     "dtype", "device_map", "attn_implementation", "experts_implementation", "quantization_config", "low_cpu_mem_usage",
@@ -34,12 +34,12 @@ def locate_base(reference: str, name: str | os.PathLike | None) -> tuple[str, st
     """Where the base of a saved model is: `(Hub name or folder, None)`, or `(name, subfolder)` for `./subfolder`.
 
     Args:
-        reference: the base as the saved model's config names it.
+        reference: name of the base in the config of the saved model.
         name: the saved model; None where a configuration and a state dict are given instead of a folder.
 
     Raises:
-        ValueError: the reference is a relative path out of the folder, the saved model itself, or neither a Hub name nor an
-            absolute path.
+        ValueError: the reference leads out of the folder, is the saved model itself, or is neither a Hub name, an absolute
+            path nor `./subfolder`.
     """
     parts = PurePosixPath(reference.replace("\\", "/")).parts
     if ".." in parts:
@@ -66,7 +66,7 @@ def locate_base(reference: str, name: str | os.PathLike | None) -> tuple[str, st
 
 @contextmanager
 def base_named(reference: str, name: str | os.PathLike | None) -> Iterator[None]:
-    """Within this context an OSError tells which base model of the saved model `name` is not where it should be."""
+    """Within this context an OSError also says that it concerns the base model `reference` of the saved model `name`."""
     try:
         yield
     except OSError as error:
@@ -77,23 +77,23 @@ def base_named(reference: str, name: str | os.PathLike | None) -> Iterator[None]
 
 
 def nothing_wrong() -> dict[str, Any]:
-    """What `output_loading_info=True` gives where every weight was found and fits: errors were raised before."""
+    """The loading info of `output_loading_info=True` for weights that all fit; anything else has raised an error before."""
     return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
 
 def matches_reference(weights: Mapping[str, torch.Tensor], load: Callable[[], nn.Module]) -> bool:
     """Whether a base model's weights are bit for bit those of its reference.
 
-    The reference is loaded anew, because weights may have changed before the base was wrapped. Unmerged LoRA matrices do not
-    count, because they are saved beside the base. Offloaded weights (on the meta device) come from the reference's own files
-    and count as equal.
+    The reference is loaded anew, because weights may have changed before the base was wrapped. Unmerged LoRA matrices are
+    not compared, because they are saved beside the base. Offloaded weights (on the meta device) come from the files of the
+    reference and count as equal.
 
     Args:
         weights: state dict of the base model.
         load: loads the reference in the dtype of the base.
 
     Returns:
-        Whether they are equal; False where the reference cannot be loaded, so that the base itself is saved.
+        Whether they are equal; False if the reference cannot be loaded, so that the base itself is saved.
     """
     try:
         expected = load().state_dict()
@@ -118,7 +118,7 @@ def check_generation_config(generation_config) -> None:
 
 
 def named_as_dtype(options: dict) -> dict:
-    """Options of `from_pretrained` with `torch_dtype` under its present name `dtype`."""
+    """Options of `from_pretrained` in which the former name `torch_dtype` is replaced by `dtype`."""
     options = dict(options)
     older = options.pop("torch_dtype", None)
     if older is not None and options.get("dtype") is None:
@@ -127,13 +127,13 @@ def named_as_dtype(options: dict) -> dict:
 
 
 def grouped(options: dict[str, Any], *groups: Collection[str]) -> list[dict[str, Any]]:
-    """Options in one dictionary for each group of names, and in a last one those in no group."""
+    """One dictionary of options for each group of names, and a last one with the options of no group."""
     rest = {name: value for name, value in options.items() if not any(name in group for group in groups)}
     return [*({name: value for name, value in options.items() if name in group} for group in groups), rest]
 
 
 def load_generation_config(model, name: str | os.PathLike | None, given: GenerationConfig | None, **hub) -> None:
-    """Sets the generation config of `model` to `given`, else to the one saved at `name`, else leaves that of the base."""
+    """Sets the generation config of `model` to `given`, or to the one saved at `name`; without both it stays the base's."""
     if given is not None:
         model.generation_config = given
     elif name is not None:
@@ -149,7 +149,7 @@ def check_saving_options(options: dict) -> None:
         ValueError: `safe_serialization` is False.
     """
     known = {"commit_message", "create_pr", "private", "repo_id"}
-    # Names of older versions, in which files need not be safetensors.
+    # Keywords of older versions of transformers, which could also write other files than safetensors.
     known |= {"safe_serialization", "save_function"}
     known |= set(inspect.signature(PreTrainedModel.save_pretrained).parameters)
     unknown = sorted(options.keys() - known)
@@ -168,7 +168,7 @@ def weight_files(name: str | os.PathLike, variant: str | None = None, **hub) -> 
         hub: `revision`, `token`, `cache_dir`, `subfolder`, ...
 
     Raises:
-        OSError: there are none, or a shard is missing.
+        OSError: there are no weight files, or a shard is missing.
     """
     middle = "" if variant is None else f".{variant}"
     single, index = f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"
@@ -179,7 +179,7 @@ def weight_files(name: str | os.PathLike, variant: str | None = None, **hub) -> 
     if path is None:
         raise OSError(f"{name} has no weights: neither {single} nor {index} is there.")
     shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
-    # A shard that is missing is an OSError.
+    # `cached_file` raises OSError for a missing shard.
     return [str(cached_file(name, shard, **hub)) for shard in sorted(set(shards))]
 
 
@@ -203,7 +203,7 @@ def stored_dtypes(files: list[str]) -> dict[str, torch.dtype]:
 
 
 def remove_weights(folder: str | os.PathLike, variant: str | None = None) -> None:
-    """Deletes the weight files of an earlier save, because transformers reads one file rather than newer shards."""
+    """Deletes the weight files of an earlier save: transformers would read a single old file rather than newer shards."""
     middle = "" if variant is None else f".{variant}"
     for name in (f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"):
         Path(folder, name).unlink(missing_ok=True)
@@ -213,12 +213,12 @@ def check_weights(weights: Mapping[str, torch.Tensor], expected: Mapping[str, to
     """Refuses weights that do not fit the model.
 
     Args:
-        weights: weights that were read.
+        weights: weights that were read, by name.
         expected: state dict of the model.
-        where: name of the file, for the message.
+        where: name of the file, for the error.
 
     Raises:
-        ValueError: a weight is missing, unexpected, of another shape or kind of number, NaN or infinite.
+        ValueError: a weight is missing, unexpected, of another shape or kind of number, or holds NaN or infinity.
     """
     missing = sorted(expected.keys() - weights.keys())
     unexpected = sorted(weights.keys() - expected.keys())
@@ -245,7 +245,7 @@ def check_finite(name: str, value: torch.Tensor, where: str) -> None:
 
 @contextmanager
 def computed_buffers_kept(base: nn.Module) -> Iterator[None]:
-    """Context in which a cast of `base` leaves its non-persistent buffers in their dtype, as loading in that dtype does.
+    """Within this context a cast of `base` leaves its non-persistent buffers in their dtype, as loading in that dtype does.
 
     `.to(torch.bfloat16)` would round the frequencies of RoPE, which no file holds: after saving and loading, the model would
     differ from the one that was cast.

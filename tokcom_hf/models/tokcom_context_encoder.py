@@ -1,7 +1,7 @@
 """ContextEncoder: a causal transformer over the tokens of all finished chunks.
 
 Its state after a token is the condition of a block that begins there. In training, heads predict the next tokens from each
-state (arXiv 2404.19737): their error is a clearer signal than the flow's, which is noisy. Generation does not use the heads.
+state (arXiv 2404.19737), because their loss is a less noisy signal than that of the flow. Generation does not use the heads.
 """
 
 import torch
@@ -18,8 +18,8 @@ class ContextEncoder(nn.Module):
 
     Args:
         config: shape of the Llama; its `vocab_size` counts the start token, too.
-        chunk_size: tokens per chunk, and number of heads.
-        start_token_id: id before the first token of every text.
+        chunk_size: tokens per chunk, which is the number of heads.
+        start_token_id: id that precedes the first token of every text.
     """
 
     def __init__(self, config: LlamaConfig, chunk_size: int, start_token_id: int):
@@ -39,7 +39,7 @@ class ContextEncoder(nn.Module):
         Args:
             input_ids: tokens after those in `cache`, (batch, length); length may be 0 at the beginning of a text.
             attention_mask: of all tokens so far, (batch, cached + length), 1 = token, 0 = padding.
-            cache: keys and values of the tokens before, which those of these tokens are added to. None or empty at the
+            cache: keys and values of all earlier tokens, to which those of `input_ids` are added. None or empty at the
                 beginning of a text.
 
         Returns:
@@ -60,18 +60,18 @@ class ContextEncoder(nn.Module):
         ).last_hidden_state  # fmt: skip
 
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
-        """states (…, hidden) → logits (…, chunk_size, vocab) of the next tokens; the start token has the least."""
+        """states (…, hidden) → logits (…, chunk_size, vocab) of the next tokens, the start token's lowest."""
         hidden = self.heads(states).unflatten(-1, (self.chunk_size, -1))
         logits = nn.functional.linear(hidden, self._table(hidden.device))
         start = torch.tensor([self.start_token_id], device=logits.device)
         return logits.index_fill(-1, start, torch.finfo(logits.dtype).min)
 
     def cross_entropy(self, states: torch.Tensor, labels: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Mean nats per token of heads first … last − 1.
+        """Mean cross-entropy, in nats per token, of the heads first … last − 1.
 
         Args:
             states: (rows, hidden).
-            labels: token that each head predicts, (rows, last − first); -100 does not count.
+            labels: the token that each head is to predict, (rows, last − first); -100 does not count.
         """
         if _plain(self.heads, nn.Linear):
             weight = self.heads.weight.unflatten(0, (self.chunk_size, -1))[first:last].flatten(0, 1)
@@ -101,5 +101,5 @@ class ContextEncoder(nn.Module):
 
 
 def _plain(module: nn.Module, kind: type) -> bool:
-    """Whether `module.weight` is all there is: adapters add to it, and an offloaded one is there in the forward only."""
+    """Whether `module.weight` can stand for the module: no adapter adds to it, and it is not offloaded between forwards."""
     return type(module) is kind and not hasattr(module, "_hf_hook")

@@ -10,9 +10,9 @@ from itertools import pairwise
 import torch
 
 SAMPLERS = ("euler", "heun", "renoise")
-# Least 1 − t in the velocity weight, which would be 1e8 at t = 1 − 1e-4.
+# Smallest 1 − t in the velocity weight, which would otherwise reach 1e8 at t = 1 − 1e-4.
 MIN_REMAINING = 0.05
-# Least distance of a training time from 0 and 1.
+# Smallest distance of a training time from 0 and 1.
 EARLIEST = 1e-4
 
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
@@ -50,7 +50,7 @@ def velocity(clean: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def velocity_weight(t: torch.Tensor) -> torch.Tensor:
-    """1 / max(1 − t, 0.05)²: times the squared error of x1 it is the squared error of the velocity."""
+    """1 / max(1 − t, 0.05)², the factor that makes the squared error of x1 a squared error of the velocity."""
     return (1 - t).clamp(min=MIN_REMAINING) ** -2
 
 

@@ -1,8 +1,8 @@
 """Generation with a `TokComModel`: block after block, each along the flow from noise to latents to tokens.
 
-With a context, a block sees all tokens before it. Without one, the row is a single block beside the latents of the prompt; a
-prompt that is no multiple of the chunk size then has EOS added **in front**, where a document may begin. Nothing ever stands
-between prompt and continuation.
+With a context, a block sees all tokens before it. Without a context, the row is a single block beside the latents of the
+prompt; a prompt that is no multiple of the chunk size then gets EOS tokens **in front**, where a document may begin, so that
+nothing stands between prompt and continuation.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .tokcom_token_stream import TokenStream
 
 @dataclass
 class TokComGenerateOutput(ModelOutput):
-    """sequences: (batch, length) ids, prompt first; latents: (batch, generated chunks, latent), the VAE's."""
+    """Output of `generate`: `sequences` (batch, length) ids, prompt first; `latents` (batch, generated chunks, latent)."""
 
     sequences: torch.Tensor | None = None
     latents: torch.Tensor | None = None
@@ -29,11 +29,11 @@ class TokComGenerateOutput(ModelOutput):
 
 @dataclass
 class Prompt:
-    """Prompts.
+    """A batch of prompts.
 
-    given: as the caller gave them, (batch, length); without a prompt (1, 0).
-    ids: the same with padding on the left, which is what the model reads.
-    mask: of `ids`, 1 = token; None: no padding.
+    given: ids as the caller gave them, (batch, length); without a prompt (1, 0).
+    ids: the same ids with all padding on the left, as the model reads them.
+    mask: 1 = token, 0 = padding of `ids`; None: no padding.
     """
 
     given: torch.Tensor
@@ -71,7 +71,7 @@ class Prompt:
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
             ids[index, width - len(row) :] = row
-            # Without a context, what fills up the first chunk belongs to the prompt.
+            # Without a context, the tokens that fill up the first chunk count as part of the prompt.
             mask[index, (width - len(row)) // chunk * chunk :] = 1
         device = execution_device(model)
         return cls(input_ids.to(device), ids.to(device), None if bool(mask.all()) else mask.to(device))
@@ -86,7 +86,7 @@ def predict(
 
 
 class TextSoFar:
-    """The text before a block as the denoiser takes it: a state of the context, or the clean latents of the prompt.
+    """The text before a block in the form that the denoiser reads: a state of the context, or clean latents of the prompt.
 
     Each prompt is read once for its `copies` continuations, which stand side by side.
     """
@@ -114,11 +114,11 @@ class TextSoFar:
         model, copies, scale = self.model, settings.best_of, settings.guidance_scale
 
         def with_state(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
-            clean = predict(model, x, t, self.state.repeat_interleave(copies, 0), earlier)
+            conditional = predict(model, x, t, self.state.repeat_interleave(copies, 0), earlier)
             if scale == 1.0:
-                return clean
-            free = predict(model, x, t, None, earlier)
-            return free + scale * (clean - free)
+                return conditional
+            unconditional = predict(model, x, t, None, earlier)
+            return unconditional + scale * (conditional - unconditional)
 
         def with_prefix(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
             # The prompt's latents are put back before every step, as documented.
@@ -147,7 +147,7 @@ class TextSoFar:
 def generate_blocks(
     model: Any, prompt: Prompt, settings: GenerationSettings, generator: torch.Generator | None, streamer: Any = None
 ) -> torch.Tensor | TokComGenerateOutput:
-    """Generates after prompts, `num_return_sequences` times after each; the steps of `TokComModel.generate`."""
+    """The steps of `TokComModel.generate`: continues each prompt `num_return_sequences` times."""
     config = model.config
     copies = settings.num_return_sequences * (1 if prompt.ids.shape[1] else settings.batch_size)
     rows, wanted = len(prompt.ids) * copies, -(-settings.new_tokens // config.vae.chunk_size)
@@ -168,7 +168,7 @@ def generate_blocks(
         # 4. Decode them to tokens.
         latents = model.unstandardize(x1)
         ids = model.decode(latents)
-        # 5. Keep the draw that is nearest to the encoding of its own text.
+        # 5. Of several draws, keep the one whose latents are nearest to the encoding of its own text.
         if settings.best_of > 1:
             distance = (model.standardize(model.encode(ids)) - x1).square().mean(dim=(1, 2))
             best = distance.view(rows, -1).argmin(dim=1) + torch.arange(rows, device=ids.device) * settings.best_of
@@ -185,7 +185,7 @@ def generate_blocks(
         if left:
             text.read(ids)
     stream.end()
-    # 7. Cut to the tokens asked for, and fill up what follows the end of a row.
+    # 7. Cut to the number of new tokens, and fill up what follows the end of a row.
     new = ended(torch.cat(all_ids, dim=1)[:, : settings.new_tokens], settings)
     sequences = torch.cat([start, new], dim=1)
     return (
@@ -198,10 +198,10 @@ def generate_blocks(
 def denoise_text(
     model: Any, input_ids: torch.Tensor, noise_level: float, num_steps: int, sampler: str | None, generator: Any
 ) -> torch.Tensor:
-    """VAE latents of known tokens (rows, length), mixed with noise and denoised; arguments as of `denoise_reconstruct`.
+    """VAE latents of known tokens (rows, length), mixed with noise and denoised; arguments of `denoise_reconstruct`.
 
-    With a context each block of `block_size` chunks (of one chunk where that does not divide the row) gets the state of the
-    tokens that really precede it.
+    With a context, each block of `block_size` chunks (of one chunk, if `block_size` does not divide the row) gets the state
+    after the tokens that really precede it.
     """
     if num_steps < 1 or not 0.0 <= noise_level <= 1.0:
         raise ValueError(f"num_steps must be at least 1 and noise_level in [0, 1], got {num_steps} and {noise_level}.")
@@ -236,7 +236,7 @@ def draw_noise(model: Any, shape, temperature: float, generator: torch.Generator
 
 
 def execution_device(model: Any) -> torch.device:
-    """Where the model computes, which accelerate's hooks know where its weights are offloaded."""
+    """The device on which the model computes; of a model with offloaded weights, accelerate's hooks know it."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     places = (getattr(hook, "execution_device", None) for hook in hooks if hook is not None)
     place = next((place for place in places if place is not None), None)
@@ -244,7 +244,7 @@ def execution_device(model: Any) -> torch.device:
 
 
 def ended(ids: torch.Tensor, settings: GenerationSettings) -> torch.Tensor:
-    """Ids (rows, tokens) with `fill_id` after the first end token of each row."""
+    """Ids (rows, tokens) in which `fill_id` replaces everything after the first end token of each row."""
     if not settings.eos_token_ids:
         return ids
     end = torch.isin(ids, torch.tensor(settings.eos_token_ids, device=ids.device))

@@ -1,6 +1,7 @@
-"""The settings of one call of `TokComModel.generate`, by its own names and those of transformers, put together and checked.
+"""The settings of one call of `TokComModel.generate`, merged from all their sources and checked.
 
-An argument wins over `generation_config`, that over the model's config, and that over `DEFAULTS`.
+An argument takes precedence over `generation_config`, which takes precedence over the model's config, and that over
+`DEFAULTS`. Names are those of this package and of transformers.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ DEFAULTS = {
     "num_chunks": 256, "num_generate_chunks": 64, "batch_size": 1, "guidance_scale": 1.0, "best_of": 1,
     "num_return_sequences": 1, "return_dict_in_generate": False,
 }  # fmt: skip
-# Fields of the model's config.
+# Settings whose default is a field of the model's config.
 CONFIGURED = ("num_steps", "sampler", "block_size")
 # All names that a generation_config may hold.
 READ = (
@@ -27,7 +28,7 @@ COUNTS = (
     "max_new_tokens", "max_length", "num_chunks", "num_generate_chunks", "num_steps", "batch_size", "num_return_sequences",
     "block_size", "best_of", "pad_token_id",
 )  # fmt: skip
-# Names in a generation_config that are no settings; trainers copy the begin token from their tokenizer.
+# Names in a generation_config that are no settings here; trainers copy bos_token_id from their tokenizer.
 PASSED_OVER = ("transformers_version", "bos_token_id")
 # Values at which a setting of transformers is off, where that is not None, 0 or False.
 NEUTRAL: dict[str, Any] = {
@@ -38,11 +39,12 @@ NEUTRAL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """The settings of one call of `generate`.
+    """The settings of one call of `generate`; fields that are not listed here are arguments of `generate`.
 
-    new_tokens: tokens per sequence; the last chunk is cut to it.
+    new_tokens: new tokens per sequence; the last chunk is cut to this number.
     temperature: factor of all noise that the flow draws.
-    eos_token_ids: ids that end a sequence; `fill_id` follows the first of them.
+    eos_token_ids: ids that end a sequence.
+    fill_id: id of everything after the first end token of a sequence.
     """
 
     new_tokens: int
@@ -62,12 +64,12 @@ class GenerationSettings:
     def of(
         cls, model, prompt: torch.Tensor | None, generation_config: GenerationConfig | None, given: dict
     ) -> "GenerationSettings":
-        """Puts the arguments of a call together.
+        """Merges the sources of the settings and checks the result.
 
         Args:
             model: the `TokComModel`.
             prompt: ids (batch, length), or None.
-            generation_config: the call's; None takes the model's.
+            generation_config: that of the call; None takes `model.generation_config`.
             given: arguments of `generate` by name, None where the caller left them out.
 
         Raises:
@@ -77,7 +79,7 @@ class GenerationSettings:
         given = {name: value for name, value in given.items() if value is not None}
         configured = _configured(model, generation_config)
         if given.get("do_sample") is False:
-            # The stored temperature is for sampling.
+            # A stored temperature is meant for sampling, which is off in this call.
             configured.pop("temperature", None)
         found = configured | given
         for name in COUNTS:
@@ -113,8 +115,8 @@ class GenerationSettings:
             )
         if self.guidance_scale != 1.0 and not model.config.context_dropout:
             raise ValueError(
-                f"guidance_scale={self.guidance_scale} needs a model trained with context_dropout above 0, which knows what "
-                "text is likely without its context."
+                f"guidance_scale={self.guidance_scale} needs a model trained with context_dropout above 0, so that it "
+                "predicts text without its context, too."
             )
         if not isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}.")
@@ -126,14 +128,14 @@ class GenerationSettings:
 
 
 def check_sampler(sampler: str) -> str:
-    """Returns the name of a sampler, or raises ValueError."""
+    """Returns the name of a sampler, if it is one of `SAMPLERS`; raises ValueError otherwise."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
     return sampler
 
 
 def _configured(model, generation_config: GenerationConfig | None) -> dict[str, Any]:
-    """Settings that a generation config holds; raises ValueError where one of them would not act."""
+    """The settings that a generation config holds, by name; raises ValueError if one of them would not act."""
     config = model.generation_config if generation_config is None else generation_config
     if not isinstance(config, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
@@ -144,7 +146,7 @@ def _configured(model, generation_config: GenerationConfig | None) -> dict[str, 
         if name in READ:
             found[name] = value
         elif generation_config is None and value == getattr(model.config, name, None):
-            continue  # transformers copied it from the model's config
+            continue  # transformers copied the value from the model's config
         elif value and value != NEUTRAL.get(name):
             raise ValueError(
                 f"generation_config.{name}={value!r} has no meaning for TokComModel; it reads {', '.join(READ)}."
@@ -158,7 +160,7 @@ def _temperature(found: dict[str, Any]) -> float:
     if temperature is not None and not isinstance(temperature, int | float):
         raise TypeError(f"temperature must be a number, got {temperature!r}.")
     if temperature is not None and not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must not be negative, and finite, got {temperature}.")
+        raise ValueError(f"temperature must not be negative, and must be finite, got {temperature}.")
     if temperature is not None and sampled is not None and sampled != (temperature > 0):
         raise ValueError(
             f"do_sample={sampled} and temperature={temperature} contradict each other: without sampling there is no noise, "
@@ -168,12 +170,12 @@ def _temperature(found: dict[str, Any]) -> float:
 
 
 def _new_tokens(model, prompt: torch.Tensor | None, given: dict, configured: dict) -> int:
-    """Tokens to generate per sequence, from the one length that is given."""
+    """Number of tokens to generate per sequence, from the one length that is given."""
     chunk, width = model.config.vae.chunk_size, 0 if prompt is None else prompt.shape[1]
     own, other = ("num_chunks", "num_generate_chunks") if prompt is None else ("num_generate_chunks", "num_chunks")
     if other in given and own not in given:
         kind = "without" if prompt is None else "with"
-        raise ValueError(f"{other} does not apply {kind} a prompt; say {own} or max_new_tokens.")
+        raise ValueError(f"{other} does not apply {kind} a prompt; give {own} or max_new_tokens.")
     lengths = ("max_new_tokens", "max_length", own)
     stated = [name for name in lengths if name in given]
     if len(stated) > 1:
@@ -195,7 +197,7 @@ def _end_tokens(model, given: dict, configured: dict, own_config: bool) -> tuple
     """Ids that end a sequence."""
     end = configured.get("eos_token_id")
     if end is None or (own_config and end == model.eos_of_config):
-        # The generation config repeats the model's config, which may have been changed since.
+        # The generation config only repeats the model's config at construction, which may have been changed since.
         end = model.config.eos_token_id
     end = given.get("eos_token_id", end)
     ids = () if end is None else tuple(torch.as_tensor(end).reshape(-1).tolist())

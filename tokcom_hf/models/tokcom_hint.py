@@ -1,8 +1,11 @@
-"""Hint: a second loss of `TokComVAE` that lets the tokens before a chunk move its latent along straight lines.
+"""Hint: a second loss of `TokComVAE`, for latents that the preceding text helps to denoise.
 
-A noisy latent x_t = t · z + (1 − t) · noise is decoded after a hint, computed from the tokens before its chunk, was added.
-For latents of unit scale the best linear estimate of z is t · x_t / (t² + (1 − t)²); what a Gaussian prior knows of z adds a
-term that does not depend on x_t, which is the hint. A flow follows latents easily for which such a term helps.
+    x_t = t · z + (1 − t) · noise                                          a noisy latent
+    ẑ = t · x_t / (t² + (1 − t)²) + hint(tokens before the chunk)          is decoded; the loss is its cross-entropy
+
+The first term is the best linear estimate of z for latents of unit scale. If z has a Gaussian prior whose mean depends on
+the preceding tokens, the estimate gains a term that does not depend on x_t; the hint learns this term. A flow easily learns
+latents for which such a term helps.
 """
 
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 from .configuration_tokcom_vae import TokComVAEConfig
 
-# Weight of the loss. Times are σ(N(TIME_MEAN, 1)), most of them where a hint decides.
+# Weight of the loss. Times t are σ(N(TIME_MEAN, 1)), most of them noisy enough that the hint matters.
 HINT_WEIGHT = 0.3
 TIME_MEAN = -0.7
 
@@ -29,11 +32,11 @@ class Hint(nn.Sequential):
 
         Args:
             input_ids: (rows, length).
-            latents: of all chunks, (rows · length / chunk_size, latent).
-            embedding: ids → (…, hidden).
+            latents: latents z of all chunks, (rows · length / chunk_size, latent).
+            embedding: maps ids (…) to embeddings (…, hidden).
 
         Raises:
-            ValueError: rows of no more than `hint_tokens` tokens.
+            ValueError: the rows have no more than `hint_tokens` tokens.
         """
         if input_ids.shape[1] <= self.tokens:
             raise ValueError(

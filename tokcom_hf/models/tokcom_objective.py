@@ -1,4 +1,4 @@
-"""Blocks and losses of `TokComModel.forward`: how a row is cut, and what a prediction costs."""
+"""Blocks and losses of `TokComModel.forward`: how a row is cut into blocks, and the terms of the loss."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,14 @@ from .tokcom_flow_matching import velocity_weight
 class TokComOutput(ModelOutput):
     """Output of `TokComModel.forward`; losses are scalars.
 
-    loss: weighted sum of the others.
-    flow_loss, mse_loss: squared error per latent dimension, of the velocity and of the clean latents.
+    loss: mse_weight · flow_loss + cross_entropy_weight · cross_entropy_loss + head_weight · (next_token_loss +
+        later_token_loss / 2).
+    flow_loss: squared error of the velocity, |x̂1 − x1|² / max(1 − t, 0.05)², per latent dimension.
+    mse_loss: squared error of the clean latents, |x̂1 − x1|², per latent dimension; reported only.
     cross_entropy_loss: nats per token of the decoder on the predicted latents; None with cross_entropy_weight=0.
-    next_token_loss, later_token_loss: nats per token of the context's heads, for the next token and for the others of a
-        chunk (their mean); None without a context.
-    clean_latents: predictions in the flow's space, (rows, blocks, chunks, latent).
+    next_token_loss, later_token_loss: nats per token of the context's heads, for the next token and, as a mean, for the
+        later tokens of a chunk; None without a context.
+    clean_latents: predicted x̂1 in the flow's space, (rows, blocks, chunks, latent).
     """
 
     loss: torch.Tensor | None = None
@@ -31,7 +33,9 @@ class TokComOutput(ModelOutput):
 
 
 def block_shape(config: Any, length: int, offset: int = 0, block_size: int = 0) -> tuple[int, int, int]:
-    """(blocks, chunks, latent) of a row of `length` tokens that is cut from token `offset` on; every noise draw counts.
+    """Shape (blocks, chunks, latent) of the blocks of a row of `length` tokens, cut from token `offset` on.
+
+    The number of blocks counts every noise draw.
 
     Args:
         config: `TokComConfig`.
@@ -65,7 +69,7 @@ def check_shapes(
 ) -> None:
     """Raises ValueError where an argument of `TokComModel.forward` does not fit the blocks of its rows.
 
-    shape: of these blocks, (rows, blocks, chunks, latent).
+    shape: shape of these blocks, (rows, blocks, chunks, latent).
     """
     if context_mask is not None and config.context is None:
         raise ValueError("context_mask hides the context from blocks; this model has none.")
@@ -91,7 +95,7 @@ class Blocks:
 
     x1: clean latents in the flow's space, (rows, blocks, chunks, latent).
     labels: tokens, (rows, blocks, chunks, chunk_size), -100 for padding.
-    starts: first token of each block of one draw, (blocks / draws,).
+    starts: index of the first token of each block of one draw, (blocks / draws,).
     padded: whether there is an attention mask.
     """
 
@@ -116,7 +120,7 @@ class Blocks:
         return before.flatten(0, 1)
 
     def chunk_mask(self) -> torch.Tensor | None:
-        """Chunks that may be attended to, (rows · blocks, chunks); None: all. In a block of padding alone all may."""
+        """Chunks that may be attended to, (rows · blocks, chunks); None: all. In a block of padding alone it is all, too."""
         if not self.padded or self.x1.shape[2] == 1:
             return None
         real = self.real()
@@ -133,7 +137,7 @@ def cut_blocks(
 ) -> Blocks:
     """Blocks of `shape` (rows, blocks, chunks, latent), as `block_shape` gives it, of rows (rows, length)."""
     if latents is not None and offset:
-        raise ValueError(f"latents are those of whole rows, from token 0 on; got offset={offset} with them.")
+        raise ValueError(f"latents must be those of whole rows, from token 0 on, but offset={offset} was given, too.")
     rows, draws, chunk = len(input_ids), model.config.noise_draws, model.config.vae.chunk_size
     count, span = shape[1] // draws, shape[2] * chunk
     covered = slice(offset, offset + count * span)
@@ -150,7 +154,7 @@ def cut_blocks(
 def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) -> None:
     """Adds the losses of the flow and of the decoder to a `TokComOutput` that has `clean_latents`.
 
-    t: (rows, blocks, chunks); chunks at t = 1 are known and have no loss.
+    t: times (rows, blocks, chunks); chunks at t = 1 are known and have no loss.
     """
     config, counted = model.config, blocks.real() & (t < 1.0)
     count = counted.sum().clamp(min=1)
@@ -159,7 +163,7 @@ def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) ->
     output.flow_loss = (velocity_weight(t) * error).sum() / count
     output.loss = config.mse_weight * output.flow_loss
     if config.cross_entropy_weight > 0:
-        # Where no chunk counts, one stays without a label, so that every parameter has a (zero) gradient.
+        # If no chunk counts, one chunk stays, without a label, so that every parameter has a (zero) gradient.
         kept = counted.clone()
         kept.view(-1)[0] |= ~counted.any()
         labels = blocks.labels.masked_fill(~counted.unsqueeze(-1), -100)[kept]
@@ -176,9 +180,9 @@ def add_head_losses(
     attention_mask: torch.Tensor | None,
     starts: torch.Tensor,
 ) -> None:
-    """Adds the losses of the context's heads: of the next token at every state, of the later tokens where blocks start.
+    """Adds the losses of the context's heads: of the next token at every state, of later tokens at the starts of blocks.
 
-    states: (rows, 1 + length, hidden).
+    states: states of the context, (rows, 1 + length, hidden).
     """
     chunk, size, weight = model.config.vae.chunk_size, states.shape[-1], model.config.head_weight
     labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
@@ -189,5 +193,5 @@ def add_head_losses(
         output.later_token_loss = model.context.cross_entropy(
             states[:, starts].reshape(-1, size), later.reshape(-1, chunk - 1), 1, chunk
         )
-        # Half the weight of the next token, whose loss trains the states between the starts of blocks, too.
+        # Half the weight of the next token's loss, which also trains the states between the starts of blocks.
         output.loss = output.loss + 0.5 * weight * output.later_token_loss

@@ -1,7 +1,7 @@
 """Fields of TokCom configurations that earlier versions wrote and this one does not read.
 
-Those of 0.1.0 belong to a second kind of model, which drew its tokens from a table of embeddings and never used its noise;
-those of 0.2.0 are settings of training that no recipe changed.
+Fields of 0.1.0 belong to a second kind of model, which drew its tokens from a table of embeddings and never used its noise.
+Fields of 0.2.0 are settings of training that no recipe changed.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ OF_0_2: dict[str, dict[str, Any]] = {
     "tokcom_vae": {"kl_free_nats": 0.5, "hint_weight": 0.3},
     "tokcom_denoiser": {"time_max_period": 10000.0, "initializer_range": 0.02},
 }  # fmt: skip
-# Fields of 0.1.0 that acted in training alone: a folder loads whatever their value is.
+# Fields of 0.1.0 that acted in training alone: a folder loads with any value of them.
 TRAINING_ONLY = ("independent_times", "latent_dropout")
 
 

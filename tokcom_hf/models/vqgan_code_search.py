@@ -1,4 +1,4 @@
-"""Nearest-code search, k-means and the collectives a codebook needs; plain tensor functions.
+"""Nearest-code search, k-means and the collective operations of a codebook, as plain tensor functions.
 
 Distances are always computed in float32: bf16 rounding flips the index of close codes.
 """
@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-# Scores (rows × codes) of one part: 16 MiB of float32, which is near the size of a processor's cache.
+# Scores (rows × codes) that are computed at once: 16 MiB of float32, about the size of a processor's cache.
 MAX_SCORES = 1 << 22
 
 
 def code_scores(vectors: torch.Tensor, codebook: torch.Tensor, penalty: torch.Tensor | None = None) -> torch.Tensor:
-    """x·e − (‖e‖² + penalty)/2: a code with a larger score is nearer, its penalty counted as squared distance.
+    """x·e − (‖e‖² + penalty) / 2: the larger the score, the nearer the code; its penalty counts as squared distance.
 
     Args:
         vectors: `(n, d)`.
@@ -34,7 +34,7 @@ def _offsets(codebook: torch.Tensor, penalty: torch.Tensor | None) -> torch.Tens
 def nearest_codes(
     vectors: torch.Tensor, codebook: torch.Tensor, penalty: torch.Tensor | None = None, max_scores: int = MAX_SCORES
 ) -> torch.Tensor:
-    """Index `(n,)` of the code of least squared distance plus `penalty (k,)`; `max_scores` bounds the scores in memory."""
+    """Index `(n,)` of the code with the smallest ‖x − e‖² + `penalty (k,)`; `max_scores` bounds the scores in memory."""
     bias = _offsets(codebook, penalty)
     table = codebook.t()
     rows = max(1, max_scores // codebook.shape[0])
@@ -68,7 +68,7 @@ def sample_rows(weights: torch.Tensor, number: int, seed: int) -> torch.Tensor:
     return (weights.float().clamp_min(0) / noise).topk(number).indices
 
 
-# Longest vectors whose squared distances fit into float32: (2 · 1e18)² is 4e36, and the largest float32 is 3.4e38.
+# Length of vectors whose squared distances fit into float32: (2 · 1e18)² is 4e36, and the largest float32 is 3.4e38.
 LARGEST_NORM = 1e18
 
 
@@ -78,7 +78,7 @@ class NonFiniteFeaturesError(ValueError, FloatingPointError):
 
 @torch.no_grad()
 def check_finite(vectors: torch.Tensor, user: str) -> None:
-    """Raises ValueError where a row of `vectors (n, d)` is NaN, infinite or longer than `LARGEST_NORM`.
+    """Raises ValueError if a row of `vectors (n, d)` is NaN, infinite or longer than `LARGEST_NORM`.
 
     user: the operation that needs the vectors, for the message.
     """
@@ -96,7 +96,7 @@ def check_finite(vectors: torch.Tensor, user: str) -> None:
 def kmeans(
     vectors: torch.Tensor, codebook_size: int, iterations: int = 10, seed: int = 0, spherical: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lloyd's k-means; empty clusters move to the vectors farthest from their centres.
+    """Lloyd's k-means; empty clusters move to vectors, drawn in proportion to the squared distance to their centres.
 
     Args:
         vectors: `(n, d)` float32.
@@ -154,19 +154,19 @@ def world_size() -> int:
 
 
 def rank_of_process() -> int:
-    """Number of this process among those that train together."""
+    """Rank of this process among those that train together, 0 for a single process."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks, in place; with one process, the tensor itself."""
+    """Sums a tensor over ranks in place and returns it; with one process the tensor stays as it is."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows `(n, d)` of all ranks, rank after rank; each rank gives as many as the one with the fewest has."""
+    """Rows `(n, d)` of all ranks, rank after rank; each rank gives as many rows as the rank with the fewest has."""
     if world_size() == 1:
         return rows
     smallest = torch.tensor(rows.shape[0], device=rows.device)

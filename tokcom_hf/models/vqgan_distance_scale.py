@@ -1,4 +1,4 @@
-"""The scale of soft assignments, softmax(−distance² / (temperature · scale)) over the codes of a codebook."""
+"""The scale in softmax(−distance² / (temperature · scale)), the soft assignment of a vector to codes."""
 
 import math
 
@@ -9,9 +9,9 @@ from .vqgan_code_search import all_reduce, world_size
 
 @torch.no_grad()
 def distance_scale(kind: str, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """What squared distances are divided by, so that a temperature means the same at any width.
+    """The number by which squared distances are divided, so that a temperature means the same at any width.
 
-    It has no gradient: features would shrink to nothing to make distances small.
+    It has no gradient: otherwise features could shrink to nothing to make distances small.
 
     Args:
         kind: `dim` (√width), `mean` (mean squared distance between vectors and codes), `variance` (mean variance of a
@@ -31,7 +31,7 @@ def distance_scale(kind: str, vectors: torch.Tensor, codebook: torch.Tensor) -> 
 
 @torch.no_grad()
 def step_scale(kind: str, micro_batches: list[torch.Tensor], codebook: torch.Tensor) -> torch.Tensor:
-    """`distance_scale` of all micro-batches of an optimizer step over all ranks; every rank must call it."""
+    """`distance_scale` over all micro-batches of an optimizer step and all ranks; every rank must call it."""
     if kind in ("none", "dim"):
         return distance_scale(kind, micro_batches[0], codebook)
     if kind == "variance":

@@ -11,12 +11,12 @@ from .configuration_vqgan import VQGANConfig
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at most 32 groups that divide `channels`."""
+    """GroupNorm with at most 32 groups, a number that divides `channels`."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
 class ResidualBlock(GradientCheckpointingLayer):
-    """Two 3×3 convolutions, each behind GroupNorm and SiLU, added to the input."""
+    """x + conv(SiLU(GroupNorm(conv(SiLU(GroupNorm(x)))))) with 3×3 convolutions; a 1×1 shortcut if channels change."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -33,7 +33,7 @@ class ResidualBlock(GradientCheckpointingLayer):
 
 
 class SpatialAttention(GradientCheckpointingLayer):
-    """Single-head self-attention over the positions of a feature map."""
+    """x + attention over the positions of a feature map (single head, behind GroupNorm)."""
 
     def __init__(self, channels: int, config: VQGANConfig):
         super().__init__()
@@ -53,7 +53,7 @@ class SpatialAttention(GradientCheckpointingLayer):
 
 
 def middle(channels: int, config: VQGANConfig) -> list[nn.Module]:
-    """Layers at the coarsest resolution: a residual block, and with `mid_attention` attention and another one."""
+    """Layers at the coarsest resolution: a residual block, and with `mid_attention` attention and a second one."""
     attention = [SpatialAttention(channels, config), ResidualBlock(channels, channels)]
     return [ResidualBlock(channels, channels), *(attention if config.mid_attention else [])]
 

@@ -1,4 +1,4 @@
-"""Quantizer: the projections, the straight-through gradient, the lookup and the counts that all quantizers share."""
+"""Quantizer: projections, straight-through gradient, lookup and usage counts, which all quantizers share."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .vqgan_code_search import all_reduce, check_finite
 
-# Decay of the reported usage of each code: about the last hundred optimizer steps.
+# Decay of the moving average of each code's usage, which covers about the last hundred optimizer steps.
 USAGE_DECAY = 0.99
 
 
@@ -22,8 +22,8 @@ class QuantizerOutput(ModelOutput):
     codes: `(...)` int64.
     commitment_loss: mean squared distance between projected features and their codes (scalar).
     entropy_loss: (mean entropy of each vector's assignment − entropy of the mean assignment) / log K, in [−1, 1]; without
-        the first part where `entropy_term` is `use`; 0 where no weight asks for it.
-    diversity_loss: 1 − entropy of the mean assignment / log K, in [0, 1]; 0 where no weight asks for it.
+        the first part if `entropy_term` is `use`; 0 if entropy_weight and diversity_weight are both 0.
+    diversity_loss: 1 − entropy of the mean assignment / log K, in [0, 1]; 0 if both weights are 0.
     """
 
     embeddings: torch.Tensor | None = None
@@ -43,7 +43,7 @@ class Float32Linear(nn.Linear):
 class Quantizer(nn.Module, ABC):
     """Base class of quantizers; subclasses choose the codes.
 
-    enabled: False returns the features unquantized, with their codes; the trainer's warm-up sets it.
+    enabled: False returns the features unquantized, beside their codes; the trainer sets it for `autoencoder_steps`.
     update_in_forward: True moves the codebook in each training forward. A trainer that accumulates gradients sets it to
         False and calls `update()` once per optimizer step.
     """
@@ -65,7 +65,7 @@ class Quantizer(nn.Module, ABC):
         self.temperature = 0.0
         self.last_count: torch.Tensor | None = None
         self._pending: torch.Tensor | None = None
-        # Moving average of each code's share of the vectors, and the weight that corrects its start at zero.
+        # Moving average of each code's share of the vectors, and the weight that corrects for its start at zero.
         self.register_buffer("usage", torch.zeros(config.codebook_size))
         self.register_buffer("usage_weight", torch.zeros(()))
 
@@ -88,7 +88,7 @@ class Quantizer(nn.Module, ABC):
         return vectors
 
     def entropy_loss(self, vectors: torch.Tensor) -> torch.Tensor:
-        """`entropy_loss` of `QuantizerOutput`, differentiable in `vectors`; zero unless a subclass defines it."""
+        """`entropy_loss` of `QuantizerOutput`, differentiable in `vectors`; zero unless a subclass overrides this."""
         return vectors.new_zeros(())
 
     def entropy_losses(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,22 +98,22 @@ class Quantizer(nn.Module, ABC):
     def look_ahead(self, micro_batches: list[torch.Tensor]) -> None:
         """Scans the micro-batches of the next optimizer step, prepared vectors `(n, width)` each; every rank must call it.
 
-        The entropy of a mean is no mean of entropies: after this, `entropy_loss` is that of all micro-batches together, as
-        in one large batch.
+        The entropy of a mean is not the mean of entropies. After this call, `entropy_loss` is that of all micro-batches
+        together, as in one large batch.
         """
 
     def connect(self, vectors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The chosen code vectors, with the straight-through gradient to `vectors`."""
+        """x + sg(e − x): the chosen code vectors e, with the straight-through gradient to the vectors x."""
         return vectors + (chosen - vectors).detach()
 
     def nearest(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Vectors `(n, width)` → the codes `(n,)` of inference; for subclasses that draw other codes in training."""
+        """Vectors `(n, width)` → codes `(n,)` of inference; overridden by quantizers that draw codes in training."""
         return self.assign(vectors)[0]
 
     # ---------------------------------------------------------------- interface
     @torch.no_grad()
     def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `(..., input_size)` → codes `(...)` of inference, in training mode, too; nothing is recorded.
+        """Features `(..., input_size)` → codes `(...)` of inference, even in training mode; nothing is recorded.
 
         Raises:
             ValueError: features are NaN or infinite.
@@ -136,7 +136,7 @@ class Quantizer(nn.Module, ABC):
             if not self.enabled:
                 commitment = commitment * 0
             elif self.training and learns:
-                # A NaN would stay in the moving averages for ever.
+                # A NaN would never leave the moving averages again.
                 check_finite(vectors.detach(), "Training of the codebook")
                 self.record(codes, vectors.detach(), chosen)
                 if self.update_in_forward:
@@ -169,13 +169,13 @@ class Quantizer(nn.Module, ABC):
     # ---------------------------------------------------------------- statistics
     @torch.no_grad()
     def record(self, codes: torch.Tensor, vectors: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Adds the statistics of one training forward to those of the next `update()`."""
+        """Adds the statistics of one training forward to those that the next `update()` applies."""
         count = torch.bincount(codes, minlength=self.codebook_size).float()
         self._pending = count if self._pending is None else self._pending + count
 
     @torch.no_grad()
     def update(self, allow_reset: bool = True) -> None:
-        """Applies what all ranks recorded since the last call; every rank must call it."""
+        """Applies what all ranks have recorded since the last call; every rank must call it."""
         if self._pending is None:
             return
         self.last_count = all_reduce(self._pending)

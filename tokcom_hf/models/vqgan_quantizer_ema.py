@@ -29,10 +29,10 @@ RESET_POOL = 16384
 
 
 class EMAQuantizer(Quantizer):
-    """A learned codebook: each code is the moving average of the vectors that chose it.
+    """A learned codebook: code k is code_sum_k / code_share_k, moving averages of (Σ x over its vectors) / n and of n_k / n.
 
-    Counts and sums are divided by the number of vectors of the step, so that batch size, gradient accumulation and the
-    number of ranks do not change what a code becomes.
+    n counts the vectors of an optimizer step and n_k those that chose code k. Division by n makes codes independent of batch
+    size, gradient accumulation and number of ranks.
     """
 
     codebook: torch.Tensor
@@ -66,7 +66,7 @@ class EMAQuantizer(Quantizer):
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
-        """Uniform codes in ±1/K, which the inits `data` and `kmeans` replace at the first vectors they see."""
+        """Draws codes uniformly in ±1/K; the inits `data` and `kmeans` replace them at the first vectors."""
         super().reset_buffers()
         size = self.codebook_size
         self.codebook.uniform_(-1 / size, 1 / size)
@@ -104,7 +104,7 @@ class EMAQuantizer(Quantizer):
         return codes, self.codebook.float()[codes]
 
     def distance_scale(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Divisor of squared distances by `temperature_scale`, of the whole optimizer step after `look_ahead`."""
+        """Divisor of squared distances as `temperature_scale` says; after `look_ahead` that of the whole optimizer step."""
         if self.training and self._step_scale is not None:
             return self._step_scale
         return distance_scale(self.config.temperature_scale, vectors, self.codebook.float())
@@ -126,7 +126,7 @@ class EMAQuantizer(Quantizer):
 
     def soft_assignments(self, vectors: torch.Tensor) -> torch.Tensor:
         """Log probabilities `(≤ n, codebook_size)` of the codes at `entropy_temperature`."""
-        # Every stride-th vector, so that the table stays below 2^24 entries; a random choice would change other draws.
+        # Every stride-th vector keeps the table below 2^24 entries; a random choice would change other random draws.
         stride = math.ceil(vectors.shape[0] * self.codebook_size / (1 << 24))
         scale = self.distance_scale(vectors)
         return self.assignment_logits(vectors[::stride], self.config.entropy_temperature, scale).log_softmax(1)
@@ -140,11 +140,11 @@ class EMAQuantizer(Quantizer):
         per_sample = -(p * log_p).sum(1).mean() if self.config.entropy_term == "choice" else p.new_zeros(())
         mean_p = p.mean(0)
         global_mean = self._mean_assignment
-        # In training only: a rank that evaluates alone would wait for the others for ever.
+        # In training only: a rank that evaluates alone would wait for the other ranks forever.
         if self.training and global_mean is None and world_size() > 1:
             global_mean = all_reduce(mean_p.detach().clone()) / world_size()
         if self.training and global_mean is not None:
-            # The value of the global batch with the gradient of this part; the trainer averages gradients over the parts.
+            # Value of the global batch, gradient of this part alone; the trainer averages gradients over the parts.
             mean_p = mean_p + (global_mean - mean_p).detach()
         batch, largest = -(mean_p * mean_p.clamp_min(1e-12).log()).sum(), math.log(self.codebook_size)
         return (per_sample - batch) / largest, 1 - batch / largest
@@ -167,7 +167,7 @@ class EMAQuantizer(Quantizer):
         iterations = KMEANS_ITERATIONS if self.config.codebook_init == "kmeans" else 0
         centres, count = kmeans(vectors.float(), size, iterations, spherical=self.cosine)
         self.codebook.copy_(centres)
-        # Half the average is by cluster size and half even, so that a code without vectors in this sample is not dead yet.
+        # Each share is half cluster size and half even, so that a code without vectors in this sample is not dead yet.
         self._restart_average((count / count.sum() + 1 / size) / 2, weight=1.0)
         if self.penalty is not None:
             self.penalty.zero_()
@@ -188,7 +188,7 @@ class EMAQuantizer(Quantizer):
 
     @torch.no_grad()
     def update(self, allow_reset: bool = True) -> None:
-        """Moves the codes by what was recorded since the last call, once per optimizer step, then resets dead codes."""
+        """Moves the codes by what was recorded since the last call, then resets dead codes; once per optimizer step."""
         self._mean_assignment, self._step_scale = None, None
         if self._pending is None:
             return
@@ -222,8 +222,8 @@ class EMAQuantizer(Quantizer):
     def _balance(self, error: torch.Tensor, count: torch.Tensor) -> None:
         """Raises the penalty of codes that were chosen too often, and lowers that of the others.
 
-        A step is a share of the code's own mean squared distance, at most of that of all: the step of a sparse region would
-        throw all vectors of a dense one from code to code.
+        penalty_k += balance_rate · min(d_k, d) · min(n_k · K / n − 1, 1), with the mean squared distance d_k of the code's
+        vectors and d of all: in dense regions, where d_k is small, steps of size d would throw vectors from code to code.
 
         Args:
             error: sum of the squared distances of each code's vectors, `(k,)`.
@@ -235,7 +235,7 @@ class EMAQuantizer(Quantizer):
         self.penalty.add_(self.config.balance_rate * local * excess)
 
     def dead_codes(self, vectors_per_step: int) -> torch.Tensor:
-        """Mask `(codebook_size,)` of codes whose moving average is below the threshold."""
+        """Mask `(codebook_size,)` of codes whose average use is below the threshold."""
         share = self.code_share / self.ema_weight.clamp_min(1e-12)
         unit = self.codebook_size if self.config.dead_code_unit == "mean" else vectors_per_step
         return share * unit < self.config.dead_code_threshold
@@ -244,8 +244,8 @@ class EMAQuantizer(Quantizer):
     def reset_dead_codes(self, pool: torch.Tensor, vectors_per_step: int) -> int:
         """Moves dead codes, the least used first, onto vectors of the pool; live codes stay.
 
-        Vectors are drawn evenly without replacement, so that codes land where vectors are dense; drawn by their error, codes
-        land on outliers.
+        Vectors are drawn uniformly without replacement, so that codes land where vectors are dense; drawn by their error,
+        codes would land on outliers.
 
         Args:
             pool: vectors `(n, width)`, the same on every rank.
@@ -267,7 +267,7 @@ class EMAQuantizer(Quantizer):
         dead = dead[: len(chosen)]
         vectors = pool[chosen]
         if self.penalty is not None:
-            # The penalty of the code that the vector chose so far; without one, the code would take all vectors around it.
+            # A moved code gets the penalty of the code that its vector chose; without, it would attract all vectors around.
             self.penalty[dead] = self.penalty[nearest_codes(vectors, self.codebook.float(), self.penalty)]
         self.codebook[dead] = vectors
         self.code_share[dead] = self.ema_weight / self.codebook_size

@@ -30,26 +30,26 @@ class LFQQuantizerHead(Quantizer):
     def entropy_loss(self, vectors: torch.Tensor) -> torch.Tensor:
         logits = self.bit_logits(vectors)
         if not (self.training and self._step_logits):
-            # Across ranks in training only: a rank that evaluates alone would wait for the others for ever.
+            # Across ranks in training only: a rank that evaluates alone would wait for the other ranks forever.
             per_sample, batch = factorised_entropy(logits, across_ranks=self.training)
             return (per_sample - batch) / math.log(self.codebook_size)
         per_sample, _ = factorised_entropy(logits)
         parts = [part.chunk(world_size()) for part in self._step_logits]
         mine, rank = self._micro_batch, rank_of_process()
         self._micro_batch += 1
-        # The rest of the global batch enters as a constant.
+        # Only this part has a gradient; the rest of the global batch enters as a constant.
         rows = [
             logits[: len(part)] if (position, owner) == (mine, rank) else part
             for position, owners in enumerate(parts)
             for owner, part in enumerate(owners)
         ]
         _, batch = factorised_entropy(torch.cat(rows))
-        # Times the number of parts, because the trainer averages gradients over them and each has its own share only.
+        # The gradient is scaled by the number of parts, because the trainer averages over parts and each has only its share.
         batch = batch.detach() + len(rows) * (batch - batch.detach())
         return (per_sample - batch) / math.log(self.codebook_size)
 
     def bit_logits(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Log odds `(n, bits)` of each bit, 4x/T: the factors of softmax(−‖x − e‖²/T) over codes e of ±1."""
+        """Log odds 4x/T of each bit, `(n, bits)`: softmax(−‖x − e‖²/T) over codes e of ±1 is a product over bits."""
         return 4 * vectors / self.entropy_temperature
 
     @torch.no_grad()

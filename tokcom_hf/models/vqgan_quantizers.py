@@ -1,7 +1,7 @@
 """The quantizers by name: `ema` (learned codebook), `fsq` (rounding) and `lfq` (signs).
 
-Each maps features `(..., input_size)` to embeddings of the same shape and integer codes `(...)` in [0, codebook_size), in
-float32 under any autocast, so that codes do not depend on it.
+Each maps features `(..., input_size)` to embeddings of the same shape and integer codes `(...)` in [0, codebook_size). They
+compute in float32 under any autocast, so that codes do not depend on the autocast dtype.
 """
 
 from .vqgan_quantizer_base import Quantizer, QuantizerOutput

@@ -1,4 +1,4 @@
-"""Predictions of answers as `compute_metrics` reads them: one row per question, padded at its end."""
+"""Predictions of answers in the form that `compute_metrics` reads: one row per question, padded at its end."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -8,7 +8,7 @@ def answer_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     """Groups the answers' logits by row.
 
     Args:
-        logits: `(answer tokens, vocab)` of all rows, one after the other, where a label is predicted.
+        logits: `(answer tokens, vocab)` at the positions that predict a label, of one row after the other.
         labels: `(batch, length)`, -100 where nothing is predicted.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Averaged weights of a model in training: how they are updated, used, saved and loaded."""
+"""Exponential moving averages of a model's weights in training: updating, using, saving and loading them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +14,14 @@ from ..checkpoints import AVERAGE_FILE
 
 
 def averaged_model(model: nn.Module, decay: float, warmup: bool) -> AveragedModel:
-    """A copy of `model` that follows its parameters; buffers (codebooks, latent statistics) stay as they are copied.
+    """A copy of `model` in which average ← decay · average + (1 − decay) · parameter at each update.
+
+    Buffers (codebooks, latent statistics) are copied from the model, not averaged.
 
     Args:
-        model: without its wrappers.
-        decay: of the exponential moving average, in (0, 1).
-        warmup: use min(decay, (1 + n) / (10 + n)) after n updates.
+        model: the model without its wrappers.
+        decay: in (0, 1).
+        warmup: replace `decay` by min(decay, (1 + n) / (10 + n)) after n updates.
     """
     update = _warmed_up(decay) if warmup else get_ema_multi_avg_fn(decay)
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=False)
@@ -40,7 +42,7 @@ def _warmed_up(decay: float) -> Callable:
 
 @contextmanager
 def averaged_weights(model: nn.Module, average: AveragedModel | None) -> Iterator[None]:
-    """Inside the block `model` holds the averaged parameters and `average` the model's, where averaging is on."""
+    """Within this context `model` holds the averaged parameters and `average` the model's; nothing if `average` is None."""
     if average is None:
         yield
         return
@@ -64,13 +66,13 @@ def copy_average(model: nn.Module, average: AveragedModel) -> None:
 
 
 def save_average(average: AveragedModel | None, folder: str | Path) -> None:
-    """Writes the averaged weights into a checkpoint, where averaging is on."""
+    """Writes the averaged weights into the checkpoint `folder`; nothing if `average` is None."""
     if average is not None:
         save_model(average, str(Path(folder) / AVERAGE_FILE))
 
 
 def load_average(average: AveragedModel | None, folder: str | Path) -> None:
-    """Reads the averaged weights of a checkpoint, where averaging is on."""
+    """Reads the averaged weights of the checkpoint `folder`; nothing if `average` is None."""
     if average is not None:
         load_model(average, Path(folder) / AVERAGE_FILE)
 

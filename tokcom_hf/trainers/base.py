@@ -1,4 +1,4 @@
-"""What every trainer of the package adds to HF `Trainer`: averaged weights, honest stops, complete checkpoints.
+"""What every trainer of the package adds to HF `Trainer`: averaged weights, stops at NaN and signals, complete checkpoints.
 
 Everything else (Accelerate, resume, RNG, callbacks, trackers, Hub pushes) is `Trainer`'s own.
 """
@@ -40,13 +40,13 @@ class CompressionTrainer(Trainer):
     Subclasses may override `auxiliary_state` (second networks, optimizers) and call `log_scalars` in `compute_loss`.
 
     Attributes:
-        arguments_class: what `args` must be; built with its defaults where `args` is None.
-        stage: what `best.json` calls this training.
-        run_settings: what decides the run's result (`RunFolder.train` sets it); each checkpoint's manifest repeats it.
+        arguments_class: class of `args`; `args=None` builds one with its defaults.
+        stage: name of this training in `best.json`.
+        run_settings: settings that decide the run's result (`RunFolder.train` sets them); checkpoint manifests repeat them.
         data_columns: columns that the loss reads and the model's forward does not name, kept under Trainer's default
-            `remove_unused_columns=True`; None where the collator reads whole rows, which turns that argument off.
-        shards: whether the trainer's steps and evaluations work on a model sharded by FSDP2.
-        step_methods: methods of the model, beside `forward`, that `compute_loss` calls first.
+            `remove_unused_columns=True`; None: the collator reads whole rows, which turns that argument off.
+        shards: whether steps and evaluations of this trainer work on a model sharded by FSDP2.
+        step_methods: methods of the model, besides `forward`, that `compute_loss` calls before `forward`.
     """
 
     args: CompressionTrainingArguments
@@ -86,7 +86,7 @@ class CompressionTrainer(Trainer):
 
     @property
     def training_seconds(self) -> float:
-        """Seconds spent in `train`, those before a resume included."""
+        """Seconds spent in `train`, including those before a resume."""
         return self._clock.seconds
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -105,7 +105,7 @@ class CompressionTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer`'s; raises ValueError where it gives no batch, and Trainer would end without having trained."""
+        """As `Trainer`'s; raises ValueError if it gives no batch, because Trainer would end without having trained."""
         return with_batches(super().get_train_dataloader(), self._train_batch_size, self.args.world_size)
 
     def create_optimizer(self, *args, **kwargs):
@@ -118,21 +118,21 @@ class CompressionTrainer(Trainer):
         return {}
 
     def log_scalars(self, prefix: str, values: Mapping[str, torch.Tensor | float]) -> None:
-        """Remembers batch values; the next training log line holds their mean as `prefix/name`."""
+        """Collects values of batches; the next line of the training log holds their means as `prefix/name`."""
         for name, value in values.items():
             self._scalars.add(f"{prefix}/{name}", value)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
-        """As `Trainer.train`, going on only from whole checkpoints and ending only with finite weights.
+        """As `Trainer.train`, but it resumes only from whole checkpoints and ends only with finite weights.
 
         Raises:
-            ValueError: there is no whole checkpoint to go on from.
+            ValueError: there is no whole checkpoint to resume from.
             FloatingPointError: loss, gradient norm or weights became NaN or infinite.
-            Stopped: a signal ended the run (`stop_on_signals`); its checkpoint is written.
+            Stopped: a signal ended the run (`stop_on_signals`); its checkpoint has been written.
         """
         checkpoint = checkpoint_loading.chosen(self, resume_from_checkpoint)
         self._folder.hold(self.args.output_dir)
-        # Another rank may still be writing into the folder what it needs before training, as latents.
+        # Another rank may still be writing files into the folder that training needs, such as latents.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             remove_unfinished(self.args.output_dir)
@@ -148,7 +148,7 @@ class CompressionTrainer(Trainer):
         # A run resumed from its last checkpoint has nothing left to do; Trainer itself would train one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        # The evaluation that a resumed run has made up may have ended training, too (early stopping).
+        # A resumed run first makes up an evaluation that was due, and early stopping may have ended training there.
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
@@ -170,17 +170,17 @@ class CompressionTrainer(Trainer):
         return norm
 
     def not_finite(self, what: str, step: int | None = None) -> FloatingPointError:
-        """The error that ends a run in which `what` has become NaN or infinite at `step`, the current one by default."""
+        """The error that ends a run in which `what` became NaN or infinite at `step`, by default the current step."""
         return self._finite.error(what, step)
 
     def check_finite(self, everywhere: bool = False) -> None:
         """Checks everything that is saved: model, averaged weights, second networks, states of all optimizers.
 
         Args:
-            everywhere: what one rank finds ends all of them; every rank must call it then.
+            everywhere: a fault that one rank finds ends all ranks; every rank must then call this.
 
         Raises:
-            FloatingPointError: some hold NaN or infinity; names them.
+            FloatingPointError: a tensor holds NaN or infinity; the error names it.
         """
         self._finite.check_weights(everywhere)
 
@@ -206,7 +206,7 @@ class CompressionTrainer(Trainer):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside the block the model holds the averaged weights, where averaging is on; whole ones, where it is sharded."""
+        """Within this context the model holds the averaged weights, if averaging is on; a sharded model is gathered."""
         model = self.unwrapped_model
         with whole_weights(model), averaging.averaged_weights(model, self.average):
             yield
@@ -230,7 +230,7 @@ class CompressionTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         self._folder.check()
-        # What cannot be used is not saved, as a checkpoint or as the result.
+        # Weights that are not finite are saved neither as a checkpoint nor as the result.
         self.check_finite(everywhere=True)
         self._finite.check_grad_norm()
         self._writing = CheckpointWriting(self, super()._get_output_dir(trial))
@@ -247,15 +247,15 @@ class CompressionTrainer(Trainer):
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing.parent)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Not before it is in its place.
+        # A checkpoint that is still being written is pushed later, by `_save_checkpoint`.
         if self._writing is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer`'s, into whole files; raises FloatingPointError or `WriteError` where that cannot be."""
+        """As `Trainer`'s, without half-written files; raises FloatingPointError for NaN, `WriteError` for a disk's fault."""
         if self._writing is None:
             self._folder.check()
-            # What one rank finds in its shards must end all of them.
+            # NaN that one rank finds in its shards must end all ranks.
             self.check_finite(everywhere=self.is_fsdp_enabled)
             with final_save(self, output_dir or self.args.output_dir) as folder, own_classes(self.unwrapped_model):
                 super().save_model(folder, _internal_call=True)
@@ -272,7 +272,7 @@ class CompressionTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # A disk's fault waits until the ranks speak with each other: they may be about to, inside here and behind.
+        # A disk error is held back until all ranks can raise it: others may be waiting for this rank, here or afterwards.
         with nullcontext() if self._writing is None else self._writing.noted():
             super()._save_optimizer_and_scheduler(output_dir)
             if self.args.should_save:

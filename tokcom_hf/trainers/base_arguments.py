@@ -24,14 +24,14 @@ class CompressionTrainingArguments(TrainingArguments):
     )
     ema_warmup: bool = field(
         default=True,
-        metadata={"help": "Use min(ema_decay, (1 + step) / (10 + step)), so that short runs forget their start."},
+        metadata={"help": "Decay by min(ema_decay, (1 + step) / (10 + step)), so that short runs forget their start."},
     )
     stop_on_nonfinite_loss: bool = field(
         default=True,
         metadata={"help": "Stop at the first NaN or infinite loss or gradient norm instead of training on."},
     )
     early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after so many evaluations without improvement; 0 never stops early."}
+        default=0, metadata={"help": "Stop after this many evaluations without improvement; 0 never stops early."}
     )
     wandb_project: str | None = field(
         default=None,
@@ -39,7 +39,7 @@ class CompressionTrainingArguments(TrainingArguments):
     )
     muon_learning_rate: float = field(
         default=0.0,
-        metadata={"help": "Muon for the matrices of hidden layers, at this rate; 0 trains everything with `optim`."},
+        metadata={"help": "Learning rate of Muon for matrices of hidden layers; 0 trains everything with `optim`."},
     )
 
     def __post_init__(self):
@@ -48,11 +48,11 @@ class CompressionTrainingArguments(TrainingArguments):
             self.metric_for_best_model = "loss"
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if (self.bf16 or ranks > 1) and not torch.accelerator.is_available():
-            # Without an accelerator transformers asks for this by name: else bf16 is refused, and each rank trains alone.
+            # Without an accelerator transformers needs `use_cpu`; else it refuses bf16, and each rank trains alone.
             self.use_cpu = True
         super().__post_init__()
         if self.ddp_find_unused_parameters is None:
-            # Every parameter of the package's models takes part in every step; the search costs a pass over the graph.
+            # Every parameter of the package's models takes part in every step, and the search costs a pass over the graph.
             self.ddp_find_unused_parameters = False
         if not torch.accelerator.is_available():
             # Pinned memory is for copies to an accelerator; without one torch only warns.
@@ -96,11 +96,11 @@ def checked_arguments(args: Any, kind: type[CompressionTrainingArguments], train
 
     Args:
         args: what a trainer was given.
-        kind: class of its arguments.
-        trainer: its name, for the error.
+        kind: class that the trainer needs.
+        trainer: name of the trainer, for the error.
 
     Raises:
-        TypeError: another class of arguments, which lacks this trainer's fields.
+        TypeError: `args` is of another class, which lacks this trainer's fields.
     """
     if args is None:
         return kind(output_dir="tmp_trainer")
@@ -110,10 +110,10 @@ def checked_arguments(args: Any, kind: type[CompressionTrainingArguments], train
 
 
 def with_batches(loader: Any, batch_size: int, processes: int) -> Any:
-    """The loader.
+    """Returns the loader if it has a batch.
 
     Raises:
-        ValueError: it has no batch; Trainer would end at once with weights that were never trained.
+        ValueError: the loader has no batch, and Trainer would end at once with weights that were never trained.
     """
     if has_length(loader) and len(loader) == 0:
         raise ValueError(

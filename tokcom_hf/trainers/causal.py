@@ -12,7 +12,7 @@ class CausalTrainer(CompressionTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # The loss is a mean over tokens: Trainer shall divide by the accumulation steps, which it leaves to a Llama's loss.
+        # The loss is a mean over tokens, so Trainer must divide it by the accumulation steps; for a Llama it would not.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

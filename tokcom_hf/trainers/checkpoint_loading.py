@@ -1,4 +1,4 @@
-"""What a resumed trainer takes from a checkpoint beside what `Trainer` reads: nothing may be missing in silence."""
+"""What a resumed trainer reads from a checkpoint besides what `Trainer` reads; a missing part raises an error."""
 
 import logging
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ def save_auxiliary(auxiliary: Mapping[str, Any], folder: str | Path) -> None:
 
 
 def load_auxiliary(auxiliary: Mapping[str, Any], folder: str | Path) -> None:
-    """Loads those states; optimizers keep the hyperparameters of this run.
+    """Loads the states that `save_auxiliary` wrote; optimizers keep the hyperparameters of this run.
 
     Raises:
-        ValueError: the checkpoint lacks one.
+        ValueError: the checkpoint lacks a state.
     """
     if not auxiliary:
         return
@@ -48,10 +48,10 @@ def load_auxiliary(auxiliary: Mapping[str, Any], folder: str | Path) -> None:
 
 
 def check_contents(folder: str) -> None:
-    """Refuses to load the best checkpoint where its files have changed since they were written.
+    """Refuses to load the best checkpoint if its files have changed since they were written.
 
     Raises:
-        ValueError: names the file.
+        ValueError: a file has changed; the error names it.
     """
     fault = content_fault(folder)
     if fault is not None:
@@ -62,11 +62,11 @@ def check_missing_keys(model: nn.Module, missing_keys: list[str]) -> None:
     """Refuses a checkpoint that lacks tensors of the model.
 
     Raises:
-        ValueError: names them.
+        ValueError: tensors are missing; the error names them.
     """
     tensors = model.state_dict(keep_vars=True)
     missing = set(missing_keys)
-    # A tied parameter is stored once, under one of its names; a frozen base is where its reference says.
+    # A tied parameter is stored once, under one of its names; a frozen base is loaded from its reference instead.
     found = {id(tensor) for name, tensor in tensors.items() if name not in missing}
     if hasattr(getattr(model, "config", None), "base_model_name_or_path"):
         found |= {
@@ -81,14 +81,14 @@ def check_missing_keys(model: nn.Module, missing_keys: list[str]) -> None:
 
 
 def chosen(trainer: Any, wanted: str | bool | None) -> str | None:
-    """The checkpoint from which a trainer goes on; says where another number of processes saved it.
+    """The checkpoint from which a trainer resumes; a warning tells if another number of processes saved it.
 
     Args:
         trainer: a `CompressionTrainer`.
         wanted: see `choose_checkpoint`.
 
     Raises:
-        ValueError: there is no whole checkpoint to go on from.
+        ValueError: there is no whole checkpoint to resume from.
     """
     args = trainer.args
     checkpoint = choose_checkpoint(args.output_dir, wanted, trainer.checkpoint_files())

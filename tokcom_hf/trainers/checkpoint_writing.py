@@ -1,4 +1,4 @@
-"""One checkpoint between its first byte and its rename."""
+"""Writes one checkpoint into a temporary folder, and renames the folder once it is complete."""
 
 import errno
 import os
@@ -18,14 +18,14 @@ from ..whole_files import UNFINISHED_MODEL, WriteError, flush, flush_tree, remov
 
 
 class CheckpointWriting:
-    """Where a trainer's checkpoint is written inside a `with` block, and how it gets to its place behind it.
+    """Context in which every rank writes a trainer's checkpoint into the temporary `folder`.
 
-    Every rank writes into `folder`. The one that saves flushes all files, writes the manifest and renames the folder, after
-    every rank has written. What the disk refuses on one rank ends all of them, in the same order of collective calls.
+    At its end, after every rank has written, the rank that saves flushes all files, writes the manifest and renames the
+    folder to its `place`. A disk error on one rank ends all ranks, with the same order of collective calls on each.
 
     Args:
         trainer: a `CompressionTrainer`.
-        run_dir: folder of its checkpoints.
+        run_dir: folder that holds the checkpoints.
     """
 
     def __init__(self, trainer: Any, run_dir: str | Path):
@@ -47,7 +47,7 @@ class CheckpointWriting:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Keeps the first fault of the disk until all ranks are where they can speak of it."""
+        """Within this context a disk error is stored (the first one) instead of raised, until `_agree` raises it."""
         try:
             with told_faults(self.place):
                 yield
@@ -55,6 +55,7 @@ class CheckpointWriting:
             self._fault = self._fault or str(error)
 
     def _agree(self) -> None:
+        """Raises WriteError on all ranks if one of them has stored an error; every rank must call it."""
         fault = first_of_all_ranks(self._fault)
         if fault is not None:
             raise WriteError(fault)
@@ -64,7 +65,7 @@ class CheckpointWriting:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
         try:
-            # A fault of the disk is told when all ranks are here.
+            # A disk error is raised only once all ranks are here.
             with self.noted():
                 if error is not None:
                     raise error
@@ -75,7 +76,7 @@ class CheckpointWriting:
         except BaseException:
             if self._saves:
                 with suppress(OSError):
-                    remove(self.parent)  # a full disk needs the room
+                    remove(self.parent)  # on a full disk the space is needed
             raise
         return True
 
@@ -97,7 +98,7 @@ class CheckpointWriting:
         self._rename()
 
     def _best_checkpoint(self) -> bool:
-        """Names the best checkpoint by its place; `Trainer` has looked for it under the temporary name."""
+        """Names the best checkpoint by its final place; `Trainer` has looked for it in the temporary folder."""
         state, best = self.trainer.state, self.trainer.state.best_global_step
         strategies = (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST)
         if not best or self.trainer.args.save_strategy not in strategies:
@@ -111,14 +112,14 @@ class CheckpointWriting:
         if self.place.is_file():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.place))
         if self.place.exists() or self.place.is_symlink():
-            # A damaged one that resuming has passed over, or the mark of transformers' just-in-time checkpoint.
+            # There is a damaged checkpoint that resuming has skipped, or the mark of transformers' just-in-time checkpoint.
             self.place.rename(self.parent / "replaced")
         self.folder.rename(self.place)
         flush(self.run_dir)
         remove(self.parent)
 
     def rotate(self) -> None:
-        """Removes the checkpoints beyond `save_total_limit`, which `Trainer` has looked for in the temporary folder."""
+        """Removes the checkpoints beyond `save_total_limit`; `Trainer` has looked for them only in the temporary folder."""
         args, state = self.trainer.args, self.trainer.state
         if self._saves:
             rotate_checkpoints(
@@ -131,8 +132,8 @@ class CheckpointWriting:
 
 @contextmanager
 def final_save(trainer: Any, folder: str | Path) -> Iterator[str]:
-    """Inside the block the folder to save a trainer's model into; behind it its files are in `folder`."""
-    # With DeepSpeed every rank may write a part.
+    """Context with a temporary folder to save a trainer's model into; at its end the files move into `folder`."""
+    # With DeepSpeed every rank may write a part, so ranks enter and leave together.
     together = trainer.accelerator.wait_for_everyone if trainer.is_deepspeed_enabled else lambda: None
     unfinished = Path(folder) / UNFINISHED_MODEL
     if _refers_into(trainer.unwrapped_model, Path(folder)):
@@ -145,7 +146,7 @@ def final_save(trainer: Any, folder: str | Path) -> Iterator[str]:
 
 
 def _refers_into(model: Any, folder: Path) -> bool:
-    """Whether the model's base lies in `folder`: its configuration is then written with regard to that folder."""
+    """Whether the model's base lies in `folder`; its configuration then names the base relative to that folder."""
     reference = getattr(getattr(model, "config", None), "base_model_name_or_path", None)
     if not isinstance(reference, str) or not os.path.isdir(reference):
         return False
@@ -153,15 +154,15 @@ def _refers_into(model: Any, folder: Path) -> bool:
 
 
 def first_of_all_ranks(value: Any) -> Any:
-    """The first value that is not None on any rank; every rank must call it."""
+    """The first rank's value that is not None; every rank must call it."""
     return next((item for item in gather_object([value]) if item is not None), None)
 
 
 @contextmanager
 def own_key_names(model: Any) -> Iterator[None]:
-    """`save_pretrained` with the names of the model's own parameters, which is what resuming reads.
+    """Within this context `save_pretrained` writes the names of the model's own parameters, which resuming reads.
 
-    By default it writes those of the architecture's original release, and none of them would be found again.
+    By default it may write the names of the architecture's original release, none of which resuming would find.
     """
     if not isinstance(model, PreTrainedModel):
         yield

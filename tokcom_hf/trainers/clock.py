@@ -8,7 +8,7 @@ from transformers.trainer_callback import ExportableState
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Counts seconds of training; a resumed run goes on from those of its checkpoint."""
+    """Counts seconds of training; a resumed run continues from the count in its checkpoint."""
 
     def __init__(self):
         self.before, self.started = 0.0, None

@@ -7,10 +7,10 @@ from transformers import TrainerCallback
 
 
 class EpochLossCallback(TrainerCallback):
-    """Logs `STAGE/train_loss` and `STAGE/learning_rate` at the end of an epoch, and `STAGE/val_loss` and
-    `STAGE/best_val_loss` behind each evaluation during training.
+    """Logs `STAGE/train_loss` and `STAGE/learning_rate` after each epoch, `STAGE/val_loss` and `STAGE/best_val_loss` after
+    each evaluation during training.
 
-    The training loss is the mean over the epoch's batches; of an epoch that a run resumes within, over those since then.
+    The training loss is the mean over the epoch's batches; if a run resumes within an epoch, over the batches since then.
     """
 
     def __init__(self, trainer: Any):
@@ -20,7 +20,7 @@ class EpochLossCallback(TrainerCallback):
         self._best: float | None = None
 
     def add(self, loss: torch.Tensor) -> None:
-        """Counts the loss of one batch, a scalar."""
+        """Adds the loss of one batch, a scalar."""
         self._total = loss if self._total is None else self._total + loss
         self._count += 1
 

@@ -1,4 +1,4 @@
-"""Which of the numbers that a run keeps are no longer finite."""
+"""Finds NaN and infinity in models, averaged weights and optimizer states."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def nonfinite_names(module: nn.Module) -> list[str]:
-    """Names of what trains or is a stored buffer and holds NaN or infinity."""
+    """Names of the trainable parameters and stored buffers that hold NaN or infinity."""
     tensors = {
         name: tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
@@ -37,14 +37,14 @@ def _leaves(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def nonfinite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the floating-point tensors that hold NaN or infinity; of a sharded one this rank's part counts."""
+    """Names of the floating-point tensors that hold NaN or infinity; of a sharded tensor this rank's shard is read."""
     flags: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
         part = tensor.detach()
         part = part.to_local() if isinstance(part, DTensor) else part
-        # Formats of 8 bits have no test of their own.
+        # torch has no isfinite for floats of 8 bits.
         part = part.float() if part.element_size() == 1 else part
         flags[part.device][name] = torch.isfinite(part).all()
     # One transfer for each device, not one for each tensor.

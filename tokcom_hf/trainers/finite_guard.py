@@ -1,4 +1,4 @@
-"""Ends a run whose numbers left the finite ones, before they are saved."""
+"""Ends a run whose loss, gradients, weights or optimizer states hold NaN or infinity, before they are saved."""
 
 import math
 from typing import Any
@@ -11,10 +11,10 @@ from .finite import nonfinite_names, nonfinite_state
 
 
 class FiniteGuard:
-    """Looks at a trainer's loss, gradient norm, weights and optimizer states.
+    """Checks a trainer's gradient norm, weights and optimizer states, and makes the error that ends the run.
 
     Attributes:
-        grad_norm: of the last optimizer step, 0 before the first.
+        grad_norm: gradient norm of the last optimizer step; 0 before the first.
     """
 
     def __init__(self, trainer: Any):
@@ -25,19 +25,20 @@ class FiniteGuard:
         """The error to raise; it names the last checkpoint that is whole and finite.
 
         Args:
-            what: has become not finite.
-            step: at which it did; None is the one being taken.
+            what: what became NaN or infinite, as the beginning of a sentence.
+            step: optimizer step at which this happened; None: the step that is being taken.
         """
         trainer = self.trainer
         step = trainer.state.global_step + 1 if step is None else step
         last = last_finite_checkpoint(trainer.args.output_dir, trainer.checkpoint_files())
         advice = f"the last verified checkpoint is {last}" if last else "no checkpoint had been saved yet"
+        again = "resume from it" if last else "start again"
         return FloatingPointError(
-            f"{what} at step {step}; {advice}. Lower the learning rate or set max_grad_norm, then resume from it."
+            f"{what} at step {step}; {advice}. Lower the learning rate or set max_grad_norm, then {again}."
         )
 
     def see_grad_norm(self, norm: Any) -> None:
-        """Notes a step's gradient norm and ends the run where it is not finite, unless the arguments let it train on."""
+        """Stores a step's gradient norm; raises if it is not finite, unless `stop_on_nonfinite_loss` is off."""
         # A loss scaler skips steps of infinite gradients by design.
         self.grad_norm = 0.0 if self.trainer.accelerator.scaler is not None else float(norm)
         if self.trainer.args.stop_on_nonfinite_loss:
@@ -49,7 +50,7 @@ class FiniteGuard:
             raise self.error(f"The gradient norm became {self.grad_norm}")
 
     def check_weights(self, everywhere: bool) -> None:
-        """Raises `FloatingPointError`, see `CompressionTrainer.check_finite`."""
+        """Raises FloatingPointError if something holds NaN or infinity; see `CompressionTrainer.check_finite`."""
         bad: str | None = None
         if names := self._nonfinite():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -65,7 +66,7 @@ class FiniteGuard:
         trainer = self.trainer
         parts: dict[str, Any] = {"": trainer.unwrapped_model, "average of ": trainer.average}
         parts |= {f"{name}: ": item for name, item in trainer.auxiliary_state().items()}
-        # DeepSpeed would gather the whole state; it looks at the gradients itself.
+        # With DeepSpeed this would gather the whole state; DeepSpeed checks the gradients itself.
         parts["optimizer: "] = None if trainer.is_deepspeed_enabled else trainer.optimizer
         names = []
         for prefix, item in parts.items():

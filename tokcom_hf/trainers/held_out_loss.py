@@ -1,4 +1,4 @@
-"""The loss on held-out rows, for trainers that have an evaluation of their own beside it."""
+"""The loss on held-out rows, for trainers whose `evaluate` measures other things by default."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ from transformers import Trainer
 
 
 def loss_and_predictions(trainer: Any, rows: Any, ignore_keys: list[str] | None, prefix: str) -> dict[str, float]:
-    """The held-out loss and the user's metrics, where somebody asks for them.
+    """The held-out loss and the user's metrics; empty if `compute_metrics` is None and the best model needs no loss.
 
-    `compute_metrics` does, and `metric_for_best_model`, which is the loss by default.
+    `metric_for_best_model` is the loss by default.
 
     Args:
         trainer: a `CompressionTrainer`.
-        rows: data set, None for the trainer's.
-        ignore_keys: of the model's output, what predictions leave out.
-        prefix: of the metrics' names.
+        rows: data set; None: the trainer's.
+        ignore_keys: keys of the model's output that predictions leave out.
+        prefix: prefix of the names of the metrics.
     """
     best = str(trainer.args.metric_for_best_model).removeprefix("eval_")
     if trainer.compute_metrics is None and best != "loss":

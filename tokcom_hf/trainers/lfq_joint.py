@@ -1,10 +1,11 @@
-"""Joint training of a quantizer, LFQ token rows and, where asked for, the language model.
+"""Joint training of a quantizer, LFQ token rows and, with `tune_llm`, the language model.
 
-Each batch takes three passes. A frozen teacher answers questions from continuous image features; the student answers them
-from quantized features, and again from continuous ones. A KL (weight 25) keeps both answers close to the teacher's, and the
-student learns to generate the image, as LFQ ids, after its caption (cross-entropy, weight 1).
+    loss = generation_weight · cross-entropy of the image's LFQ ids after its caption
+           + understanding_weight · [KL(teacher ‖ student on quantized features) + KL(teacher ‖ student on continuous ones)]
+           + reconstruction_weight · reconstruction of the features + entropy weight · entropy loss of the quantizer
 
-Each part is a group of one AdamW. AdamW treats every number separately, so this equals one optimizer per part, in one file.
+The teacher is frozen and answers the questions of the batch from continuous image features.
+Each part is a group of one AdamW. AdamW treats every number separately, so this equals one optimizer per part.
 """
 
 import math
@@ -36,7 +37,7 @@ class JointLFQTrainer(CompressionTrainer):
         model: a `JointLFQModel`.
         teacher: the frozen vision-language model; by default a copy of the model's base as it is now. If nothing of the
             base trains (`tune_llm` off, old rows frozen), the base itself is the teacher and nothing is copied.
-        generation_collator: a `VQACollator` with `answers=False`, for answers in evaluations.
+        generation_collator: a `VQACollator` with `answers=False`, from whose batches evaluations generate answers.
         other arguments: as for `Trainer`; rows come from `data.captions`, `data_collator` is a `JointLFQCollator`.
     """
 
@@ -59,8 +60,8 @@ class JointLFQTrainer(CompressionTrainer):
         checked = cast(JointLFQTrainingArguments, self.checked_arguments(args))
         if checked.generation_weight and not model.draws:
             raise ValueError(
-                f"This model has no LFQ ids, so that there is no cross-entropy of image tokens for generation_weight "
-                f"{checked.generation_weight} to weigh; set it to 0, or expand the vocabulary."
+                f"generation_weight {checked.generation_weight} weighs the cross-entropy of image tokens, but this model "
+                "has no LFQ ids; set generation_weight to 0, or expand the vocabulary."
             )
         model.set_trainable(checked.tune_llm)
         super().__init__(model, checked, **kwargs)
@@ -75,17 +76,17 @@ class JointLFQTrainer(CompressionTrainer):
         """Fits a fresh quantizer to the features of the first training images (`lfq_quantizer_start.fit_quantizer`).
 
         Returns:
-            the quantizer's error as a share of the features' variance; NaN if `quantizer_start_images` is 0.
+            The quantizer's error as a share of the features' variance; NaN if `quantizer_start_images` is 0.
 
         Raises:
-            ValueError: the quantizer reads other features than those it would reconstruct.
+            ValueError: the quantizer reads other features than those that it is to reconstruct.
         """
         if self.args.quantizer_start_images == 0:
             return math.nan
         if self.unwrapped_model.quantizer_input != "projected":
             raise ValueError(
-                "A quantizer of vision features cannot first learn to reconstruct its input; set quantizer_start_images to "
-                "0."
+                "A quantizer that reads vision features cannot first learn to reconstruct its input; set "
+                "quantizer_start_images to 0."
             )
         rows: Any = self.train_dataset
         model, features = self.unwrapped_model, []
@@ -104,7 +105,7 @@ class JointLFQTrainer(CompressionTrainer):
 
     # ------------------------------------------------------------------ optimizer
     def create_optimizer(self, *args, **kwargs):
-        """One AdamW; each part has its learning rate, and vectors have no weight decay."""
+        """One AdamW in which each part has its own learning rate and vectors have no weight decay."""
         if self.optimizer is None:
             model, rate = self.unwrapped_model, self.args.learning_rate
             parts = {
@@ -129,7 +130,7 @@ class JointLFQTrainer(CompressionTrainer):
     # ------------------------------------------------------------------ one step
     @property
     def entropy_scale(self) -> float:
-        """Weight of the entropy loss at this step; it falls linearly over the first `entropy_anneal` of training."""
+        """Weight of the entropy loss at this step; it falls linearly over the first share `entropy_anneal` of training."""
         args = self.args
         done = self.state.global_step / max(self.state.max_steps, 1)
         share = 1.0 if args.entropy_anneal == 0 else min(1.0, done / args.entropy_anneal)
@@ -151,7 +152,7 @@ class JointLFQTrainer(CompressionTrainer):
     def drop_captions(self, mask: torch.Tensor) -> torch.Tensor:
         """Masks whole captions, except the start-of-image token that ends each, with probability `caption_drop`.
 
-        The draws depend on seed, step and row of the global batch, so that several ranks and a resumed run draw the same.
+        The draws depend on seed, step and row of the global batch, so that any number of ranks and a resumed run draw alike.
         """
         step, micro = self._draws
         self._draws = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 1)
@@ -206,13 +207,13 @@ class JointLFQTrainer(CompressionTrainer):
 
     # ------------------------------------------------------------------ checkpoints
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # Only what trains: the frozen base is loaded from where it came from.
+        # Only what trains is saved: the frozen base is loaded from its own name or folder.
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.unwrapped_model
-        # Sharded parameters come whole in `state_dict`.
+        # For a sharded model, `state_dict` holds the gathered parameters.
         weights = model.state_dict() if state_dict is None else state_dict
         trained = {n: weights[n].detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
         save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
@@ -225,7 +226,7 @@ class JointLFQTrainer(CompressionTrainer):
 
     # ------------------------------------------------------------------ evaluation
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss, and for `compute_metrics` answers from quantized features as `answer_rows` returns them."""
+        """The loss; for `compute_metrics` also logits of the answers from quantized features, and labels (`answer_rows`)."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
@@ -237,7 +238,7 @@ class JointLFQTrainer(CompressionTrainer):
         """Held-out losses, agreement of generated answers with the teacher's, and statistics of the bits.
 
         Returns:
-            the scalars of `evaluate_joint`, with the prefix.
+            The scalars of `evaluate_joint`, with the prefix.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, dict):

@@ -12,7 +12,7 @@ class JointLFQTrainingArguments(CompressionTrainingArguments):
     builds_own_optimizer = True
 
     learning_rate: float = field(
-        default=1e-4, metadata={"help": "Learning rate of every part without a rate of its own."}
+        default=1e-4, metadata={"help": "Learning rate of every part that has no rate of its own."}
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "First beta of AdamW."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
@@ -27,10 +27,12 @@ class JointLFQTrainingArguments(CompressionTrainingArguments):
         default=None,
         metadata={"help": "Learning rate of the language model's layers and old rows; by default learning_rate."},
     )
-    tune_llm: bool = field(default=True, metadata={"help": "Train the language model's layers too."})
+    tune_llm: bool = field(default=True, metadata={"help": "Also train the language model's layers."})
     generation_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy of image tokens."})
-    understanding_weight: float = field(default=25.0, metadata={"help": "Weight of the two KLs to the teacher."})
-    reconstruction_weight: float = field(default=1.0, metadata={"help": "Weight of the features' reconstruction."})
+    understanding_weight: float = field(default=25.0, metadata={"help": "Weight of the two KL losses to the teacher."})
+    reconstruction_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the reconstruction loss of features."}
+    )
     entropy_weight: float = field(default=1.0, metadata={"help": "Weight of the entropy loss at the start."})
     entropy_weight_end: float = field(default=0.1, metadata={"help": "Weight of the entropy loss once annealed."})
     entropy_anneal: float = field(
@@ -45,12 +47,14 @@ class JointLFQTrainingArguments(CompressionTrainingArguments):
         metadata={"help": "Training images for quantizer_start_steps; 0 leaves the quantizer as it was initialised."},
     )
     quantizer_start_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Learning rate in quantizer_start_steps."}
+        default=1e-3, metadata={"help": "Learning rate during quantizer_start_steps."}
     )
     caption_drop: float = field(
         default=0.1, metadata={"help": "Share of captions left out, for classifier-free guidance in generation."}
     )
-    eval_max_new_tokens: int = field(default=4, metadata={"help": "Answer length in evaluations."})
+    eval_max_new_tokens: int = field(
+        default=4, metadata={"help": "Longest generated answer in evaluations, in tokens."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

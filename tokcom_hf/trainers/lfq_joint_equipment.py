@@ -1,4 +1,4 @@
-"""`equip_internvl` adds a quantizer and LFQ ids to a vision-language model, as a configuration says."""
+"""`equip_internvl` adds a quantizer and LFQ ids to a vision-language model, as described by a configuration."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ QUANTIZER_SECTIONS = ("quantizer", "lfq")
 
 
 def equip_internvl(model, config, tokenizer=None) -> JointLFQModel:
-    """Makes the model that `JointLFQTrainer` trains from an InternVL.
+    """Builds the model that `JointLFQTrainer` trains around an InternVL.
 
     model:
       internvl_path: OpenGVLab/InternVL3-1B-hf
@@ -30,15 +30,15 @@ def equip_internvl(model, config, tokenizer=None) -> JointLFQModel:
     Args:
         model: a loaded model of transformers, or of remote code with an `llm_config` and a `language_model`; its Hub name or
             folder; or None for `config.model.internvl_path`.
-        config: a mapping as above, or an object of OmegaConf; sections of other names are ignored. `quantizer` (or `lfq`,
-            also below `model`) holds fields of `LFQConfig`; widths and number of features default to the model's.
+        config: a mapping as above, or an object of OmegaConf; sections with other names are ignored. `quantizer` (or `lfq`,
+            also inside `model`) holds fields of `LFQConfig`; widths and number of features default to the model's.
             `model.quantizer_input` is `projected` or `vision`; see `JointLFQModel`. With `enabled: false` the vocabulary
             is not expanded: the model learns to read quantized images, not to generate them.
-        tokenizer: the model's; with it, generation never chooses the unused rows of a padded vocabulary.
+        tokenizer: the model's tokenizer; with it, generation never chooses the unused rows of a padded vocabulary.
 
     Raises:
-        ValueError: an unknown key, two sections of the quantizer, no model, or parts that do not fit.
-        TypeError: not a mapping.
+        ValueError: a key is unknown, the quantizer has two sections, there is no model, or parts do not fit.
+        TypeError: a section is no mapping.
     """
     sections = _mapping(config, "config")
     settings = _mapping(sections.get("model", {}), "config.model")

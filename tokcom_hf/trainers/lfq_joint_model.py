@@ -51,11 +51,11 @@ class JointLFQOutput(ModelOutput):
 
 
 class JointLFQModel(nn.Module):
-    """A vision-language model with LFQ tokens, and the quantizer whose codes the tokens stand for.
+    """A vision-language model with LFQ tokens, and the quantizer whose codes these tokens represent.
 
     Args:
-        language_model: an `LFQExpandedModel` around a vision-language model; or a plain one, which learns to read
-            quantized features and cannot generate images.
+        language_model: an `LFQExpandedModel` around a vision-language model; or a plain vision-language model, which learns
+            to read quantized features and cannot generate images.
         quantizer: maps the model's image features to embeddings of the model's width.
         quantizer_input: `projected`, the features that the language model reads; or `vision`, those of the vision tower
             before the projector (of width 4,096 in InternVL).
@@ -98,7 +98,7 @@ class JointLFQModel(nn.Module):
     # ---------------------------------------------------------------- parts
     @property
     def _no_split_modules(self) -> list[str]:
-        # accelerate shards by these layers.
+        # accelerate shards the model by these layers.
         parts = (self.base, self.quantizer)
         return sorted({name for part in parts for name in part._no_split_modules or ()})
 
@@ -114,11 +114,11 @@ class JointLFQModel(nn.Module):
 
     @property
     def old_rows_train(self) -> bool:
-        """Whether the old embedding table and head train, that is `freeze_original` is off."""
+        """Whether the old embedding table and head train, which is the case if `freeze_original` is off."""
         return self.draws and not self.language_model.config.freeze_original
 
     def tables(self) -> list[nn.Parameter]:
-        """The old embedding table and head; one parameter where they are tied."""
+        """The parameters of the old embedding table and head; one parameter if they are tied."""
         found = [parameter for module in vocabulary_of(self.base) for parameter in module.parameters()]
         return list(dict.fromkeys(found))
 
@@ -127,15 +127,15 @@ class JointLFQModel(nn.Module):
         return list(self.language_model.lfq_rows.parameters()) if self.draws else []
 
     def llm_parameters(self) -> list[nn.Parameter]:
-        """The language model's layers, without its tables."""
+        """Parameters of the language model's layers, without its tables."""
         tables = {id(parameter) for parameter in self.tables()}
         return [p for p in text_host(self.base).get_decoder().parameters() if id(p) not in tables]
 
     def set_trainable(self, tune_llm: bool) -> None:
         """Lets quantizer and new rows train, the language model's layers if `tune_llm`, and old rows unless frozen.
 
-        What trains becomes float32, and the whole base if any of it trains: in bfloat16 most small updates round to
-        nothing. With `bf16=True` in the training arguments the computation is in bfloat16 all the same.
+        Parts that train become float32, and the whole base if any of it trains: in bfloat16 most small updates round to
+        nothing. With `bf16=True` in the training arguments the computation still runs in bfloat16.
         """
         self.requires_grad_(False)
         self.quantizer.float().requires_grad_(True)
@@ -151,7 +151,7 @@ class JointLFQModel(nn.Module):
             self.language_model.freeze_original_rows(False)
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
-        """As the method of `PreTrainedModel`, for base and quantizer; `Trainer` calls it for `gradient_checkpointing`."""
+        """As in `PreTrainedModel`, for base and quantizer; `Trainer` calls it for `gradient_checkpointing`."""
         for part in (self.base, self.quantizer):
             part.gradient_checkpointing_enable(*args, **kwargs)
 
@@ -170,7 +170,7 @@ class JointLFQModel(nn.Module):
         return self.see(pixel_values)[0]
 
     def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Embeddings of text ids, with `features` at the positions of the image token."""
+        """Embeddings `(batch, length, hidden)` of text ids, with `features` at the positions of the image token."""
         image_token = image_token_of(self.base)
         if image_token is None:
             raise ValueError(
@@ -193,7 +193,7 @@ class JointLFQModel(nn.Module):
         return hidden[:, :-1][labels[:, 1:] != -100]
 
     def answer_logits(self, features, **text) -> torch.Tensor:
-        """Logits `(answer tokens, old vocabulary)` at the positions that predict a label; `text` as `answer_states`."""
+        """Logits `(answer tokens, old vocabulary)` at the positions that predict a label; `text` as for `answer_states`."""
         return self.original_logits(self.answer_states(features, **text))
 
     def original_logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -207,7 +207,7 @@ class JointLFQModel(nn.Module):
         return expanded.lfq_token_range[0] + code_indices(codes)
 
     def generation_loss(self, codes, caption_ids, caption_mask) -> torch.Tensor:
-        """Next-token cross-entropy of the image's ids after its caption."""
+        """Next-token cross-entropy, in nats per image token, of the image's ids after its caption."""
         ids = self.codes_to_ids(codes)
         labels = torch.cat([torch.full_like(caption_ids, -100), ids], dim=1)
         mask = torch.cat([caption_mask, torch.ones_like(ids)], dim=1)
@@ -232,8 +232,8 @@ class JointLFQModel(nn.Module):
 
         Args:
             teacher_logits: `(answer tokens, old vocabulary)`; the teacher gives new ids no probability.
-            student: log-probabilities of old ids, normalised over old and new ones; the normaliser has no gradient here.
-            total: sum of the rows' log-normalisers; their gradient flows through it.
+            student: log-probabilities of old ids, normalised over old and new ids; the log-normaliser has no gradient here.
+            total: sum of the log-normalisers of all rows, which carries their gradient.
         """
         teacher = teacher_logits.float().log_softmax(-1)
         count = torch.tensor(float(max(1, len(teacher))), device=teacher.device)
@@ -262,8 +262,8 @@ class JointLFQModel(nn.Module):
             teacher_logits: `(answer tokens, old vocabulary)`.
             input_ids, attention_mask, labels: `(batch, length)` questions and answers about each image.
             caption_ids, caption_mask: `(batch, caption length)`, ending with the start-of-image token.
-            position_ids: of packed questions, whose `attention_mask` is `(batch, 1, length, length)`.
-            quantizer_features: `(batch, n, input_size)`, the quantizer's input; None for `image_features`, which are its
+            position_ids: positions of packed questions, whose `attention_mask` is `(batch, 1, length, length)`.
+            quantizer_features: `(batch, n, input_size)`, the quantizer's input; None takes `image_features`, which are its
                 target in either case.
         """
         read = image_features if quantizer_features is None else quantizer_features

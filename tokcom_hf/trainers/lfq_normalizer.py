@@ -1,4 +1,4 @@
-"""Log-normaliser of a softmax over old and new ids; it computes its gradients in the forward pass, to save memory."""
+"""Log-normaliser of a softmax over old and new ids; its gradients are computed in the forward pass, to save memory."""
 
 import torch
 
@@ -6,7 +6,7 @@ from ..models import shared_cross_entropy as chunked_cross_entropy
 
 
 class _LogNormalizer(torch.autograd.Function):
-    """forward(hidden_states, old, dtype, weight, bias) → (sum over rows, the rows' own values, the rows' new mass)"""
+    """forward(hidden_states, old, dtype, weight, bias) → sum of log-normalisers, each of them, probability of new ids"""
 
     @staticmethod
     def forward(ctx, hidden_states, old, dtype, weight, bias):
@@ -36,8 +36,8 @@ class _LogNormalizer(torch.autograd.Function):
             new = largest + part.sum(1).log()
             whole[place] = torch.logaddexp(old[place], new)
             mass[place] = (new - whole[place]).exp()
-            # The probability of a new id is part · scale. Scaling hidden states and their gradients instead of `part` is
-            # cheaper: they are narrower than the vocabulary.
+            # The probability of a new id is part · scale. Hidden states and their gradients are scaled instead of `part`,
+            # because they are narrower than the vocabulary.
             scale = (largest - whole[place]).exp()[:, None]
             grad = part.to(dtype)
             if needs_hidden:
@@ -69,8 +69,8 @@ def summed_log_normalizer(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log(exp(old) + Σ exp(logits of new ids)) of every row, with a part of the logits in memory at a time.
 
-    Gradients are computed in the forward pass, while the logits are at hand. Therefore only the sum over rows has a
-    gradient: that of a single row would need a weight per row, which the forward pass does not know.
+    Gradients are computed in the forward pass, while the logits exist. Therefore only the sum over rows has a gradient: the
+    gradients of single rows would need one weight per row, which the forward pass does not know.
 
     Args:
         hidden_states: `(n, hidden)`, the head's input.
@@ -78,7 +78,7 @@ def summed_log_normalizer(
         weight, bias: `(new ids, hidden)` and `(new ids,)` or None.
 
     Returns:
-        the sum over rows (differentiable once); the rows' values `(n,)` and the probability of new ids `(n,)`, without
+        The sum over rows (differentiable once); the value of each row `(n,)` and the probability of new ids `(n,)`, without
         gradient. Matrix products run in the dtype of `hidden_states`, or in that of autocast.
     """
     device = hidden_states.device.type

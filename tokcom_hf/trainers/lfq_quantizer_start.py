@@ -1,7 +1,7 @@
-"""Pre-training of a quantizer as an autoencoder of image features, before joint training.
+"""Pre-trains a quantizer as an autoencoder of image features, before joint training.
 
-The loss of answers tells a new quantizer little about which features its 16 bits should keep, because its gradient passes a
-whole language model. Reconstructing the features trains it directly, within seconds.
+The loss of the answers tells a new quantizer little about which features its bits should keep, because the gradient passes a
+whole language model. Reconstruction of the features trains the quantizer directly, within seconds.
 """
 
 import math
@@ -20,22 +20,22 @@ def fit_quantizer(
     entropy_weight: float = 0.1,
     seed: int = 0,
 ) -> float:
-    """Trains a quantizer in place as an autoencoder of features, with AdamW and a rate that falls to zero.
+    """Trains a quantizer in place as an autoencoder of features, with AdamW and a learning rate that falls to zero.
 
     The error is measured after whitening, so that directions of small variance, such as the colour of a dot, count as much
     as those of large variance. Processes with the same features end with the same weights.
 
     Args:
-        quantizer: with input_size = llm_hidden_size.
+        quantizer: an `LFQQuantizer` whose `input_size` equals its `llm_hidden_size`.
         features: `(images, n, input_size)`.
-        steps: optimizer steps; 0 only matches mean and scale (`LFQQuantizer.match_features`).
+        steps: optimizer steps; with 0 only `LFQQuantizer.match_features` runs.
         batch_size: images per step.
-        learning_rate: the highest, after a short warm-up.
-        entropy_weight: of the quantizer's entropy loss.
-        seed: of the batches.
+        learning_rate: highest learning rate, which a short warm-up reaches.
+        entropy_weight: weight of the quantizer's entropy loss.
+        seed: seed of the choice of batches.
 
     Returns:
-        The whitened squared error of the last tenth of the steps, as a share of the features' variance (NaN for none).
+        The whitened squared error in the last tenth of the steps, as a share of the features' variance; NaN for 0 steps.
     """
     was_training = quantizer.training
     quantizer.match_features(features)
@@ -45,7 +45,7 @@ def fit_quantizer(
     scale = shifted.square().mean()
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup, generator, errors = max(1, steps // 20), torch.Generator().manual_seed(seed), []
-    # In evaluation mode the quantizer sums nothing over ranks: each rank fits the same features alone.
+    # In evaluation mode the quantizer sums nothing over ranks; each rank fits the same features on its own.
     quantizer.eval()
     for step in range(steps):
         rate = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest, as one optimizer: what `Trainer` can schedule, save and resume."""
+"""Muon for matrices and AdamW for other parameters, as one optimizer that `Trainer` can schedule, save and resume."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,13 +8,13 @@ from torch import nn
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers of torch in one coat; their parameter groups are shared, so one scheduler serves both.
+    """torch's Muon and AdamW as one optimizer; their parameter groups are joined, so that one scheduler serves both.
 
     Args:
         matrices: 2-D parameters of hidden layers, updated by Muon (orthogonalised momentum; Jordan et al. 2024).
-        others: everything else.
-        muon_learning_rate, learning_rate: of the two.
-        weight_decay: decoupled, of both.
+        others: all other parameters, updated by AdamW.
+        muon_learning_rate, learning_rate: learning rates of Muon and of AdamW.
+        weight_decay: decoupled weight decay of both.
         betas, eps: of AdamW.
     """
 
@@ -49,12 +49,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
-        # Loading gives the parts new group dictionaries; the scheduler must see those.
+        # Loading gives the parts new group dictionaries, which the scheduler must see.
         self.param_groups[:] = [group for part in self.parts.values() for group in part.param_groups]
 
 
 def split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters: matrices of linear layers that are no output head, and all others."""
+    """Trainable parameters in two lists: matrices of linear layers that are no output head, and all others."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     matrices = {
         id(layer.weight): layer.weight
@@ -69,7 +69,7 @@ def muon_optimizer(model: nn.Module, args: Any) -> MuonWithAdamW:
     """The optimizer of a run with `muon_learning_rate`.
 
     Args:
-        model: without its wrappers.
+        model: the model without its wrappers.
         args: `CompressionTrainingArguments`.
     """
     matrices, others = split_for_muon(model)

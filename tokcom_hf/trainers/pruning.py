@@ -1,8 +1,8 @@
 """Trains the heads of a `PrunedVLM`: token merger, layer pruners and LoRA adapters, with or without a discriminator.
 
 The base model is frozen. In one step the unpruned model gives target distributions, the softly pruned model learns to
-match them within the token budget, and the discriminator learns to tell their hidden states apart.
-Merger, pruners and adapters are groups of one AdamW, each with its own learning rate; the discriminator has its own.
+match them within the token budget, and the discriminator learns to tell the hidden states of the two apart.
+Merger, pruners and adapters are groups of one AdamW with their own learning rates; the discriminator has its own AdamW.
 """
 
 from typing import Any, cast
@@ -30,8 +30,8 @@ class TokenPruningTrainer(CompressionTrainer):
 
     Args:
         model: a `PrunedVLM`.
-        discriminator: needed if `adversarial_weight` is above 0.
-        generation_collator: a `VQACollator` with `answers=False`; evaluation generates answers with it.
+        discriminator: a `PruningDiscriminator`, needed if `adversarial_weight` is above 0.
+        generation_collator: a `VQACollator` with `answers=False`, from whose batches evaluations generate answers.
         other arguments: as for `Trainer`; `eval_dataset` holds VQA rows.
     """
 
@@ -51,7 +51,7 @@ class TokenPruningTrainer(CompressionTrainer):
         **kwargs,
     ):
         checked = cast(TokenPruningTrainingArguments, self.checked_arguments(args))
-        # One process drives one device: DataParallel would split the discriminator's step over replicas wrongly.
+        # One process uses one device: DataParallel would wrongly split the discriminator's step over replicas.
         checked._n_gpu = min(checked.n_gpu, 1)
         self._lora_r = checked.lora_r
         self._statistics: PruningStatistics | None = None
@@ -62,7 +62,7 @@ class TokenPruningTrainer(CompressionTrainer):
         merger = self.unwrapped_model.token_merger
         if merger is not None and merger.config.max_ratio is not None and self.args.merge_sparsity_weight == 0:
             raise ValueError(
-                f"max_ratio={merger.config.max_ratio}: the sparsity loss trains the mean number of merged tokens, so that "
+                f"With max_ratio={merger.config.max_ratio} the sparsity loss trains the mean number of merged tokens, and "
                 "merge_sparsity_weight 0 would leave it untrained; set --merge_sparsity_weight 0.01, for example."
             )
         self.generation_collator = generation_collator
@@ -101,7 +101,7 @@ class TokenPruningTrainer(CompressionTrainer):
 
     # ------------------------------------------------------------------ optimizers
     def create_optimizer(self, *args, **kwargs):
-        """One AdamW, one group per part."""
+        """One AdamW with one group per part."""
         if self.optimizer is None:
             model, args = self.unwrapped_model, self.args
             heads = {
@@ -132,7 +132,7 @@ class TokenPruningTrainer(CompressionTrainer):
     # ------------------------------------------------------------------ one step
     @property
     def progress(self) -> float:
-        """Share of training done, in [0, 1]."""
+        """Share of training that is done, in [0, 1]."""
         return min(1.0, self.state.global_step / max(self.state.max_steps, 1))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -186,7 +186,7 @@ class TokenPruningTrainer(CompressionTrainer):
         return (loss, output) if return_outputs else loss
 
     def _anneal(self) -> float:
-        """Sets the temperature of this step in model and heads, and returns it."""
+        """Sets the temperature of this step in the model and its heads, and returns it."""
         args, pruned = self.args, self.unwrapped_model
         temperature = annealed_temperature(
             self.progress, args.temperature_start, args.temperature_end, args.temperature_anneal_rate
@@ -202,7 +202,7 @@ class TokenPruningTrainer(CompressionTrainer):
             self._scalars.add(TrackerName(name), value)
 
     def _step_seed(self) -> int:
-        # From the step number, so that all ranks and a resumed run agree.
+        # The seed depends on the step alone, so that all ranks and a resumed run agree.
         return self.args.seed + self.state.global_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -215,7 +215,7 @@ class TokenPruningTrainer(CompressionTrainer):
 
     # ------------------------------------------------------------------ evaluation
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss, and for `compute_metrics` logits and labels as `answer_rows` returns them, with tokens removed."""
+        """The soft loss; for `compute_metrics` also logits in hard mode, and labels, as `answer_rows` returns them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
@@ -226,15 +226,15 @@ class TokenPruningTrainer(CompressionTrainer):
         return loss, *answer_rows(logits[:, :-1][predicts].float(), inputs["labels"])
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
-        """Generates answers with the unpruned, the softly and the really pruned model, and runs one soft pass.
+        """Generates answers with the unpruned, the softly and the hard-pruned model, and runs one soft pass.
 
         Returns:
-            `accuracy_baseline` (of the base before training), `accuracy_soft`, `accuracy_hard`; of hard mode one
-            accuracy per question type, `flops_ratio` and `sequence_kept`; `accuracy_under_budget`, the accuracy if
+            `accuracy_baseline` (of the base before training), `accuracy_soft`, `accuracy_hard`; in hard mode also one
+            accuracy per question type, `flops_ratio` and `sequence_kept`; `accuracy_under_budget`, the hard accuracy if
             `flops_ratio <= flops_budget`, else minus the excess; `bleu_...` (see `named_metrics`);
             `avg_original_tokens`, `avg_merged_tokens` (vision tokens that enter the language model) and their ratio
-            `keep_ratio_merge`; `temperature`; of the soft pass the losses and `mask_{mean,std,min,max}` over the vision
-            tokens, of all layers and of each; with a discriminator `real_loss`, `fake_loss`, `disc_prob_real` and
+            `keep_ratio_merge`; `temperature`; from the soft pass the losses and `mask_{mean,std,min,max}` over the vision
+            tokens of all layers and of each layer; with a discriminator `real_loss`, `fake_loss`, `disc_prob_real` and
             `disc_prob_fake`.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -275,7 +275,7 @@ class TokenPruningTrainer(CompressionTrainer):
         return evaluate_mode(self.unwrapped_model, self.generation_collator, rows, mode, length)
 
     def _evaluate_baseline(self, rows) -> dict[str, Any]:
-        """Answers of the base without adapters. Training does not change it, so it is measured once per data set."""
+        """Evaluates the base without adapters. Training does not change it, so this is done once per data set."""
         if self._baseline is None or self._baseline[0] is not rows:
             with adapters_disabled(self.unwrapped_model):
                 self._baseline = rows, self._evaluate_mode(rows, "origin")

@@ -1,4 +1,4 @@
-"""The discriminator's side of token pruning: it learns to tell hidden states of the unpruned and the pruned model apart."""
+"""The discriminator of token pruning, which learns to tell hidden states of the unpruned and the pruned model apart."""
 
 import contextlib
 from typing import Any
@@ -19,13 +19,13 @@ class PruningAdversary:
     """A discriminator with its optimizer and schedule; `step` runs once per micro-batch of the pruned model.
 
     Args:
-        discriminator: is put into training mode.
-        args: the trainer's.
-        accelerator: the trainer's; it wraps the discriminator for distributed training.
+        discriminator: a `PruningDiscriminator`, which is put into training mode.
+        args: arguments of the trainer.
+        accelerator: accelerator of the trainer; it wraps the discriminator for distributed training.
 
     Attributes:
         network: the wrapped discriminator.
-        pair: states and answer mask of the last `generator_loss`, unpruned rows first, for `step`.
+        pair: hidden states and answer mask of the last `generator_loss`, unpruned rows first, for `step`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class PruningAdversary:
         return self.accelerator.unwrap_model(self.network)
 
     def create_scheduler(self, num_training_steps: int) -> None:
-        """The schedule of the trainer's arguments (cosine, else linear), for the discriminator's own rate."""
+        """Makes the schedule of the discriminator's learning rate: cosine if `lr_scheduler_type` is, else linear."""
         if self.scheduler is None:
             cosine = "cosine" in str(self.args.lr_scheduler_type)
             make = get_cosine_schedule_with_warmup if cosine else get_linear_schedule_with_warmup
@@ -58,16 +58,18 @@ class PruningAdversary:
         """The hidden states that the discriminator reads, each `(batch, length, hidden)`.
 
         Raises:
-            ValueError: the model has fewer layers than the discriminator's `layers` name.
+            ValueError: the discriminator's `layers` name hidden states that the model does not have.
         """
         layers = self.unwrapped.config.layers
         depth = len(output.hidden_states)
         if any(not -depth <= layer < depth for layer in layers):
-            raise ValueError(f"The discriminator reads states {layers}, but the model has {depth}; set its layers.")
+            raise ValueError(
+                f"The discriminator reads hidden states {layers}, but the model has {depth}; set discriminator.layers."
+            )
         return [output.hidden_states[layer] for layer in layers]
 
     def generator_loss(self, teacher, output, labels: torch.Tensor) -> torch.Tensor:
-        """−log P("unpruned") of the pruned model's states; keeps both models' states for `step`."""
+        """−log D(fake), where D(fake) is the probability of "unpruned" for pruned states; keeps `pair` for `step`."""
         critic, answers, fake = self.unwrapped, labels != -100, self.states(output)
         critic.requires_grad_(False)
         loss = F.softplus(-critic(fake, answers)).mean()
@@ -89,7 +91,7 @@ class PruningAdversary:
         """One micro-batch: always a backward pass, an optimizer step at the last micro-batch.
 
         Args:
-            seed: of this optimizer step, the same on all ranks; draws whether the discriminator begins anew.
+            seed: seed of this optimizer step, the same on all ranks; it decides whether the weights are drawn anew.
 
         Returns:
             `discriminator_losses` of the batch.

@@ -1,4 +1,4 @@
-"""Arguments of token pruning's trainer."""
+"""Arguments of `TokenPruningTrainer`."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from .base import CompressionTrainingArguments
 
 @dataclass
 class TokenPruningTrainingArguments(CompressionTrainingArguments):
-    """Arguments of `TokenPruningTrainer`. Defaults are the documented numbers; KL and FLOPs budget are additions."""
+    """Arguments of `TokenPruningTrainer`. Defaults are the documented numbers; KL loss and FLOPs budget are additions."""
 
     builds_own_optimizer = True
 
@@ -25,12 +25,14 @@ class TokenPruningTrainingArguments(CompressionTrainingArguments):
         default=0.0, metadata={"help": "Weight of the entropy of each token's assignment to merged tokens."}
     )
     keep_rate_weight: float = field(default=10.0, metadata={"help": "Weight of the squared excess over the budget."})
-    binarization_weight: float = field(default=0.1, metadata={"help": "Weight of mask · (1 - mask)."})
-    kl_weight: float = field(default=25.0, metadata={"help": "Weight of the KL to the unpruned model's answers."})
+    binarization_weight: float = field(
+        default=0.1, metadata={"help": "Weight of mask · (1 - mask), 0 for hard masks."}
+    )
+    kl_weight: float = field(default=25.0, metadata={"help": "Weight of the KL loss to the unpruned model's answers."})
     guidance_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the loss that scores tokens as the unpruned model's text attends to them; 0 = none."
+            "help": "Weight of the loss between token scores and the unpruned model's attention to the tokens; 0 = none."
         },
     )
     loss_warmup: float = field(
@@ -38,7 +40,7 @@ class TokenPruningTrainingArguments(CompressionTrainingArguments):
         metadata={"help": "Share of training over which the weights of all losses but the task's grow from 0."},
     )
     temperature_start: float = field(default=1.0, metadata={"help": "Temperature of the masks at the start."})
-    temperature_end: float = field(default=0.1, metadata={"help": "Temperature once annealed."})
+    temperature_end: float = field(default=0.1, metadata={"help": "Temperature of the masks once annealed."})
     temperature_anneal_rate: float = field(
         default=0.5, metadata={"help": "Share of training over which the temperature falls, linearly."}
     )
@@ -52,12 +54,16 @@ class TokenPruningTrainingArguments(CompressionTrainingArguments):
         default=False,
         metadata={"help": "Also write checkpoints/{token_merger,layer_pruners,discriminator}_step_N.pt."},
     )
-    eval_max_new_tokens: int = field(default=4, metadata={"help": "Answer length in evaluations."})
+    eval_max_new_tokens: int = field(
+        default=4, metadata={"help": "Longest generated answer in evaluations, in tokens."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.fp16:
-            raise ValueError("Token pruning trains in bf16 or fp32: one fp16 loss scaler cannot serve two optimizers.")
+            raise ValueError(
+                "Token pruning trains in bf16 or fp32: one fp16 loss scaler cannot serve two optimizers. Set bf16 instead."
+            )
         if not 0.0 < self.temperature_end <= self.temperature_start:
             raise ValueError(
                 f"Need 0 < temperature_end <= temperature_start, got {self.temperature_end}, {self.temperature_start}."

@@ -1,7 +1,7 @@
-"""Attention guidance: merger and pruners learn to score tokens as the unpruned model's text attends to them.
+"""Attention guidance: merger and pruners learn to score each vision token as the unpruned model's text attends to it.
 
-The gradient of the answers' loss reaches the score of a token only while the token is kept, so that heads trained by it
-alone learn late, or wrongly, which dropped tokens matter. The unpruned model's attention covers all tokens.
+The gradient of the answers' loss reaches the score of a token only while the token is kept, so that heads trained by that
+loss alone learn late, or wrongly, which dropped tokens matter. The attention of the unpruned model covers all tokens.
 """
 
 import contextlib
@@ -67,11 +67,11 @@ def reading_scores(model) -> Iterator[dict]:
 
 
 def read_share(attention: list[torch.Tensor], text: torch.Tensor) -> torch.Tensor:
-    """How much the text attends to each position: the largest weight over layers, heads and text positions.
+    """How much the text attends to each position: the largest attention weight over layers, heads and text positions.
 
     Args:
         attention: per layer `(batch, heads, length, length)`.
-        text: bool `(batch, length)`, True for the queries to look at.
+        text: bool `(batch, length)`, True for the queries that count.
 
     Returns:
         `(batch, length)` in [0, 1].
@@ -81,15 +81,15 @@ def read_share(attention: list[torch.Tensor], text: torch.Tensor) -> torch.Tenso
 
 
 def guidance_loss(model, attention, scores: dict, kept_index, input_ids, attention_mask) -> torch.Tensor:
-    """Cross-entropy in nats between the text's attention to tokens and the heads' scores, mean over heads.
+    """−Σ_i a_i log softmax(scores)_i in nats, with the text's normalised attention a to the tokens; mean over heads.
 
-    The pruner before layer k learns from the attention of layers k and later. The merger's loss is a mean over images.
+    The pruner before layer k learns from the attention of layers k and later. The loss of the merger is a mean over images.
 
     Args:
-        model: the `PrunedVLM`; its last prompt is the one that was scored.
+        model: the `PrunedVLM`, whose last prompt was the scored one.
         attention: per layer `(batch, heads, length, length)` of the unpruned model.
         scores: what `reading_scores` collected.
-        kept_index: of the model's output.
+        kept_index: `PrunedVLMOutput.kept_index` of the pass that was scored.
         input_ids, attention_mask: `(batch, length)`.
     """
     vision = input_ids == model.family.image_token_id

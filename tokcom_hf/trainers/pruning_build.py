@@ -1,4 +1,4 @@
-"""Builds what token pruning trains, from the sections of a recipe: heads that fit a base model, and a discriminator."""
+"""Builds what token pruning trains from the sections of a recipe: heads that fit a base model, and a discriminator."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from ..models.pruning_strategies import STRATEGIES
 from ..pruning_checkpoint import StateDict, convert_discriminator, convert_merger, convert_pruners
 from .pruning import TokenPruningTrainer, TokenPruningTrainingArguments
 
-# Sections of a recipe that trains heads, beside its own.
+# Sections of arguments that recipes which train heads share.
 PRUNING_SECTIONS = {
     "merger": TokenMergerConfig,
     "pruner": LayerPrunerConfig,
@@ -28,13 +28,14 @@ def build_heads(
     pruner: Mapping[str, Any] | None,
     parts: Mapping[str, StateDict] | None = None,
 ) -> PrunedVLM:
-    """Puts heads of the base model's sizes on it.
+    """A `PrunedVLM` around a base model, with heads of fitting sizes.
 
     Args:
         base: vision-language model.
-        merger: fields of `TokenMergerConfig` but the sizes; None for no merger.
-        pruner: fields of `LayerPrunerConfig` but the size; None for no pruners.
-        parts: weights of "token_merger" and "layer_pruners" (`pruning_checkpoint.read_parts`); a missing part starts anew.
+        merger: fields of `TokenMergerConfig` without the sizes; None for no merger.
+        pruner: fields of `LayerPrunerConfig` without the size; None for no pruners.
+        parts: weights of "token_merger" and "layer_pruners" (`pruning_checkpoint.read_parts`); a part that is missing gets
+            new weights.
     """
     given, probe = parts or {}, PrunedVLM.from_base(base)
     width, features = probe.family.text_config.hidden_size, probe.family.feature_size
@@ -54,13 +55,13 @@ def build_heads(
 def build_discriminator(
     model: PrunedVLM, settings: Mapping[str, Any], state: StateDict | None = None
 ) -> PruningDiscriminator:
-    """A discriminator of the language model's width: a fresh one, or one with the documented weights `state`."""
+    """A discriminator of the language model's width, with new weights or with the weights `state` of a documented file."""
     config = PruningDiscriminatorConfig(**{**settings, "hidden_size": model.family.text_config.hidden_size})
     return PruningDiscriminator(config) if state is None else convert_discriminator(state, config)
 
 
 def check_heads(values: Mapping[str, Mapping[str, Any]], strategy: str | None, dtype: str) -> None:
-    """Raises RecipeError or ValueError for settings of the heads that no base model could make right."""
+    """Raises RecipeError or ValueError for settings of the heads that are wrong with any base model."""
     if strategy is not None and strategy not in STRATEGIES:
         raise RecipeError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -70,15 +71,16 @@ def check_heads(values: Mapping[str, Mapping[str, Any]], strategy: str | None, d
 
 
 def check_merge_budget(merger: Mapping[str, Any], base: Any, collator: Any, rows: Any) -> None:
-    """Checks that `merge_ratio` and `target_merge_tokens`, where both are set, mean the same number of tokens.
+    """Checks that `merge_ratio` and `target_merge_tokens`, if both are set, mean the same number of tokens.
 
     Args:
         merger: fields of `TokenMergerConfig`.
         base: vision-language model.
-        collator: makes a batch of `rows`, whose first one's vision tokens are counted.
+        collator: makes batches of rows.
+        rows: the vision tokens of the first row are counted.
 
     Raises:
-        RecipeError: the two differ by more than a token.
+        RecipeError: the two numbers differ by more than one token.
     """
     if merger.get("merge_ratio") is not None and merger.get("target_merge_tokens") is not None:
         row = collator([rows[0]])
@@ -86,7 +88,7 @@ def check_merge_budget(merger: Mapping[str, Any], base: Any, collator: Any, rows
 
 
 def check_merge_numbers(merger: Mapping[str, Any], tokens: int) -> None:
-    """The same where an image is known to have `tokens` vision tokens."""
+    """As `check_merge_budget`, for an image that is known to have `tokens` vision tokens."""
     ratio, target = merger.get("merge_ratio"), merger.get("target_merge_tokens")
     if ratio is not None and target is not None and abs(ratio * tokens - target) > 1:
         raise RecipeError(
@@ -102,17 +104,17 @@ def train_heads(
     collator: Any,
     discriminator: Mapping[str, Any] | None = None,
 ) -> PrunedVLM:
-    """Trains a model's heads without checkpoints or evaluations, merges LoRA into the base; for comparisons of settings.
+    """Trains a model's heads without checkpoints or evaluations and merges LoRA; for comparisons of settings.
 
     Args:
-        model: to be trained, in place.
+        model: the model, which is trained in place.
         arguments: fields of `TokenPruningTrainingArguments`.
         rows: training rows.
-        collator: makes batches of them.
-        discriminator: fields of `PruningDiscriminatorConfig`, for arguments with an adversarial loss.
+        collator: makes batches of rows.
+        discriminator: fields of `PruningDiscriminatorConfig`, read if `adversarial_weight` is above 0.
 
     Returns:
-        the same model, for evaluation.
+        The same model, in evaluation mode.
     """
     quiet = {"remove_unused_columns": False, "save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True}
     args = TokenPruningTrainingArguments(**{**arguments, **quiet})

@@ -25,7 +25,7 @@ def lora_layers(model) -> list[tuple[str, BaseTunerLayer]]:
 
 @contextlib.contextmanager
 def adapters_disabled(model):
-    """Inside the block the adapters are off: the base computes what it did before training."""
+    """Within this context the adapters are off, so that the base computes as before training."""
     layers = lora_layers(model)
     for _, layer in layers:
         layer._disable_adapters = True
@@ -37,7 +37,7 @@ def adapters_disabled(model):
 
 
 def merge_lora(model) -> None:
-    """Adds the adapters to the weights and puts plain layers in their place."""
+    """Adds the adapters to the weights of their layers and replaces these by plain layers."""
     for name, layer in lora_layers(model):
         layer.merge()
         parent, _, child = name.rpartition(".")

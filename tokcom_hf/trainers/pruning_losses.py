@@ -6,7 +6,7 @@ import torch
 
 
 def annealed_temperature(progress: float, start: float, end: float, rate: float) -> float:
-    """Linear from `start` to `end` over the first `rate` of training; `progress` in [0, 1]."""
+    """The temperature at `progress` in [0, 1]: linear from `start` to `end` over the first share `rate` of training."""
     share = 1.0 if rate <= 0 else min(1.0, progress / rate)
     return start + (end - start) * share
 
@@ -25,7 +25,7 @@ def answer_kl(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
 
 
 def keep_rate_loss(keep_rates: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Squared excess of the soft keep rate over the budget, mean over rows and layers; each rate `(batch,)`."""
+    """max(0, rate)², mean over rows and layers; a rate `(batch,)` is the soft share of kept tokens minus the budget's."""
     return torch.stack([rate.clamp(min=0).square().mean() for rate in keep_rates]).mean()
 
 

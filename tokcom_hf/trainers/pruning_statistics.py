@@ -1,4 +1,4 @@
-"""Statistics of an evaluation of token pruning: soft masks of vision tokens, losses, the discriminator's outputs."""
+"""Statistics of token pruning for logs and evaluations: soft masks of vision tokens, losses, discriminator outputs."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from .pruning_losses import mask_statistics
 def vision_masks(model, output, input_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Yields for each pruned layer its number, the soft masks `(tokens,)` of vision tokens and how many stay `(batch,)`.
 
-    Text and padding are left out: they are never pruned, so that their masks are always 1.
+    Text and padding are left out, because they are never pruned and their masks are always 1.
 
     Args:
         model: the `PrunedVLM`.
-        output: of a pass in soft mode.
+        output: its output for a pass in soft mode.
         input_ids: `(batch, length)` of that pass.
     """
     vision = input_ids == model.family.image_token_id
@@ -30,12 +30,12 @@ def vision_masks(model, output, input_ids: torch.Tensor) -> Iterator[tuple[int, 
 def step_scalars(
     model, output, losses: dict[str, torch.Tensor], input_ids: torch.Tensor
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """What the log of a training step holds: pairs of a prefix and scalars by name.
+    """Yields what the log of a training step holds: pairs of a prefix and scalars by name.
 
     Args:
         model: the `PrunedVLM`.
-        output: of the step's pass in soft mode.
-        losses: of the step, by name.
+        output: its output for the step's pass in soft mode.
+        losses: losses of the step, by name.
         input_ids: `(batch, length)`.
     """
     merger = {name: value for name, value in losses.items() if name.startswith("merge_")}
@@ -53,7 +53,7 @@ def step_scalars(
 
 
 def discriminator_losses(real: torch.Tensor, fake: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Cross-entropies against 1 and 0, and mean probabilities of "unpruned"; from logits `(batch,)`."""
+    """`real_loss` −log D(real), `fake_loss` −log(1 − D(fake)), and mean D of both; D = σ(logit), logits `(batch,)`."""
     return {
         "real_loss": F.softplus(-real).mean(),
         "fake_loss": F.softplus(fake).mean(),
@@ -74,7 +74,7 @@ class PruningStatistics:
         """Takes one batch.
 
         Args:
-            losses: means over the batch by name.
+            losses: means over the batch, by name.
             verdicts: the discriminator's logits for the unpruned and for the pruned states, both `(batch,)`.
         """
         ids = inputs["input_ids"]

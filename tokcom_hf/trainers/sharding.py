@@ -1,6 +1,6 @@
 """FSDP2 in the package's trainers: sharding on CPU ranks, what is refused, and whole weights where code needs them.
 
-torch shards a model in place: its parameters become DTensors and its class a subclass. Inside `forward` they are whole.
+torch shards a model in place: its parameters become DTensors, whole inside `forward`, and its class a subclass.
 """
 
 import os
@@ -20,8 +20,8 @@ def shard_on_cpu(accelerator: Accelerator, settings: Mapping[str, Any] | None = 
     """Turns FSDP on for CPU ranks if it is configured; accelerate alone would ignore the setting there and use DDP.
 
     Args:
-        accelerator: the trainer's.
-        settings: of `FullyShardedDataParallelPlugin`, from the training arguments; None reads the launcher's environment.
+        accelerator: accelerator of the trainer.
+        settings: arguments of `FullyShardedDataParallelPlugin`; None reads the launcher's environment.
     """
     configured = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not configured or accelerator.distributed_type != DistributedType.MULTI_CPU:
@@ -30,15 +30,15 @@ def shard_on_cpu(accelerator: Accelerator, settings: Mapping[str, Any] | None = 
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
-    # Every further AcceleratorState copies the type from PartialState.
+    # Every AcceleratorState that is created later copies the type from PartialState.
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def prepare_sharding(trainer: Any) -> None:
-    """Refuses what would train or save wrongly on sharded weights, and names the layers to shard by.
+    """Refuses what would train or save wrongly on sharded weights, and names the layers by which to shard.
 
     Raises:
-        ValueError: FSDP of version 1, a trainer or a setting that FSDP2 does not support here.
+        ValueError: FSDP has version 1, or the trainer or a setting does not work with FSDP2.
     """
     if not trainer.is_fsdp_enabled:
         return
@@ -68,7 +68,7 @@ def prepare_sharding(trainer: Any) -> None:
             f"{', '.join(given)} needs whole weights, which FSDP2 shards; leave it out (0 or false), or {other}."
         )
     if plugin.transformer_cls_names_to_wrap is None:
-        # A part of a model, such as a vision tower without its text model, names layers that it has not; accelerate raises.
+        # A part of a model, such as a vision tower alone, may name layers that it lacks; accelerate would raise.
         present = {type(module).__name__ for module in trainer.model.modules()}
         names = getattr(trainer.model, "_no_split_modules", None) or ()
         plugin.transformer_cls_names_to_wrap = sorted(present.intersection(names))
@@ -76,7 +76,7 @@ def prepare_sharding(trainer: Any) -> None:
 
 
 def flatten_scalars(model: nn.Module) -> None:
-    """Gives parameters without a dimension one, which torch demands of what it shards; `saved_weights` takes it back."""
+    """Reshapes scalar parameters to one dimension, which torch needs to shard them; `saved_weights` undoes this."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 0:
@@ -86,9 +86,9 @@ def flatten_scalars(model: nn.Module) -> None:
 
 
 def saved_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gathered weights of a sharded model as an unsharded one would give them to `save_pretrained`.
+    """Gathered weights of a sharded model, in the form that an unsharded model gives to `save_pretrained`.
 
-    Scalars have no dimension again, and tied parameters are one tensor again, of which one name is saved.
+    Scalars have no dimension again, and tied parameters are one tensor again, which is saved under one name.
     """
     scalars = {
         f"{prefix}.{name}".lstrip(".")
@@ -104,7 +104,7 @@ def saved_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict
 
 
 def register_methods(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Lets methods be called before `forward` in a step: they see whole weights, which stay whole until backward."""
+    """Lets methods run before `forward` in a step: they see whole weights, which stay whole until the backward pass."""
     if isinstance(model, FSDPModule) and names:
         model.set_reshard_after_forward(False, recurse=False)
         for name in names:
@@ -113,7 +113,7 @@ def register_methods(model: nn.Module, names: tuple[str, ...]) -> None:
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Inside the block every rank holds the whole weights of a sharded model; every rank must enter it."""
+    """Within this context every rank holds the whole weights of a sharded model; every rank must enter it."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -123,19 +123,19 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
-            # As accelerate sets it: the outermost module is needed again at once, in the backward pass.
+            # As accelerate does: the backward pass needs the outermost module at once, so it is not resharded.
             part.set_reshard_after_forward(part is not model, recurse=False)
 
 
 @contextmanager
 def own_classes(model: nn.Module) -> Iterator[None]:
-    """Inside the block the modules of a sharded model have their own classes.
+    """Within this context the modules of a sharded model have their own classes instead of torch's.
 
-    `save_pretrained` writes the class's name into config.json and copies the file it is defined in, which would be torch's.
+    `save_pretrained` writes the name of the class into config.json and copies the file that defines it.
     """
     sharded = [(module, type(module)) for module in model.modules() if isinstance(module, FSDPModule)]
     for module, kind in sharded:
-        # torch derives its class from FSDPModule and the module's own.
+        # torch derives its class from FSDPModule and from the module's own class.
         own: Any = next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
         module.__class__ = own
     try:
@@ -146,14 +146,14 @@ def own_classes(model: nn.Module) -> Iterator[None]:
 
 
 def replicate(accelerator: Accelerator, network: nn.Module) -> nn.Module:
-    """Wraps a second network for distributed training: by DDP also where the model is sharded, for FSDP2 prepares but one.
+    """Wraps a second network for distributed training; by DDP even if the model is sharded, as FSDP2 prepares only one.
 
     Raises:
-        ValueError: under DeepSpeed, whose engine drives one network and one optimizer.
+        ValueError: the run uses DeepSpeed, whose engine drives one network and one optimizer.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
-            "DeepSpeed drives one network, and this training has a discriminator too; set adversarial_weight to 0, or use "
+            "DeepSpeed drives one network, but this training also has a discriminator; set adversarial_weight to 0, or use "
             "DDP (recipes/configs/accelerate/multi_gpu.yaml)."
         )
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -162,5 +162,5 @@ def replicate(accelerator: Accelerator, network: nn.Module) -> nn.Module:
 
 
 def no_sync(accelerator: Accelerator, network: nn.Module) -> AbstractContextManager[None]:
-    """Inside the block the gradients of a network made by `replicate` are not averaged over ranks."""
+    """Within this context the gradients of a network from `replicate` are not averaged over ranks."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else accelerator.no_sync(network)

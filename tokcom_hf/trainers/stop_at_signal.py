@@ -1,4 +1,4 @@
-"""How a training ends at a signal: with a checkpoint of its step; an evaluation that was due is left to the resumed run."""
+"""Ends training at a signal with a checkpoint of the current step; an evaluation that was due is left to the resumed run."""
 
 import os
 import signal
@@ -13,14 +13,14 @@ from ..stopping import Stopped, agreed_signal, noted_signal, training_begins, tr
 
 
 class EvaluationCut(BaseException):
-    """Leaves an evaluation inside training; the resumed run makes it up."""
+    """Raised to leave an evaluation during training, which the resumed run makes up."""
 
 
 class StopAtSignal(TrainerCallback):
-    """Ends training after the step in which a signal came: writes a checkpoint of it and raises `Stopped`.
+    """Ends training after the step in which a signal came: writes a checkpoint of the step and raises `Stopped`.
 
     Args:
-        trainer: a `CompressionTrainer`, which has one itself. Without it (in a plain `Trainer`) an evaluation
+        trainer: a `CompressionTrainer`, which adds this callback itself. With None (for a plain `Trainer`) an evaluation
             is neither cut short nor made up, and trackers are not closed.
     """
 
@@ -47,14 +47,14 @@ class StopAtSignal(TrainerCallback):
             self.save_and_stop(number, state, control)
 
     def save_and_stop(self, number: int, state, control) -> None:
-        """Asks Trainer for a checkpoint, whose log says which signal ended the run and whether an evaluation is due."""
+        """Asks Trainer for a checkpoint; its log records which signal ended the run and whether an evaluation is due."""
         self._stopping = number
         entry = {"stopped_by": signal.Signals(number).name, "epoch": state.epoch, "step": state.global_step}
         state.log_history.append(entry | {"evaluation_due": bool(control.should_evaluate)})
         control.should_evaluate, control.should_save = False, True
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        # Ranks do not take equally many steps of an evaluation, so that they could not agree here.
+        # Ranks take different numbers of evaluation steps, so several ranks could not agree here.
         if self.trainer is not None and noted_signal() is not None and args.world_size == 1:
             raise EvaluationCut
 
@@ -70,7 +70,7 @@ class StopAtSignal(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._stopping is None:
-            # Between the last step and here: the model of that step is whole, what follows is not done.
+            # The signal came after the last step: the model of that step is complete, and what follows is not done.
             self._stopping = agreed_signal()
             if self._stopping is not None:
                 if self.trainer is not None and self._saved != state.global_step:
@@ -88,9 +88,9 @@ class StopAtSignal(TrainerCallback):
 
     # ------------------------------------------------------------------ evaluations
     def evaluate_or_stop(self, proceed: Callable[[], Any]) -> None:
-        """Runs `proceed`, Trainer's log, evaluation and save of a step; a signal during the evaluation saves without it.
+        """Runs `proceed`, Trainer's log, evaluation and save of a step; a signal during the evaluation cuts it and saves.
 
-        The checkpoint then holds the random states of before the evaluation.
+        The checkpoint then holds the random states from before the evaluation.
         """
         trainer = self.trainer
         if not trainer.control.should_evaluate:
@@ -109,7 +109,7 @@ class StopAtSignal(TrainerCallback):
         proceed()
 
     def make_up_evaluation(self, checkpoint: str) -> None:
-        """The evaluation that a signal left to the run that goes on from `checkpoint`; nothing where none is due."""
+        """Runs the evaluation that a signal left to the run that resumes from `checkpoint`, if one is due."""
         trainer, self._states = self.trainer, None
         due = next((entry for entry in reversed(trainer.state.log_history) if entry.get("evaluation_due")), None)
         if due is None:
@@ -122,18 +122,18 @@ class StopAtSignal(TrainerCallback):
         trainer._maybe_log_save_evaluate(*step)
         control.should_evaluate = control.should_save = False
         if trainer.state.best_global_step == trainer.state.global_step:
-            # Trainer names the best checkpoint as it saves one, and that of this step is saved already.
+            # Trainer names the best checkpoint when it saves one, and that of this step is saved already.
             trainer.state.best_model_checkpoint = checkpoint
             trainer.best_model.on_save(trainer.args, trainer.state, control)
         self._states = tempfile.TemporaryDirectory()
         trainer._save_rng_state(self._states.name)
 
     def random_states(self, checkpoint: str | None) -> str | None:
-        """The folder whose random states training goes on with: once those behind the evaluation that was made up."""
+        """The folder whose random states training continues with: `checkpoint`, or once that of the made-up evaluation."""
         states, self._states = self._states, None
         if states is None:
             return checkpoint
-        self._kept = states  # until Trainer has read it
+        self._kept = states  # keeps the folder until Trainer has read it
         return states.name
 
 

@@ -23,8 +23,8 @@ __all__ = [
     "TokComVAETrainer",
     "TokComVAETrainingArguments",
 ]
-# Share of the batches without a clean prefix (with clean_prefix), and of those in which the denoiser sees its own first
-# prediction (with self_conditioning).
+# Share of the batches without a clean prefix, with clean_prefix; and share of the batches in which the denoiser sees its own
+# first prediction, with self_conditioning.
 PREFIX_DROPOUT, SELF_CONDITIONING_RATE = 0.1, 0.5
 
 # Name in the trackers -> field of `TokComOutput`. The documents name the first two.
@@ -37,9 +37,9 @@ LOSS_PARTS = {
 class TokComTrainer(CompressionTrainer):
     """What the trainers of both stages share: accuracies on the first held-out rows, tables of samples, losses per epoch.
 
-    The trackers get these under the name of the stage: `train_loss` and `learning_rate` after each epoch, `val_loss` and
-    `best_val_loss` after each evaluation, and the batch losses. A subclass says what it predicts (`token_logits`) and
-    which accuracies it measures (`accuracies`).
+    Under the name of the stage the trackers get `train_loss` and `learning_rate` after each epoch, `val_loss` and
+    `best_val_loss` after each evaluation, and the batch losses. Subclasses define what they predict (`token_logits`) and
+    which accuracies they measure (`accuracies`).
     """
 
     args: TokComTrainingArguments
@@ -55,7 +55,7 @@ class TokComTrainer(CompressionTrainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        # Trainer divides a micro-batch's loss by their number.
+        # Trainer divides the loss of a micro-batch by the number of micro-batches.
         self.epoch_losses.add(loss * self.current_gradient_accumulation_steps)
         return loss
 
@@ -71,7 +71,7 @@ class TokComTrainer(CompressionTrainer):
 
     def token_logits(self, outputs, rows: int) -> torch.Tensor | None:
         """Logits `(rows, length, vocab)` for `compute_metrics`, from the outputs that `compute_loss` returned."""
-        raise TypeError(f"{type(self).__name__} must say what it predicts.")
+        raise TypeError(f"{type(self).__name__} must define token_logits.")
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix: str = "eval"
@@ -86,7 +86,7 @@ class TokComTrainer(CompressionTrainer):
 
     def accuracies(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
         """Held-out accuracies by name, from ids and attention mask `(rows, length)`."""
-        raise TypeError(f"{type(self).__name__} must say which accuracies it measures.")
+        raise TypeError(f"{type(self).__name__} must define accuracies.")
 
 
 class TokComVAETrainer(TokComTrainer):
@@ -109,7 +109,7 @@ class TokComVAETrainer(TokComTrainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def with_random_chunks(self, ids: torch.Tensor) -> torch.Tensor:
-        """Replaces a share `random_chunks` of the chunks of ids `(rows, length)` by random tokens, never the omni token."""
+        """Ids `(rows, length)` in which a share `random_chunks` of the chunks is random tokens, never the omni token."""
         config = self.unwrapped_model.config
         drawn = torch.randint(config.vocab_size - 1, ids.shape, device=ids.device)
         drawn += drawn >= config.omni_token_id
@@ -131,7 +131,7 @@ class TokComVAETrainer(TokComTrainer):
 class FlowTrainer(TokComTrainer):
     """What the trainers of a flow share: noise and times that depend on seed, step and row of the global batch alone.
 
-    A resumed run and a run on several processes therefore draw the same ones.
+    A resumed run and a run on several processes therefore draw the same noise and times.
     """
 
     def __init__(self, *args, **kwargs):
@@ -139,7 +139,7 @@ class FlowTrainer(TokComTrainer):
         self._draw = (-1, 0)
 
     def noise_generator(self, training: bool) -> torch.Generator:
-        """A generator seeded by (seed, optimizer step, micro-batch); every evaluation repeats the same draws."""
+        """A generator seeded by seed, optimizer step and micro-batch; every evaluation repeats the same draws."""
         step = self.state.global_step if training else -2
         self._draw = (step, self._draw[1] + 1 if self._draw[0] == step else 0)
         seed = (self.args.seed * 1_000_003 + (step + 2)) * 1_009 + self._draw[1]
@@ -161,8 +161,8 @@ def draw_blocks(config: Any, length: int, generator: torch.Generator) -> dict[st
         return {"offset": 0, "block_size": 0}
     chunk, chunks = config.vae.chunk_size, length // config.vae.chunk_size
     size = config.block_sizes[int(torch.randint(len(config.block_sizes), (), generator=generator))]
-    # Blocks start at any token, so that training sees prompts of every length. A block of size 0, all that is left of the
-    # row, starts in its first half.
+    # Blocks start at any token, so that training sees prompts of every length. A block of size 0 covers the rest of the row
+    # and starts in its first half.
     room = length // 2 if size == 0 else min(size, chunks) * chunk
     offset = int(torch.randint(room, (), generator=generator))
     if size and length - offset < size * chunk:
@@ -171,7 +171,7 @@ def draw_blocks(config: Any, length: int, generator: torch.Generator) -> dict[st
 
 
 def evaluation_blocks(config: Any, length: int) -> dict[str, int]:
-    """Blocks that cover a whole row: of the size that `generate` uses, or of one chunk if that size does not divide it."""
+    """Blocks that cover a whole row: of the size that `generate` uses, or of one chunk if that does not divide the row."""
     chunks = length // config.vae.chunk_size
     size = min(config.block_size, chunks)
     return {"offset": 0, "block_size": 1 if size and chunks % size else size}
@@ -180,8 +180,9 @@ def evaluation_blocks(config: Any, length: int) -> dict[str, int]:
 class DenoiserTrainer(FlowTrainer):
     """Trains denoiser and context encoder of a `TokComModel`; its VAE stays frozen.
 
-    Rows hold `input_ids` and `attention_mask`. A model without context encoder may also be given `latents` (`LatentRows`),
-    which saves encoding the rows in every step; with one the blocks start at any token, so that latents differ each time.
+    Rows hold `input_ids` and `attention_mask`. For a model without context encoder they may also hold `latents`
+    (`LatentRows`), which saves the encoding in every step. With a context encoder blocks start at any token, so that latents
+    differ each time.
     """
 
     args: DenoiserTrainingArguments
@@ -241,7 +242,7 @@ class DenoiserTrainer(FlowTrainer):
         return output
 
     def token_logits(self, outputs, rows: int) -> torch.Tensor | None:
-        """Logits of the clean latents predicted from noisy ones; of several noise draws, the first."""
+        """Logits `(rows, length, vocab)` of the predicted clean latents; of several noise draws, the first counts."""
         model = self.unwrapped_model
         blocks = outputs.clean_latents.shape[1] // model.config.noise_draws
         return model.vae.decode_logits(model.unstandardize(outputs.clean_latents[:, :blocks].flatten(1, 2)))

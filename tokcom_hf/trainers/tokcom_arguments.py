@@ -11,7 +11,7 @@ class TokComTrainingArguments(CompressionTrainingArguments):
 
     sample_every: float = field(
         default=1.0,
-        metadata={"help": "Epochs between tables of samples, which are printed and logged; 0 is never."},
+        metadata={"help": "Epochs between tables of samples, which are printed and logged; 0 shows none."},
     )
     num_samples: int = field(default=2, metadata={"help": "Rows of the sample tables."})
     metric_rows: int = field(
@@ -31,7 +31,7 @@ class TokComVAETrainingArguments(TokComTrainingArguments):
         default=0.0,
         metadata={
             "help": "Share of training chunks replaced by uniformly random tokens, drawn anew in each step, so that rare "
-            "tokens are learned too."
+            "tokens are learned, too."
         },
     )
 

@@ -1,4 +1,4 @@
-"""Training cost of a TokCom folder: epochs from its checkpoints times the FLOPs of measured steps of each stage."""
+"""Training cost of a TokCom folder: for each stage, tokens seen (from its checkpoints) times measured FLOPs per token."""
 
 import json
 import tempfile
@@ -19,20 +19,21 @@ DISTILLED = "distilled"
 
 
 def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, batch_size: int = 4) -> dict[str, float]:
-    """Tokens and floating-point operations of all training stages of a model, with the encoding of the corpus.
+    """Tokens and FLOPs of all training stages of a model, including the encoding of the corpus.
 
     Args:
         folder: output folder of recipes/train_tokcom.py with the checkpoints of its stages; or its subfolder `distilled`,
             whose budget includes the stages before it.
         model: the `TokComModel` of that folder.
-        rows: its training rows (items `input_ids`, `attention_mask`), all of one length. The number of rows of an epoch is
-            read from the folder's `results.json`; with `offset_copies` it is larger than `len(rows)`.
-        draws: steps to average over in stages that draw block sizes, self-conditioning or a time of the student.
+        rows: training rows of the model (items `input_ids`, `attention_mask`), all of one length. The number of rows per
+            epoch is read from the folder's `results.json`; with `offset_copies` it is larger than `len(rows)`.
+        draws: number of steps to average over in stages that draw block sizes, self-conditioning or a time of the student.
+        batch_size: rows per measured step.
 
     Returns:
-        parameters (of everything: VAE, denoiser, context), vae_tokens, denoiser_tokens, distilled_tokens, tokens (their
-        sum), vae_flops, encode_flops, denoiser_flops, distilled_flops, flops (their sum). The distillation's are 0 where
-        the folder is not that of a distilled model.
+        parameters (of VAE, denoiser and context together); vae_tokens, denoiser_tokens, distilled_tokens and tokens, their
+        sum; vae_flops, encode_flops, denoiser_flops, distilled_flops and flops, their sum. distilled_tokens and
+        distilled_flops are 0 if the folder is not that of a distilled model.
 
     Raises:
         FileNotFoundError: a stage left no complete checkpoint to read its epochs from.
@@ -49,7 +50,7 @@ def tokcom_budget(folder: str | Path, model: Any, rows: Any, draws: int = 16, ba
     if DISTILLED in stages:
         per_token[DISTILLED] = steps.distilled(folder)
     flops = {f"{stage}_flops": tokens[stage] * cost / (len(batch) * length) for stage, cost in per_token.items()}
-    # With a context encoder blocks start at any token, so that each step encodes its own rows.
+    # With a context encoder blocks start at any token, so that each step encodes its own rows; denoiser_flops count this.
     whole_rows = model.context is None
     flops["encode_flops"] = count * length * steps.encode() / (len(batch) * length) if whole_rows else 0.0
     named = {f"{stage}_tokens": value for stage, value in tokens.items()}
@@ -73,21 +74,21 @@ def _epochs(folder: Path) -> float:
     state = newest_state(folder)
     if state is None:
         raise FileNotFoundError(
-            f"No complete checkpoint in {str(folder)!r}: its training length is unknown. Give --run.tokens or --run.flops "
-            "instead of --run.match_tokcom."
+            f"No complete checkpoint in {str(folder)!r}, so the length of its training is unknown. Give --run.tokens or "
+            "--run.flops instead of --run.match_tokcom."
         )
     return float(state["epoch"])
 
 
 class _StepFlops:
-    """Floating-point operations of one step of each stage on `rows`; leaves the model in evaluation mode."""
+    """FLOPs of one step of each stage on the batch `rows`; the model is in evaluation mode afterwards."""
 
     def __init__(self, model: Any, rows: list[Any], draws: int):
         self.model, self.rows, self.draws = model, rows, draws
         self.inputs = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
     def vae(self, folder: Path) -> float:
-        """`folder` holds the VAE of stage 1, which may have parts that the whole model has not."""
+        """FLOPs of a step of stage 1; `folder` holds its VAE, which may have parts that the whole model lacks."""
         own = (folder / "vae" / "config.json").is_file()
         vae = load_pretrained(AutoModel, folder / "vae") if own else self.model.vae
         vae.train().requires_grad_(True)
@@ -96,10 +97,12 @@ class _StepFlops:
             return self._mean(trainer, vae, self.inputs, 1)
 
     def encode(self) -> float:
+        """FLOPs of encoding the batch."""
         with torch.no_grad():
             return float(count_flops(lambda: self.model.vae.encode(self.inputs["input_ids"])))
 
     def denoiser(self) -> float:
+        """FLOPs of a step of stage 2."""
         model, inputs = self.model, self.inputs
         rows: Any = self.rows
         with tempfile.TemporaryDirectory() as scratch:
@@ -112,7 +115,7 @@ class _StepFlops:
             return self._mean(trainer, model, inputs, self.draws)
 
     def distilled(self, folder: Path) -> float:
-        """`folder` is the teacher's, whose number of steps the student replaces by fewer."""
+        """FLOPs of a step of distillation; `folder` is that of the teacher, which takes more steps than the student."""
         file, student = folder / "config.json", self.model.config.num_steps
         teacher = json.loads(file.read_text(encoding="utf-8")).get("num_steps") if file.is_file() else None
         with tempfile.TemporaryDirectory() as scratch:

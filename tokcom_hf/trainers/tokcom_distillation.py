@@ -1,4 +1,4 @@
-"""Distils a TokCom flow to a few steps: the student predicts in one step where the teacher's flow ends."""
+"""Distils a TokCom flow into few steps: the student predicts in one step where the teacher's flow ends."""
 
 import copy
 from collections.abc import Callable
@@ -21,9 +21,9 @@ class DistillationTrainingArguments(DenoiserTrainingArguments):
     """Arguments of the distillation stage."""
 
     student_steps: int = field(default=2, metadata={"help": "Steps per block that the distilled model takes."})
-    teacher_steps: int = field(default=8, metadata={"help": "Steps of the teacher's whole flow."})
+    teacher_steps: int = field(default=8, metadata={"help": "Steps of the teacher from noise to clean latents."})
     token_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the cross-entropy, in nats per token, with the teacher's tokens."}
+        default=1.0, metadata={"help": "Weight of the cross-entropy, in nats per token, to the teacher's tokens."}
     )
     sample_steps: int | None = field(  # type: ignore[assignment] # The denoiser's default is a number.
         default=None,
@@ -42,16 +42,17 @@ class DistillationTrainingArguments(DenoiserTrainingArguments):
 class DistillationTrainer(FlowTrainer):
     """Trains a student denoiser to do in `student_steps` steps what the teacher's flow does in `teacher_steps`.
 
-    Each batch draws one of the student's times. The student samples up to that time itself, as in generation. Its prediction
-    of the clean latents there is compared with the end of the teacher's flow from the same point, by the squared error of
-    the latents and the cross-entropy of the tokens that the teacher's latents decode to.
+    Each batch draws one of the student's times t, and the student itself samples x_t, as in generation. With x1 the end of
+    the teacher's flow from the same x_t:
+
+        loss = |student(x_t, t) − x1|² + token_weight · cross-entropy of decoder(student(x_t, t)) to the tokens decoder(x1)
 
     Args:
         model: the student denoiser; None copies the teacher's.
-        teacher: `TokComModel` to follow; it is not changed.
+        teacher: the `TokComModel` to follow; it is not changed.
 
     Raises:
-        ValueError: no teacher.
+        ValueError: there is no teacher.
     """
 
     args: DistillationTrainingArguments
@@ -128,8 +129,8 @@ class DistillationTrainer(FlowTrainer):
         return blocks.bool().any(dim=-1).repeat(1, config.noise_draws, 1).flatten(0, 1)
 
     def _denoise(self, denoiser: nn.Module, context: torch.Tensor | None, real: torch.Tensor) -> Denoise:
-        """The function (x_t, t) → clean latents; with self-conditioning each call is given the prediction of the last."""
-        # Chunks do not attend to padding. A block of padding alone attends to itself: softmax needs one key.
+        """The function (x_t, t) → clean latents; with self-conditioning each call reads the previous prediction."""
+        # Chunks do not attend to padding. A block of padding alone attends to itself, because softmax needs a key.
         mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
         earlier: list[torch.Tensor | None] = [None]
 

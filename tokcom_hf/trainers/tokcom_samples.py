@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from .trackers import log_table
 
-# Name in the trackers, such as `vae/reconstructions` -> column -> texts.
+# Name of a table in the trackers, such as `vae/reconstructions` -> column -> texts.
 Tables = dict[str, dict[str, list[str]]]
 
 
@@ -37,7 +37,7 @@ class SampleTableCallback(TrainerCallback):
             return
         self._next += args.sample_every
         trainer = self.trainer
-        # Only together do ranks hold the weights of a sharded model; else the first one samples alone.
+        # Ranks gather the weights of a sharded model together; otherwise the first rank samples alone.
         if not (state.is_world_process_zero or trainer.is_fsdp_enabled):
             return
         tokenizer = trainer.processing_class

@@ -1,7 +1,7 @@
-"""The stages of TokCom's training: which of them a run trains, which it takes over, and what each leaves beside its model.
+"""The stages of TokCom's training: which stages a run trains or takes over, and what each saves beside its model.
 
-A stage is called as the folder of its checkpoints: "vae" (stage 1), "denoiser" (stage 2, whose model is the run's own
-folder's) and "distilled" (stage 3).
+A stage has the name of the folder of its checkpoints: "vae" (stage 1), "denoiser" (stage 2, whose model is saved in the
+run's own folder) and "distilled" (stage 3).
 """
 
 import json
@@ -22,12 +22,12 @@ from ..models.modeling_tokcom_vae import TokComVAE
 from ..run_folders import RunFolder
 from ..tokcom_checkpoint_writer import save_checkpoint
 
-# Value of --stage -> the stages that it trains, and those that it takes over from the output folder.
+# Value of --stage -> the stages that the run trains, and the stages that it takes over from the output folder.
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vae": (("vae",), ()), "denoiser": (("denoiser",), ("vae",)), "distill": (("distilled",), ("vae", "denoiser")),
     "both": (("vae", "denoiser"), ()), "all": (("vae", "denoiser", "distilled"), ()),
 }  # fmt: skip
-# The sections of arguments that decide the result of a stage, beside those of the stages before it.
+# Sections of arguments that decide the result of a stage, in addition to those of the stages before it.
 DECIDING = {
     "vae": ("run", "vae", "vae_training"), "denoiser": ("denoiser", "context", "flow", "denoiser_training"),
     "distilled": ("distillation_training",),
@@ -37,11 +37,12 @@ DECIDING = {
 def stage_settings(
     stage: str, sections: Mapping[str, type], values: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What decides the result of a stage, the stages before it included (`fingerprints.settings_of`).
+    """The settings that decide the result of a stage, with those of the stages before it (`fingerprints.settings_of`).
 
     Args:
+        stage: "vae", "denoiser" or "distilled".
         sections: name -> dataclass, as for `parse_recipe`.
-        values: what configuration file and command line set.
+        values: values that configuration file and command line set, by section.
     """
     order = list(DECIDING)
     names = [name for earlier in order[: order.index(stage) + 1] for name in DECIDING[earlier]]
@@ -50,15 +51,16 @@ def stage_settings(
 
 
 def check_given(folder: RunFolder, choice: str, stage: str, settings: Mapping[str, Any]) -> None:
-    """Checks that the options describe the model that a run takes over from `stage`.
+    """Checks that the options of a run describe the model that it takes over from `stage`.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         choice: value of --stage.
-        settings: the run's own, as `stage_settings` of `stage` gives them.
+        stage: the stage that is taken over.
+        settings: `stage_settings` of `stage` for this run.
 
     Raises:
-        RecipeError: an option of the model differs from the one it was trained with.
+        RecipeError: the model was trained with another value of an option.
     """
     recorded = {} if folder.marker is None else folder.marker["stages"].get(stage, {}).get("settings", {})
     sections = tuple(name for name in DECIDING[stage] if name != "run" and not name.endswith("_training"))
@@ -75,12 +77,12 @@ def load_stage(folder: Path, tokenizer: Any, stage: str) -> Any:
 
     Raises:
         RecipeError: there is no model in the folder.
-        ValueError: the model has another vocabulary than the tokenizer.
+        ValueError: model and tokenizer have different vocabularies.
     """
     if not (folder / "config.json").is_file():
         raise RecipeError(
-            f"This stage goes on from what --stage {stage} trains, and there is no model in {str(folder)!r}; run that one "
-            "first, or name its folder with --output_dir."
+            f"This stage goes on from what --stage {stage} trains, but there is no model in {str(folder)!r}; run --stage "
+            f"{stage} first, or name its folder with --output_dir."
         )
     model = load_pretrained(AutoModel, folder)
     check_tokenizer(tokenizer, getattr(model, "vae", model).config)
@@ -88,18 +90,21 @@ def load_stage(folder: Path, tokenizer: Any, stage: str) -> Any:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """What an earlier run measured of the VAE in `folder`; nothing where the VAE came from elsewhere."""
+    """The results that an earlier run measured for the VAE in `folder`; empty if there are none."""
     file = folder / "results.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def fit_latents(model: Any, train: Any, held_out: Any, folder: Path) -> tuple[Any, Any]:
-    """Tells `model` mean and standard deviation of its VAE's latents; returns the rows that stage 2 trains on.
+    """Sets mean and standard deviation of the VAE's latents in `model`; returns the rows for stage 2.
 
     Args:
         model: `TokComModel` with a trained VAE.
         train, held_out: rows with `input_ids` and `attention_mask`.
-        folder: takes the latents of a model without a context, whose blocks are whole rows; they are encoded once.
+        folder: receives the latents for a model without a context: its blocks are whole rows, which are encoded once.
+
+    Returns:
+        Training and held-out rows, for a model without a context with their latents.
     """
     if model.context is not None:
         model.fit_latents(*latent_statistics(model.vae, train))
@@ -118,15 +123,15 @@ def keep_best(trainer: Any, model: Any, file: Path, run: Any) -> None:
     """Writes `best.json` of a stage beside its model and, with `run.pt_checkpoints`, the documented checkpoint `file`.
 
     Args:
-        trainer: of the stage, after its training.
-        model: what it has trained.
+        trainer: trainer of the stage, after its training.
+        model: the model that it has trained.
         file: `best_vae.pt` or `best_diffusion.pt` in the run's folder.
         run: arguments of the run: `pt_checkpoints`, `length` and `tokenizer`.
     """
     if not trainer.is_world_process_zero():
         return
     best = trainer.best_model.record if trainer.args.load_best_model_at_end else None
-    # The VAE's own trainer has written it into the folder of its checkpoints, which is the model's.
+    # For the VAE, the trainer has written best.json already: its folder of checkpoints is also that of the model.
     if best is not None and not isinstance(model, TokComVAE):
         (file.parent / "best.json").write_text(json.dumps(best, indent=2) + "\n", encoding="utf-8")
     if run.pt_checkpoints:

@@ -1,6 +1,6 @@
-"""What a run leaves for its reader: names in the trackers, tables of samples, `logs/training.log`, `best.json`.
+"""Logs of a run: names in the trackers, tables of samples, `logs/training.log`, `best.json`.
 
-transformers' own callbacks (TensorBoard, wandb, Trackio, Comet, ...) do the tracking; here is only what they leave open.
+transformers' own callbacks (TensorBoard, wandb, Trackio, Comet, ...) do the tracking; this file adds what they do not do.
 """
 
 import json
@@ -25,10 +25,10 @@ BEST_FILE = "best.json"
 
 
 class TrackerName(str):
-    """A name that reaches the trackers as it is, for example `vae/batch_loss`.
+    """A name that reaches the trackers unchanged, for example `vae/batch_loss`.
 
-    transformers' integrations write `"train/" + name` for every name that is no evaluation's. Python asks the right-hand
-    operand first where it is of a subclass, and this one answers with itself alone.
+    transformers' integrations write `"train/" + name` for every name but those of evaluations. Python asks the
+    right-hand operand first if its class is a subclass of the other's, and this class answers with the name alone.
     """
 
     __slots__ = ()
@@ -43,13 +43,13 @@ def tracker_names(logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ScalarMeans:
-    """Values of batches, until the next line of the log takes their means."""
+    """Collects values of batches until the next line of the log takes their means."""
 
     def __init__(self):
         self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, name: str, value: torch.Tensor | float) -> None:
-        """Remembers a batch's value, a scalar, under its name in the log."""
+        """Adds the value of a batch, a scalar, under its name in the log."""
         self._values[name].append(torch.as_tensor(value).detach().float())
 
     def means(self) -> dict[str, float]:
@@ -72,7 +72,7 @@ def configure_trackers(trainer: Any) -> None:
     """Gives the trainer's wandb callback its project, and its TensorBoard callback a folder inside the run's."""
     callbacks = trainer.callback_handler.callbacks
     for position, callback in enumerate(callbacks):
-        # A caller's own subclass stays as it is.
+        # A subclass that the caller gave stays as it is.
         if type(callback) is WandbCallback:
             callbacks[position] = ProjectWandbCallback()
         elif type(callback) is TensorBoardCallback and callback.logging_dir is None:
@@ -83,9 +83,9 @@ def log_table(trainer: Any, name: str, table: Mapping[str, Sequence[Any]]) -> No
     """Sends a table to the trackers in use: `wandb.Table` under `name`, Markdown in TensorBoard's texts.
 
     Args:
-        trainer: whose callbacks and step are used; ranks but the first send nothing.
-        name: as in the tracker, for example `vae/reconstructions`.
-        table: column -> cells, all of one length.
+        trainer: the trainer whose callbacks and step are used; only the first rank sends.
+        name: name in the trackers, for example `vae/reconstructions`.
+        table: column -> cells; all columns have one length.
     """
     if not trainer.is_world_process_zero():
         return
@@ -102,16 +102,16 @@ def log_table(trainer: Any, name: str, table: Mapping[str, Sequence[Any]]) -> No
 
 
 class TrainingLog(TrainerCallback):
-    """Writes what a run logs into `<output_dir>/logs/training.log`, a line each; a resumed run goes on in the same file."""
+    """Writes each log of a run as a line of `<output_dir>/logs/training.log`; a resumed run appends to the same file."""
 
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir) / LOG_FILE
         self._writes = False
 
     def write(self, text: str) -> None:
-        """Appends a line with its time; does nothing outside training and on ranks but the first."""
+        """Appends a line with the time; does nothing outside training, and on all ranks but the first."""
         if self._writes:
-            # The run's folder itself is not made anew: where it is gone the run must end.
+            # The folder of the run is not created here: if it is gone, the run must end.
             with told_faults(self.path):
                 self.path.parent.mkdir(exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
@@ -139,8 +139,8 @@ class TrainingLog(TrainerCallback):
 class BestModel(TrainerCallback):
     """Keeps `<output_dir>/best.json`: stage, epoch and step of the best evaluation so far, its metric and value.
 
-    The metric is `metric_for_best_model`, or the loss where none is named. `checkpoint` is the folder of that step, None
-    where none was saved or `save_total_limit` has removed it.
+    The metric is `metric_for_best_model`, by default the loss. `checkpoint` is the folder of that step, or None if none was
+    saved or `save_total_limit` has removed it.
     """
 
     def __init__(self, output_dir: str | Path, stage: str):
@@ -149,18 +149,18 @@ class BestModel(TrainerCallback):
         self._training = False
 
     def metric(self, args) -> str:
-        """Name without `eval_`."""
+        """Name of the metric without `eval_`."""
         return str(args.metric_for_best_model or "loss").removeprefix("eval_")
 
     def value(self, args, metrics: Mapping[str, Any]) -> float | None:
-        """The best value so far, `metrics` included; None where they lack the metric or nothing is being trained."""
+        """The best value so far, that in `metrics` included; None if `metrics` lack it or no training is running."""
         value = metrics.get(f"eval_{self.metric(args)}")
         if not self._training or not isinstance(value, (int, float)) or not math.isfinite(value):
             return None
         return float(value) if self.record is None or self._is_better(args, value) else self.record["value"]
 
     def logged(self, args, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """The best value so far under its name in the log, where `metrics` hold the metric."""
+        """The best value so far under its name in the log; empty if `value` is None."""
         best = self.value(args, metrics)
         return {} if best is None else {f"eval_best_{self.metric(args)}": best}
 
@@ -175,7 +175,7 @@ class BestModel(TrainerCallback):
         self._training, self.record = True, None
         if state.global_step and (self.folder / BEST_FILE).is_file():
             record = json.loads((self.folder / BEST_FILE).read_text(encoding="utf-8"))
-            # An evaluation behind the checkpoint that is gone on from has not happened in this run.
+            # An evaluation after the step of the resumed checkpoint does not belong to this run.
             self.record = record if record["step"] <= state.global_step else None
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -28,8 +28,8 @@ class VQGANTrainer(CompressionTrainer):
     """Trains a `VQGAN`, and a `VQGANDiscriminator` where one is given.
 
     The codebook is updated once per optimizer step, from statistics summed over micro-batches and ranks. `eval_psnr`,
-    `eval_utilization` and `eval_normalized_entropy` are of the whole held-out set, `eval_batch_*` are means over its
-    batches, and `eval_cumulative_*` are of the moving average of the codes chosen in training.
+    `eval_utilization` and `eval_normalized_entropy` describe the whole held-out set, `eval_batch_*` are means over its
+    batches, and `eval_cumulative_*` describe the moving average of code usage in training.
     """
 
     args: VQGANTrainingArguments
@@ -45,9 +45,9 @@ class VQGANTrainer(CompressionTrainer):
         **kw,
     ):
         checked = cast(VQGANTrainingArguments, self.checked_arguments(args))
-        # Buffers are equal on all ranks by construction; broadcasting would only hide a fault.
+        # Buffers are equal on all ranks by construction; broadcasting them would only hide an error.
         checked.ddp_broadcast_buffers = False
-        # Refused before training begins; a run counted in epochs has no max_steps yet and is checked at its start.
+        # Checked here for runs with max_steps; a run whose length is given in epochs is checked when training begins.
         self._check_autoencoder_steps(checked, checked.max_steps)
         super().__init__(model=model, args=checked, **kw)
         self.model_accepts_loss_kwargs = False
@@ -71,7 +71,7 @@ class VQGANTrainer(CompressionTrainer):
         return self.state.global_step / max(1, self.state.max_steps)
 
     def adversarial_scale(self) -> float:
-        """Weight of the adversarial loss at this step, 0 before its start."""
+        """Weight of the adversarial loss at this step; 0 before `adversarial_start`."""
         args = self.args
         if self.discriminator is None or not args.adversarial_weight or self.progress < args.adversarial_start:
             return 0.0
@@ -114,9 +114,9 @@ class VQGANTrainer(CompressionTrainer):
 
     @torch.no_grad()
     def _look_ahead(self, batches: list) -> None:
-        """Shows the quantizer all micro-batches first: the entropy of mean code use is that of the whole batch.
+        """Lets the quantizer scan all micro-batches first, so that the entropy of mean code use is that of the whole batch.
 
-        It costs one more pass of the encoder.
+        This costs one more pass of the encoder.
         """
         model = self.unwrapped_model
         self._set_schedules(model)
@@ -160,7 +160,7 @@ class VQGANTrainer(CompressionTrainer):
         try:
             return self._both_players_step(model, inputs, num_items_in_batch)
         except NonFiniteFeaturesError as error:
-            # The loss of the step before was finite, but its update made the weights overflow.
+            # The loss of the previous step was finite, but its update made the weights overflow.
             raise self.not_finite(f"The encoder's features became NaN or infinite ({error})") from error
 
     def _both_players_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
@@ -194,7 +194,7 @@ class VQGANTrainer(CompressionTrainer):
         return max(1, round(epochs * self.state.max_steps / max(1e-9, self.state.num_train_epochs)))
 
     def _expand_codebook(self, model: VQGAN) -> None:
-        """Doubles the codebook if enough codes are in use; all ranks decide alike, from summed counts."""
+        """Doubles the codebook if enough codes are in use; all ranks decide alike, because counts are summed over ranks."""
         used = self.monitor.report().get("window_utilization", 0.0)
         size = min(2 * model.config.codebook_size, self.args.codebook_expansion_limit)
         if used >= self.args.codebook_expansion_utilization and size > model.config.codebook_size:
@@ -246,13 +246,13 @@ class VQGANTrainer(CompressionTrainer):
         super()._load_best_model()
 
     def _fit_codebook(self, folder: str) -> None:
-        """With codebook expansion, gives the model as many codes as the model saved in `folder` has."""
+        """With codebook expansion, gives the model as many codes as the model in `folder` has."""
         if self.args.codebook_expansion:
             size = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["codebook_size"]
             self._resize_codebook(self.unwrapped_model, size)
 
     def _determine_best_metric(self, metrics, trial):
-        # Without quantization reconstructions are better than any from codes: such a step is never the best.
+        # Without quantization, reconstructions are better than any from codes, so such a step is never the best.
         if not self.unwrapped_model.quantizer.enabled:
             return False
         return super()._determine_best_metric(metrics, trial)

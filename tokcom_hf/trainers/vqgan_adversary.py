@@ -1,4 +1,4 @@
-"""The discriminator's side of VQGAN training: its losses, regularisers, optimizer and step."""
+"""The discriminator in VQGAN training: its losses, regularisers, optimizer and step."""
 
 import contextlib
 
@@ -28,7 +28,7 @@ def adaptive_weight(
 ) -> torch.Tensor:
     """‖∇ reconstruction‖ / ‖∇ adversarial‖ at the last decoder layer, at most `limit` (2012.09841, eq. 7).
 
-    The gradients are those of the batch of all ranks, so that every rank weighs alike and as one process would.
+    The gradients are averaged over ranks, so that every rank gets the same weight as one process with the whole batch.
     """
     losses = (reconstruction, adversarial)
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses]
@@ -68,7 +68,7 @@ class Adversary:
     Args:
         discriminator: `VQGANDiscriminator`.
         args: `VQGANTrainingArguments`.
-        accelerator: the trainer's; it wraps the discriminator for distributed training.
+        accelerator: accelerator of the trainer; it wraps the discriminator for distributed training.
     """
 
     def __init__(self, discriminator: nn.Module, args, accelerator):
@@ -81,7 +81,7 @@ class Adversary:
         self._means: list[torch.Tensor] = []
 
     def generator_loss(self, fake: torch.Tensor) -> torch.Tensor:
-        """Adversarial loss of reconstructions; the discriminator is frozen and unwrapped meanwhile."""
+        """Adversarial loss of reconstructions `(batch, channels, height, width)`, by the frozen, unwrapped discriminator."""
         self.network.requires_grad_(False)
         loss = generator_loss(self.network(fake).logits.float(), self.args.gan_loss)
         self.network.requires_grad_(True)
@@ -95,14 +95,14 @@ class Adversary:
             rate_scale: factor of the learning rate at this step.
 
         Returns:
-            losses and mean outputs, for the log.
+            Losses and mean logits, for the log.
         """
         args, synchronise = self.args, self.accelerator.sync_gradients
         context = contextlib.nullcontext() if synchronise else no_sync(self.accelerator, self.wrapped)
         real = real.detach().requires_grad_(args.gan_regularizer == "r1")
         with context:
             with self.accelerator.autocast():
-                # DDP allows one forward pass before a backward pass.
+                # One forward pass for both, because DDP allows only one before a backward pass.
                 logits = self.wrapped(torch.cat([real, fake.detach()])).logits.float()
             real_logits, fake_logits = logits.split([len(real), len(fake)])
             loss = discriminator_loss(real_logits, fake_logits, args.gan_loss)

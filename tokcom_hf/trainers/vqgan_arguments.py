@@ -1,4 +1,4 @@
-"""Arguments of the VQGAN's trainer."""
+"""Arguments of `VQGANTrainer`."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from .base import CompressionTrainingArguments
 
 @dataclass
 class VQGANTrainingArguments(CompressionTrainingArguments):
-    """Arguments of `VQGANTrainer`; the settings of the codebook are in `VQGANConfig`.
+    """Arguments of `VQGANTrainer`; settings of the codebook are in `VQGANConfig`.
 
     A share of training is a fraction of all optimizer steps, so that a schedule keeps its shape in a short run.
     """
@@ -18,7 +18,7 @@ class VQGANTrainingArguments(CompressionTrainingArguments):
         metadata={"help": "none, pyramid (MS-SSIM and gradients), random, lpips, or backbone:<name or folder>."},
     )
     perceptual_weight: float = field(default=0.005, metadata={"help": "Weight of the perceptual loss."})
-    adversarial_weight: float = field(default=0.4, metadata={"help": "Weight of the adversarial loss; 0 is none."})
+    adversarial_weight: float = field(default=0.4, metadata={"help": "Weight of the adversarial loss; 0 = none."})
     adversarial_start: float = field(default=0.3, metadata={"help": "Share of training without a discriminator."})
     adversarial_warmup: float = field(
         default=0.1,
@@ -32,7 +32,7 @@ class VQGANTrainingArguments(CompressionTrainingArguments):
     gan_regularizer: str = field(default="lecam", metadata={"help": "none, lecam or r1."})
     gan_regularizer_weight: float = field(default=0.001, metadata={"help": "Weight of the regularizer (R1: about 1)."})
     discriminator_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the discriminator; learning_rate where not given."}
+        default=None, metadata={"help": "Learning rate of the discriminator; by default learning_rate."}
     )
     commitment_warmup_epochs: float = field(
         default=5.0, metadata={"help": "Epochs over which the commitment weight grows from 0."}
@@ -40,13 +40,13 @@ class VQGANTrainingArguments(CompressionTrainingArguments):
     autoencoder_steps: int | float = field(
         default=0,
         metadata={
-            "help": "First steps without quantization (below 1: a share of training); after them the codes are placed on "
+            "help": "Number of first steps without quantization (below 1: share of training); then the codes are placed on "
             "features of training images."
         },
     )
     temperature_schedule: str = field(
         default="linear",
-        metadata={"help": "linear: the sampling temperature falls to 0 (temperature_anneal); constant: it stays."},
+        metadata={"help": "linear: the sampling temperature falls to 0 over temperature_anneal; constant: it stays."},
     )
     temperature_anneal: float = field(
         default=0.5, metadata={"help": "Share of training over which a linear temperature falls to 0."}
@@ -84,7 +84,7 @@ class VQGANTrainingArguments(CompressionTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.fp16:
-            raise ValueError("fp16 cannot serve two optimizers with one gradient scaler; use bf16 or fp32.")
+            raise ValueError("One fp16 gradient scaler cannot serve two optimizers; use bf16 or fp32 instead of fp16.")
         if self.gan_loss not in ("hinge", "non_saturating"):
             raise ValueError(f"gan_loss must be hinge or non_saturating, got {self.gan_loss!r}.")
         if self.gan_regularizer not in ("none", "lecam", "r1"):

@@ -1,4 +1,4 @@
-"""What a trainer does to a VQGAN's codebook: places its codes, shows it micro-batches ahead, changes its size."""
+"""What the trainer does with a VQGAN's codebook: places its codes, computes its inputs ahead, changes its size."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,14 +23,14 @@ def quantizer_inputs(model: VQGAN, pixel_values: torch.Tensor) -> torch.Tensor:
 def place_codes(model: VQGAN, dataset: Any, collate: Callable[[list], Any], number: int, seed: int) -> None:
     """Places the codes on features of training images.
 
-    The images depend on `seed` alone, so that every rank and every batch size places the same codes.
+    The images depend on `seed` alone, so that codes do not depend on rank and batch size.
 
     Args:
-        model: in training or evaluation mode, which stays.
+        model: a `VQGAN`; it stays in training or evaluation mode.
         dataset: training images, with a length and indices.
-        collate: rows of it to a batch with `pixel_values`.
-        number: images to look at, at most all.
-        seed: of the choice of images.
+        collate: makes a batch with `pixel_values` of rows of the data set.
+        number: number of images to use, at most all.
+        seed: seed of the choice of images.
     """
     number = min(number, len(dataset))
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:number].tolist()
@@ -45,7 +45,7 @@ def place_codes(model: VQGAN, dataset: Any, collate: Callable[[list], Any], numb
 
 
 def resize_codebooks(networks: Iterable[nn.Module | None], size: int) -> None:
-    """Gives each network `size` codes: more than now by splitting codes, fewer only to load them from a folder."""
+    """Gives each network `size` codes: more by splitting codes; fewer by a new codebook, which is loaded afterwards."""
     for network in networks:
         if not isinstance(network, VQGAN) or network.config.codebook_size == size == network.quantizer.codebook_size:
             continue

@@ -13,7 +13,7 @@ BATCH_USAGE = ("active", "utilization", "entropy", "normalized_entropy")
 class HeldOutSums:
     """Sums over batches of held-out images, the same on every rank.
 
-    Images that the data loader repeats, so that every rank has a full batch, count once.
+    Images that the data loader repeats to give every rank a full batch count once.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class HeldOutSums:
         """Takes one batch of each rank; every rank must call it.
 
         Args:
-            accelerator: the trainer's.
+            accelerator: accelerator of the trainer.
             images, targets: reconstructions and targets `(batch, channels, height, width)` in [-1, 1].
             codes: `(batch, ...)`.
             codebook_size: number of codes.
@@ -55,7 +55,7 @@ class HeldOutSums:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def metrics(self) -> dict[str, float]:
-        """Image metrics, code usage of the whole set and within batches; empty where no batch was added."""
+        """Image metrics, and code usage in the whole set and within batches; empty if no batch was added."""
         sums = self._sums
         if not sums:
             return {}

@@ -1,8 +1,8 @@
 """Perceptual losses of reconstructed images; `pyramid` and `random` need no download.
 
-`pyramid`: 1 − MS-SSIM plus gradients over a Laplacian-like pyramid. `random`: distance of seeded random convolution
-features at three scales. `backbone:<name or folder>`: feature distance of a vision model loaded by transformers
-(`AutoModel`), or by timm with `timm:<name>`. `lpips`: the real LPIPS, where the package `lpips` is installed.
+`pyramid`: 1 − MS-SSIM plus the distance of image gradients at three scales. `random`: distance of the features of a random
+convolution network. `backbone:<name or folder>`: feature distance of a vision model loaded by transformers (`AutoModel`), or
+by timm with `backbone:timm:<name>`. `lpips`: LPIPS, if the package `lpips` is installed.
 """
 
 import torch
@@ -89,11 +89,11 @@ class BackboneLoss(nn.Module):
 
 
 def build_perceptual_loss(name: str, channels: int = 3) -> nn.Module | None:
-    """The perceptual loss of that name (see the module), or None for `none`.
+    """The perceptual loss of that name (see the docstring of this file), or None for `none`.
 
     Raises:
-        ValueError: unknown name.
-        ImportError: the package it needs is missing.
+        ValueError: the name is unknown.
+        ImportError: a package that the loss needs is missing.
     """
     if name == "none":
         return None

@@ -1,4 +1,4 @@
-"""Reconstruction grids and codebook plots, saved and sent to the tracker at every evaluation."""
+"""Reconstruction grids and codebook plots, saved and sent to the trackers at every evaluation."""
 
 import math
 from pathlib import Path
@@ -58,7 +58,7 @@ class PictureCallback(TrainerCallback):
 
 
 def reconstruction_grid(images, reconstructions, columns: int = 8) -> Image.Image:
-    """Each row of originals above the row of its reconstructions; tensors `(batch, channels, height, width)` in [-1, 1]."""
+    """A picture with each row of originals above its reconstructions; `(batch, channels, height, width)` in [-1, 1]."""
     tiles: list[Image.Image] = []
     originals, copies = _pictures(images), _pictures(reconstructions)
     for start in range(0, len(originals), columns):
