@@ -46,7 +46,7 @@ def test_missing_and_unexpected_weights_are_named(saved, tmp_path):
     name = saved[2]
     with pytest.raises(ValueError, match=f"lacks 1 tensor.*{name}"):
         AutoModel.from_pretrained(write(saved, tmp_path, value=None))
-    with pytest.raises(ValueError, match=r"model has not, 1 tensor.*base\.proj\.weight"):
+    with pytest.raises(ValueError, match=r"unknown to the model, 1 tensor.*base\.proj\.weight"):
         AutoModel.from_pretrained(write(saved, tmp_path, more={"base.proj.weight": torch.zeros(3)}))
 
 
