@@ -137,7 +137,7 @@ def cut_blocks(
 ) -> Blocks:
     """Blocks of `shape` (rows, blocks, chunks, latent), as `block_shape` gives it, of rows (rows, length)."""
     if latents is not None and offset:
-        raise ValueError(f"latents must be those of whole rows, from token 0 on, but offset={offset} was given, too.")
+        raise ValueError(f"latents must be those of whole rows, from token 0 on; got offset={offset} with them.")
     rows, draws, chunk = len(input_ids), model.config.noise_draws, model.config.vae.chunk_size
     count, span = shape[1] // draws, shape[2] * chunk
     covered = slice(offset, offset + count * span)
