@@ -4,12 +4,12 @@
     python recipes/analyze_codebook.py --model_path outputs/train_vqgan --data_dir photos --image_size 128
     python recipes/analyze_codebook.py --model_path outputs/train_vqgan --interactive
 
-`--model_path models/NAME.pt` reads the folder models/NAME of `train_vqgan.py --model_dir models --model_name NAME`.
+`--model_path models/NAME.pt` reads the folder models/NAME that `train_vqgan.py --model_dir models --model_name NAME` wrote.
 
-Prints utilisation, entropy and the most and least used codes; writes `summary.json`, with `--plot` the histogram and
-usage curve `usage.png`, the per-code picture table `codes.png` and reconstructions, with `--save_details` the table
-`codes.csv`: count, share, rank, norm and nearest other code of every code. `--temperature T` also reports what sampling
-from softmax(−distance/T) would use.
+Prints utilisation, entropy and the most and least used codes, and writes `summary.json`. `--plot` adds the histogram and
+usage curve `usage.png`, a picture of each code in `codes.png`, and `reconstructions.png`. `--save_details` adds `codes.csv`:
+count, share, rank, norm and nearest other code of every code. `--temperature T` also reports the usage of codes sampled
+from softmax(−distance / T).
 """
 
 import csv
@@ -39,25 +39,26 @@ class AnalysisArguments:
     """What to analyse."""
 
     model_path: str = field(default="outputs/train_vqgan", metadata={"help": "VQGAN folder or Hub id."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of images; procedural ones if not given."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of images; if not set, procedural images."})
     output_dir: str = field(
         default="outputs/analyze_codebook", metadata={"help": "Folder of summary, tables, figures."}
     )
-    image_size: int | None = field(default=None, metadata={"help": "Pixels; the model's own if not given."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels per side; if not set, the model's own."})
     batch_size: int = field(default=32, metadata={"help": "Images per forward pass."})
-    num_images: int = field(default=512, metadata={"help": "Images to look at, at most."})
+    num_images: int = field(default=512, metadata={"help": "Number of images, at most."})
     plot: bool = field(default=False, metadata={"help": "Draw PNG figures."})
     save_details: bool = field(default=False, metadata={"help": "Write codes.csv."})
     temperature: float = field(default=0.0, metadata={"help": "Also report sampling at this temperature (ema only)."})
     device: str | None = field(
-        default=None, metadata={"help": "cpu, cuda or another torch device; the accelerator where there is one."}
+        default=None,
+        metadata={"help": "cpu, cuda or another torch device; if not set, the accelerator if there is one."},
     )
     interactive: bool = field(default=False, metadata={"help": "Browse the per-code table in the terminal."})
 
 
 @torch.no_grad()
 def collect(model, images, args: AnalysisArguments) -> dict:
-    """Counts, fidelity and a few pictures over the images."""
+    """Code counts, mean (PSNR in dB, SSIM) and the first pictures, over all images."""
     size = model.config.codebook_size
     counts, sampled = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
     quality: list[torch.Tensor] = []
@@ -121,7 +122,7 @@ def browse(rows: list[dict], page: int = 20) -> None:
         print(
             f"[{start + 1}–{min(start + page, len(order))} of {len(order)}]  n next, p previous, a column name sorts"
         )
-        print("(again: reverses), a number shows that code, q quits")
+        print("(the same name again reverses), a number shows that code, q quits")
         try:
             word = input("> ").strip()
         except EOFError:
@@ -143,17 +144,18 @@ def browse(rows: list[dict], page: int = 20) -> None:
 
 @torch.no_grad()
 def code_pictures(model, rows: list[dict], processor, limit: int = 64):
-    """What the most used codes look like: each decoded as a 4 × 4 map of itself, most used first."""
+    """A grid of the most used codes, most used first: each is decoded from a 4 × 4 map of this code alone."""
     best = [row["code"] for row in sorted(rows, key=lambda row: -row["count"])[:limit]]
     codes = torch.tensor(best, device=model.device)[:, None, None].expand(-1, 4, 4)
     return as_grid(processor.postprocess(model.decode_codes(codes)), 16)
 
 
 def model_folder(path: str) -> str:
-    """`path`, or the folder of that name without `.pt`, under which training runs leave their model.
+    """`path` without a final `.pt`: `train_vqgan.py --model_name NAME.pt` writes the folder NAME.
 
     Raises:
-        ValueError: a `.pt` file, which this package neither writes nor reads as a VQGAN.
+        ValueError: `path` is a `.pt` file; a VQGAN is saved as a folder.
+        FileNotFoundError: there is neither such a file nor such a folder.
     """
     if not path.endswith(".pt"):
         return path
@@ -168,10 +170,10 @@ def model_folder(path: str) -> str:
 
 
 def torch_device(name: str | None) -> torch.device:
-    """The device called `name`, or the accelerator where there is one.
+    """The device called `name`; if None, the accelerator, or the CPU without one.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: this machine has no such device.
     """
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -182,7 +184,7 @@ def torch_device(name: str | None) -> torch.device:
 
 
 def open_images(args: AnalysisArguments, model, processor):
-    """The images of --data_dir, or procedural held-out ones, in the channels that the model sees and makes."""
+    """Images of --data_dir or procedural held-out ones, with the input and output channels of the model."""
     if args.data_dir:
         images = FolderImages(args.data_dir, processor)
         images.length = min(len(images), args.num_images)
@@ -199,7 +201,10 @@ def main(argv: list[str] | None = None) -> dict:
     """Runs the analysis and returns its summary."""
     args = AnalysisArguments(**parse_recipe(__doc__, {"analysis": AnalysisArguments}, None, argv)["analysis"])
     if args.batch_size < 1 or args.num_images < 1 or args.temperature < 0:
-        raise ValueError("batch_size and num_images must be at least 1 and temperature not negative.")
+        raise ValueError(
+            "batch_size and num_images must be at least 1 and temperature not negative, "
+            f"got {args.batch_size}, {args.num_images} and {args.temperature}."
+        )
     args.model_path = model_folder(args.model_path)
     device = torch_device(args.device)
     model = load_pretrained(AutoModel, args.model_path).eval().to(device)

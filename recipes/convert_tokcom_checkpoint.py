@@ -3,8 +3,8 @@
     python recipes/convert_tokcom_checkpoint.py best_diffusion.pt outputs/converted
     python recipes/convert_tokcom_checkpoint.py best_diffusion.pt outputs/converted --tokenizer my/tokenizer --parts true
 
-The folder holds the whole model (of `best_vae.pt`: the VAE). --parts adds `vae/` and `denoiser/`, each a model folder of its
-own. --tokenizer saves the tokenizer beside the model and takes the EOS token from it.
+The folder holds the whole model, or the VAE alone if the file is `best_vae.pt`. --parts also writes the folders `vae/` and
+`denoiser/`, each a model of its own. --tokenizer saves the tokenizer beside the model and takes the EOS token from it.
 """
 
 import shutil
@@ -22,14 +22,15 @@ from tokcom_hf.tokcom_checkpoint import checkpoint_settings, convert_checkpoint,
 
 @dataclass
 class ConversionArguments:
-    """Beside the two paths."""
+    """Options, which follow the two paths."""
 
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer of the checkpoint, by name or folder."})
     parts: bool = field(default=False, metadata={"help": "Also write <OUT>/vae and <OUT>/denoiser."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what OUT holds."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the model that OUT holds."})
 
 
 def main() -> None:
+    """Converts the checkpoint and prints what was written."""
     paths = []
     arguments = sys.argv[1:]
     while arguments and not arguments[0].startswith("--"):
@@ -82,7 +83,7 @@ def write(out: Path, model, tokenizer, parts: bool, source: str) -> None:
             config=model.config.to_dict(), parameters=counts, metrics={}, samples={},
             data=f"data not recorded in {source}, from which it was converted",
         )  # fmt: skip
-        # What else an overwritten folder holds is left alone.
+        # Other files of an overwritten folder are kept.
         out.mkdir(parents=True, exist_ok=True)
         for item in (path for path in unfinished.rglob("*") if path.is_file()):
             target = out / item.relative_to(unfinished)

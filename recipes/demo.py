@@ -3,9 +3,9 @@
     pip install -e ".[demo]" && python recipes/demo.py                   # then open http://127.0.0.1:7860
     python recipes/demo.py --tokcom outputs/mine --port 8000
 
-Every tab reads the folder that a recipe leaves, and says which command makes it where it is missing. The page is served
-to this machine alone, loads models at the first click, sends nothing anywhere and downloads nothing; `--share true` makes
-it public through Gradio's servers.
+Each tab loads the folder that a recipe writes; where the folder is missing, the tab names the command that makes it. The
+page is served to this machine only, loads models at the first click, sends nothing anywhere and downloads nothing;
+`--share true` makes it public through Gradio's servers.
 """
 
 import functools
@@ -33,13 +33,13 @@ BLOCK_SIZES = [
 class DemoArguments:
     """Folders of the four tabs, and where the page is served."""
 
-    tokcom: str = field(default="outputs/tokcom", metadata={"help": "Folder of train_tokcom.py."})
-    vqgan: str = field(default="outputs/train_vqgan", metadata={"help": "Folder of train_vqgan.py."})
-    pruned: str = field(default="outputs/token_pruning", metadata={"help": "Folder of train_token_pruning.py."})
-    images: str = field(default="outputs/image_tokens", metadata={"help": "Folder of image_tokens.py."})
+    tokcom: str = field(default="outputs/tokcom", metadata={"help": "Output folder of train_tokcom.py."})
+    vqgan: str = field(default="outputs/train_vqgan", metadata={"help": "Output folder of train_vqgan.py."})
+    pruned: str = field(default="outputs/token_pruning", metadata={"help": "Output folder of train_token_pruning.py."})
+    images: str = field(default="outputs/image_tokens", metadata={"help": "Output folder of image_tokens.py."})
     prompt: str = field(
         default="<image> {question}",
-        metadata={"help": "Prompt of the pruned model; LLaVA-1.5: 'USER: <image>\\n{question} ASSISTANT:'."},
+        metadata={"help": "Prompt of the pruned model; for LLaVA-1.5: 'USER: <image>\\n{question} ASSISTANT:'."},
     )
     host: str = field(default="127.0.0.1", metadata={"help": "Address to serve on; 0.0.0.0 for the whole network."})
     port: int = field(default=7860, metadata={"help": "Port to serve on."})
@@ -96,7 +96,7 @@ def build(args: DemoArguments) -> Any:
         gr.Markdown("# tokcom_hf: fewer tokens")
         for (name, folder), builder in zip(folders.items(), builders, strict=True):
             with gr.Tab(name) as tab:
-                # A function: asked anew whenever the page or the tab is opened.
+                # Passed as a function, which Gradio calls whenever the page or the tab is opened.
                 status = gr.Markdown(folder.status)
                 tab.select(folder.status, None, [status], show_progress="hidden")
                 builder(gr, folder)
@@ -112,7 +112,7 @@ def gradio() -> Any:
 
 
 def theme() -> Any:
-    """Fonts of the reader's own system: none are fetched."""
+    """A theme with fonts of the reader's system, so that the page fetches none."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return gradio().themes.Default(**fonts)
 
@@ -120,21 +120,21 @@ def theme() -> Any:
 def text_tab(gr: Any, folder: ModelFolder) -> None:
     """Writing, reading noisy latents, and denoising step by step."""
     gr.Markdown(
-        "### Write\nContinue a prompt, or write from nothing where it is empty. A chunk is one latent of 4 tokens."
+        "### Write\nContinue a prompt; leave it empty to write from nothing. A chunk is one latent of 4 tokens."
     )
     with gr.Row():
         with gr.Column():
             prompt = gr.Textbox("The function returns", label="Prompt", lines=2)
             chunks = gr.Slider(1, 256, 32, step=1, label="Chunks to write")
             block_size = gr.Dropdown(BLOCK_SIZES, value=-1, label="Chunks denoised together (a block)")
-            steps = gr.Slider(1, 50, 8, step=1, label="Steps of the flow per block")
+            steps = gr.Slider(1, 50, 8, step=1, label="Flow steps per block")
             temperature = gr.Slider(
                 0,
                 1.5,
                 1,
                 step=0.05,
                 label="Temperature",
-                info="Factor of all noise; 0 gives one text.",
+                info="Scales all noise; at 0 every seed gives the same text.",
             )
             seed = gr.Number(0, label="Seed", precision=0)
             button = gr.Button("Write", variant="primary")
@@ -157,14 +157,14 @@ def text_tab(gr: Any, folder: ModelFolder) -> None:
     on_click(gr, button, folder, reconstruct_text, [given, noise, noise_seed], [read, accuracy])
 
     gr.Markdown(
-        "### Denoise step by step\nThe input's latents are mixed with noise; each step moves them along the flow. What "
-        "the decoder reads from them is shown after every step. A context knows the true text before each block."
+        "### Denoise step by step\nThe input's latents are mixed with noise; each step moves them along the flow. The "
+        "table shows the decoded text after every step. A context encoder is given the true text before each block."
     )
     with gr.Row():
         with gr.Column():
             clean = gr.Textbox(EXAMPLE_TEXT, label="Input", lines=5)
             start = gr.Slider(0, 0.95, 0.4, step=0.05, label="Start", info="0 is pure noise, 1 the clean latents.")
-            count = gr.Slider(1, 50, 8, step=1, label="Steps of a whole flow")
+            count = gr.Slider(1, 50, 8, step=1, label="Flow steps from 0 to 1")
             flow_seed = gr.Number(0, label="Seed of the noise", precision=0)
             button = gr.Button("Denoise", variant="primary")
         with gr.Column(scale=2):
@@ -185,7 +185,7 @@ def denoise_text(pipe: Any, given: str, start: float, steps: int, seed: int) -> 
 
 
 def image_codes_tab(gr: Any, folder: ModelFolder) -> None:
-    """Reconstruction beside the input, the map of codes, and their use."""
+    """The input, its reconstruction, the map of its codes, and a table of their use."""
     with gr.Row():
         with gr.Column():
             image = picture_input(gr)
@@ -214,7 +214,7 @@ def reconstruct_image(pipe: Any, image: Image.Image | None) -> tuple[Any, ...]:
 
 
 def pruning_tab(gr: Any, folder: ModelFolder, prompt: str) -> None:
-    """Both answers to a question, their cost, and the patches that stay."""
+    """The unpruned and the pruned answer to a question, their cost, and the kept patches."""
     with gr.Row():
         with gr.Column():
             image = picture_input(gr)
@@ -227,7 +227,7 @@ def pruning_tab(gr: Any, folder: ModelFolder, prompt: str) -> None:
             )
             button = gr.Button("Answer", variant="primary")
         with gr.Column(scale=2):
-            gr.Markdown("Patches that are kept. Merging gives each the mean of the patches like it.")
+            gr.Markdown("Kept patches. A merger replaces each by the mean of the patches similar to it.")
             kept = gallery(gr, columns=3, height=300)
             table = gr.Markdown()
 
@@ -250,7 +250,7 @@ def drawing_tab(gr: Any, folder: ModelFolder) -> None:
             number = gr.Number(0, label="Number of the next example", precision=0)
             example = gr.Button("Another caption")
             pictures = gr.Slider(1, 8, 4, step=1, label="Pictures")
-            guidance = gr.Slider(1, 5, 1.5, step=0.1, label="Guidance", info="Above 1 the caption counts more.")
+            guidance = gr.Slider(1, 5, 1.5, step=0.1, label="Guidance", info="Above 1 the caption has more influence.")
             temperature = gr.Slider(0.05, 1.5, 0.3, step=0.05, label="Temperature")
             seed = gr.Number(0, label="Seed", precision=0)
             button = gr.Button("Draw", variant="primary")

@@ -7,8 +7,8 @@
     python recipes/eval_token_pruning.py --model llava-hf/llava-1.5-7b-hf --strategy visionzip --keep 192 \
         --eval_file val.jsonl --prompt "USER: <image>\n{question} ASSISTANT:"
 
-Prints and saves accuracy per question type, BLEU, tokens per layer, FLOPs with the heads' own, prefill and decode time
-side by side with the unpruned model, KV memory, and pictures of the patches each layer keeps.
+Prints and saves accuracy per question type, BLEU, tokens per layer, FLOPs (those of merger and pruners included), prefill
+and decode time beside the unpruned model's, KV memory, and pictures of the patches that each layer keeps.
 """
 
 import json
@@ -33,15 +33,19 @@ class RunArguments:
     """What is evaluated."""
 
     model: str = field(default="outputs/token_pruning", metadata={"help": "Pruned VLM, or any VLM with --strategy."})
-    processor: str | None = field(default=None, metadata={"help": "Processor, where it is not beside the model."})
+    processor: str | None = field(
+        default=None, metadata={"help": "Processor by Hub id or folder; if not set, the model's."}
+    )
     output_dir: str = field(default="outputs/eval_token_pruning", metadata={"help": "Folder of the reports."})
     strategy: str | None = field(default=None, metadata={"help": "Training-free strategy on an unpruned VLM."})
     keep: int | None = field(default=None, metadata={"help": "Vision tokens per image that the strategy keeps."})
     strategy_layer: int | None = field(
         default=None, metadata={"help": "Layer of the language model before which fastv removes tokens; 2 by default."}
     )
-    max_new_tokens: int = field(default=4, metadata={"help": "Longest answer."})
-    caption_max_new_tokens: int = field(default=64, metadata={"help": "Longest caption (--task caption or both)."})
+    max_new_tokens: int = field(default=4, metadata={"help": "Most tokens of an answer."})
+    caption_max_new_tokens: int = field(
+        default=64, metadata={"help": "Most tokens of a caption (--task caption or both)."}
+    )
     batch_size: int = field(default=50, metadata={"help": "Questions per batch."})
     pictures: int = field(default=4, metadata={"help": "Images drawn with the patches that each layer keeps."})
     repeats: int = field(default=5, metadata={"help": "Repetitions of the time measurement."})
@@ -68,17 +72,17 @@ def main() -> None:
     times = time_modes(model, batch, ["origin", "hard"], run.repeats)
     out = Path(run.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    by_row = ("scores", "answers", "merged_tokens")
-    slim = {mode: {k: v for k, v in result.items() if k not in by_row} for mode, result in table.items()}
-    results = named_metrics(table) | {"modes": slim, "times": times}
+    per_row = ("scores", "answers", "merged_tokens")
+    summary = {mode: {k: v for k, v in result.items() if k not in per_row} for mode, result in table.items()}
+    results = named_metrics(table) | {"modes": summary, "times": times}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     shown = [rows[i] for i in range(min(run.pictures, len(rows)))]
     model.pruning_mode = "hard"
-    told = plot_kept_patches(model, collator, shown, out / "kept_patches.png")
+    figure_note = plot_kept_patches(model, collator, shown, out / "kept_patches.png")
     print_table(table, times)
     for name, value in named_metrics(table).items():
         print(f"{name}: {value:.4g}")
-    print(told)
+    print(figure_note)
 
 
 def load_model(run: RunArguments) -> PrunedVLM:

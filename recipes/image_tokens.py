@@ -47,9 +47,11 @@ class RunArguments(RunFolderArguments):
     base: str | None = field(default=None, metadata={"help": "Causal language model: folder or Hub id."})
     image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
     eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
-    image_dir: str | None = field(default=None, metadata={"help": "Folder of the images; the file's own if not set."})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the images; if not set, that of the file."}
+    )
     allow_outside: bool = field(
-        default=False, metadata={"help": "Let JSON lines name images by absolute paths and outside that folder."}
+        default=False, metadata={"help": "Let JSON lines name images by absolute paths or outside the image folder."}
     )
     train_images: int = field(
         default=16000, metadata={"help": "Procedural scenes to train on; those with a held-out caption are left out."}
@@ -64,11 +66,11 @@ class RunArguments(RunFolderArguments):
         default=None, metadata={"help": "Text before the image's tokens, with {caption} in it."}
     )
     caption_drop: float = field(default=0.1, metadata={"help": "Share of training rows without their caption."})
-    guidance_scale: float = field(default=2.0, metadata={"help": "Above 1 the caption counts more."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the drawn tokens."})
+    guidance_scale: float = field(default=2.0, metadata={"help": "Above 1 pictures follow the caption more closely."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of image tokens."})
     embedding_init_method: str = field(default="mean", metadata={"help": "Start of new rows: mean, random, zeros."})
     tune_llm: bool = field(default=True, metadata={"help": "Train the language model's layers, not only new rows."})
-    freeze_original: bool = field(default=True, metadata={"help": "Old vocabulary rows never move."})
+    freeze_original: bool = field(default=True, metadata={"help": "Keep the old vocabulary rows frozen."})
     base_steps: int = field(default=150, metadata={"help": "Steps of the small Llama's pretraining on captions."})
     output_dir: str = field(default="outputs/image_tokens", metadata={"help": "Folder of model, pictures, results."})
     threads: int = field(default=0, metadata={"help": "CPU threads of a single process; 0 takes all cores."})
@@ -85,7 +87,7 @@ SECTIONS = {
 
 
 class Parts(NamedTuple):
-    """What makes and reads image tokens, and what building it took, in seconds."""
+    """Image tokenizer, expanded language model, their processors, and the seconds that building them took."""
 
     decoder: Any
     image_processor: Any
@@ -100,7 +102,7 @@ def read_arguments(argv: list[str] | None):
     run = RunArguments(**values["run"])
     if bool(run.image_text_file) != bool(run.eval_file):
         raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
-    # The finished folder is pushed, not the image tokenizer's own run.
+    # Only the finished folder is pushed, never the image tokenizer's own run.
     take_upload(values["vqgan_training"])
     upload = take_upload(values["training"])
     for section in ("vqgan_training", "training"):
@@ -124,9 +126,9 @@ def vqgan_config(run: RunArguments, values) -> VQGANConfig:
 
 
 def stage_settings(values) -> dict[str, dict[str, Any]]:
-    """What decides the results of the image tokenizer, the small language model and the whole."""
+    """Settings that determine the result of each stage: image tokenizer, small language model, whole model."""
     names = {DECODER_FOLDER: ("run", "vqgan", "vqgan_training"), "base": ("run", "base_model"), "": tuple(SECTIONS)}
-    ignore = ("guidance_scale", "temperature")  # of the drawing, and of a sampling quantizer, which LFQ is not
+    ignore = ("guidance_scale", "temperature")  # both act on the drawing only; an LFQ quantizer has no temperature
     return {
         stage: settings_of({name: SECTIONS[name] for name in sections}, values, ignore)
         for stage, sections in names.items()
@@ -134,7 +136,7 @@ def stage_settings(values) -> dict[str, dict[str, Any]]:
 
 
 def build_data(run: RunArguments):
-    """Training and held-out rows with caption and image; no held-out caption is trained on."""
+    """Training and held-out rows with caption and image; procedural training scenes have no held-out caption."""
     if run.image_text_file is not None:
         files = (run.image_text_file, run.eval_file or "")
         return tuple(read_image_text_jsonl(file, run.image_dir, run.allow_outside) for file in files)
@@ -166,7 +168,7 @@ def expand(run: RunArguments, base: str, tokenizer, decoder):
 
 
 def build_model(run: RunArguments, values, folder: RunFolder, train, held_out) -> Parts:
-    """Image tokenizer and language model, given or trained, and the model expanded by the tokenizer's codes."""
+    """Loads or trains the image tokenizer and the language model, and adds one id per code to the latter."""
     began = time.perf_counter()
     config = None if run.image_tokenizer else vqgan_config(run, values)
     decoder, image_processor = image_tokenizer(run, config, values["vqgan_training"], folder, train, held_out)
@@ -207,7 +209,7 @@ def report(
     tokens = trainer.eval_dataset
     results |= evaluate_drawing(model, processor, decoder, image_processor, held_out, tokens, run, folder.path)
     results["seconds"]["drawing"] = round(time.perf_counter() - started, 1)
-    # What is pushed must not refer to a folder of this machine.
+    # A pushed model holds its base's weights, because nobody else has this machine's folder.
     whole = run.base is None or (upload is not None and Path(run.base).is_dir())
     with folder.whole() as place:
         model.save_pretrained(place, include_base=True if whole else None)

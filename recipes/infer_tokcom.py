@@ -37,7 +37,7 @@ from tokcom_hf.tokcom_checkpoint import is_checkpoint_file, load_checkpoint_file
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "decode", "conditional")
 GENERATING = ("generate", "conditional")
 READING = ("reconstruct", "denoise_reconstruct", "encode")
-# Options that only some modes use; given with another mode they are refused.
+# Option -> the modes that use it; any other mode refuses it.
 ONLY_IN = {
     **dict.fromkeys(("temperature", "block_size", "best_of", "guidance_scale"), GENERATING),
     **dict.fromkeys(("num_steps", "sampler", "seed"), (*GENERATING, "denoise_reconstruct")),
@@ -61,7 +61,9 @@ class InferenceArguments:
     num_generate_chunks: int = field(default=64, metadata={"help": "Chunks to add to a prompt."})
     num_steps: int | None = field(default=None, metadata={"help": "Steps of the flow; none takes the model's own."})
     noise_level: float = field(default=0.5, metadata={"help": "Start of denoise_reconstruct: 0 pure noise, 1 clean."})
-    batch_size: int = field(default=1, metadata={"help": "Texts to generate; otherwise rows per forward pass."})
+    batch_size: int = field(
+        default=1, metadata={"help": "Mode generate: number of texts; other modes: rows per pass."}
+    )
     temperature: float | None = field(
         default=None,
         metadata={"help": "Factor of all noise: 1 as trained, 0 gives one text; none takes the model's own."},
@@ -73,18 +75,21 @@ class InferenceArguments:
     )
     best_of: int | None = field(
         default=None,
-        metadata={"help": "Draws of each block, of which the one is kept that lies nearest to its own text."},
+        metadata={"help": "Draws per block; the one whose text encodes nearest to its latents is kept."},
     )
     guidance_scale: float | None = field(
-        default=None, metadata={"help": "Above 1 the text follows what stands before it more closely."}
+        default=None, metadata={"help": "Above 1 each block follows the text before it more closely."}
     )
     seed: int | None = field(default=None, metadata={"help": "Makes the output reproducible."})
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto takes the best there is."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, where the model names none."})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto prefers an accelerator."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer by name or folder; none takes the model's."}
+    )
     output_file: str | None = field(default=None, metadata={"help": "File for the result; latents in mode encode."})
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Reads the arguments and texts, loads the model and runs the mode."""
     sections = {"run": InferenceArguments}
     given = parse_recipe(__doc__, sections, argv=argv, aliases=INFER_TOKCOM)["run"]
     run = InferenceArguments(**given)
@@ -106,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_arguments(run: InferenceArguments, given: dict[str, Any]) -> None:
-    """Refuses bad values, and `given` ones that the mode does not use, before anything is loaded or written."""
+    """Refuses bad values, and given options that the mode does not use, before anything is loaded or written."""
     if run.mode not in MODES:
         raise RecipeError(f"--mode must be one of {', '.join(MODES)}, got {run.mode!r}.")
     for name in ("num_chunks", "num_generate_chunks", "num_steps", "batch_size", "best_of"):
@@ -165,8 +170,8 @@ def load(run: InferenceArguments) -> tuple[Any, Any]:
     return model, tokenizer or load_tokenizer(run.tokenizer or run.model)
 
 
-def sampling(run: InferenceArguments, names: tuple[str, ...] = ("num_steps", "sampler")) -> dict[str, Any]:
-    """What was said of the flow, and a generator of its noise."""
+def sampling_options(run: InferenceArguments, names: tuple[str, ...] = ("num_steps", "sampler")) -> dict[str, Any]:
+    """The given sampling options of `names`, and a generator of the noise."""
     generator = torch.Generator()
     if run.seed is None:
         generator.seed()
@@ -176,9 +181,9 @@ def sampling(run: InferenceArguments, names: tuple[str, ...] = ("num_steps", "sa
     return {name: value for name, value in given.items() if value is not None} | {"generator": generator}
 
 
-def generating(run: InferenceArguments) -> dict[str, Any]:
-    """Options of `generate`, with or without a prompt."""
-    return sampling(run, ("num_steps", "sampler", "temperature", "block_size", "best_of", "guidance_scale"))
+def generation_options(run: InferenceArguments) -> dict[str, Any]:
+    """Keyword arguments of `TokComModel.generate`."""
+    return sampling_options(run, ("num_steps", "sampler", "temperature", "block_size", "best_of", "guidance_scale"))
 
 
 def to_text(tokenizer: Any, ids: Any) -> str:
@@ -187,7 +192,7 @@ def to_text(tokenizer: Any, ids: Any) -> str:
 
 def generate(model: TokComModel, tokenizer: Any, run: InferenceArguments) -> list[dict[str, Any]]:
     """`batch_size` texts from nothing."""
-    ids = model.generate(num_chunks=run.num_chunks, batch_size=run.batch_size, **generating(run))
+    ids = model.generate(num_chunks=run.num_chunks, batch_size=run.batch_size, **generation_options(run))
     return [{"text": to_text(tokenizer, row)} for row in ids]
 
 
@@ -195,7 +200,7 @@ def continue_texts(
     model: TokComModel, tokenizer: Any, prompts: list[str], run: InferenceArguments
 ) -> list[dict[str, Any]]:
     """Each prompt with its continuation, `batch_size` prompts at a time."""
-    options, results = generating(run), []
+    options, results = generation_options(run), []
     for start in tqdm(range(0, len(prompts), run.batch_size), desc="continuing", unit="batch", delay=2):
         rows = tokenizer(prompts[start : start + run.batch_size], add_special_tokens=False).input_ids
         width = max(map(len, rows))
@@ -212,7 +217,7 @@ def continue_texts(
 @torch.no_grad()
 def reconstruct(model: Any, tokenizer: Any, texts: list[str], run: InferenceArguments) -> list[dict[str, Any]]:
     """Each text through the latents and back, after noise and denoising in mode denoise_reconstruct."""
-    options, vae, results = sampling(run), getattr(model, "vae", model), []
+    options, vae, results = sampling_options(run), getattr(model, "vae", model), []
     if run.mode == "denoise_reconstruct":
         options = {"num_steps": model.config.num_steps} | options
     for text in texts:

@@ -7,7 +7,7 @@
 
 Leaves `train.txt` (the first 90 % of the characters, up to a line end), `development.txt` (the next 5 %, to choose settings
 on), `test.txt` (the last 5 %, to report once), `tokenizer/` (a byte-level BPE trained on `train.txt`) and `split.json`.
-The text must have the checksum of `--sha256`: a split of another text is another split.
+The text must have the checksum `--sha256`, because the published figures hold for exactly one text.
 """
 
 import hashlib
@@ -41,9 +41,12 @@ class PrepareArguments:
 
 
 def main() -> None:
+    """Splits the text, trains the tokenizer and writes both."""
     run = PrepareArguments(**parse_recipe(__doc__, {"run": PrepareArguments})["run"])
     if run.text_file is None:
-        raise RecipeError("Name the text with --text_file; --help says where that of the published figures is found.")
+        raise RecipeError(
+            "Name the text with --text_file; --help says where to find the text of the published figures."
+        )
     text = read_text(run.text_file)
     digest = hashlib.sha256(Path(run.text_file).read_bytes()).hexdigest()
     if run.sha256 is not None and digest != run.sha256.lower():
@@ -58,7 +61,7 @@ def main() -> None:
     for name, part in parts.items():
         (out / f"{name}.txt").write_text(part, encoding="utf-8", newline="\n")
         report["characters"][name] = len(part)
-    # Read back the way training reads it, so that a tokenizer trained there on train.txt is this one.
+    # Read back as training reads it, so that a tokenizer trained there on train.txt equals this one.
     tokenizer = train_tokenizer(load_documents(str(out / "train.txt")), run.tokenizer_vocab_size)
     tokenizer.save_pretrained(out / "tokenizer")
     report["vocabulary"] = len(tokenizer)
@@ -72,7 +75,7 @@ def split_text(text: str) -> dict[str, str]:
     """The parts of a text by name: each ends with the line in which its share of the characters ends.
 
     Raises:
-        RecipeError: so short a text, or so long a line, that a part would be empty.
+        RecipeError: a part would be empty, because the text is too short or a line too long.
     """
     parts, start = {}, 0
     for name, share in PARTS.items():

@@ -52,7 +52,7 @@ class RunArguments(RunFolderArguments):
     tower_steps: int = field(default=300, metadata={"help": "Steps that teach tower and projector alone; 0: none."})
     questions_per_type: list[int] = field(
         default_factory=lambda: [3, 1, 1, 4, 1],
-        metadata={"help": "Questions about each scene, at most, of each of --types."},
+        metadata={"help": "Questions per scene, at most: one number for each type in --types."},
     )
     eval_questions: int = field(default=500, metadata={"help": "Held-out questions with balanced answers."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
@@ -73,7 +73,9 @@ def read_arguments(argv: list[str] | None):
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run, scenes = RunArguments(**values["run"]), SceneArguments(**values["scenes"])
     if len(run.questions_per_type) != len(scenes.types):
-        raise RecipeError(f"--questions_per_type {run.questions_per_type} needs a number for each of {scenes.types}.")
+        raise RecipeError(
+            f"--questions_per_type {run.questions_per_type} must have one number for each of {scenes.types}."
+        )
     upload = take_upload(values["training"])
     values["training"].pop("resume_from_checkpoint", None)
     args = SmallVLMTrainingArguments(**values["training"] | {"output_dir": run.output_dir, "seed": run.seed})
@@ -81,7 +83,7 @@ def read_arguments(argv: list[str] | None):
 
 
 def build_data(questions: list[int], scenes: SceneArguments, args: SmallVLMTrainingArguments):
-    """Scenes to train on, drawn as they are read, with so many questions of each type."""
+    """Training scenes, drawn when they are read, with at most `questions[i]` questions of the i-th type."""
     return training_scenes(args, scenes, questions)
 
 
@@ -93,7 +95,7 @@ def build_model(values):
 
 
 def teach(model, processor, run: RunArguments, scenes: SceneArguments, args, folder: RunFolder) -> dict[str, float]:
-    """Teaches tower and projector alone; returns what a linear probe then reads from features of held-out scenes."""
+    """Trains tower and projector alone; returns the accuracy of a linear probe on features of held-out scenes."""
     inner, side = model.model, math.isqrt(processor.image_seq_length)
     features = lambda pixels: inner.get_image_features(pixel_values=pixels).pooler_output  # noqa: E731
     lesson = TowerLesson(scenes.image_size, side, run.tower_steps, seed=run.seed, scenes=scenes.sampling())
@@ -101,22 +103,22 @@ def teach(model, processor, run: RunArguments, scenes: SceneArguments, args, fol
 
 
 def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArguments, train) -> SmallVLMTrainer:
-    """The trainer of projector and language model, and of a tower that was taught nothing."""
-    # A taught tower can see by now, and training goes twice as fast without its backward pass.
+    """The trainer of projector and language model, and of the tower too if --tower_steps is 0."""
+    # A pretrained tower stays frozen: training is twice as fast without its backward pass.
     model.model.vision_tower.requires_grad_(run.tower_steps == 0)
     return SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
 
 
-def report(run: RunArguments, folder: RunFolder, trainer, processor, scenes, seen, started, upload) -> dict[str, Any]:
+def report(run: RunArguments, folder: RunFolder, trainer, processor, scenes, probe, started, upload) -> dict[str, Any]:
     """Measures accuracy by question type; writes results.json and the card; returns the results."""
     out, model = folder.path, trainer.unwrapped_model
     with folder.whole() as place:
         processor.save_pretrained(place)
     held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, scenes)
     accuracy = answer_accuracy(model, processor, held_out)
-    results: dict[str, Any] = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed, "tower": seen}
+    results: dict[str, Any] = {"accuracy": accuracy, "scenes": vars(scenes), "seed": run.seed, "tower": probe}
     results["steps"] = trainer.state.global_step
-    # Of a resumed run the training of all its parts, too.
+    # A resumed run also counts the training before its interruption.
     results["seconds"] = round(max(time.time() - started, trainer.training_seconds), 1)
     measured = {"accuracy": accuracy}
     write_report(out, "InternVL", model, results, measured, None if upload is None else upload.repo_id)
@@ -137,10 +139,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, processor = build_model(values)
     teacher = partial(teach, model, processor, run, scenes, args, folder) if run.tower_steps else None
     builder = partial(build_trainer, model, processor, run, args, train)
-    trainer, seen = train_small_vlm(folder, settings_of(SECTIONS, values), args, teacher, builder)
+    trainer, probe = train_small_vlm(folder, settings_of(SECTIONS, values), args, teacher, builder)
     if not trainer.is_world_process_zero():
         return {}
-    results = report(run, folder, trainer, processor, scenes, seen, started, upload)
+    results = report(run, folder, trainer, processor, scenes, probe, started, upload)
     folder.finish()
     if upload is not None:
         print("pushed to", upload.push(folder.path))

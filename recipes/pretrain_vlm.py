@@ -48,10 +48,10 @@ class RunArguments(RunFolderArguments):
 
     output_dir: str = field(default="outputs/small_vlm", metadata={"help": "Folder of model and processor."})
     tower_steps: int = field(default=300, metadata={"help": "Steps that teach the vision tower alone; 0 for none."})
-    train_tower: bool = field(default=False, metadata={"help": "Go on training the tower with the language model."})
+    train_tower: bool = field(default=False, metadata={"help": "Train the tower together with the language model."})
     questions_per_type: list[int] = field(
         default_factory=lambda: [3, 1, 1, 4, 1],
-        metadata={"help": f"Questions about each scene, at most, of type {', '.join(QUESTION_TYPES)}."},
+        metadata={"help": f"Questions per scene, at most: one number for each of {', '.join(QUESTION_TYPES)}."},
     )
     captions: bool = field(default=False, metadata={"help": "Also train to caption every scene."})
     eval_questions: int = field(default=1000, metadata={"help": "Held-out questions with balanced answers."})
@@ -83,7 +83,7 @@ def read_arguments(argv: list[str] | None):
     run = RunArguments(**values["run"])
     if len(run.questions_per_type) != len(QUESTION_TYPES):
         raise RecipeError(
-            f"--questions_per_type {run.questions_per_type} needs a number for each of {QUESTION_TYPES}."
+            f"--questions_per_type {run.questions_per_type} must have one number for each of {QUESTION_TYPES}."
         )
     scenes = run.scenes(CLIPVisionConfig(**values["vision"]).image_size)
     upload = take_upload(values["training"])
@@ -93,7 +93,7 @@ def read_arguments(argv: list[str] | None):
 
 
 def build_data(run: RunArguments, scenes: SceneArguments, args: SmallVLMTrainingArguments):
-    """Scenes to train on, drawn as they are read."""
+    """Training scenes, drawn when they are read."""
     return training_scenes(args, scenes, run.questions_per_type, run.captions)
 
 
@@ -107,7 +107,7 @@ def build_model(values):
 
 
 def teach(model, processor, run: RunArguments, scenes: SceneArguments, args, folder: RunFolder) -> dict[str, float]:
-    """Teaches the tower alone, patch by patch; returns what a linear probe then reads from held-out patches."""
+    """Trains the tower alone, patch by patch; returns the accuracy of a linear probe on held-out patches."""
     tower, vision = model.model.vision_tower, model.config.vision_config
     side = vision.image_size // vision.patch_size
     lesson = TowerLesson(scenes.image_size, side, run.tower_steps, seed=run.seed, scenes=scenes.sampling())
@@ -118,29 +118,29 @@ def build_trainer(model, processor, run: RunArguments, args: SmallVLMTrainingArg
     """The trainer of the language model and, with --train_tower, of the tower."""
     tower = model.model.vision_tower.requires_grad_(run.train_tower)
     if run.train_tower:
-        # LLaVA reads the tower before its last norm, which hence never gets a gradient.
+        # LLaVA reads the tower's features before its last norm, which therefore gets no gradient.
         tower.post_layernorm.requires_grad_(False)
     return SmallVLMTrainer(model=model, args=args, train_dataset=train, data_collator=PackedVQACollator(processor))
 
 
-def report(run: RunArguments, folder: RunFolder, trainer, processor, scenes, seen, started, upload) -> None:
-    """Measures accuracy by question type, with the picture and on other pictures; writes results.json and the card."""
+def report(run: RunArguments, folder: RunFolder, trainer, processor, scenes, probe, started, upload) -> None:
+    """Measures accuracy by question type, with the right and with a wrong picture; writes results.json and the card."""
     out, model = folder.path, trainer.unwrapped_model.requires_grad_(True)
     with folder.whole() as place:
         processor.save_pretrained(place)
-    # Of a resumed run the training of all its parts, too.
+    # A resumed run also counts the training before its interruption.
     started = min(started, time.time() - trainer.training_seconds)
     held_out = scene_rows(run.eval_questions, run.seed + 1_000_003, scenes)
     rows = [held_out[i] for i in range(len(held_out))]
-    # Each question with the picture of another question of its type: what the words alone are worth.
+    # Each question with the picture of another question of its type, to measure what the words alone tell.
     step = len(QUESTION_TYPES)
     blind = [row | {"image": rows[(i + step) % len(rows)]["image"]} for i, row in enumerate(rows)]
     accuracy = {
         "accuracy": answer_accuracy(model, processor, rows),
         "accuracy_other_picture": answer_accuracy(model, processor, blind),
     }
-    told = {name: value for name, value in vars(scenes).items() if name != "types"}
-    results: dict[str, Any] = accuracy | {"tower": seen, "scenes": told, "seed": run.seed}
+    scene_settings = {name: value for name, value in vars(scenes).items() if name != "types"}
+    results: dict[str, Any] = accuracy | {"tower": probe, "scenes": scene_settings, "seed": run.seed}
     results["seconds"] = round(time.time() - started, 1)
     write_report(out, "LLaVA", model, results, accuracy, None if upload is None else upload.repo_id)
     print(f"held-out accuracy on {len(rows)} questions, {results['seconds']:.0f} s")
@@ -150,7 +150,7 @@ def report(run: RunArguments, folder: RunFolder, trainer, processor, scenes, see
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains the tower, then the whole; measures and saves."""
+    """Trains the tower, then the whole model; measures and saves."""
     values, run, scenes, args, upload = read_arguments(argv)
     folder = RunFolder(run, "pretrain_vlm", folders=("tower",))
     use_all_cores(run.threads)
@@ -160,9 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = build_model(values)
     teacher = partial(teach, model, processor, run, scenes, args, folder) if run.tower_steps else None
     builder = partial(build_trainer, model, processor, run, args, train)
-    trainer, seen = train_small_vlm(folder, settings_of(SECTIONS, values), args, teacher, builder)
+    trainer, probe = train_small_vlm(folder, settings_of(SECTIONS, values), args, teacher, builder)
     if trainer.is_world_process_zero():
-        report(run, folder, trainer, processor, scenes, seen, started, upload)
+        report(run, folder, trainer, processor, scenes, probe, started, upload)
         folder.finish()
         if upload is not None:
             print("pushed to", upload.push(folder.path))

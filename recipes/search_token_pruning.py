@@ -36,9 +36,9 @@ class RunArguments(TrainArguments):
     """What is searched."""
 
     output_dir: str = field(default="outputs/search_token_pruning", metadata={"help": "Folder of best.json."})
-    mode: str | None = field(default="optuna", metadata={"help": "optuna; this recipe does nothing else."})
+    mode: str | None = field(default="optuna", metadata={"help": "Must be optuna, the only mode of this recipe."})
     trials: int | None = field(default=6, metadata={"help": "Number of trials."})
-    storage: str | None = field(default=None, metadata={"help": "Optuna storage, to go on with a search."})
+    storage: str | None = field(default=None, metadata={"help": "Optuna storage URL; an existing search continues."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,9 +47,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_search(run: RunArguments) -> None:
-    """Refuses arguments that a search has no use for, and a machine without Optuna; lets the run see its GPUs only."""
+    """Refuses arguments that a search cannot use, and a missing Optuna; restricts the run to --available_gpus."""
     if run.mode != "optuna" or run.search is False:
-        raise RecipeError("This recipe searches; recipes/train_token_pruning.py trains once.")
+        raise RecipeError(
+            f"This recipe only searches, got --mode {run.mode} --search {run.search}; "
+            "recipes/train_token_pruning.py trains once."
+        )
     if run.init_from:
         raise RecipeError(
             "A search trains fresh heads in every trial; --init_from is for recipes/train_token_pruning.py."
@@ -116,7 +119,7 @@ def search(values: dict) -> None:
 
 
 def search_space(trial) -> dict[str, float]:
-    """Rates and weights, all on a logarithmic scale."""
+    """Learning rates and loss weights of a trial, all on a logarithmic scale."""
     return {
         "merger_learning_rate": trial.suggest_float("merger_learning_rate", 1e-5, 1e-2, log=True),
         "pruner_learning_rate": trial.suggest_float("pruner_learning_rate", 1e-5, 1e-2, log=True),

@@ -5,11 +5,11 @@
     python recipes/train_ar_baseline.py --train_file train.txt --validation_file development.txt \
         --parameters 8000000 --tokens 5000000
 
-`--budget compute` stops when its floating-point operations (matrix products and attention, counted on a real step) reach
-those of all of TokCom's stages together; `--budget tokens` when it has seen as many tokens as these. Name the same text as
-TokCom was trained on (--train_file, --dataset_name, --split_seed); settings are chosen by the loss on development text
-(--validation_file), as many of them as TokCom's were. All losses are nats per token. Leaves model, tokenizer, model card
-and `budget.json`.
+`--budget compute` stops when the baseline's floating-point operations (matrix products and attention, counted on a real
+step) reach those of all TokCom stages together; `--budget tokens` when it has seen as many tokens as these stages. Name the
+text that TokCom was trained on (--train_file, --dataset_name, --split_seed). Choose settings by the loss on development text
+(--validation_file), and try as many as were tried for TokCom. All losses are nats per token. Leaves model, tokenizer, model
+card and `budget.json`.
 """
 
 import json
@@ -49,8 +49,10 @@ class RunArguments(RunFolderArguments):
     budget: str = field(default="compute", metadata={"help": "With match_tokcom: 'compute' or 'tokens'."})
     parameters: int | None = field(default=None, metadata={"help": "Model size where nothing is matched."})
     tokens: float | None = field(default=None, metadata={"help": "Training tokens where nothing is matched."})
-    flops: float | None = field(default=None, metadata={"help": "Or training operations."})
-    num_layers: int | None = field(default=None, metadata={"help": "Depth; none takes the usual shape of that size."})
+    flops: float | None = field(default=None, metadata={"help": "Training FLOPs, instead of --tokens."})
+    num_layers: int | None = field(
+        default=None, metadata={"help": "Layers; none takes the usual depth for the model size."}
+    )
     head_dim: int = field(default=32, metadata={"help": "Width of an attention head."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer where nothing is matched."})
     tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer trained on the corpus."})
@@ -86,13 +88,13 @@ def read_arguments(argv: list[str] | None):
     upload = take_upload(values["training"])
     values["training"].pop("resume_from_checkpoint", None)
     training = {"seed": run.seed} | values["training"] | {"output_dir": run.output_dir}
-    # Refused now; how many steps they are for is known when a step was measured.
+    # Built here to refuse bad settings early; `max_steps` follows when a step's cost is measured.
     CompressionTrainingArguments(**training)
     return values, run, source, training, upload
 
 
 def build_data(run: RunArguments, source: TextSource) -> tuple[TextRows, Goal]:
-    """The rows, and what the baseline is to reach on them."""
+    """The rows, and the size and training budget of the baseline."""
     if run.match_tokcom is None:
         data = load_source(source, run.length, run.tokenizer, run.tokenizer_vocab_size)
         return data, Goal(run.length, int(run.parameters or 0), run.tokens, run.flops, {})
@@ -122,7 +124,7 @@ def measure_step(model: torch.nn.Module, rows: Any, batch_size: int) -> float:
 
 
 def build_trainer(training: dict[str, Any], model: LlamaForCausalLM, data: TextRows, goal: Goal):
-    """The trainer of as many steps as reach the goal; beside it what these cost: steps, tokens and operations."""
+    """The trainer, with as many steps as the goal needs, and their cost: steps, tokens and operations."""
     batch = int(training.get("per_device_train_batch_size", 8))
     step_flops = measure_step(model, data.train, batch)
     global_batch = batch * int(training.get("gradient_accumulation_steps", 1))

@@ -1,4 +1,4 @@
-"""Trains a vision-language model to read and write images as LFQ tokens, beside a quantizer that makes them.
+"""Trains a vision-language model to read and write images as LFQ tokens, together with the quantizer of these tokens.
 
     accelerate launch recipes/train_joint_lfq.py                                   # small InternVL, procedural scenes, CPU
     accelerate launch recipes/train_joint_lfq.py --image_text_file train.jsonl --eval_file val.jsonl \
@@ -45,7 +45,7 @@ from tokcom_hf.threads import use_all_cores
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_joint_lfq.yaml"
 SMALL_INTERNVL = "outputs/small_internvl"
-# The base model says these.
+# The base model determines these settings of the quantizer.
 FIXED = ("input_size", "llm_hidden_size", "num_tokens")
 
 
@@ -57,21 +57,25 @@ class RunArguments(RunFolderArguments):
     output_dir: str = field(default="outputs/joint_lfq", metadata={"help": "Folder of models and reports."})
     image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
     eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
-    image_dir: str | None = field(default=None, metadata={"help": "Folder of the images; the file's own if not set."})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the images; if not set, that of the file."}
+    )
     allow_outside: bool = field(
-        default=False, metadata={"help": "Let JSON lines name images by absolute paths and outside that folder."}
+        default=False, metadata={"help": "Let JSON lines name images by absolute paths or outside the image folder."}
     )
     train_images: int = field(default=4000, metadata={"help": "Procedural scenes to train on."})
     eval_images: int = field(default=400, metadata={"help": "Held-out procedural scenes, one question each."})
     questions_per_image: int = field(default=5, metadata={"help": "Questions about each training scene."})
     packed_questions: bool = field(
-        default=False, metadata={"help": "Ask all questions about an image side by side, unseen by each other."}
+        default=False, metadata={"help": "Put all questions about an image in one sequence, masked from each other."}
     )
     prompt: str = field(default="<image> {question}", metadata={"help": "Prompt of a question."})
     caption_prompt: str = field(default="{caption}", metadata={"help": "Prompt of an image to be drawn."})
     quantizer_input: str = field(
         default="projected",
-        metadata={"help": "Features that become codes: projected, as the language model is given them; or vision."},
+        metadata={
+            "help": "Features that become codes: projected (the projector's output) or vision (the vision tower's)."
+        },
     )
     expand_vocabulary: bool = field(
         default=True, metadata={"help": "Add the LFQ ids; false: images are read as codes and never drawn."}
@@ -80,7 +84,7 @@ class RunArguments(RunFolderArguments):
         default="mean", metadata={"help": "Start of the new rows: mean, random, zeros."}
     )
     embedding_init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the new rows."})
-    freeze_original: bool = field(default=True, metadata={"help": "Old vocabulary rows do not train."})
+    freeze_original: bool = field(default=True, metadata={"help": "Keep the old vocabulary rows frozen."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32 or bfloat16."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     seed: int = field(default=42, metadata={"help": "Seed of data, weights and training."})
@@ -94,7 +98,7 @@ def read_arguments(argv: list[str] | None):
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_JOINT_LFQ)
     run = RunArguments(**values["run"])
     if not run.expand_vocabulary:
-        # Without LFQ ids nothing is drawn, so that there is no such loss.
+        # Without LFQ ids no image is drawn, so there is no generation loss.
         values["training"]["generation_weight"] = 0.0
     if bool(run.image_text_file) != bool(run.eval_file):
         raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
@@ -108,7 +112,7 @@ def read_arguments(argv: list[str] | None):
 
 
 def ensure_small_internvl(base: str) -> None:
-    """Trains the small InternVL where the default base does not exist yet, or goes on where that was interrupted."""
+    """Trains the small InternVL if it is the base and not trained yet; resumes an interrupted training."""
     if base != SMALL_INTERNVL or (Path(base) / "results.json").is_file():
         return
     state = PartialState()
@@ -127,7 +131,7 @@ def build_data(run: RunArguments):
     if run.image_text_file:
         files = (run.image_text_file, run.eval_file)
         return tuple(read_image_text_jsonl(file, run.image_dir, run.allow_outside) for file in files)
-    # Scenes like those the small model was trained on; larger models see larger ones.
+    # Scenes as in the training of the small model; other models get scenes of 448 pixels.
     scenes, path = {"image_size": 448}, Path(run.base) / "results.json"
     if path.is_file():
         scenes = json.loads(path.read_text(encoding="utf-8")).get("scenes", scenes)
@@ -137,7 +141,7 @@ def build_data(run: RunArguments):
 
 
 def build_model(run: RunArguments, quantizer: dict[str, Any]) -> tuple[JointLFQModel, TileProcessor, dict[str, int]]:
-    """The base model with as many new ids as a quantizer that fits it has codes; its processor, and their sizes."""
+    """The base model with a quantizer and one new id per code; its processor; parameters by part."""
     processor = load_pretrained(TileProcessor, run.base, "Processor")
     base = load_pretrained(AutoModelForImageTextToText, run.base, dtype=run.dtype)
     expansion = {
@@ -170,7 +174,7 @@ def build_trainer(run: RunArguments, args: JointLFQTrainingArguments, model, pro
 
 
 def start_quantizer(trainer: JointLFQTrainer) -> tuple[float | None, float]:
-    """Fits the quantizer to features before training; returns the share of variance lost, if it was, and seconds."""
+    """Fits the quantizer to features before training; returns the share of variance lost (None: no fit) and seconds."""
     began = time.time()
     error = trainer.start_quantizer()
     if math.isfinite(error):
@@ -186,7 +190,7 @@ def report(
     out, after = place.path, results["after"]
     repo_id = None if upload is None else upload.repo_id
     model = trainer.unwrapped_model
-    # What is pushed must not refer to a folder of this machine.
+    # A pushed model holds its base's weights, because nobody else has this machine's folder.
     whole = repo_id is not None and Path(run.base).is_dir()
     with place.whole() as unfinished:
         model.quantizer.save_pretrained(unfinished / "quantizer")
@@ -196,7 +200,7 @@ def report(
         processor.save_pretrained(unfinished / "model")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     drawn = plot_joint_training(trainer.state.log_history, after, out / "joint_training.png")
-    # What is pushed is the model's folder.
+    # The reports are copied because only the folders of the models are pushed.
     for file in (out / "results.json", out / "joint_training.png"):
         if file.is_file():
             shutil.copy(file, out / "model")

@@ -1,4 +1,4 @@
-"""Trains TokCom: a VAE that turns 4 tokens into 1 latent, a flow that writes such latents, and on demand its few-step copy.
+"""Trains TokCom: a VAE that turns 4 tokens into 1 latent, a flow that generates latents, and optionally its few-step copy.
 
     accelerate launch recipes/train_tokcom.py                                    # embedded English text, CPU, minutes
     accelerate launch recipes/train_tokcom.py --train_file my.txt --output_dir outputs/mine
@@ -75,7 +75,7 @@ class RunArguments(TextSource, RunFolderArguments):
     tokenizer_vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer trained on the corpus."})
     length: int = field(default=1024, metadata={"help": "Tokens per row; a multiple of the chunk size."})
     offset_copies: int = field(
-        default=1, metadata={"help": "Times the training text is given, each cut into chunks at other places."}
+        default=1, metadata={"help": "Copies of the training text, each cut into chunks at a different offset."}
     )
     split_seed: int | None = field(
         default=None, metadata={"help": "Seed of the held-out split; --seed where not set."}
@@ -84,7 +84,7 @@ class RunArguments(TextSource, RunFolderArguments):
     threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     sample_chunks: int = field(default=32, metadata={"help": "Chunks of the samples shown at the end."})
     sample_steps: int | None = field(
-        default=None, metadata={"help": "Flow steps of those samples; the model's own where not set."}
+        default=None, metadata={"help": "Flow steps of the samples; the model's own where not set."}
     )
     prompt: str = field(default="The function returns", metadata={"help": "Prompt of the conditional sample."})
     pt_checkpoints: bool = field(
@@ -121,7 +121,7 @@ class Job:
 
     training: stage -> training arguments.
     vae_config, config: configuration of stage 1's VAE and of the whole model.
-    models, results, repo_ids: stage -> trained model, what results.json says of it, where it is pushed.
+    models, results, repo_ids: stage -> trained model, its part of results.json, its Hub repository.
     """
 
     run: RunArguments
@@ -146,7 +146,7 @@ def read_arguments(argv: list[str] | None) -> tuple[dict[str, Any], RunArguments
     run = RunArguments(**values["run"])
     if run.stage not in STAGES:
         raise RecipeError(f"--stage must be one of {', '.join(STAGES)}, got {run.stage!r}.")
-    # The whole folder is pushed once, when it is finished: by the run, not by the trainer of a stage.
+    # The run pushes the finished folder once; the trainers of the stages push nothing.
     uploads = {stage: take_upload(values[section]) for stage, section in TRAINING.items()}
     upload = uploads[PUSHED.get(run.stage, "denoiser")]
     if upload is not None and run.stage == "vae":
@@ -155,7 +155,7 @@ def read_arguments(argv: list[str] | None) -> tuple[dict[str, Any], RunArguments
 
 
 def training_arguments(values, run: RunArguments) -> dict[str, Any]:
-    """Each stage's training arguments, with what the run decides for all stages."""
+    """Each stage's training arguments, with the output folder and the seed of the run."""
     arguments = {}
     for stage, section in TRAINING.items():
         own = {name: value for name, value in values[section].items() if name != "resume_from_checkpoint"}
@@ -165,7 +165,7 @@ def training_arguments(values, run: RunArguments) -> dict[str, Any]:
 
 
 def build_data(run: RunArguments, folder: RunFolder, chunk_size: int) -> TextRows:
-    """Training and held-out rows, with the tokenizer of the stages that this run goes on with or takes over."""
+    """Training and held-out rows, with the tokenizer of earlier stages if the run resumes or reuses any."""
     vae = folder.path / "vae"
     given = str(vae) if folder.given and (vae / "tokenizer.json").is_file() else None
     tokenizer = folder.begun_with("vae", "tokenizer.json") or run.tokenizer or given
@@ -176,9 +176,9 @@ def build_data(run: RunArguments, folder: RunFolder, chunk_size: int) -> TextRow
 
 
 def build_configs(values, run: RunArguments, folder: RunFolder, data: TextRows):
-    """Configurations of the VAE and of the whole model, the models that the run takes over, and the results so far.
+    """Configurations of the VAE and of the whole model, the reused models of earlier stages, and the results so far.
 
-    What any stage would refuse is refused here, before the first one.
+    Settings that any stage would refuse are refused here, before the first stage trains.
     """
     models, results = {}, {"rows": len(data.train), "vocabulary": len(data.tokenizer)}
     if "vae" in folder.given:
@@ -191,7 +191,7 @@ def build_configs(values, run: RunArguments, folder: RunFolder, data: TextRows):
     if "denoiser" in folder.given:
         models["denoiser"] = load_stage(folder.path, data.tokenizer, "denoiser")
     flow = {"max_chunks": run.length // vae.chunk_size, "eos_token_id": data.tokenizer.eos_token_id}
-    # Hints are for the training of stage 1 alone.
+    # Hint tokens are used only while stage 1 trains.
     parts = {"vae": vae.to_dict() | {"hint_tokens": 0}, "denoiser": values["denoiser"]}
     config = TokComConfig(**flow | values["flow"] | parts | {"context": values["context"] or None})
     if run.pt_checkpoints:
@@ -202,7 +202,7 @@ def build_configs(values, run: RunArguments, folder: RunFolder, data: TextRows):
 
 
 def build_model(job: Job, stage: str) -> Any:
-    """The model whose training a stage begins with; of stage 3 the teacher."""
+    """The model that a stage starts from; for stage 3 the teacher."""
     if stage == "distilled":
         return job.models["denoiser"]
     if stage == "vae":
@@ -217,7 +217,7 @@ def build_model(job: Job, stage: str) -> Any:
 
 
 def build_trainer(job: Job, stage: str, model: Any) -> Any:
-    """A stage's trainer; stage 2's model is told the mean and spread of the VAE's latents."""
+    """A stage's trainer; for stage 2 the mean and standard deviation of the VAE's latents are set in the model."""
     arguments, train, held_out = job.training[stage], job.data.train, job.data.validation
     if stage == "denoiser":
         train, held_out = fit_latents(model, train, held_out, job.folder.path / stage)
@@ -234,7 +234,7 @@ def build_trainer(job: Job, stage: str, model: Any) -> Any:
 
 
 def train(job: Job, stage: str) -> None:
-    """Trains a stage, or takes it from the run that this one goes on with."""
+    """Trains a stage, or loads it if the resumed run has finished it already."""
     if stage == "vae" and job.folder.is_finished("vae"):
         place = job.place("vae")
         say(f"stage 1 is finished in {place}; going on with stage 2")
@@ -251,13 +251,13 @@ def train(job: Job, stage: str) -> None:
 
 
 def report(job: Job, stage: str, trainer: Any) -> None:
-    """Saves a stage's model with its card and results.json, of a whole model samples and figures too; prints a summary."""
+    """Saves a stage's model, card and results.json, for a whole model also samples and figures; prints a summary."""
     run, data, model, place = job.run, job.data, job.models[stage], job.place(stage)
     first = trainer.is_world_process_zero()
     metrics = measure_stage(stage, model, data.validation) if first else {}
     job.results[stage] = training_summary(trainer, model.num_parameters()) | metrics
     if stage == "distilled":
-        # The trainer's own model is the student, a part of this one.
+        # `trainer.save_model` would save the student only, which is one part of this model.
         if first:
             with job.folder.whole("distilled") as unfinished:
                 model.save_pretrained(unfinished)
@@ -272,7 +272,7 @@ def report(job: Job, stage: str, trainer: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains the stages of --stage one after another, each on what the one before has left."""
+    """Trains the stages of --stage one after another, each from the result of the one before."""
     values, run, training, upload = read_arguments(argv)
     stages, given = STAGES[run.stage]
     folder = RunFolder(run, "train_tokcom", stages, tuple(TRAINING), given=given)
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line of the first process."""
+    """Prints a line, on the main process only."""
     PartialState().print(text, flush=True)
 
 

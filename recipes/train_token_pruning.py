@@ -3,7 +3,7 @@
     accelerate launch recipes/train_token_pruning.py                            # small VLM, procedural scenes, CPU
     accelerate launch recipes/train_token_pruning.py --config recipes/configs/base/train_token_pruning.yaml \
         --train_file train.jsonl --eval_file val.jsonl                          # LLaVA-1.5-7B, your data
-    accelerate launch recipes/train_token_pruning.py --task both    # and captions; pretrain_vlm.py --captions true before
+    accelerate launch recipes/train_token_pruning.py --task both    # also captions; first pretrain_vlm.py --captions true
     accelerate launch recipes/train_token_pruning.py --resume_from_checkpoint true
     accelerate launch recipes/train_token_pruning.py --mode optuna --n_trials 50    # recipes/search_token_pruning.py
 
@@ -56,16 +56,16 @@ class RunArguments(RunFolderArguments):
     seed: int = field(default=42, metadata={"help": "Seed of heads and training."})
     merger: bool = field(default=True, metadata={"help": "Train stage 1, the token merger."})
     pruners: bool = field(default=True, metadata={"help": "Train stage 2, the layer pruners."})
-    strategy: str | None = field(default=None, metadata={"help": "Training-free strategy instead (with LoRA only)."})
+    strategy: str | None = field(default=None, metadata={"help": "Training-free strategy instead; trains LoRA only."})
     keep: int | None = field(default=None, metadata={"help": "Tokens that the strategy keeps."})
     init_from: str | None = field(
         default=None,
         metadata={
             "help": "Start from a documented run: a folder with token_merger_step_N.pt, layer_pruners_step_N.pt and "
-            "discriminator_step_N.pt; what is missing there starts anew."
+            "discriminator_step_N.pt; a part without a file is newly initialised."
         },
     )
-    init_step: int | None = field(default=None, metadata={"help": "Their N; the last one where not set."})
+    init_step: int | None = field(default=None, metadata={"help": "N of these files; the largest where not set."})
     mode: str | None = field(
         default=None,
         metadata={"help": "train (if not set), or optuna: search as recipes/search_token_pruning.py does."},
@@ -74,7 +74,7 @@ class RunArguments(RunFolderArguments):
     trials: int | None = field(default=None, metadata={"help": "Trials of the search; 6 where not set."})
     available_gpus: list[int] | None = field(default=None, metadata={"help": "Numbers of the GPUs that may be used."})
     gpus_per_subtask: int | None = field(
-        default=None, metadata={"help": "GPUs of one run; accelerate launch --num_processes starts as many processes."}
+        default=None, metadata={"help": "GPUs of one run; accelerate launch needs as many --num_processes."}
     )
     threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32 or bfloat16."})
@@ -84,7 +84,7 @@ SECTIONS = {"run": RunArguments, "data": VQASourceArguments, **PRUNING_SECTIONS}
 
 
 def read_arguments(argv: list[str] | None) -> tuple[dict[str, Any], RunArguments, VQASourceArguments]:
-    """Values of all sections, run arguments and the data's."""
+    """Values of all sections, run arguments and arguments of the data."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_TOKEN_PRUNING)
     run = RunArguments(**values["run"])
     check_heads(values, run.strategy, run.dtype)
@@ -100,7 +100,7 @@ def wants_search(run: RunArguments) -> bool:
     """Whether the run is a hyper-parameter search.
 
     Raises:
-        RecipeError: settings of a search without one, or two that contradict each other.
+        RecipeError: --trials without a search, or --mode and --search that contradict each other.
     """
     if run.mode not in (None, "train", "optuna"):
         raise RecipeError(f"--mode is train or optuna, got {run.mode!r}.")
@@ -117,20 +117,20 @@ def wants_search(run: RunArguments) -> bool:
 
 
 def choose_gpus(run: RunArguments) -> None:
-    """Lets the run see its GPUs only; to be called before anything else touches one."""
-    told = use_gpus(run.available_gpus, run.gpus_per_subtask)
-    if told:
-        info(told)
+    """Restricts the run to --available_gpus; must be called before anything else uses a GPU."""
+    message = use_gpus(run.available_gpus, run.gpus_per_subtask)
+    if message:
+        info(message)
 
 
 def info(text: str) -> None:
-    """Prints a line of the first process."""
+    """Prints a line, on the main process only."""
     PartialState().print(f"[INFO] {text}", flush=True)
 
 
 def ensure_small_vlm(base_model: str, threads: int | None = None) -> None:
-    """Trains the small LLaVA where the default base model does not exist yet, or goes on where that was interrupted."""
-    # Its last file; the scenes that it names are those to train on.
+    """Trains the small LLaVA if it is the base model and not trained yet; resumes an interrupted training."""
+    # `results.json` is the last file that its training writes; the scenes in it are used here, too.
     if base_model != SMALL_VLM or (Path(base_model) / "results.json").is_file():
         return
     state = PartialState()
@@ -151,7 +151,7 @@ def build_data(run: RunArguments, source: VQASourceArguments):
 
 
 def build_model(run: RunArguments, values, parts: dict | None = None) -> PrunedVLM:
-    """The base model with heads that fit it, fresh ones or those of `parts` (`read_parts`), or with a strategy."""
+    """The base model with new heads, with the heads of `parts` (`read_parts`), or with a strategy."""
     base = load_pretrained(AutoModelForImageTextToText, run.base_model, dtype=run.dtype)
     if run.strategy:
         return PrunedVLM.from_base(base, strategy=run.strategy, keep=run.keep)
@@ -165,7 +165,7 @@ def build_model(run: RunArguments, values, parts: dict | None = None) -> PrunedV
 
 
 def collators(source: VQASourceArguments, processor, kept) -> dict[str, Any]:
-    """A trainer's collators for training and for answers; images leave as many tokens as the model's heads keep."""
+    """Collators for training and for generated answers; `kept` maps vision tokens to those that the heads keep."""
     return {
         "data_collator": vqa_collator(source, processor, kept=kept),
         "generation_collator": vqa_collator(source, processor, answers=False, kept=kept),
@@ -175,7 +175,7 @@ def collators(source: VQASourceArguments, processor, kept) -> dict[str, Any]:
 def build_trainer(
     model: PrunedVLM, processor, args: TokenPruningTrainingArguments, source: VQASourceArguments, data, discriminator
 ) -> TokenPruningTrainer:
-    """The trainer of `data`, training and held-out rows."""
+    """The trainer; `data` is training and held-out rows."""
     given = {"train_dataset": data[0], "eval_dataset": data[1], "discriminator": discriminator}
     return TokenPruningTrainer(
         model=model, args=args, **given, **collators(source, processor, model.config.tokens_kept)
@@ -183,12 +183,12 @@ def build_trainer(
 
 
 def announce(model: PrunedVLM, args: TokenPruningTrainingArguments, given: dict) -> None:
-    """What is about to be trained."""
+    """Prints what is about to be trained."""
     info("Starting training...")
     if model.token_merger is not None:
         merger = model.token_merger.config
         target = "" if merger.target_merge_tokens is None else f"{merger.target_merge_tokens} tokens per image"
-        # Without a ratio of the user's own, the target alone decides.
+        # If the user gave no ratio, only the target has an effect.
         ratio = str(merger.merge_ratio) if not target or "merge_ratio" in given else ""
         info(f"Token Merger type: {merger.merger_type}")
         info(f"Merge Ratio: {', '.join(filter(None, (ratio, target)))}")
@@ -208,7 +208,7 @@ def report(
 ) -> None:
     """Saves heads and processor, measures all modes on the held-out rows; writes results.json and card, prints a table."""
     out, model, held_out = folder.path, trainer.unwrapped_model, trainer.eval_dataset
-    # What is pushed must not refer to a folder of this machine.
+    # A pushed model holds its base's weights, because nobody else has this machine's folder.
     whole = bool(trainer.args.lora_r) or (upload is not None and Path(run.base_model).is_dir())
     with folder.whole() as place:
         model.save_pretrained(place, include_base=True if whole else None)
@@ -217,10 +217,10 @@ def report(
     modes = ("origin", "merge_only", "soft", "hard")
     length = trainer.args.eval_max_new_tokens
     table = {mode: evaluate_mode(model, trainer.generation_collator, held_out, mode, length) for mode in modes}
-    slim = {
+    summary = {
         m: {k: v for k, v in r.items() if k not in ("scores", "answers", "merged_tokens")} for m, r in table.items()
     }
-    results = {"base_model": run.base_model, "seed": run.seed, "seconds": round(seconds, 1), "modes": slim}
+    results = {"base_model": run.base_model, "seed": run.seed, "seconds": round(seconds, 1), "modes": summary}
     if not (source.dataset_name or source.eval_file):
         results["scenes"] = scene_options(run.base_model)  # what eval_token_pruning.py draws its questions from
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -234,10 +234,10 @@ def report(
         dataset=card_dataset(SCENES, source.dataset_name, source.dataset_config, source.eval_file),
         measured={
             mode: {"accuracy": result["accuracy"]["all"], "flops_ratio": result["flops_ratio"]}
-            for mode, result in slim.items()
+            for mode, result in summary.items()
         },
         base_model=run.base_model,
-        modes=slim,
+        modes=summary,
         questions=len(held_out),
         config=model.config.to_dict(),
     )

@@ -44,25 +44,21 @@ class RunArguments(RunFolderArguments):
 
     output_dir: str = field(default="outputs/train_vqgan", metadata={"help": "Folder of the model and the reports."})
     model_dir: str | None = field(
-        default=None, metadata={"help": "With model_name instead of output_dir: its folder."}
+        default=None, metadata={"help": "Parent folder of the model; with model_name, instead of output_dir."}
     )
-    model_name: str | None = field(
-        default=None, metadata={"help": "With model_dir: name of the model's folder in it."}
-    )
+    model_name: str | None = field(default=None, metadata={"help": "Name of the model's folder in model_dir."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder of images; unreadable files are skipped."})
     val_dir: str | None = field(
         default=None, metadata={"help": "Folder of held-out images; without it every tenth image of image_dir."}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Hub data set with an image column."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     image_column: str = field(default="image", metadata={"help": "Column of the Hub data set."})
     num_train: int = field(default=4096, metadata={"help": "Procedural training images."})
     num_eval: int = field(default=512, metadata={"help": "Held-out images, at most."})
     init_from: str | None = field(default=None, metadata={"help": "VQGAN folder or Hub id to start from."})
     expand_codebook: int = field(default=0, metadata={"help": "With init_from: grow the codebook to this size."})
-    threads: int = field(
-        default=0, metadata={"help": "Processor threads of a run on one CPU process; 0 takes all cores."}
-    )
+    threads: int = field(default=0, metadata={"help": "CPU threads of a single process; 0 takes all cores."})
 
     def __post_init__(self):
         if self.model_dir is None and self.model_name is None:
@@ -94,8 +90,8 @@ def read_arguments(argv: list[str] | None):
     channels = values["discriminator"].get("in_channels", config.out_channels)
     if args.adversarial_weight and channels != config.out_channels:
         raise RecipeError(
-            f"The discriminator sees what the model makes: discriminator.in_channels must be its {config.out_channels} "
-            f"out_channels, got {channels}; leave it out."
+            f"discriminator.in_channels must be the {config.out_channels} out_channels of the model, whose output the "
+            f"discriminator sees; got {channels}. Leave it out."
         )
     return values, run, args, config, upload
 
@@ -119,7 +115,7 @@ def build_model(run: RunArguments, config: VQGANConfig) -> VQGAN:
 
 
 def build_trainer(values, args: VQGANTrainingArguments, model: VQGAN, data) -> VQGANTrainer:
-    """The trainer of the model and, with an adversarial loss, of a discriminator of its channels."""
+    """The trainer of the model and, with an adversarial loss, of a discriminator of the model's output."""
     processor, train, held_out = data
     discriminator = None
     if args.adversarial_weight:
@@ -130,7 +126,7 @@ def build_trainer(values, args: VQGANTrainingArguments, model: VQGAN, data) -> V
 
 
 def measure(trainer: VQGANTrainer, run: RunArguments) -> dict[str, Any]:
-    """Evaluates the trained model on the held-out images; returns what results.json says."""
+    """Evaluates the trained model on the held-out images; returns the contents of results.json."""
     metrics, train, held_out = trainer.evaluate(), trainer.train_dataset, trainer.eval_dataset
     return {
         "data": Path(run.image_dir).name if run.image_dir else run.dataset_name or "procedural images",
