@@ -48,6 +48,7 @@ class DemoArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Serves the page until Ctrl-C."""
     args = DemoArguments(**parse_recipe(__doc__, {"demo": DemoArguments}, None, argv)["demo"])
     if "{question}" not in args.prompt:
         raise RecipeError(f"--prompt must contain {{question}}, got {args.prompt!r}.")
@@ -104,6 +105,7 @@ def build(args: DemoArguments) -> Any:
 
 
 def gradio() -> Any:
+    """The module gradio, imported only when the page is built."""
     try:
         import gradio as gr
     except ImportError:
@@ -173,11 +175,13 @@ def text_tab(gr: Any, folder: ModelFolder) -> None:
 
 
 def reconstruct_text(pipe: Any, given: str, noise: float, seed: int) -> tuple[str, str]:
+    """Decoded text as HTML, and a sentence with its accuracy."""
     pieces, accuracy = text.reconstruct(pipe, given, noise, seed)
     return text.as_html(pieces), accuracy
 
 
 def denoise_text(pipe: Any, given: str, start: float, steps: int, seed: int) -> Iterator[str]:
+    """Yields the table of all steps so far, after each step."""
     rows = []
     for row in text.denoise(pipe, given, start, steps, seed):
         rows.append(row)
@@ -209,6 +213,7 @@ def image_codes_tab(gr: Any, folder: ModelFolder) -> None:
 
 
 def reconstruct_image(pipe: Any, image: Image.Image | None) -> tuple[Any, ...]:
+    """The three pictures, enlarged, and the table of codes."""
     *pictures, use = image_codes.reconstruct(pipe, image)
     return *map(enlarged, pictures), use
 
@@ -261,6 +266,7 @@ def drawing_tab(gr: Any, folder: ModelFolder) -> None:
 
 
 def draw_pictures(pipe: Any, *values) -> tuple[list[Image.Image], str]:
+    """The drawn pictures, enlarged, and a sentence about speed."""
     drawn, speed = drawing.draw(pipe, *values)
     return [enlarged(image) for image in drawn], speed
 

@@ -53,6 +53,7 @@ class RunArguments:
 
 
 def main() -> None:
+    """Measures all modes; prints and saves metrics, times and pictures."""
     values = parse_recipe(__doc__, {"run": RunArguments, "data": VQASourceArguments})
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
     if run.model == RunArguments.model and not (Path(run.model) / "config.json").is_file():
@@ -102,6 +103,7 @@ def load_model(run: RunArguments) -> PrunedVLM:
 
 
 def print_table(table: dict, times: dict) -> None:
+    """Prints metrics and times, one line per mode."""
     kinds = list(table["origin"]["accuracy"])
     print(
         f"{'mode':12s}"

@@ -108,6 +108,7 @@ class RunArguments:
 
 
 def main() -> None:
+    """Measures the model, its controls and baselines; prints and saves tables and figures."""
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource}, DEFAULT_CONFIG)
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
     check_counts(run)

@@ -187,6 +187,7 @@ def generation_options(run: InferenceArguments) -> dict[str, Any]:
 
 
 def to_text(tokenizer: Any, ids: Any) -> str:
+    """Ids as text, without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 

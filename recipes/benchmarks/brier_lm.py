@@ -5,12 +5,12 @@
         --baselines outputs/ar_42 outputs/ar_43 outputs/ar_44 --train_file train.txt --validation_file test.txt \
         --prefixes 6000 --draws 16
 
-Name the same text (and --split_seed) as in training; choose on development text, report on test text, once. A flow does not
-tell how likely a text is: its score comes from independent draws after each prefix, and many of them, since few agree in
-four tokens. Baselines and the heads alone tell their probabilities, which estimate the same with less noise. Prints one row
-per model, the paired difference of TokCom to each other row with its 95 % interval (bootstrap over blocks of neighbouring
-prefixes), and the same with the training seeds of each kind averaged; writes `brier_lm.json` and, with matplotlib,
-`brier_lm.png`.
+Name the same text (and --split_seed) as in training; choose on development text, report on test text, once. A flow gives no
+probability of a text, so its score is estimated from independent draws after each prefix; many are needed, because few draws
+agree in four tokens. Baselines and the heads alone give probabilities, from which the same score follows with less noise.
+Prints one row per model, the paired difference of TokCom to each other row with its 95 % interval (bootstrap over blocks of
+neighbouring prefixes), and this difference with the scores averaged over the training seeds of each kind. Writes
+`brier_lm.json` and, with matplotlib, `brier_lm.png`.
 """
 
 import json
@@ -45,7 +45,7 @@ from tokcom_hf.metrics.text_brier import (
 )
 from tokcom_hf.plots.text import plot_brier_lm
 
-# Prefixes between two movements of the progress bar.
+# Prefixes scored together, and per step of the progress bar.
 PART = 256
 KINDS = ("TokCom", "heads alone", "autoregressive")
 
@@ -62,12 +62,13 @@ class RunArguments:
     draws: int = field(default=8, metadata={"help": "Continuations drawn per prefix, at least 2."})
     num_steps: int | None = field(default=None, metadata={"help": "Flow steps of TokCom; none: each model's own."})
     temperature: float = field(default=1.0, metadata={"help": "Factor of TokCom's noise."})
-    best_of: int = field(default=1, metadata={"help": "Draws per block, of which the most consistent is kept."})
+    best_of: int = field(default=1, metadata={"help": "Draws per block; the most consistent one is kept."})
     length: int | None = field(default=None, metadata={"help": "Tokens per row; none takes the training length."})
     seed: int = field(default=0, metadata={"help": "Sampling seed."})
 
 
 def main() -> None:
+    """Scores all models on the same prefixes; prints and saves scores and differences."""
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource})
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
     for name in ("models", "baselines"):
@@ -128,13 +129,16 @@ def load(folder: str, vocabulary: int) -> Any:
     tokcom = config.model_type == "tokcom"
     own = config.vae.omni_token_id if tokcom else config.vocab_size
     if own != vocabulary:
-        raise RecipeError(f"{folder!r} knows {own} tokens, the tokenizer has {vocabulary}: not the same tokenizer.")
+        raise RecipeError(
+            f"{folder!r} has a vocabulary of {own} tokens, the tokenizer has {vocabulary}; "
+            "compare models of the same tokenizer."
+        )
     model = (AutoModel if tokcom else AutoModelForCausalLM).from_pretrained(folder).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def held_out_nats(model: Any, held_out: np.ndarray) -> float | None:
-    """Loss of the next token, nats: a baseline's, or that of the first head of TokCom's context; None without one."""
+    """Held-out next-token loss in nats: a baseline's, or that of TokCom's first auxiliary head (None without heads)."""
     if model.config.model_type != "tokcom":
         return mean_next_token_loss(model, held_out)
     return None if model.config.context is None else head_losses(model, held_out)[0]
@@ -152,21 +156,22 @@ def samplers(folder: str, model: Any, run: RunArguments, start_id: int) -> list[
 
 
 def score(name: str, sampler: Sampler, given: np.ndarray, targets: np.ndarray, run: RunArguments) -> np.ndarray:
-    """Brier scores (prefixes, 4): from probabilities where the sampler tells them, otherwise from its draws."""
+    """Brier scores (prefixes, 4): from probabilities if the sampler gives them, otherwise from its draws."""
     parts = []
     bar = tqdm(range(0, len(given), PART), desc=Path(name).name, unit_scale=PART, unit=" prefixes", leave=False)
     for start in bar:
         prefixes, wanted = given[start : start + PART], targets[start : start + PART]
         # A seed of its own for each part, so that the parts' draws are independent.
-        drawn, known = sampler.scored_continuations(
+        drawn, log_probs = sampler.scored_continuations(
             prefixes, wanted, run.draws, tokens_behind_prefix(sampler, wanted.shape[1]), run.seed * 1_000_000 + start
         )
-        told = None if known is None else brier_scores_from_log_probs(known[:, 1:], known[:, 0])
-        parts.append(brier_scores(drawn, wanted) if told is None else told)
+        from_log_probs = None if log_probs is None else brier_scores_from_log_probs(log_probs[:, 1:], log_probs[:, 0])
+        parts.append(brier_scores(drawn, wanted) if from_log_probs is None else from_log_probs)
     return np.concatenate(parts)
 
 
 def print_row(name: str, row: dict[str, Any], header: bool = False) -> None:
+    """Prints a model's scores; `header` prints the column titles first."""
     titles = ("parameters", "next nats", "Brier-1", "Brier-2", "Brier-3", "Brier-4", "BrierLM")
     if header:
         print(f"{'':40}" + "".join(f"{title:>12}" for title in titles))

@@ -1,10 +1,11 @@
-"""What the letter of the documents costs: the documented settings beside the defaults, small, on the same data and steps.
+"""Compares the documented settings with this package's defaults: small models, the same data and steps.
 
     python recipes/benchmarks/documented.py                     # twenty minutes of one core
     python recipes/benchmarks/documented.py --only tokcom       # or vqgan, pruning, lfq
 
-`documented` is `configs/paper` with smaller models, images and texts; every weight of a loss, rate, temperature and schedule
-stays. `default` is `configs/tiny` at the same size, batch and number of steps. One seed. Writes JSON and prints one table.
+`documented` is `configs/paper` with smaller models, images and texts; every loss weight, learning rate, temperature and
+schedule is unchanged. `default` is `configs/tiny` at the same size, batch and number of steps. One seed. Writes JSON and
+prints one table.
 """
 
 import sys
@@ -58,7 +59,7 @@ LFQ_SIZE = (
 )  # fmt: skip
 LFQ_PROMPTS = ("--prompt", "<image> {question}", "--caption_prompt", "{caption}")
 
-# Row of the table: section, what it is called, key of the result, format.
+# Rows of the table: section, label, result key, format.
 ROWS = (
     ("tokcom", "TokCom: held-out token accuracy of the VAE", "token_accuracy", ".1%"),
     ("tokcom", "the same with noise of half a standard deviation", "token_accuracy_noise", ".1%"),
@@ -81,10 +82,12 @@ ROWS = (
 
 
 def config(name: str, recipe: str) -> tuple:
+    """The options that choose the configuration file `name` of a recipe."""
     return "--config", RECIPES / "configs" / CONFIGS[name] / f"{recipe}.yaml"
 
 
 def tokcom(runs: SmallRuns, name: str) -> dict[str, Any]:
+    """Trains a small TokCom with the settings `name`; returns its row."""
     own = TOKCOM_SHAPE if name == "documented" else ()
     folder = runs.train("train_tokcom", f"tokcom {name}", [*config(name, "train_tokcom"), *TOKCOM_SIZE, *own])
     results = read_json(folder)
@@ -100,6 +103,7 @@ def tokcom(runs: SmallRuns, name: str) -> dict[str, Any]:
 
 
 def vqgan(runs: SmallRuns, name: str) -> dict[str, Any]:
+    """Trains a small VQGAN with the settings `name`; returns its row."""
     size = [*VQGAN_SIZE, "--max_steps", VQGAN_STEPS, "--batch_size", 64]
     if name == "default":
         size += ["--training.autoencoder_steps", VQGAN_STEPS // 5]
@@ -108,6 +112,7 @@ def vqgan(runs: SmallRuns, name: str) -> dict[str, Any]:
 
 
 def pruning(runs: SmallRuns, name: str) -> dict[str, Any]:
+    """Trains merger and pruners of the small LLaVA with the settings `name`; returns their row."""
     own = PRUNING_DOCUMENTED if name == "documented" else PRUNING_DEFAULT
     base = ("--base_model", runs.base("pretrain_vlm", SMALL_VLM))
     command = [*config(name, "train_token_pruning"), *base, *PRUNING_SIZE, *own]
@@ -123,6 +128,7 @@ def pruning(runs: SmallRuns, name: str) -> dict[str, Any]:
 
 
 def lfq(runs: SmallRuns, name: str) -> dict[str, Any]:
+    """Trains the small InternVL to use LFQ tokens with the settings `name`; returns its row."""
     own = LFQ_PROMPTS if name == "documented" else ("--quantizer_start_steps", LFQ_STEPS * 2 // 5)
     base = ("--base", runs.base("pretrain_internvl", SMALL_INTERNVL))
     command = [*config(name, "train_joint_lfq"), *base, *LFQ_SIZE, *own]

@@ -1,7 +1,7 @@
-"""The simplest way to fewer vision tokens: a smaller image. Helper of `pruning.py`.
+"""The simplest way to fewer vision tokens, a smaller image: a baseline of `token_pruning.py`.
 
-The tower's position embeddings are interpolated to the smaller grid, the processor shows the smaller picture; nothing
-else changes. Serves LLaVA with a CLIP tower, whose image size is fixed otherwise.
+The tower's position embeddings are interpolated to the smaller grid, and the processor resizes to the smaller image;
+nothing else changes. Only LLaVA with a CLIP tower is supported, whose image size is fixed otherwise.
 """
 
 import copy
@@ -23,7 +23,7 @@ def downsampled_vlm(model, processor, image_size: int):
     """A copy of model and processor for images of `image_size` pixels, a multiple of the patch size.
 
     Raises:
-        ValueError: another family, or a size that does not hold whole patches.
+        ValueError: the model is not a LLaVA with a CLIP tower, or the size is not a multiple of the patch size.
     """
     if not can_downsample(model):
         raise ValueError(f"Only LLaVA with a CLIP tower can be downsampled here, got {model.config.model_type!r}.")
@@ -51,7 +51,7 @@ def downsampled_vlm(model, processor, image_size: int):
 
 
 def shrunk(rows: VQADataset, image_size: int) -> VQADataset:
-    """Rows with pictures of `image_size` pixels per side, averaged over areas."""
+    """Rows with pictures of `image_size` pixels per side, shrunk with a box filter."""
     size = (image_size, image_size)
     return VQADataset([row | {"image": row["image"].resize(size, Image.Resampling.BOX)} for row in _all(rows)])
 

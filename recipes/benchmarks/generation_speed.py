@@ -5,8 +5,8 @@
         --train_file train.txt --validation_file development.txt --num_prefixes 1000
 
 On one core by default (`--threads`). Runs alternate (A B A B ...) and medians are compared. With trained models the quality
-of the very rows that were timed (5-gram perplexity at its entropy, and BrierLM with `--num_prefixes`) stands beside the
-speed; without, speed alone, which does not depend on the weights.
+of the timed rows (5-gram perplexity, entropy, and BrierLM with `--num_prefixes`) is measured too. With random weights only
+speed is measured, which does not depend on the weights.
 """
 
 import json
@@ -46,17 +46,17 @@ class RunArguments:
     block_sizes: list[int] = field(
         default_factory=lambda: [1, 4, 16], metadata={"help": "Chunks denoised together; 0 means the whole row."}
     )
-    threads: int = field(default=1, metadata={"help": "CPU threads of both; 0 leaves torch's own number."})
+    threads: int = field(default=1, metadata={"help": "CPU threads of both models; 0 keeps torch's own number."})
     hidden_size: int = field(default=256, metadata={"help": "Width of a TokCom with random weights."})
-    context_layers: int = field(default=4, metadata={"help": "Layers of its context."})
-    denoiser_layers: int = field(default=3, metadata={"help": "Layers of its denoiser."})
+    context_layers: int = field(default=4, metadata={"help": "Context layers of that TokCom."})
+    denoiser_layers: int = field(default=3, metadata={"help": "Denoiser layers of that TokCom."})
     vocab_size: int = field(default=4097, metadata={"help": "Vocabulary of models with random weights."})
     temperature: float = field(default=1.0, metadata={"help": "Factor of TokCom's noise."})
     sampler: str | None = field(default=None, metadata={"help": "euler, heun or renoise; none takes the model's own."})
-    repeats: int = field(
-        default=3, metadata={"help": "Timed runs of each, alternating; one run to warm up comes first."}
+    repeats: int = field(default=3, metadata={"help": "Timed runs of each model, alternating, after one warm-up run."})
+    num_prefixes: int = field(
+        default=0, metadata={"help": "Prefixes for BrierLM of trained models; 0 for no BrierLM."}
     )
-    num_prefixes: int = field(default=0, metadata={"help": "Prefixes of BrierLM beside each row of trained models."})
     prefix_length: int = field(default=64, metadata={"help": "Tokens per prefix."})
     draws: int = field(default=8, metadata={"help": "Continuations per prefix."})
 
@@ -70,6 +70,7 @@ class Quality:
 
 
 def main() -> None:
+    """Times all settings against the baseline; prints and saves the rows."""
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource})
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
     for name in ("batch_sizes", "num_steps", "block_sizes"):
@@ -91,7 +92,7 @@ def main() -> None:
         print(f"note: TokCom was trained on rows of {tokcom.config.max_chunks * tokcom.config.vae.chunk_size} tokens")
     blocks = run.block_sizes
     if tokcom.config.context is None:
-        print("note: this TokCom has no context, so that it denoises the whole row as one block")
+        print("note: this TokCom has no context, so it denoises the whole row as one block")
         blocks = [0]
     rows = []
     for batch in run.batch_sizes:
@@ -116,7 +117,7 @@ def main() -> None:
                 rows.append(row)
                 print("  " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
     if quality is None:
-        print("Weights are random, so no quality stands beside the speed: give --model, --baseline and their text.")
+        print("Quality was not measured: that needs trained models, --model and --baseline, and their text.")
     out = Path(run.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     result = {"parameters": sizes, "device": device, "threads": torch.get_num_threads(), "rows": rows}
@@ -160,7 +161,7 @@ def load_models(run: RunArguments) -> tuple[Any, Any]:
 
 
 def load_quality(run: RunArguments, source: TextSource, tokcom: Any) -> Quality | None:
-    """What measures the timed rows, where both models are trained."""
+    """Scorers of the timed rows; None unless both models are trained."""
     if run.model is None or run.baseline is None:
         return None
     data = load_source(source, tokcom.config.max_chunks * tokcom.config.vae.chunk_size, run.model)
@@ -177,11 +178,11 @@ def measure(sampler: Contestant, rows: np.ndarray, quality: Quality, run: RunArg
     result = {key: found[key] for key in QUALITY}
     if quality.prefixes is not None:
         given, targets = quality.prefixes
-        many = replace(sampler, batch_size=512)  # of the speed, only the timed rows tell
+        many = replace(sampler, batch_size=512)  # quality only; speed comes from the timed rows
         behind = tokens_behind_prefix(many, targets.shape[1])
-        drawn, known = many.scored_continuations(given, targets, run.draws, behind, seed=10_000)
-        told = None if known is None else brier_scores_from_log_probs(known[:, 1:], known[:, 0])
-        summary = brier_summary(brier_scores(drawn, targets) if told is None else told)
+        drawn, log_probs = many.scored_continuations(given, targets, run.draws, behind, seed=10_000)
+        from_log_probs = None if log_probs is None else brier_scores_from_log_probs(log_probs[:, 1:], log_probs[:, 0])
+        summary = brier_summary(brier_scores(drawn, targets) if from_log_probs is None else from_log_probs)
         result |= {key: summary[key] for key in ("brier_lm", "brier_lm_error")}
     return result
 
@@ -205,6 +206,7 @@ def alternate(
 
 
 def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -37,7 +37,7 @@ PAPER_LENGTH, LENGTH = 1024, 256
 
 
 def build(size: str, vocabulary: int, device: str) -> TokComModel:
-    """An untrained model of one of `SIZES`; the documented one keeps its own vocabulary."""
+    """An untrained model of one of `SIZES`; `paper` keeps the documented vocabulary."""
     shapes = {
         part: {"num_key_value_heads": shape["num_attention_heads"], **shape} for part, shape in SIZES[size].items()
     }
@@ -62,7 +62,7 @@ def build(size: str, vocabulary: int, device: str) -> TokComModel:
 def throughput(
     size: str, vocabulary: int, run: Any, left_out: list[str], seconds_left: Callable[[], float]
 ) -> dict[str, Any]:
-    """Training and generation of one size beside a Llama of as many parameters; tokens per second."""
+    """Tokens per second of training and generation, for one size and a Llama of as many parameters."""
     if seconds_left() <= 0:
         left_out.append(f"all of {size}")
         return {}
@@ -109,7 +109,7 @@ def throughput(
 
 
 def samplers_of(model: TokComModel, baseline: LlamaForCausalLM, batch: int, run: Any) -> list[tuple[dict, Sampler]]:
-    """The baseline's sampler and one of TokCom for each block size and number of steps, each with what it is."""
+    """The baseline's sampler, and TokCom's for each block size and number of steps, each with its description."""
     # Without a context the whole row is one block.
     blocks = run.block_sizes if model.context is not None else [0]
     samplers: list[tuple[dict[str, Any], Sampler]] = [
@@ -122,15 +122,15 @@ def samplers_of(model: TokComModel, baseline: LlamaForCausalLM, batch: int, run:
 
 
 def generation_row(row: dict[str, Any], sampler: Sampler, batch: int, run: Any, earlier: list[dict]) -> dict[str, Any]:
-    """Measures and prints tokens per second of a sampler; TokCom's beside the baseline's of the same batch."""
+    """Measures and prints tokens per second of a sampler; for TokCom also the speedup at the same batch size."""
     sampler.rows(batch, 16, seed=0)
     seconds = timed(partial(sampler.rows, batch, run.tokens, seed=1), run.device)
     row |= {"batch": batch, "tokens_per_second": batch * run.tokens / seconds}
     if row["model"] == "TokCom" and earlier:
         same = next(r for r in earlier if r["model"] == "baseline" and r["batch"] == batch)
         row["speedup"] = row["tokens_per_second"] / same["tokens_per_second"]
-    told = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
-    print("  " + "  ".join(told), flush=True)
+    cells = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+    print("  " + "  ".join(cells), flush=True)
     return row
 
 
@@ -151,7 +151,7 @@ def training_step_seconds(loss: Callable[[], torch.Tensor], parameters: list[nn.
 
 
 def timed(work: Callable[[], Any], device: str) -> float:
-    """Seconds of `work()`, the GPU's queue emptied before and after."""
+    """Seconds of `work()`, with the GPU synchronised before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()

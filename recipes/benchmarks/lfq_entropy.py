@@ -4,9 +4,9 @@
     python recipes/benchmarks/lfq_entropy.py --tokens 4096 --output_dim 18 --variants factorised
 
 Both compute the mean entropy of a token's code and the entropy of the mean code, and the gradient of their difference.
-"dense" takes the softmax over all 2^d codes of −‖x − e‖², as implementations of LFQ commonly do. Each runs in processes of
-its own, in turn (A B A B), so that the peak memory is its own; medians over steps and processes. The values and gradients
-of both are then compared in float64 at 12 bits.
+"dense" takes the softmax over all 2^d codes of −‖x − e‖², as implementations of LFQ commonly do. Each implementation runs in
+separate processes, in turn (A B A B), so that its peak memory is measured alone; results are medians over steps and
+processes. The values and gradients of both are then compared in float64 at 12 bits.
 """
 
 import json
@@ -27,12 +27,14 @@ from tokcom_hf.models.shared_bit_entropy import factorised_entropy
 class BenchmarkArguments:
     """Size of the step."""
 
-    tokens: int = field(default=2048, metadata={"help": "Tokens whose entropies are taken."})
+    tokens: int = field(default=2048, metadata={"help": "Number of tokens."})
     output_dim: int = field(default=16, metadata={"help": "Bits per code."})
-    steps: int = field(default=3, metadata={"help": "Timed steps per process, after a first one that is not."})
+    steps: int = field(default=3, metadata={"help": "Timed steps per process, after one untimed step."})
     repeats: int = field(default=3, metadata={"help": "Processes per implementation."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's own choice."})
-    variants: list = field(default_factory=lambda: ["dense", "factorised"], metadata={"help": "What to run."})
+    variants: list = field(
+        default_factory=lambda: ["dense", "factorised"], metadata={"help": "Implementations to run."}
+    )
     variant: str | None = field(default=None, metadata={"help": "Run one implementation in this process (internal)."})
     output: str = field(default="outputs/benchmarks/lfq_entropy.json", metadata={"help": "Result file."})
 
@@ -54,6 +56,7 @@ IMPLEMENTATIONS = {"dense": dense_entropy, "factorised": factorised_entropy}
 
 
 def draw(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random logits `(tokens, width)` that require a gradient; the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return (3 * torch.randn(tokens, width, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
 
@@ -64,7 +67,7 @@ def one_variant(arguments: BenchmarkArguments) -> None:
         torch.set_num_threads(arguments.threads)
     entropies = IMPLEMENTATIONS[str(arguments.variant)]
     logits = draw(arguments.tokens, arguments.output_dim, torch.float32)
-    # A small step first: what libraries allocate once is no part of either implementation.
+    # A small step first, so that what libraries allocate once is not counted.
     warm = draw(32, 4, torch.float32)
     per_sample, batch = entropies(warm)
     (per_sample - batch).backward()
@@ -98,6 +101,7 @@ def agreement(width: int = 12, tokens: int = 256) -> dict[str, float]:
 
 
 def main() -> None:
+    """Runs the variants in turn; prints and saves times, memory and agreement."""
     arguments = BenchmarkArguments(**parse_recipe(__doc__, {"benchmark": BenchmarkArguments})["benchmark"])
     if isinstance(arguments.variants, str):
         arguments.variants = [arguments.variants]

@@ -5,13 +5,13 @@
 
 `split`: LFQExpandedModel. `gradient_hook`: resize_token_embeddings and a hook that zeroes the gradient of old rows.
 `peft`: PEFT TrainableTokens on the resized model. `decoupled`: the decoupled embedding and head of Idefics
-(transformers). The same two-layer frozen Llama around each, AdamW with weight decay, one step = forward, loss,
-backward, optimizer. Steps are interleaved (A B C D A B C D) after one warm-up, medians; the ratio is the median over
-rounds of split against the best alternative. Peak memory is the high-water mark of a fresh process over its state
-before the model is built.
-Ids are half text, then half LFQ. Two settings of labels: `image`, as the documented generation loss has them (the
-image's ids after its caption), and `all`, a label at every position, where the matrix products that every way needs
-bound what can be gained. The losses of the first step are compared: all four compute the same function.
+(transformers). All four use the same frozen two-layer Llama and AdamW with weight decay; one step is forward, loss,
+backward and optimizer. Steps are interleaved (A B C D A B C D) after one warm-up; times are medians, and the time ratio
+is the median over rounds of split / best alternative. Peak memory is the growth of a new process's high-water mark from
+the moment before the model is built.
+Ids are half text, then half LFQ. Labels are set in two ways: `image`, as in the documented generation loss (only the
+image's ids, which follow the caption), and `all`, a label at every position, where the matrix products common to all four
+limit the gain. The losses of the first step are printed, because all four must compute the same function.
 """
 
 import gc
@@ -42,25 +42,27 @@ SIDES = ("split", "gradient_hook", "peft", "decoupled")
 class VocabArguments:
     """What to run."""
 
-    hidden_sizes: list[int] | int = field(default_factory=lambda: [512, 1024])
-    old_rows: int = 32000
-    output_dim: int = 16
-    tokens: int = 1024
-    tied: bool = True
+    hidden_sizes: list[int] | int = field(
+        default_factory=lambda: [512, 1024], metadata={"help": "Widths of the Llama."}
+    )
+    old_rows: int = field(default=32000, metadata={"help": "Frozen vocabulary rows."})
+    output_dim: int = field(default=16, metadata={"help": "Bits per code; 2^output_dim rows are new."})
+    tokens: int = field(default=1024, metadata={"help": "Tokens per step."})
+    tied: bool = field(default=True, metadata={"help": "Share one table between embedding and output head."})
     labels: list[str] | str = field(
         default_factory=lambda: ["image", "all"], metadata={"help": "Which ids are predicted: image, all."}
     )
-    layers: int = 2
-    repeats: int = 5
-    threads: int = 2
-    output_dir: str = "outputs/benchmarks/lfq_vocab"
+    layers: int = field(default=2, metadata={"help": "Layers of the Llama."})
+    repeats: int = field(default=5, metadata={"help": "Timed rounds."})
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    output_dir: str = field(default="outputs/benchmarks/lfq_vocab", metadata={"help": "Folder of results.json."})
     peak_of: str | None = field(
         default=None, metadata={"help": "Internal: side:hidden size:labels whose peak to print."}
     )
 
 
 def base_model(args: VocabArguments, hidden_size: int) -> LlamaForCausalLM:
-    """The Llama whose vocabulary grows; the same weights every time, its body frozen."""
+    """The frozen Llama whose vocabulary is extended; its weights are the same in every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=args.old_rows,
@@ -75,7 +77,7 @@ def base_model(args: VocabArguments, hidden_size: int) -> LlamaForCausalLM:
 
 
 def new_rows(args: VocabArguments, hidden_size: int) -> torch.Tensor:
-    """Values of the new rows, the same for every side (and for both tables of an untied model)."""
+    """Values `(2^output_dim, hidden_size)` of the new rows, the same for all four ways and both tables."""
     generator = torch.Generator().manual_seed(1)
     return 0.02 * torch.randn(2**args.output_dim, hidden_size, generator=generator)
 
@@ -128,7 +130,7 @@ def make_step(model: nn.Module, args: VocabArguments, labelled: str) -> Callable
     ids = torch.cat([text, image], dim=1)
     labels = ids if labelled == "all" else torch.cat([torch.full_like(text, -100), image], dim=1)
     trained = [p for p in model.parameters() if p.requires_grad]
-    # The optimizer that Trainer takes by default.
+    # The default optimizer of transformers' Trainer.
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
 
     def step() -> float:
@@ -142,7 +144,7 @@ def make_step(model: nn.Module, args: VocabArguments, labelled: str) -> Callable
 
 
 def peak_bytes(side: str, args: VocabArguments, hidden_size: int, labelled: str) -> int:
-    """Growth of the process's high-water mark over three training steps, model included."""
+    """Growth of the process's high-water mark over building the model and three training steps."""
     small = VocabArguments(old_rows=50, output_dim=4, tokens=8, layers=1, tied=args.tied)
     make_step(build(side, small, 32), small, labelled)()
     gc.collect()
@@ -154,7 +156,7 @@ def peak_bytes(side: str, args: VocabArguments, hidden_size: int, labelled: str)
 
 
 def peak_in_fresh_process(side: str, args: VocabArguments, hidden_size: int, labelled: str) -> int:
-    """`peak_bytes` where nothing else has run."""
+    """`peak_bytes`, measured in a new process."""
     command = [sys.executable, __file__, "--peak_of", f"{side}:{hidden_size}:{labelled}"]
     for name in ("old_rows", "output_dim", "tokens", "tied", "layers", "threads"):
         command += [f"--{name}", str(getattr(args, name))]

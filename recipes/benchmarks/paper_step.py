@@ -1,10 +1,10 @@
-"""One real optimisation step of each TokCom stage at full documented size, with its peak memory.
+"""Runs one optimisation step of each TokCom stage at the full documented size, and measures its peak memory.
 
     python recipes/benchmarks/paper_step.py          # 24 layers of width 896, 1024 tokens; about 14 GiB and some minutes
 
 Reads recipes/configs/paper/train_tokcom.yaml, runs the real trainers for one AdamW step on a row of random ids of the
-CodeLlama vocabulary (the tokenizer itself needs the Hub; the arithmetic does not). Each stage runs in its own process,
-with gradient checkpointing, so that peak memory is the stage's own.
+CodeLlama vocabulary (only the tokenizer would need the Hub). Each stage runs in a separate process, with gradient
+checkpointing, so that its peak memory is measured alone.
 """
 
 import json
@@ -83,7 +83,7 @@ def one_stage(arguments: BenchmarkArguments) -> None:
             values = paper["denoiser_training"] | shared
             trainer = DenoiserTrainer(model=model, args=DenoiserTrainingArguments(**values), train_dataset=latents)
             trained = model.denoiser
-        # The last matrix: the time embedding gets no gradient in the first step, adaLN-Zero being zero there.
+        # The last matrix, because the time embedding gets no gradient in the first step: adaLN-Zero starts at zero.
         watched = [p for p in trained.parameters() if p.dim() > 1][-1]
         before = watched.detach().clone()
         start = time.perf_counter()
@@ -100,6 +100,7 @@ def one_stage(arguments: BenchmarkArguments) -> None:
 
 
 def main() -> None:
+    """Runs each stage in a process; prints and saves their measurements."""
     arguments = BenchmarkArguments(**parse_recipe(__doc__, {"benchmark": BenchmarkArguments})["benchmark"])
     if arguments.stage:
         one_stage(arguments)

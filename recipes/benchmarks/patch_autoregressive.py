@@ -1,4 +1,4 @@
-"""What chunking alone gives: TokCom's context with an autoregressive head inside each chunk, and no latents.
+"""Measures what chunking alone gives: TokCom's context encoder with an autoregressive head per chunk, no latents.
 
     python recipes/benchmarks/patch_autoregressive.py                          # embedded text, toy size, about a minute
     python recipes/benchmarks/patch_autoregressive.py --match_tokcom outputs/tokcom --train_file train.txt \
@@ -6,8 +6,8 @@
 
 A causal Llama reads the tokens before a chunk; a light causal transformer over [context state, tokens of the chunk so far]
 then draws the chunk's tokens one after another. With `--match_tokcom` the context has the shape, tokenizer and row length of
-that folder's, and training takes the operations of all its stages. The row is measured as recipes/evaluate_tokcom.py
-measures its rows, so that it can stand in the same table. Prints the row and writes `patch_autoregressive.json`.
+that model, and training uses as many operations as all its stages together. The metrics are those of
+recipes/evaluate_tokcom.py, so that the row fits into its table. Prints the row and writes `patch_autoregressive.json`.
 """
 
 import json
@@ -57,16 +57,20 @@ class RunArguments:
     tokenizer_vocab_size: int = field(default=1024, metadata={"help": "Size of a tokenizer trained on the corpus."})
     steps: int | None = field(default=None, metadata={"help": "Training steps; none: 200, or the matched compute."})
     batch_size: int = field(default=4, metadata={"help": "Rows per step."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "AdamW's, for tables and norms; cosine to 0."})
-    muon_learning_rate: float = field(default=0.01, metadata={"help": "Muon's, for the matrices; cosine to 0."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Of both."})
+    learning_rate: float = field(
+        default=4e-3, metadata={"help": "Learning rate of AdamW (tables, norms); cosine to 0."}
+    )
+    muon_learning_rate: float = field(
+        default=0.01, metadata={"help": "Learning rate of Muon (matrices); cosine to 0."}
+    )
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of both optimizers."})
     warmup_steps: int = field(default=30, metadata={"help": "Steps of linear warm-up."})
     ema_decay: float = field(default=0.99, metadata={"help": "Decay of the averaged weights, which are measured."})
     seed: int = field(default=42, metadata={"help": "Seed of weights and batches."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Sampling seeds."})
     num_samples: int = field(default=16, metadata={"help": "Generated rows per seed."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the token distributions."})
-    num_prefixes: int = field(default=300, metadata={"help": "Prefixes of BrierLM."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of tokens."})
+    num_prefixes: int = field(default=300, metadata={"help": "Number of prefixes for BrierLM."})
     prefix_length: int = field(default=64, metadata={"help": "Tokens per prefix."})
     draws: int = field(default=4, metadata={"help": "Continuations drawn per prefix."})
 
@@ -87,7 +91,7 @@ class PatchAutoregressive(nn.Module):
         inner = deepcopy(config)
         inner.num_hidden_layers = head_layers
         self.head = LlamaModel(inner)
-        # One table reads tokens in both places and writes them.
+        # One embedding table serves the context, the head and the output.
         self.head.embed_tokens = self.context.embed_tokens
 
     @property
@@ -103,9 +107,9 @@ class PatchAutoregressive(nn.Module):
         return self.context.embed_tokens.weight[: self.start_id]
 
     def read(self, input_ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        """Ids (batch, n) → states before each of them and behind the last (batch, n + 1, hidden), and the KV cache.
+        """Ids (batch, n) → states (batch, n + 1, hidden) before each id and after the last, and the KV cache.
 
-        With a cache the ids follow what it holds, and the states (batch, n, hidden) are those behind each id.
+        With a cache the ids continue the cached ones, and the states (batch, n, hidden) are those after each id.
         """
         if cache is None:
             start = input_ids.new_full((len(input_ids), 1), self.start_id)
@@ -114,7 +118,7 @@ class PatchAutoregressive(nn.Module):
         return outputs.last_hidden_state, outputs[CACHE]
 
     def inside(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """States (chunks, hidden) before chunks and their first k tokens (chunks, k) → (chunks, k + 1, hidden)."""
+        """Context states (chunks, hidden) and first k tokens (chunks, k) of chunks → head states (chunks, k + 1, hidden)."""
         embedded = torch.cat([states[:, None], self.context.embed_tokens(tokens)], dim=1)
         return self.head(inputs_embeds=embedded, use_cache=False).last_hidden_state
 
@@ -131,7 +135,7 @@ class PatchAutoregressive(nn.Module):
 
 @dataclass
 class PatchSampler(Sampler):
-    """Draws from a `PatchAutoregressive` and says how likely its draws are."""
+    """Samples from a `PatchAutoregressive`, and gives log-probabilities of continuations."""
 
     model: PatchAutoregressive
     temperature: float = 1.0
@@ -179,7 +183,7 @@ class PatchSampler(Sampler):
 
 
 def train(model: PatchAutoregressive, tokens: torch.Tensor, length: int, steps: int, run: RunArguments) -> float:
-    """Trains on windows of the text that begin anywhere; the model then holds the averaged weights.
+    """Trains on windows at random positions of the text; afterwards the model holds the averaged weights.
 
     Returns:
         mean loss of the last tenth of the steps, nats per token.
@@ -215,6 +219,7 @@ def train(model: PatchAutoregressive, tokens: torch.Tensor, length: int, steps: 
 
 
 def main() -> None:
+    """Trains and measures the model; prints and saves its row."""
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource})
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
     run.seeds = run.seeds if isinstance(run.seeds, list) else [run.seeds]
@@ -237,7 +242,7 @@ def main() -> None:
     train_ids, held_out = np.asarray(data.train.token_ids, dtype=np.int64), full_rows(data.validation)
     tokens = torch.from_numpy(train_ids).to(model.device)
     if len(tokens) <= length:
-        raise RecipeError(f"The training text has {len(tokens)} tokens, one row alone takes {length}.")
+        raise RecipeError(f"The training text has {len(tokens)} tokens, but one row takes {length}; give more text.")
     example = tokens[:length].expand(run.batch_size, -1)
     step_flops = count_training_flops(lambda: model(example))
     model.zero_grad()
@@ -273,7 +278,7 @@ def main() -> None:
 
 
 def context_config(run: RunArguments, tokcom: Any, vocabulary: int, length: int) -> LlamaConfig:
-    """Shape of the context: that of the matched TokCom, or the one asked for; the start token is its last id."""
+    """Shape of the context, from the matched TokCom or from the arguments; the last id is the start token."""
     if tokcom is not None:
         config = deepcopy(tokcom.config.context)
     else:

@@ -1,10 +1,10 @@
-"""Threads that share a pipeline, and a pipeline that is called for long: do requests mix, does memory grow?
+"""Tests whether threads that share a pipeline mix up requests, and whether its memory grows over many calls.
 
     python recipes/benchmarks/pipeline_threads.py --threads 4 --requests 100 --calls 500
 
-Every pipeline runs tiny random models. `threads` threads send `requests` mixed requests each (other inputs, other options,
-other seeds, in another order per thread); an answer that is not the one of the same request alone counts as different.
-Then one thread sends `calls` requests and the process's memory is read after the first fifth and after the last call.
+Every pipeline runs tiny random models. Each of `threads` threads sends `requests` requests with different inputs, options
+and seeds, in an order of its own. An answer counts as different if the same request, sent alone, has another answer. Then
+one thread sends `calls` requests, and the process's memory is read after the first fifth and after the last call.
 """
 
 import json
@@ -194,7 +194,7 @@ def plain(value: Any) -> Any:
 
 
 def differences(pipe, name: str, threads: int, requests: int) -> int:
-    """How many of `threads` × `requests` concurrent answers are not those of the same requests one after another."""
+    """How many of `threads` × `requests` concurrent answers differ from the same requests sent one after another."""
 
     def ask(index: int) -> Any:
         inputs, options = request(name, index)
@@ -224,7 +224,7 @@ def memory(pipe, name: str, calls: int) -> tuple[float, float]:
 
 @dataclass
 class RunArguments:
-    """How much is asked of each pipeline."""
+    """Load on each pipeline, and where the results go."""
 
     threads: int = field(default=4, metadata={"help": "Threads that share a pipeline."})
     requests: int = field(default=100, metadata={"help": "Requests of each thread."})
@@ -233,6 +233,7 @@ class RunArguments:
 
 
 def main() -> None:
+    """Tests every pipeline; prints and saves different answers and memory."""
     args = RunArguments(**parse_recipe(__doc__, {"run": RunArguments})["run"])
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)

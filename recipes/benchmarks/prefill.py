@@ -5,7 +5,7 @@
     python recipes/benchmarks/prefill.py --documented true        # layers 10/20/31, ratio 0.5; table only
 
 Weights are random: time and memory do not depend on their values. The pruning layers are scaled to the number of layers
-built. Prints the FLOPs ratio predicted beside the time ratio measured, in the same run, A B A B, medians.
+built. Prints the predicted speedup (from FLOPs) beside the measured one (medians of interleaved runs, A B A B).
 """
 
 import json
@@ -36,9 +36,11 @@ class RunArguments:
     heads: int = field(default=32, metadata={"help": "Attention heads."})
     vision_layers: int = field(default=24, metadata={"help": "Layers of the CLIP tower."})
     text_tokens: int = field(default=48, metadata={"help": "Text tokens of the prompt."})
-    merge_to: int = field(default=192, metadata={"help": "Tokens after the merger."})
-    keep: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "Tokens after each pruning layer."})
-    at: list[float] = field(default_factory=lambda: [0.25, 0.5], metadata={"help": "Pruning layers, as depth shares."})
+    merge_to: int = field(default=192, metadata={"help": "Vision tokens after the merger."})
+    keep: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "Vision tokens after each pruner."})
+    at: list[float] = field(
+        default_factory=lambda: [0.25, 0.5], metadata={"help": "Pruning layers, as shares of the depth."}
+    )
     documented: bool = field(default=False, metadata={"help": "Print the table of the documented configuration only."})
     repeats: int = field(default=3, metadata={"help": "Rounds of the measurement."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
@@ -47,6 +49,7 @@ class RunArguments:
 
 
 def main() -> None:
+    """Measures one layer shape, or tabulates the documented one; prints and saves the result."""
     run = RunArguments(**parse_recipe(__doc__, {"run": RunArguments})["run"])
     out = Path(run.output_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +75,7 @@ def main() -> None:
     model(**batch, pruning_mode="hard")
     report = model.token_report()
     speedup = times["origin"]["prefill"] / times["hard"]["prefill"]
-    processor = times["origin"]["prefill_cpu"] / times["hard"]["prefill_cpu"]
+    cpu_speedup = times["origin"]["prefill_cpu"] / times["hard"]["prefill_cpu"]
     results = {
         "layers": layers,
         "device": run.device,
@@ -83,8 +86,8 @@ def main() -> None:
         "predicted_speedup": 1 / report["flops_ratio"],
         "measured_speedup": speedup,
         "measured_over_predicted": speedup * report["flops_ratio"],
-        "processor_time_speedup": processor,
-        "processor_over_predicted": processor * report["flops_ratio"],
+        "processor_time_speedup": cpu_speedup,
+        "processor_over_predicted": cpu_speedup * report["flops_ratio"],
         "decode_speedup": times["origin"]["decode"] / times["hard"]["decode"],
         "kv_predicted": report["kv_bytes"] / report["kv_bytes_origin"],
         "kv_measured": times["hard"]["kv_bytes"] / times["origin"]["kv_bytes"],
@@ -104,6 +107,7 @@ def main() -> None:
 
 
 def build(run: RunArguments, layers: int, attention: str, device: str) -> PrunedVLM:
+    """A LLaVA with random weights, a merger and pruners at `run.at`."""
     vision = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=run.vision_layers, num_attention_heads=16,
         image_size=336, patch_size=14,
@@ -147,14 +151,14 @@ def documented_table() -> dict:
                 TokenMergerConfig(target_merge_tokens=merged),
                 LayerPrunerConfig(layers=at, keep_tokens=keep, keep_ratio=ratio),
             )
-        seen, now = [], merged
+        per_layer, tokens = [], merged
         for layer in range(32):
             if layer in at:
-                now = keep[at.index(layer)] if keep else round(now * ratio)
-            seen.append(float(now))
-        report = tables[name] = predicted_report(model, 576.0, 48.0, seen, 20.0)
+                tokens = keep[at.index(layer)] if keep else round(tokens * ratio)
+            per_layer.append(float(tokens))
+        report = tables[name] = predicted_report(model, 576.0, 48.0, per_layer, 20.0)
         print(
-            f"{name}: average {sum(seen) / 32:.0f} of 576 vision tokens, sequence {100 * report['sequence_kept']:.1f} %"
+            f"{name}: average {sum(per_layer) / 32:.0f} of 576 vision tokens, sequence {100 * report['sequence_kept']:.1f} %"
         )
         print(f"  FLOPs {report['flops'] / 1e12:.2f} T of {report['flops_origin'] / 1e12:.2f} T: "
               f"{100 * (report['flops_ratio'] - 1):.1f} % (vision tower, projector and heads included)")  # fmt: skip

@@ -4,10 +4,10 @@
     python recipes/benchmarks/pruning_wishes.py                                 # outputs/small_vlm; 5 minutes of one core
     python recipes/benchmarks/pruning_wishes.py --steps 20 --eval_questions 100 # a look
 
-Each row is a merger and pruners trained with LoRA for as many steps on as many scenes: one ratio at every layer; a list of
-ratios, falling from layer to layer; the merger's scores guided by the question's attention; a number of merged tokens that
-depends on the question; questions and captions in every batch. Two more rows leave the guidance loss out. All are measured
-on the same questions and captions with tokens really removed; FLOPs count vision tower, projector and heads.
+Each row trains a merger and pruners with LoRA, for the same number of steps and scenes: one ratio at every layer; a list of
+ratios that fall from layer to layer; merger scores guided by the question's attention; a number of merged tokens that
+depends on the question; questions and captions in every batch. Two more rows leave the guidance loss out. All rows are
+measured on the same questions and captions with tokens really removed; FLOPs include vision tower, projector and heads.
 """
 
 import json
@@ -30,12 +30,12 @@ DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_p
 FIXED = {"target_merge_tokens": 12}
 RATIOS = {"keep_tokens": None, "keep_ratio": 0.5}
 DYNAMIC = {"target_merge_tokens": 12, "merge_ratio": 0.1875, "min_ratio": 0.0625, "max_ratio": 0.5}
-# The budget acts through the sparsity loss, in squared tokens.
+# The budget is enforced by the sparsity loss, which is measured in squared tokens.
 BUDGET = {"merge_sparsity_weight": 0.01}
 # name: (merger, pruner, training, data)
 WISHES: dict[str, tuple[dict, dict, dict, dict]] = {
     "fixed ratio": (FIXED, RATIOS, {}, {}),
-    # 7 and 2 tokens, or 8 and 1, where one ratio leaves 6 and 3.
+    # These lists leave 7 and 2 tokens, or 8 and 1; the fixed ratio leaves 6 and 3.
     "hierarchical list": (FIXED, {"keep_tokens": None, "keep_ratio": [0.58, 0.29]}, {}, {}),
     "hierarchical list, steep": (FIXED, {"keep_tokens": None, "keep_ratio": [0.67, 0.125]}, {}, {}),
     "attention-guided": (FIXED | {"attention_guided": "question"}, RATIOS, {}, {}),
@@ -57,19 +57,20 @@ class RunArguments:
     output_dir: str = field(default="outputs/benchmark_pruning_wishes", metadata={"help": "Folder of results.json."})
     steps: int = field(default=120, metadata={"help": "Training steps of each row."})
     seed: int = field(default=42, metadata={"help": "Seed of heads and training."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; all that the process may use."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; all by default."})
     rows: list[str] | str | None = field(default=None, metadata={"help": "Only these rows; all where not set."})
 
     def __post_init__(self):
-        # One name on the command line is no list.
+        # A single name on the command line arrives as a string.
         self.rows = [self.rows] if isinstance(self.rows, str) else self.rows
 
 
-# The default configuration has a discriminator, too; there is no adversarial part here.
+# The default configuration also has a discriminator section, which is read but not used: no row is adversarial.
 SECTIONS = {"run": RunArguments, "data": VQASourceArguments, **PRUNING_SECTIONS}
 
 
 def main() -> None:
+    """Trains and measures all rows; prints and saves them."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
     run = RunArguments(**values["run"])
     unknown = [name for name in run.rows or () if name not in WISHES]
@@ -122,13 +123,14 @@ def measure(model: PrunedVLM, processor, values: dict, rows, mode: str) -> dict:
 
 
 def report(run: RunArguments, rows, lines: dict) -> dict:
-    """What is saved: the setting and the rows."""
+    """The contents of results.json: the setting and the rows."""
     questions = sum(row.get("task") != "caption" for row in rows.rows)
     setting = {"steps": run.steps, "seed": run.seed, "questions": questions, "captions": len(rows) - questions}
     return {"setting": setting, "rows": lines}
 
 
 def line(name: str, row: dict) -> str:
+    """A row as a line of the printed table."""
     tokens = " ".join(f"{n:.1f}" for n in row["vision_tokens_per_layer"])
     spread = "–".join(map(str, row["merged_tokens_range"]))
     return (

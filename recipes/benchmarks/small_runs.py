@@ -1,7 +1,7 @@
-"""Runs the package's recipes at a small size, one after another in this process, and keeps what each measured.
+"""Runs recipes at a small size, one after another in this process, and saves what each measured.
 
-`troubleshooting.py` and `documented.py` are made of such runs. A run that the result file already holds is not repeated,
-so an interrupted table goes on where it stopped.
+`troubleshooting.py` and `documented.py` consist of such runs. A run that the result file already holds is not repeated, so
+an interrupted table continues where it stopped.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class SmallRuns:
             self.results = {name: rows for name, rows in self.results.items() if name not in self.sections}
 
     def row(self, section: str, name: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The row `name`: what the file holds, or what `measure()` returns and how many seconds it took."""
+        """The row `name`: the saved one, or the result of `measure()` with its `seconds`, which is then saved."""
         rows = self.results.setdefault(section, {})
         if name not in rows:
             print(f"{section}: {name} …", flush=True)
@@ -90,7 +90,7 @@ class SmallRuns:
         return folder
 
     def base(self, recipe: str, arguments: Sequence[Any]) -> Path:
-        """The small model that `recipe` trains, trained where it is missing."""
+        """Folder of the small model that `recipe` trains; trains it if it is missing."""
         folder = self.folder / "runs" / recipe
         return folder if (folder / "results.json").is_file() else self.train(recipe, recipe, arguments)
 
@@ -108,7 +108,7 @@ def logged(folder: Path, name: str) -> list[float]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, tuple[str, str]], first: str = "") -> str:
-    """Markdown table: a row each, `columns` maps headings to (key, format); `–` where a row has no such value."""
+    """Markdown table of `rows`; `columns` maps headings to (key, format); `–` stands for a missing value."""
     lines = ["| " + " | ".join([first, *columns]) + " |", "|---|" + "---:|" * len(columns)]
     for name, row in rows.items():
         cells = ["–" if row.get(key) is None else format(row[key], style) for key, style in columns.values()]

@@ -1,15 +1,15 @@
-"""What each remedy of TokCom is worth: one switch at a time, everything else as in the starting row.
+"""Measures what each remedy of TokCom contributes: every row changes one setting of the starting row.
 
     python recipes/benchmarks/tokcom_ablations.py                               # embedded text, a few hours on two cores
     python recipes/benchmarks/tokcom_ablations.py --train_file train.txt --validation_file development.txt \
         --only one_noise_draw no_heads
     python recipes/benchmarks/tokcom_ablations.py --train_config recipes/configs/base/train_tokcom.yaml    # on a GPU
 
-The rows come from the configuration: `train` overrides recipes/train_tokcom.py's options, `config` names another training
-configuration, `generate` has settings of `generate`. A row without `train` reuses the starting row's model, or that of the
-row it names as `model`; one that leaves the VAE alone reuses its VAE. Prints a table and writes `ablations.json`; rows
-already measured in the output folder are kept, so an interrupted run goes on. These rows choose settings: measure on
-development text.
+The rows come from the configuration: `train` overrides options of recipes/train_tokcom.py, `config` names another training
+configuration, `generate` holds settings of `generate`. A row without `train` uses the model of the starting row, or of the
+row that `model` names; a row that does not change the VAE uses the VAE of the starting row. Prints a table and writes
+`ablations.json`. Rows already measured in the output folder are kept, so an interrupted run continues. Measure on
+development text, because these rows serve to choose settings.
 """
 
 import json
@@ -47,20 +47,21 @@ class RunArguments:
     train_config: str = field(
         default="recipes/configs/tiny/train_tokcom.yaml", metadata={"help": "Configuration of the starting row."}
     )
-    start: dict[str, Any] = field(default_factory=dict, metadata={"help": "Overrides of all rows (budgets)."})
+    start: dict[str, Any] = field(default_factory=dict, metadata={"help": "Training options of all rows (budgets)."})
     rows: list[dict[str, Any]] = field(
-        default_factory=list, metadata={"help": "name; config, train; or model; generate."}
+        default_factory=list, metadata={"help": "Mappings with name, and config, train, model, generate."}
     )
     generate: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of generate in all rows."})
     only: list[str] = field(default_factory=list, metadata={"help": "Names of the rows to run; none runs all."})
     num_samples: int = field(default=32, metadata={"help": "Generated rows per sampling seed."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Sampling seeds."})
-    num_prefixes: int = field(default=200, metadata={"help": "Prefixes of BrierLM."})
+    num_prefixes: int = field(default=200, metadata={"help": "Number of prefixes for BrierLM."})
     prefix_length: int = field(default=64, metadata={"help": "Tokens per prefix."})
     draws: int = field(default=4, metadata={"help": "Continuations drawn per prefix."})
 
 
 def main() -> None:
+    """Trains and measures all rows; prints and saves the table."""
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource}, DEFAULT_CONFIG)
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
     only = run.only if isinstance(run.only, list) else [run.only]
@@ -92,7 +93,7 @@ def main() -> None:
 
 
 def train(row: dict[str, Any], run: RunArguments, source: TextSource, out: Path) -> Path:
-    """Trains the row's model, or finds the one it shares with the starting row; returns its folder."""
+    """Trains the row's model unless it shares that of another row; returns the model's folder."""
     overrides = row.get("train", {})
     if "model" in row:
         return out / row["model"]
@@ -111,11 +112,11 @@ def train(row: dict[str, Any], run: RunArguments, source: TextSource, out: Path)
             command += [f"--run.{name}", str(getattr(source, name))]
     command += ["--run.streaming", str(source.streaming).lower()]
     if row["name"] != "start":
-        # Losses and perplexities per token compare only under one tokenizer.
+        # Losses and perplexities per token can be compared only under the same tokenizer.
         command += ["--run.tokenizer", str(out / "start")]
     for key, value in (run.start | overrides).items():
         words = value if isinstance(value, list) else [value]
-        # As the command line writes them: true, none.
+        # Values as the command line spells them: true, none.
         plain = (str(word).lower() if word is None or isinstance(word, bool) else str(word) for word in words)
         command += [f"--{key}", *plain]
     log = out / f"{row['name']}.log"
@@ -147,6 +148,7 @@ def measure(folder: Path, settings: dict[str, Any], run: RunArguments, source: T
 
 
 def show(name: str, result: dict[str, Any]) -> None:
+    """Prints a row of the table."""
     cells = []
     for key in COLUMNS:
         if key in result["generated"]:

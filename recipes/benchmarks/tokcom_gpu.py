@@ -1,12 +1,12 @@
-"""TokCom on one GPU, in at most six minutes: throughput at three sizes, and what three minutes of training give.
+"""TokCom on one GPU in at most six minutes: throughput at three sizes, and quality after three minutes of training.
 
     python recipes/benchmarks/tokcom_gpu.py                            # text that every Python carries
     python recipes/benchmarks/tokcom_gpu.py --text_file train.txt
 
-Needs one GPU of 80 GB for the largest size; without a GPU it says so and ends. In bfloat16: tokens per second of a training
-step of either stage and of generation (blocks of 1, 4, 16 and all chunks; 1, 4 and 8 steps), each beside a Llama of as many
-parameters with KV cache, at 12 M and 110 M parameters and at the documented size (`paper`, whose rows are one block). Then
-the 110 M model trains for three minutes on the text and is measured on its held-out part. Prints rows, writes a JSON file.
+Needs one GPU of 80 GB for the largest size; without a GPU it says so and ends. Measures tokens per second in bfloat16, of a
+training step of either stage and of generation (blocks of 1, 4, 16 and all chunks; 1, 4 and 8 steps), beside a Llama with KV
+cache and as many parameters, at 12 M and 110 M parameters and at the documented size (`paper`, whose rows are one block).
+Then trains the 110 M model for three minutes on the text and measures it on the held-out part. Prints rows, writes JSON.
 """
 
 import json
@@ -32,7 +32,7 @@ from tokcom_hf.evaluation.text_report import print_row
 from tokcom_hf.metrics.text import TextJudge
 from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
 
-# Kept free of new measurements at the end: loading, the judge, and writing.
+# Seconds reserved at the end for evaluating the trained model and writing; throughput rows must end before them.
 MEASURING_SECONDS = 50.0
 
 
@@ -40,33 +40,36 @@ MEASURING_SECONDS = 50.0
 class RunArguments:
     """What is measured, and for how long."""
 
-    text_file: str | None = field(default=None, metadata={"help": "Text; none takes what this Python carries."})
+    text_file: str | None = field(
+        default=None, metadata={"help": "Text; none takes the text that every Python carries."}
+    )
     output: str = field(default="outputs/benchmarks/tokcom_gpu.json", metadata={"help": "Result file."})
     sizes: list[str] = field(
         default_factory=lambda: ["12M", "110M", "paper"], metadata={"help": "Sizes whose throughput is measured."}
     )
     train_size: str = field(default="110M", metadata={"help": "Size that is trained."})
     train_seconds: float = field(default=180.0, metadata={"help": "Seconds of training, both stages together."})
-    least_steps: int = field(default=2, metadata={"help": "Steps of either stage, however little time there is."})
+    least_steps: int = field(default=2, metadata={"help": "Fewest steps of each stage, even when time is over."})
     time_limit: float = field(
-        default=350.0, metadata={"help": "Seconds of everything; rows that do not fit are left out."}
+        default=350.0, metadata={"help": "Seconds of the whole run; rows that do not fit are left out."}
     )
     step_tokens: int = field(default=16384, metadata={"help": "Tokens of a training step; a quarter of it for paper."})
-    timed_steps: int = field(default=5, metadata={"help": "Timed training steps, after two that are not."})
+    timed_steps: int = field(default=5, metadata={"help": "Timed training steps, after two untimed ones."})
     tokens: int = field(default=256, metadata={"help": "Tokens per generated row."})
     batch_sizes: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "Rows generated together."})
     block_sizes: list[int] = field(
-        default_factory=lambda: [1, 4, 16, 0], metadata={"help": "Chunks per block; 0 all."}
+        default_factory=lambda: [1, 4, 16, 0], metadata={"help": "Chunks per block; 0 for all."}
     )
     num_steps: list[int] = field(default_factory=lambda: [1, 4, 8], metadata={"help": "Flow steps per block."})
     vocab_size: int = field(default=4096, metadata={"help": "Size of the tokenizer trained on the text."})
     num_samples: int = field(default=64, metadata={"help": "Rows of the quality table."})
-    num_prefixes: int = field(default=1000, metadata={"help": "Prefixes of BrierLM."})
+    num_prefixes: int = field(default=1000, metadata={"help": "Number of prefixes for BrierLM."})
     device: str = field(default="cuda", metadata={"help": "cuda; cpu runs the same code, for tests."})
     seed: int = field(default=42, metadata={"help": "Seed of weights and batches."})
 
 
 def main() -> None:
+    """Measures throughput and quality within --time_limit; prints and saves both."""
     run = RunArguments(**parse_recipe(__doc__, {"run": RunArguments})["run"])
     for name in ("sizes", "batch_sizes", "block_sizes", "num_steps"):
         value = getattr(run, name)
@@ -80,7 +83,7 @@ def main() -> None:
         print("No GPU on this machine: nothing was measured.")
         return
     started = time.perf_counter()
-    left = lambda: run.time_limit - (time.perf_counter() - started)  # noqa: E731
+    seconds_left = lambda: run.time_limit - (time.perf_counter() - started)  # noqa: E731
     torch.manual_seed(run.seed)
     card = torch.cuda.get_device_name() if run.device == "cuda" else "cpu"
     print(f"{card}; torch {torch.__version__}", flush=True)
@@ -89,9 +92,9 @@ def main() -> None:
     for size in run.sizes:
         result["throughput"][size] = throughput(
             size, len(data.tokenizer) + 1, run, result["left_out"],
-            lambda: left() - run.train_seconds - MEASURING_SECONDS,
+            lambda: seconds_left() - run.train_seconds - MEASURING_SECONDS,
         )  # fmt: skip
-    seconds = max(0.0, min(run.train_seconds, left() - MEASURING_SECONDS))
+    seconds = max(0.0, min(run.train_seconds, seconds_left() - MEASURING_SECONDS))
     result["training"] = train_and_measure(data, seconds, run)
     result["seconds"] = time.perf_counter() - started
     path = Path(run.output)
@@ -103,12 +106,12 @@ def main() -> None:
 
 
 def train_and_measure(data: TextRows, seconds: float, run: RunArguments) -> dict[str, Any]:
-    """Both stages of `run.train_size` in so many seconds, a quarter of them the VAE's; then its row beside the controls."""
+    """Trains both stages of `run.train_size`, the VAE for a quarter of `seconds`; then measures model and controls."""
     model = build(run.train_size, len(data.tokenizer) + 1, run.device)
     print(f"\ntraining {run.train_size} ({model.num_parameters():,} parameters) for {seconds:.0f} s", flush=True)
     tokens = torch.from_numpy(np.asarray(data.train.token_ids, dtype=np.int64)).to(run.device)
     if len(tokens) <= LENGTH:
-        raise RecipeError(f"The training text has {len(tokens)} tokens, one row alone takes {LENGTH}.")
+        raise RecipeError(f"The training text has {len(tokens)} tokens, but one row takes {LENGTH}; give more text.")
     sizes, generator = model.config.block_sizes, torch.Generator().manual_seed(run.seed)
 
     def drawn_block() -> int:
@@ -155,7 +158,7 @@ def train(
     seconds: float,
     run: RunArguments,
 ) -> dict[str, float]:
-    """Trains `model` on windows of the text until time and `least_steps` are over; it then holds the averaged weights.
+    """Trains `model` on windows of the text for `seconds` and at least `least_steps`; keeps the averaged weights.
 
     The learning rate follows the clock: a short warm-up, then a cosine to 0.
     """
@@ -181,7 +184,7 @@ def train(
         torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - min(0.995, (1 + step) / (10 + step)))
         step += 1
         losses.append(value.detach())
-        if step % 50 == 0:  # rarely: reading it waits for the GPU
+        if step % 50 == 0:  # rarely, because reading the loss waits for the GPU
             print(f"  step {step}: loss {value.item():.4f}", flush=True)
     for parameter, mean in zip(weights, average):
         parameter.data.copy_(mean)

@@ -1,4 +1,4 @@
-"""Fair comparison of vision token pruning: equal FLOPs, hard mode, same questions, paired bootstrap.
+"""Compares ways of vision token pruning at equal FLOPs: hard mode, the same questions, paired bootstrap.
 
     python recipes/benchmarks/token_pruning.py                                   # outputs/small_vlm, 5 seeds
     python recipes/benchmarks/token_pruning.py --seeds 1 --max_steps 50 --ablations false
@@ -6,8 +6,8 @@
 Rows: the unpruned model; the question alone (another question's picture); our two stages with LoRA; every training-free
 strategy; random tokens with the same LoRA fine-tune, data and steps; a smaller image, as it is and with the same
 fine-tune. Each baseline keeps as many tokens as bring it to **at least** our FLOPs (heads, vision tower and projector
-included), so that rounding favours the baseline. With `--ablations true` also (first seed): one thing left out or
-changed. Rows are saved as they are measured: an interrupted comparison goes on where it stopped.
+included), so that rounding favours the baseline. `--ablations true` adds rows with something left out or changed (first
+seed only). Rows are saved as they are measured, so an interrupted comparison continues where it stopped.
 """
 
 import json
@@ -32,8 +32,8 @@ from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.pruning_build import PRUNING_SECTIONS, build_heads, train_heads
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_pruning.yaml"
-OURS, RANDOM_TUNED, GREY = "merger + pruners + LoRA", "random + LoRA", "question only (other picture)"
-# Each changes one thing.
+OURS, RANDOM_TUNED, QUESTION_ONLY = "merger + pruners + LoRA", "random + LoRA", "question only (other picture)"
+# Row -> what it changes in our two stages.
 ABLATIONS: dict[str, dict] = {
     "no merger": {"merger": False},
     "no pruners": {"pruners": False},
@@ -62,7 +62,7 @@ class RunArguments:
     output_dir: str = field(default="outputs/benchmark_token_pruning", metadata={"help": "Folder of results.json."})
     seeds: int = field(default=5, metadata={"help": "Training seeds."})
     overwrite: bool = field(default=False, metadata={"help": "Measure again what the output folder holds."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; all that the process may use."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; all by default."})
     ablations: bool = field(default=True, metadata={"help": "Also train the ablations (first seed only)."})
 
 
@@ -80,9 +80,10 @@ class Comparison:
         assert train is not None
         self.train_rows = train
         self.collator = vqa_collator(self.source, self.processor, answers=False)
-        self.full_sequence = 0.0  # tokens of the unpruned prompt, known once it was measured
+        self.full_sequence = 0.0  # tokens of the unpruned prompt; set by main once measured
 
     def base(self):
+        """A new copy of the base model."""
         return AutoModelForImageTextToText.from_pretrained(self.run.base_model).eval()
 
     def learned(self, seed: int, merger: bool = True, pruners: bool = True, **changes) -> dict:
@@ -90,16 +91,16 @@ class Comparison:
         return self.evaluate(self.train(self.heads(merger, pruners), seed, **changes))
 
     def heads(self, merger: bool, pruners: bool) -> PrunedVLM:
-        """The base with fresh heads."""
+        """The base model with new, untrained heads."""
         first, second = self.values["merger"], self.values["pruner"]
         return build_heads(self.base(), first if merger else None, second if pruners else None)
 
     def base_written(self) -> int:
-        """When the base's weights were written, 0 for a Hub name: a base trained anew is another base."""
+        """Sum of the weight files' times of writing (0 for a Hub name): changes when the base is trained again."""
         return sum(path.stat().st_mtime_ns for path in Path(self.run.base_model).glob("*.safetensors"))
 
     def train(self, model: PrunedVLM, seed: int, rows=None, processor=None, **changes) -> PrunedVLM:
-        """The model, trained on our rows, or on `rows`, with some training arguments changed."""
+        """The model after training on `rows` (our training rows by default), with `changes` of training arguments."""
         place = {"output_dir": str(Path(self.run.output_dir) / "work"), "seed": seed}
         arguments = self.values["training"] | changes | place
         collator = vqa_collator(self.source, processor or self.processor)
@@ -107,6 +108,7 @@ class Comparison:
         return train_heads(model, arguments, data, collator, self.values["discriminator"])
 
     def evaluate(self, model: PrunedVLM, rows=None, mode: str = "hard", processor=None) -> dict:
+        """Metrics of the model on `rows`, the held-out rows by default."""
         length = self.values["training"].get("eval_max_new_tokens", 4)
         collator = vqa_collator(self.source, processor, answers=False) if processor else self.collator
         return evaluate_mode(model, collator, self.rows if rows is None else rows, mode, length)
@@ -131,7 +133,7 @@ class Comparison:
         base, processor = downsampled_vlm(self.base(), self.processor, size)
         model = PrunedVLM.from_base(base)
         if train:
-            # The unpruned teacher is the same small-picture model: no KL.
+            # No KL loss, because its unpruned teacher would be this same model on small pictures.
             self.train(model, seed, shrunk(self.train_rows, size), processor, kl_weight=0.0)
         result = self.evaluate(model, shrunk(self.rows if rows is None else rows, size), "origin", processor)
         ratio = result["flops"] / full_flops
@@ -140,7 +142,7 @@ class Comparison:
         return result | {"flops_ratio": ratio, "sequence_kept": kept}
 
     def smallest_image(self, ratio: float, full_flops: float) -> int:
-        """Pixels per side at which the picture costs at least `ratio` of the unpruned FLOPs."""
+        """Smallest side, in pixels, at which the picture costs at least `ratio` of the unpruned FLOPs."""
         vision = self.base().config.vision_config
         few = VQADataset(self._held_out()[:20])
         for size in range(vision.patch_size, vision.image_size, vision.patch_size):
@@ -162,7 +164,7 @@ class Comparison:
 
 
 class Rows:
-    """Finished rows of the table, saved one by one: an interrupted comparison goes on where it stopped."""
+    """Finished rows of the table, saved one by one, so that an interrupted comparison continues where it stopped."""
 
     def __init__(self, folder: Path, fingerprint: dict, overwrite: bool):
         self.path = folder / "rows.json"
@@ -179,7 +181,7 @@ class Rows:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, seed: int, measure: Callable[..., dict], *args, **kwargs) -> dict:
-        """The row's result for a seed; measured and saved where it is missing."""
+        """The row's result for a seed, measured and saved if it is missing."""
         row = self.table.setdefault(name, {})
         if str(seed) not in row:
             set_seed(seed)
@@ -198,6 +200,7 @@ class Rows:
 
 
 def main() -> None:
+    """Measures all rows of the comparison; prints and saves the table."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG)
     run = RunArguments(**values["run"])
     if not (Path(run.base_model) / "config.json").is_file() and run.base_model == RunArguments.base_model:
@@ -212,7 +215,7 @@ def main() -> None:
 
     unpruned = rows.add("unpruned", 0, comparison.evaluate, PrunedVLM.from_base(comparison.base()), mode="origin")
     comparison.full_sequence = unpruned["vision_tokens"] + unpruned["text_tokens"]
-    rows.add(GREY, 0, comparison.question_only)
+    rows.add(QUESTION_ONLY, 0, comparison.question_only)
     for seed in seeds:
         rows.add(OURS, seed, comparison.learned, seed)
     ratio = statistics.mean(r["flops_ratio"] for r in rows.table[OURS].values())
@@ -237,7 +240,7 @@ def main() -> None:
 
 
 def report(comparison: Comparison, table: dict[str, list[dict]], out: Path) -> None:
-    """Prints and saves the table; differences are ours minus the row, on the same questions, all seeds together."""
+    """Prints and saves the table; a difference is ours minus the row, on the same questions, over all seeds."""
     lines = {}
     ours = [r["scores"] for r in table[OURS]]
     print(f"\n{len(comparison.rows)} questions, {len(ours)} seed(s)")

@@ -1,4 +1,4 @@
-"""Memory of one training step of a small Qwen2-VL, whose vision tokens follow the image's size."""
+"""Memory of one training step of a small Qwen2-VL, whose number of vision tokens grows with the image."""
 
 import torch
 
@@ -10,7 +10,7 @@ IMAGE = (1120, 1120)
 
 
 class ImageOnlyProcessor:
-    """Qwen2-VL's images and a tokenizer; transformers' own processor needs torchvision for videos."""
+    """A Qwen2-VL processor of images and text; that of transformers needs torchvision, for videos."""
 
     image_token = "<|image_pad|>"
 
@@ -22,14 +22,14 @@ class ImageOnlyProcessor:
         self.tokenizer = tokenizer
 
     def __call__(self, text, images, **options):
-        seen = self.image_processor(images, return_tensors="pt")
-        counts = [int(grid.prod()) // 4 for grid in seen["image_grid_thw"]]
+        images_batch = self.image_processor(images, return_tensors="pt")
+        counts = [int(grid.prod()) // 4 for grid in images_batch["image_grid_thw"]]
         words = [part.replace(self.image_token, f"{self.image_token} " * n) for part, n in zip(text, counts)]
-        return {**self.tokenizer(words, **options), **seen}
+        return {**self.tokenizer(words, **options), **images_batch}
 
 
 def qwen2_vl():
-    """A Qwen2-VL without training and its processor, whose tokens follow the image's size: one of 28 x 28 pixels each."""
+    """An untrained Qwen2-VL and its processor, which makes one vision token per 28 x 28 pixels."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     names = {
@@ -51,7 +51,7 @@ def qwen2_vl():
 
 
 def memory_step(batch: int = 12, **limits) -> dict:
-    """One training step in this process: images, tokens of each, and the memory above what there was before."""
+    """Runs one training step in this process; returns images, vision tokens per image, and growth of peak memory (MiB)."""
     from PIL import Image
 
     model, processor = qwen2_vl()

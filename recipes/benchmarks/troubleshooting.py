@@ -1,12 +1,13 @@
-"""Tries every troubleshooting advice of the documents once, at a small size, and shows what it changes.
+"""Tries each piece of troubleshooting advice in the documents once, at a small size, and shows what it changes.
 
     python recipes/benchmarks/troubleshooting.py                  # a quarter of an hour of one core
     python recipes/benchmarks/troubleshooting.py --only vqgan     # or pruning, memory, lfq
 
 One seed; the rows of a section share data and steps. `vqgan`: images of 16 pixels, with settings under which the codebook
 collapses, with the documented and with the default ones. `pruning`: the small LLaVA (16 vision tokens), documented losses
-at the default's rates. `memory`: one training step of a small untrained Qwen2-VL on images of 1120 pixels. `lfq`: what
-the documented calls answer to each of the three mistakes. Writes JSON; `docs/troubleshooting.md` quotes it.
+at the default's learning rates. `memory`: one training step of a small untrained Qwen2-VL on images of 1120 pixels. `lfq`:
+what the documented functions return or raise for each of the three mistakes. Writes the JSON that `docs/troubleshooting.md`
+quotes.
 """
 
 import concurrent.futures
@@ -38,17 +39,17 @@ VQGAN_SIZE = (
     "--load_best_model_at_end", "false", "--early_stopping_patience", 0, "--num_pictures", 4, "--threads", 1, *CPU,
 )  # fmt: skip
 VQGAN_STEPS = 160
-# What the document describes before its remedies.
+# The settings that the document describes before its remedies.
 BEFORE_REMEDIES = (
     "--n_embed", 512, "--CODEBOOK_CONFIG.ema_decay", 0.85, "--TRAINING_STRATEGY.temperature", 1.2,
     "--TRAINER_CONFIG.entropy_weight", 1.0, "--reset_low_usage_percentage", 0.0,
 )  # fmt: skip
-# Without temperature, entropy loss and resets either, at the default's learning rate: what the advice is for.
+# Also without temperature and entropy loss, at the default's learning rate: the collapse that the advice is for.
 COLLAPSING = (
     *BEFORE_REMEDIES, "--TRAINING_STRATEGY.temperature", 0.0, "--TRAINER_CONFIG.entropy_weight", 0.0,
     "--learning_rate", 2e-3,
 )  # fmt: skip
-# The default's stretch without quantization is 120 of its 600 steps.
+# As in the default, where 120 of 600 steps are without quantization.
 VQGAN_BASES = {
     "collapsing": ("paper", COLLAPSING),
     "documented": ("paper", ()),
@@ -68,6 +69,7 @@ VQGAN_COLUMNS = {
 
 
 def vqgan_run(runs: SmallRuns, name: str, config: str, arguments) -> dict:
+    """Trains a small VQGAN; returns its metrics."""
     file = RECIPES / "configs" / config / "train_vqgan.yaml"
     folder = runs.train(
         "train_vqgan", f"vqgan {name}", ["--config", file, *VQGAN_SIZE, "--max_steps", VQGAN_STEPS, *arguments]
@@ -77,6 +79,8 @@ def vqgan_run(runs: SmallRuns, name: str, config: str, arguments) -> dict:
 
 
 def vqgan(runs: SmallRuns) -> str:
+    """The table of the VQGAN advice."""
+
     def row(name: str, config: str, arguments) -> dict:
         return runs.row("vqgan", name, lambda: vqgan_run(runs, name, config, arguments))
 
@@ -94,7 +98,7 @@ PRUNING_SIZE = (
     "--train_images", 1500, "--eval_questions", 200, "--max_steps", PRUNING_STEPS, "--eval_strategy", "steps",
     "--eval_steps", PRUNING_STEPS, "--save_strategy", "no", "--logging_steps", 10, "--threads", 1, *CPU,
 )  # fmt: skip
-# As small a share of 16 vision tokens as the default's of 64.
+# The same share of 16 vision tokens that the default keeps of 64.
 PRUNING_DEFAULT = ("--target_merge_tokens", 5, "--keep_tokens", "[3, 2]")
 PRUNING_DOCUMENTED = (
     "--batch_size", 12, "--target_merge_tokens", "none", "--merge_ratio", 0.5, "--pruning_layers", "[1, 2, 3]",
@@ -124,6 +128,7 @@ PRUNING_COLUMNS = {
 
 
 def pruning_run(runs: SmallRuns, name: str, arguments) -> dict:
+    """Trains merger and pruners of the small LLaVA; returns their metrics and temperatures."""
     base = runs.base("pretrain_vlm", SMALL_VLM)
     command = ["--base_model", base, *PRUNING_SIZE, *arguments]
     folder = runs.train("train_token_pruning", f"pruning {name}", command)
@@ -136,6 +141,8 @@ def pruning_run(runs: SmallRuns, name: str, arguments) -> dict:
 
 
 def pruning(runs: SmallRuns) -> str:
+    """The table of the pruning advice."""
+
     def row(name: str, arguments) -> dict:
         return runs.row("pruning", name, lambda: pruning_run(runs, name, arguments))
 
@@ -155,13 +162,15 @@ MEMORY_COLUMNS = {"images": ("batch", "d"), "vision tokens each": ("tokens", "d"
 
 
 def memory_run(tip: dict) -> dict:
-    # A process of its own: freed memory of a step before would count.
+    """Measures one training step in a new process."""
+    # A new process, because memory that an earlier step freed would distort the peak.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as process:
         return process.submit(memory_step, **tip).result()
 
 
 def memory(runs: SmallRuns) -> str:
+    """The table of the advice against a lack of memory."""
     rows = {}
     for name, tip in MEMORY_TIPS.items():
         rows[name] = runs.row("memory", name, lambda tip=tip: memory_run(tip))
@@ -172,8 +181,8 @@ def memory(runs: SmallRuns) -> str:
 LFQ_COLUMNS = {"codes that come back": ("share", ".1%"), "answer": ("answer", "s")}
 
 
-def told(call) -> str:
-    """The sentence with which `call` refuses, or what it returns."""
+def result_or_error(call) -> str:
+    """What `call` returns, or the error that it raises, as text."""
     try:
         return str(call())
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
@@ -181,6 +190,7 @@ def told(call) -> str:
 
 
 def lfq(runs: SmallRuns) -> str:
+    """The table of the LFQ advice."""
     vision = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
               "num_attention_heads": 2}  # fmt: skip
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -195,9 +205,9 @@ def lfq(runs: SmallRuns) -> str:
     ids = encode_lfq_codes_to_tokens(codes, start, 6)
 
     def decoded(start_token_id: int, output_dim: int) -> dict:
-        """Share of codes that come back, and what the documented call says."""
+        """Share of codes that come back, and the result or error of the documented call."""
         call = lambda: decode_tokens_to_lfq_codes(ids, start_token_id, output_dim)  # noqa: E731
-        answer = told(call)
+        answer = result_or_error(call)
         back = call() if not answer.startswith("ValueError") else None
         same = back is not None and back.shape == codes.shape
         share = (back == codes).all(-1).float().mean().item() if same else 0.0
@@ -212,12 +222,14 @@ def lfq(runs: SmallRuns) -> str:
     rows = {
         "vocabulary: as expanded": size,
         "vocabulary: output_dim 8 instead of 6": lambda: {
-            "answer": told(lambda: get_lfq_token_range(model, {"output_dim": 8}))
+            "answer": result_or_error(lambda: get_lfq_token_range(model, {"output_dim": 8}))
         },
         "embeddings: padding_idx": lambda: {
             "answer": f"{embedding.padding_idx} before, {getattr(model.get_input_embeddings(), 'padding_idx', None)} after"
         },
-        "embeddings: width 48 instead of 32": lambda: {"answer": told(lambda: model(inputs_embeds=wrong_states))},
+        "embeddings: width 48 instead of 32": lambda: {
+            "answer": result_or_error(lambda: model(inputs_embeds=wrong_states))
+        },
         "codes: start_token_id and output_dim as told": lambda: decoded(start, 6),
         "codes: start_token_id one too large": lambda: decoded(start + 1, 6),
         "codes: start_token_id one too small": lambda: decoded(start - 1, 6),

@@ -1,13 +1,13 @@
-"""How far text can be squeezed: VAEs at several chunk sizes and vocabularies, accuracy against latent noise.
+"""Measures how far text can be compressed: VAEs of several chunk sizes and vocabularies, under latent noise.
 
     python recipes/benchmarks/vae_compression.py                                          # 2:1, 4:1, 8:1, embedded text
     python recipes/benchmarks/vae_compression.py --train_file train.txt --validation_file test.txt --chunk_sizes 4 8 \
         --tokenizers none gpt2
 
-Each row trains the VAE stage of recipes/train_tokcom.py, alike but for chunk size and tokenizer, and measures it
-on held-out text, beside its control: a VAE of the same shape that was not trained. `none` trains a tokenizer on the corpus.
-Prints the table, writes `vae_compression.json` and, with matplotlib, one curve per row to `accuracy_against_noise.png`.
-Finished rows are kept, so an interrupted run goes on.
+Each row trains the VAE stage of recipes/train_tokcom.py with another chunk size or tokenizer, all else equal, and measures
+it on held-out text beside its control, an untrained VAE of the same shape. `none` trains a tokenizer on the corpus. Prints
+the table, writes `vae_compression.json` and, with matplotlib, one curve per row to `accuracy_against_noise.png`. Finished
+rows are kept, so an interrupted run continues.
 """
 
 import json
@@ -29,7 +29,7 @@ from tokcom_hf.evaluation.tokcom_reconstruction import detailed_reconstruction
 RECIPES = Path(__file__).resolve().parents[1]
 SIGMAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
 CONTROL_SIGMAS = (0.0, 0.5, 0.7, 1.0)
-# Heading of each column and the measure below it.
+# Heading of a column -> key of its measure.
 COLUMNS = {
     "sigma 0": "token_accuracy",
     "0.5": "token_accuracy_sigma_0.5",
@@ -48,7 +48,7 @@ class RunArguments:
     output_dir: str = field(default="outputs/vae_compression", metadata={"help": "Folder of models and table."})
     train_config: str = field(
         default=str(RECIPES / "configs" / "vae" / "train_tokcom.yaml"),
-        metadata={"help": "Configuration of everything else."},
+        metadata={"help": "Training configuration of all rows."},
     )
     chunk_sizes: list[int] = field(default_factory=lambda: [2, 4, 8], metadata={"help": "Tokens per latent."})
     tokenizers: list[str] = field(
@@ -66,11 +66,12 @@ class RunArguments:
 
 
 def main() -> None:
+    """Trains and measures all rows; prints, saves and draws them."""
     values = parse_recipe(__doc__, {"run": RunArguments, "data": TextSource})
     run, source = RunArguments(**values["run"]), TextSource(**values["data"])
     for name in ("chunk_sizes", "tokenizers", "options"):
         value = getattr(run, name)
-        # A lone `none` on the command line is the tokenizer trained on the corpus.
+        # `--tokenizers none` alone arrives as None and means a tokenizer trained on the corpus.
         setattr(run, name, value if isinstance(value, list) else ["none" if value is None else value])
     for size in run.chunk_sizes:
         if size < 1 or run.length % size:
@@ -90,10 +91,10 @@ def main() -> None:
 
 
 def print_table(table: dict[str, dict[str, Any]]) -> None:
-    """Held-out accuracies in percent, of each row and of its control below it."""
-    print("\nheld-out token accuracy in % at latent noise of sigma standard deviations; whole chunks right;\n"
-          "tokens seen at most 10 times in training; chunks of uniformly random tokens")  # fmt: skip
-    header = f"{'row':24}{'vocabulary':>11}{'numbers':>9}{'parameters':>12}"
+    """Prints held-out accuracies in percent, of each row and, below it, of its control."""
+    print("\nheld-out accuracy in %: of tokens at latent noise of sigma standard deviations; of whole chunks;\n"
+          "of rare tokens (at most 10 times in training); of tokens in chunks of random tokens")  # fmt: skip
+    header = f"{'row':24}{'vocabulary':>11}{'latent':>9}{'parameters':>12}"
     print(header + "".join(f"{name:>9}" for name in COLUMNS))
     for name, row in table.items():
         shape = f"{row['vocabulary']:>11,}{row['latent_size']:>9}{row['parameters']:>12,}"
@@ -102,7 +103,7 @@ def print_table(table: dict[str, dict[str, Any]]) -> None:
 
 
 def train(out: Path, name: str, size: int, tokenizer: str, run: RunArguments, source: TextSource) -> None:
-    """The VAE stage of train_tokcom.py in a process of its own, so that every row starts alike."""
+    """Runs the VAE stage of train_tokcom.py in a new process, so that all rows start from the same state."""
     command = [sys.executable, str(RECIPES / "train_tokcom.py"), "--config", run.train_config, "--run.stage", "vae"]
     command += ["--output_dir", str(out / name), "--overwrite", "--run.length", str(run.length)]
     command += ["--vae.chunk_size", str(size)]
@@ -150,6 +151,7 @@ def measure(folder: Path, size: int, run: RunArguments, source: TextSource) -> d
 
 
 def draw(out: Path, table: dict[str, dict[str, Any]]) -> None:
+    """Draws accuracy against noise, if matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -2,11 +2,11 @@
 
     python recipes/benchmarks/vae_step.py                 # 8 layers, hidden 512, vocabulary 32k, batch 8 × 1024 tokens
 
-Both run the same blocks on the same weights. "plain" loops over the chunks of a row, decodes each on its own, stacks all
-logits and takes `torch.nn.functional.cross_entropy` of them, as one would write it down first. "folded" is `TokComVAE`: the
-chunks are the batch, and the loss never holds all logits. "row by row" is the same step with gradients accumulated over
-the rows (`--gradient_accumulation_steps`): chunks are independent, so it computes the same gradient with the activations
-of one row. Each runs in a process of its own, in turn; medians of the steps after the first.
+All run the same blocks on the same weights. "plain" is the straightforward way: it loops over the chunks of a row, decodes
+each alone, stacks all logits and takes `torch.nn.functional.cross_entropy` of them. "folded" is `TokComVAE`: the chunks are
+the batch, and the loss never holds all logits at once. "row by row" is "folded" with gradients accumulated over the rows
+(`--gradient_accumulation_steps`): chunks are independent, so it computes the same gradient with the activations of one row.
+Each runs in separate processes, in turn; results are medians of the steps after the first.
 """
 
 import json
@@ -29,11 +29,11 @@ class BenchmarkArguments:
     """Size of the step."""
 
     layers: int = field(default=8, metadata={"help": "Layers of the encoder and of the decoder."})
-    hidden_size: int = field(default=512, metadata={"help": "Width."})
-    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary."})
-    batch: int = field(default=8, metadata={"help": "Rows."})
+    hidden_size: int = field(default=512, metadata={"help": "Width of the hidden states."})
+    vocab_size: int = field(default=32000, metadata={"help": "Tokens of the vocabulary."})
+    batch: int = field(default=8, metadata={"help": "Rows per step."})
     length: int = field(default=1024, metadata={"help": "Tokens per row."})
-    steps: int = field(default=2, metadata={"help": "Timed steps per process, after a first one that is not."})
+    steps: int = field(default=2, metadata={"help": "Timed steps per process, after one untimed step."})
     repeats: int = field(default=2, metadata={"help": "Processes per implementation."})
     variant: str | None = field(default=None, metadata={"help": "Run one implementation in this process (internal)."})
     output: str = field(default="outputs/benchmarks/vae_step.json", metadata={"help": "Result file."})
@@ -84,6 +84,7 @@ def one_variant(arguments: BenchmarkArguments) -> None:
 
 
 def main() -> None:
+    """Runs the implementations in turn; prints and saves speed and memory."""
     arguments = BenchmarkArguments(**parse_recipe(__doc__, {"benchmark": BenchmarkArguments})["benchmark"])
     if arguments.variant:
         one_variant(arguments)

@@ -1,4 +1,4 @@
-"""Runs the variants of a benchmark in turn, each in a process of its own, so that none finds memory that another left."""
+"""Runs the variants of a benchmark in turn, each in a new process, so that its peak memory is measured alone."""
 
 import json
 import subprocess

@@ -1,14 +1,14 @@
-"""Trains the documented VQGAN settings at a small size, with and without what they add against collapse.
+"""Trains the documented VQGAN settings at a small size, with and without their remedies against codebook collapse.
 
     python recipes/benchmarks/vq_documented.py --rows documented no_remedies entropy_weight_0.1 --steps 300
     python recipes/benchmarks/vq_documented.py --rows documented no_remedies --steps 1200 --seeds 3
 
-Every row is `configs/paper/train_vqgan.yaml` through the recipe's own trainer (all losses, the discriminator too), with a
-small network on 32 px procedural images, fp32 and a run that is counted in steps; `ROWS` says what else differs. Rows of one
-seed share initial weights and batches. Beside held-out use, entropy and PSNR the table tells the smallest temperature of the
-run, the share of vectors that draw their nearest code, how uneven the draw is (its entropy as a share of log K), and the
-gradient of the entropy term at the encoder's output as a share of the reconstruction's (the least of all looks behind the
-first epoch). Writes JSON after every row; the same command goes on where it was interrupted.
+Every row trains `configs/paper/train_vqgan.yaml` with the recipe's own trainer (all losses and the discriminator), but with
+a small network on 32 px procedural images, in fp32, and for a number of steps; `ROWS` lists further changes. Rows of one
+seed share initial weights and batches. Besides held-out use, entropy and PSNR the table has the lowest temperature of the
+run, the share of vectors whose sampled code is the nearest one, the entropy of the sampling distribution as a share of
+log K, and the norm of the entropy term's gradient at the encoder's output as a share of that of the reconstruction loss
+(the lowest after the first epoch). Writes JSON after every row; the same command continues an interrupted run.
 """
 
 import json
@@ -30,7 +30,7 @@ from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.vqgan import VQGANTrainer, VQGANTrainingArguments
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper" / "train_vqgan.yaml"
-# Held-out images on which the readings of the documents were compared; the table never shows them.
+# First of the images on which readings of the documents were compared; `--split held_out` never uses them.
 FIRST_TUNING = 10_000_000
 NETWORK = {
     "image_size": 32,
@@ -56,7 +56,7 @@ ROWS: dict[str, dict] = {
             "reset_fraction": 0.0,
         },
     },
-    # Other readings of the temperature, one change at a time.
+    # Other readings of the documented temperature, one change at a time.
     "scale_none": {"model": {"temperature_scale": "none", "entropy_temperature": 2.5}},
     "scale_dim": {"model": {"temperature_scale": "dim"}},
     "scale_mean": {"model": {"temperature_scale": "mean"}},
@@ -84,44 +84,46 @@ class BenchmarkArguments:
     """What to run."""
 
     rows: list[str] | str = field(
-        default_factory=lambda: ["documented", "no_remedies"], metadata={"help": f"Of {', '.join(ROWS)}."}
+        default_factory=lambda: ["documented", "no_remedies"], metadata={"help": f"Rows to train: {', '.join(ROWS)}."}
     )
-    steps: int = 400
-    seeds: int = 1
-    first_seed: int = 0
-    num_train: int = 1024
-    num_eval: int = 512
-    learning_rate: float = 2e-3
+    steps: int = field(default=400, metadata={"help": "Training steps of each row."})
+    seeds: int = field(default=1, metadata={"help": "Number of training seeds."})
+    first_seed: int = field(default=0, metadata={"help": "The first of these seeds."})
+    num_train: int = field(default=1024, metadata={"help": "Training images."})
+    num_eval: int = field(default=512, metadata={"help": "Images of the split."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of the model."})
     split: str = field(default="held_out", metadata={"help": "held_out (to report) or tune (to choose settings)."})
     output: str = field(default="outputs/vq_documented.json", metadata={"help": "JSON file of the rows."})
-    threads: int = 0
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 takes all cores."})
 
 
 class Probe(TrainerCallback):
-    """Looks at the codebook's losses on one fixed batch, some times in a run."""
+    """Records statistics of the codebook on one fixed batch, about `times` times in a run."""
 
     def __init__(self, trainer: VQGANTrainer, pixels: torch.Tensor, times: int = 12):
         self.trainer, self.pixels, self.times = trainer, pixels, times
-        self.seen: list[dict[str, float]] = []
+        self.records: list[dict[str, float]] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % max(1, state.max_steps // self.times) == 0:
             with torch.random.fork_rng():
-                self.seen.append({"epoch": state.epoch} | look(self.trainer.unwrapped_model, self.pixels))
+                self.records.append(
+                    {"epoch": state.epoch} | codebook_statistics(self.trainer.unwrapped_model, self.pixels)
+                )
 
     def report(self) -> dict[str, float]:
-        """The run in three numbers: the least temperature and gradient share, and the last draw."""
-        settled = [row for row in self.seen if row["epoch"] >= 1] or self.seen
+        """The run in four numbers: lowest temperature and gradient share, and the last record of the sampling."""
+        settled = [row for row in self.records if row["epoch"] >= 1] or self.records
         return {
-            "least_temperature": min(row["temperature"] for row in self.seen),
+            "least_temperature": min(row["temperature"] for row in self.records),
             "least_gradient_share": min(row["gradient_share"] for row in settled),
-            "nearest": self.seen[-1]["nearest"],
-            "draw_entropy": self.seen[-1]["draw_entropy"],
+            "nearest": self.records[-1]["nearest"],
+            "draw_entropy": self.records[-1]["draw_entropy"],
         }
 
 
-def look(model: VQGAN, pixels: torch.Tensor) -> dict[str, float]:
-    """What a training step with `pixels` would see, without recording it."""
+def codebook_statistics(model: VQGAN, pixels: torch.Tensor) -> dict[str, float]:
+    """Statistics of a training step on `pixels`, without updating the codebook."""
     quantizer, config = model.quantizer, model.config
     training = model.training
     model.train()
@@ -130,9 +132,9 @@ def look(model: VQGAN, pixels: torch.Tensor) -> dict[str, float]:
     losses = model.losses(model.decoder(quantized.embeddings.permute(0, 3, 1, 2)), pixels, quantized)
     share = 0.0
     if config.entropy_weight:
-        (first,) = torch.autograd.grad(losses["reconstruction_loss"], features, retain_graph=True)
-        (second,) = torch.autograd.grad(config.entropy_weight * losses["entropy_loss"], features)
-        share = float(second.norm() / first.norm())
+        (reconstruction_gradient,) = torch.autograd.grad(losses["reconstruction_loss"], features, retain_graph=True)
+        (entropy_gradient,) = torch.autograd.grad(config.entropy_weight * losses["entropy_loss"], features)
+        share = float(entropy_gradient.norm() / reconstruction_gradient.norm())
     vectors = features.detach().reshape(-1, quantizer.width)
     entropy = 0.0
     if quantizer.temperature > 0:

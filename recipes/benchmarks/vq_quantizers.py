@@ -7,9 +7,9 @@ Rows: vector-quantize-pytorch (a) default, (b) threshold_ema_dead_code=2, (c) co
 (d) k-means init; its FSQ; a naive straight-through codebook; this package's `ema`, `fsq`, `lfq` quantizers; and the
 documented ("paper") settings with and without their remedies. 32 px images, 64 codes each, batch 32, AdamW; rows of one
 seed share initial weights and the order of batches. Held-out utilisation, normalised entropy and PSNR over the whole
-held-out set; mean and spread over seeds. Settings of this package were chosen with `--split tune`, whose images the
-table never shows. Writes JSON after every run; the same command goes on where it was interrupted. `minutes` is training
-time where the machine is otherwise idle.
+held-out set; mean ± half the range over seeds. Settings of this package were chosen with `--split tune`, which shares no
+image with the held-out set. Writes JSON after every run; the same command continues an interrupted benchmark. `minutes` is
+wall-clock training time, which means something only on an otherwise idle machine.
 """
 
 import json
@@ -48,22 +48,22 @@ COMMON = ("steps", "batch_size", "learning_rate", "num_train", "num_eval", "imag
 class BenchmarkArguments:
     """What to run."""
 
-    codebook_sizes: list[int] = field(default_factory=lambda: [64, 1024])
+    codebook_sizes: list[int] = field(default_factory=lambda: [64, 1024], metadata={"help": "Numbers of codes."})
     methods: list[str] | str | None = field(default=None, metadata={"help": "Rows to run; all where not given."})
-    seeds: int = 3
-    first_seed: int = 0
-    steps: int = 400
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    num_train: int = 8192
-    num_eval: int = 1024
+    seeds: int = field(default=3, metadata={"help": "Number of training seeds."})
+    first_seed: int = field(default=0, metadata={"help": "The first of these seeds."})
+    steps: int = field(default=400, metadata={"help": "Training steps of each row."})
+    batch_size: int = field(default=32, metadata={"help": "Images per step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate of AdamW."})
+    num_train: int = field(default=8192, metadata={"help": "Training images, at most."})
+    num_eval: int = field(default=1024, metadata={"help": "Procedural images of the split."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder of photos, cropped; procedural otherwise."})
-    scale: float = field(default=0.5, metadata={"help": "Shrinking of photos before they are cropped."})
+    scale: float = field(default=0.5, metadata={"help": "Factor by which photos are shrunk before cropping."})
     split: str = field(
         default="held_out",
         metadata={"help": "held_out (to report), or tune (to choose settings); they share no image."},
     )
-    output_dir: str = "outputs/benchmarks/vq_quantizers"
+    output_dir: str = field(default="outputs/benchmarks/vq_quantizers", metadata={"help": "Folder of results."})
 
 
 def stack(images) -> torch.Tensor:
@@ -75,7 +75,7 @@ def load_data(args: BenchmarkArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Training images, and the images of `args.split`; training, tuning and held-out images are disjoint.
 
     Raises:
-        ValueError: no such split, or too few photos to split three ways.
+        ValueError: `split` is unknown, or there are too few photos to split three ways.
     """
     if args.split not in ("held_out", "tune"):
         raise ValueError(f"split must be held_out or tune, got {args.split!r}.")
@@ -131,7 +131,7 @@ def train_one(method: str, size: int, seed: int, args: BenchmarkArguments, train
 
 @torch.no_grad()
 def place_codebook(model: VQGAN, train: torch.Tensor, seed: int) -> None:
-    """k-means on features of up to 1024 training images."""
+    """Initialises the codebook by k-means on features of up to 1024 training images."""
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:1024]
     quantizer = model.quantizer
     parts = [quantizer.project_in(model.features(train[part])) for part in chosen.split(128)]

@@ -1,4 +1,4 @@
-"""The rows of `vq_quantizers.py`: one small network with the quantizer of each, and the settings they were given."""
+"""The rows of `vq_quantizers.py`: one small network, with the quantizer and the settings of each row."""
 
 import math
 
@@ -38,9 +38,10 @@ NETWORK = {
     "l1_weight": 1.0,
     "mse_weight": 1.0,
 }
-# Number of codes wanted → the levels of FSQ's paper (2309.15505), whose product is near it; fours and eights elsewhere.
+# Wanted number of codes → levels in FSQ's paper (arXiv 2309.15505), whose product is close to it; other sizes take
+# `default_fsq_levels`.
 FSQ_LEVELS = {256: [8, 6, 5], 1024: [8, 5, 5, 5], 4096: [7, 5, 5, 5, 5], 16384: [8, 8, 8, 6, 5]}
-# Codes have log2 of the codebook size dimensions, but for those of `WIDE`.
+# A code has log2(codebook size) dimensions, unless `WIDE` gives another width.
 OURS = {
     "codebook_similarity": "euclidean",
     "commitment_weight": 0.25,
@@ -52,25 +53,26 @@ OURS = {
     "dead_code_unit": "mean",
     "reset_interval": 1,
 }
-# Up to this many codes are as wide as the features, without a map around the codebook, and every step sees each of them
-# often enough to balance their use. Behind a map to 10 dimensions the network reproduces nothing but mean colours for
-# longer: on tuning photos, K=1024, seeds 0 to 2, 23.9, 21.2 and 22.3 dB at an entropy of 0.982 with it, 24.0, 23.8 and
-# 23.7 dB at 0.974 without, 24.0 and 23.8 dB (seeds 0, 1) at 0.982 balanced. On procedural tuning images (seed 0) 21.44 dB
-# at 0.993 with the map, 21.32 dB at 0.987 without. An orthogonal map came to 21.1 dB on seed 1 of the photos, the
-# rotation estimator to 22.3, and quantizing after 10 % or 50 % of the steps to 22.1 and 21.1. For K=64 (seed 0; photos,
-# procedural): 22.2 dB at 0.981 and 20.06 at 0.989 narrow, 21.5 dB at 0.993 balanced, 23.1 dB at 0.992 and 19.96 at 0.998
-# wide too, 23.2 dB at 0.992 and 20.01 at 0.998 with a shorter stretch without quantization on top. Without any such
-# stretch one seed of three loses 1.5 dB on photos.
+# Codebooks of at most this many codes use `WIDE`: codes as wide as the features, without a projection around the
+# codebook, and balanced use, since every step sees each of so few codes often enough. Reason: behind a projection to 10
+# dimensions, the network reproduces only mean colours for longer. PSNR and normalised entropy on the tuning images:
+#   photos, K=1024, seeds 0 to 2: projected 23.9, 21.2, 22.3 dB at 0.982; wide 24.0, 23.8, 23.7 dB at 0.974; wide and
+#     balanced (seeds 0, 1) 24.0, 23.8 dB at 0.982. Projected, seed 1, with an orthogonal projection 21.1 dB, with the
+#     rotation estimator 22.3 dB, with quantization after 10 % or 50 % of the steps 22.1 or 21.1 dB.
+#   procedural images, K=1024, seed 0: projected 21.44 dB at 0.993; wide 21.32 dB at 0.987.
+#   photos / procedural images, K=64, seed 0: projected 22.2 dB at 0.981 / 20.06 dB at 0.989; balanced 21.5 dB at 0.993;
+#     wide and balanced 23.1 dB at 0.992 / 19.96 dB at 0.998, with a shorter warm-up 23.2 dB at 0.992 / 20.01 dB at 0.998.
+# Without any warm-up one seed of three loses 1.5 dB on photos.
 WIDE_CODES = 1024
 WIDE = {"codebook_dim": NETWORK["latent_channels"], "balance_rate": 0.05}
-# Share of the steps without quantization before `ours` places its codes by k-means.
+# Share of the steps that `ours` trains without quantization, before k-means initialises its codebook.
 WARMUP = 0.3
 WARMUP_FEW_CODES = 0.15
 FEW_CODES = 256
-# Documented: the commitment grows over five epochs, codes are reset once an epoch. These runs last about one epoch, so
-# codes are reset more often here. Not documented: how long codes are drawn at the temperature, what distances are divided
-# by (√width instead of their mean costs 3 dB, because the entropy term then inflates the features), and the temperature
-# of the entropy term (sharper assignments than 25 cost more).
+# The documents say that the commitment weight grows over five epochs and that codes are reset once an epoch; these runs last
+# about one epoch, so codes are reset more often here. The documents do not say for how long codes are sampled at the
+# temperature, by what distances are divided (their mean here; √width costs 3 dB, because the entropy term then inflates the
+# features), or which temperature the entropy term has (25 here; lower ones cost more).
 PAPER = {"codebook_dim": 64, "temperature_scale": "mean", "entropy_temperature": 25.0}
 PAPER_COMMITMENT_EPOCHS = 5
 PAPER_RESET_INTERVAL = 30
@@ -87,6 +89,7 @@ class Library(nn.Module):
         self.enabled, self.update_in_forward = True, True
 
     def forward(self, features: torch.Tensor) -> QuantizerOutput:
+        """Quantizes features (batch, height, width, channels)."""
         shape = features.shape
         embeddings, codes, *loss = self.quantizer(features.reshape(shape[0], -1, shape[-1]))
         # The library's loss already holds its commitment weight of 1.
@@ -100,7 +103,7 @@ class Library(nn.Module):
 
 
 class Naive(nn.Module):
-    """VQ-VAE's own codebook: U(±1/K), straight-through, codebook loss and 0.25 commitment, no remedy."""
+    """The codebook of VQ-VAE: U(±1/K) initialisation, straight-through, codebook loss + 0.25 commitment, no remedy."""
 
     def __init__(self, width: int, codebook_size: int):
         super().__init__()
@@ -108,6 +111,7 @@ class Naive(nn.Module):
         self.enabled, self.update_in_forward = True, True
 
     def forward(self, features: torch.Tensor) -> QuantizerOutput:
+        """Quantizes features (batch, height, width, channels)."""
         flat = features.reshape(-1, features.shape[-1])
         codes = torch.cdist(flat.detach(), self.codebook.detach()).argmin(1)
         chosen = self.codebook[codes]

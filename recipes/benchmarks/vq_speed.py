@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/vq_speed.py
 
-One step: forward with gradient, backward, codebook update. Both codebooks are Euclidean EMA without projections, on the
-same float32 vectors, both with revival of dead codes (library: threshold 2). Interleaved A B A B, medians of the ratio.
-Peak memory is measured in a fresh process per quantizer, as growth of the process's high-water mark over the state
+One step is forward with gradient, backward and codebook update. Both codebooks are Euclidean EMA without projections, on
+the same float32 vectors, and revive dead codes (library: threshold 2). Runs are interleaved (A B A B); the ratio is a
+median. Peak memory is measured in a new process per quantizer, as the growth of the process's high-water mark since
 before the first step (CPU), or by the allocator (`--device cuda`).
 """
 
@@ -32,10 +32,10 @@ SIDES = ("ours", "library")
 class SpeedArguments:
     """What to run."""
 
-    repeats: int = 9
-    threads: int = 2
-    device: str = "cpu"
-    output_dir: str = "outputs/benchmarks/vq_speed"
+    repeats: int = field(default=9, metadata={"help": "Timed steps of each quantizer."})
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    output_dir: str = field(default="outputs/benchmarks/vq_speed", metadata={"help": "Folder of results.json."})
     peak_of: str | None = field(default=None, metadata={"help": "Internal: side:shape whose peak memory to print."})
 
 
@@ -83,7 +83,7 @@ def timed(quantizer: nn.Module, vectors: torch.Tensor) -> float:
 
 
 def data(shape: tuple[int, int, int], device: str) -> torch.Tensor:
-    """Vectors `(1, n, d)` in clusters, as features are."""
+    """Vectors `(1, n, d)` in clusters, like the features of a trained encoder."""
     number, width, _ = shape
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(256, width, generator=generator)
@@ -95,7 +95,7 @@ def peak_megabytes(side: str, shape: tuple[int, int, int], device: str) -> float
     """Growth of peak memory during three steps, in MB."""
     vectors = data(shape, device)
     quantizer = build(side, *shape[1:]).to(device).train()
-    # Loads the libraries' kernels before measuring.
+    # A small step first, so that loading kernels is not counted.
     small = build(side, 8, 16).to(device).train()
     step(small, torch.randn(1, 64, 8, device=device))
     if device == "cuda":
@@ -110,7 +110,7 @@ def peak_megabytes(side: str, shape: tuple[int, int, int], device: str) -> float
 
 
 def peak_in_fresh_process(side: str, index: int, args: SpeedArguments) -> float:
-    """`peak_megabytes` where nothing else has run."""
+    """`peak_megabytes`, measured in a new process."""
     command = [sys.executable, __file__, "--peak_of", f"{side}:{index}", "--device", args.device]
     done = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])

@@ -20,13 +20,13 @@ def draw(
 
     Args:
         pipe: `lfq-image-text` pipeline.
-        guidance_scale: above 1 the caption counts more.
+        guidance_scale: strength of classifier-free guidance; above 1 the caption has more influence.
 
     Returns:
         The pictures, and a sentence about tokens and seconds.
 
     Raises:
-        ValueError: no caption, or nothing in the folder that turns tokens into pictures.
+        ValueError: the caption is empty, or the folder has no image decoder.
     """
     if not caption.strip():
         raise ValueError("There is no caption; write one, for example 'a large red ring at the top left'.")
@@ -46,4 +46,5 @@ def draw(
     seconds = time.perf_counter() - started
     tokens = sum(len(result["token_ids"]) for result in results)
     drawn = [image for result in results for image in result["images"]]
-    return drawn, f"{tokens} tokens in {seconds:.1f} s; {2**pipe.model.config.output_dim:,} different ones exist."
+    size = 2**pipe.model.config.output_dim
+    return drawn, f"{tokens} tokens in {seconds:.1f} s; the vocabulary has {size:,} image tokens."

@@ -13,8 +13,8 @@ class ModelFolder:
 
     Args:
         path: the folder.
-        task: of the pipeline that runs it.
-        command: what makes the folder.
+        task: name of the pipeline that runs its model.
+        command: shell command that makes the folder.
     """
 
     def __init__(self, path: str, task: str, command: str):

@@ -10,7 +10,7 @@ from tokcom_hf.data.images import FIRST_HELD_OUT, procedural_scene
 from tokcom_hf.metrics.codebook import codebook_usage, utilization_ceiling
 from tokcom_hf.metrics.image import psnr
 
-# Turning the hue by this much from code to code keeps neighbouring numbers apart.
+# Hue step from code to code, as a share of the colour circle: close codes get clearly different hues.
 GOLDEN_RATIO = 0.618034
 
 
@@ -56,10 +56,10 @@ def reconstruct(pipe: Any, image: Image.Image | None) -> tuple[Image.Image, Imag
     fidelity = psnr(processor(result["image"])["pixel_values"], pixels).item()
     ceiling = utilization_ceiling(codes.numel(), size)
     table = (
-        "| use of the codes | |\n|---|---:|\n"
-        f"| in this picture | {codes.shape[0]} × {codes.shape[1]} = {codes.numel()} |\n"
+        "| codes of this picture | |\n|---|---:|\n"
+        f"| grid | {codes.shape[0]} × {codes.shape[1]} = {codes.numel()} |\n"
         f"| codebook | {size} codes |\n"
-        f"| different ones | {usage['active']} ({usage['utilization']:.1%} of the codebook; "
+        f"| distinct codes | {usage['active']} ({usage['utilization']:.1%} of the codebook; "
         f"{ceiling:.1%} if drawn uniformly) |\n"
         f"| normalised entropy | {usage['normalized_entropy']:.3f} |\n"
         f"| PSNR | {fidelity:.1f} dB |"

@@ -11,7 +11,7 @@ from tokcom_hf.models.shared_image_files import read_image
 from tokcom_hf.plots.pruning import dimmed, kept_grids
 
 PICTURE = 336  # pixels a side of the pictures shown
-CAPTION = 48  # pixels below them, which the page covers with the caption
+CAPTION = 48  # extra pixels below each picture, which the page covers with its caption
 
 
 def example_question(folder: str, seed: int) -> tuple[Image.Image, str, str]:
@@ -21,12 +21,13 @@ def example_question(folder: str, seed: int) -> tuple[Image.Image, str, str]:
 
 
 def set_budget(model: Any, tokens: int, share: float) -> None:
-    """Lets `share` of an image's `tokens` vision tokens into the language model, at least one.
+    """Sets the share of an image's `tokens` vision tokens that enter the language model (at least one token).
 
-    Later stages keep the part of what arrives that they were trained to keep.
+    Layer pruners keep the same proportion of these tokens as in training.
 
     Args:
-        model: `PrunedVLM`; the configurations of its stages change, `model.config` tells of the training.
+        model: `PrunedVLM`; its merger's and pruners' own configurations are changed in place, while
+            `model.config.token_merger` and `model.config.layer_pruner` keep the trained budgets.
     """
     config, budget = model.config, max(1, round(share * tokens))
     if config.strategy is not None:
@@ -46,15 +47,15 @@ def set_budget(model: Any, tokens: int, share: float) -> None:
 def answer(
     pipe: Any, image: Image.Image | None, question: str, share: float, prompt: str = "<image> {question}"
 ) -> tuple[list[tuple[Image.Image, str]], str]:
-    """Both answers to a question, their cost, and the patches that stay.
+    """The unpruned and the pruned answer to a question, their cost, and the kept patches.
 
     Args:
         pipe: `pruned-image-text-to-text` pipeline.
-        share: of the vision tokens that enter the language model, (0, 1].
+        share: part of the vision tokens that enters the language model, in (0, 1].
         prompt: text with `<image>` and `{question}` in it.
 
     Returns:
-        Pictures with their captions: one per place where tokens are removed, removed patches dark; and a Markdown table.
+        One picture with caption per layer that removes tokens, with removed patches darkened; and a Markdown table.
 
     Raises:
         ValueError: no picture or no question.
@@ -62,7 +63,7 @@ def answer(
     if image is None or not question.strip():
         raise ValueError("Give an image and a question about it, or draw an example.")
     model, side = pipe.model, min(image.size)
-    # Square: what the image processors of the supported families see of a picture, up to its size.
+    # Cropped to a square, so that the picture shown is what the image processor leaves of it, up to its size.
     image = ImageOps.fit(read_image(image), (side, side))
     request = {"image": image, "text": prompt.replace("{question}", question)}
     ask = {"max_new_tokens": 16, "allow_urls": False}
@@ -101,7 +102,7 @@ def _table(unpruned: dict[str, Any], pruned: dict[str, Any]) -> str:
 
 
 def _unknown_words(tokenizer: Any, question: str) -> str:
-    """A sentence about words that the small models' tokenizer does not know; empty where it knows all."""
+    """A sentence that names the words missing from the tokenizer's vocabulary; empty if there are none."""
     if tokenizer.unk_token is None:
         return ""
     unknown = [word for word in question.split() if tokenizer.unk_token in tokenizer.tokenize(word)]

@@ -40,7 +40,7 @@ def write(
 
 
 def token_rows(pipe: Any, text: str) -> tuple[torch.Tensor, int]:
-    """Ids (1, length) of a text on the model's device, filled with EOS to whole chunks, and the number of its own.
+    """Ids (1, length) of a text on the model's device, padded with EOS to whole chunks, and the count before padding.
 
     A text longer than the model's training length is cut there.
 
@@ -91,7 +91,7 @@ def reconstruct(pipe: Any, text: str, noise: float, seed: int) -> tuple[Marked, 
     """
     model, (ids, count) = pipe.model, token_rows(pipe, text)
     latents = model.encode(ids)
-    # The unit of noise in `tokcom_reconstruction.py`: each dimension's own deviation, where there are chunks to tell it.
+    # Noise in units of each dimension's deviation, as in `tokcom_reconstruction.py`; one chunk alone has one deviation.
     deviation = latents.std(dim=(0, 1)) if latents.shape[1] > 1 else latents.std()
     drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     decoded = model.decode(latents + noise * deviation * drawn)
@@ -105,23 +105,23 @@ def denoise(
 ) -> Iterator[tuple[int, float, Marked, float]]:
     """A text's latents mixed with noise at time `start`, then denoised step by step as `denoise_reconstruct` does.
 
-    With a context every block is denoised behind the tokens that really precede it.
+    A model with a context encoder denoises each block after the true tokens that precede it.
 
     Args:
         start: 0 = pure noise, 1 = the clean latents.
-        num_steps: of a whole flow from 0 to 1.
+        num_steps: flow steps from 0 to 1; a later `start` takes proportionally fewer.
 
     Yields:
         Step (0 before the first), time t, what the decoder reads from the latents at t, and its token accuracy.
     """
     model, config, (ids, count) = pipe.model, pipe.model.config, token_rows(pipe, text)
     generator = torch.Generator().manual_seed(seed)
-    predict, earlier = BlockDenoiser(model, ids), None
+    predict, previous_clean = BlockDenoiser(model, ids), None
 
     def clean_latents(x_t: torch.Tensor, t: float) -> torch.Tensor:
-        nonlocal earlier
-        clean = predict(x_t, t, earlier)
-        earlier = clean if config.denoiser.self_conditioning else None
+        nonlocal previous_clean
+        clean = predict(x_t, t, previous_clean)
+        previous_clean = clean if config.denoiser.self_conditioning else None
         return clean
 
     clean = model.standardize(model.encode(ids))

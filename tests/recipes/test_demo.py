@@ -290,7 +290,7 @@ def test_each_tab_is_used_once_in_a_browser(demo, paths, tmp_path, capsys):
             page.screenshot(tmp_path / "missing.png")
             later.symlink_to(paths["images"])
             page.click("Draw")
-            page.wait(says("different ones exist") + " && " + pictures(4))
+            page.wait(says("image tokens.") + " && " + pictures(4))
             page.click("Text")
             page.click("Drawing")
             page.wait(says("image_tokens, loaded at the first click"))
