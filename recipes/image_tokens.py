@@ -48,7 +48,7 @@ class RunArguments(RunFolderArguments):
     image_text_file: str | None = field(default=None, metadata={"help": "JSON lines with image and caption."})
     eval_file: str | None = field(default=None, metadata={"help": "Held-out JSON lines of the same form."})
     image_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the images; if not set, that of the file."}
+        default=None, metadata={"help": "Folder of the images; if not set, the folder of the JSON lines."}
     )
     allow_outside: bool = field(
         default=False, metadata={"help": "Let JSON lines name images by absolute paths or outside the image folder."}
