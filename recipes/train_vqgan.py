@@ -90,8 +90,8 @@ def read_arguments(argv: list[str] | None):
     channels = values["discriminator"].get("in_channels", config.out_channels)
     if args.adversarial_weight and channels != config.out_channels:
         raise RecipeError(
-            f"discriminator.in_channels must be the {config.out_channels} out_channels of the model, whose output the "
-            f"discriminator sees; got {channels}. Leave it out."
+            f"discriminator.in_channels must be the model's {config.out_channels} out_channels, got {channels}: the "
+            "discriminator sees the model's output. Leave it out."
         )
     return values, run, args, config, upload
 
