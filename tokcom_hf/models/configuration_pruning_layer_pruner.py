@@ -66,7 +66,7 @@ class LayerPrunerConfig(PreTrainedConfig):
         ratios = self.keep_ratios
         if len(ratios) != len(self.layers):
             raise ValueError(
-                f"keep_ratio must be one number, or {len(self.layers)} for the layers {self.layers}, got {self.keep_ratio}."
+                f"keep_ratio must be one number, or one per layer {self.layers}: {len(self.layers)}, got {self.keep_ratio}."
             )
         if not all(0.0 < ratio <= 1.0 for ratio in ratios):
             raise ValueError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}.")
