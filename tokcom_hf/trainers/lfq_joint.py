@@ -60,8 +60,8 @@ class JointLFQTrainer(CompressionTrainer):
         checked = cast(JointLFQTrainingArguments, self.checked_arguments(args))
         if checked.generation_weight and not model.draws:
             raise ValueError(
-                f"generation_weight {checked.generation_weight} weighs the cross-entropy of image tokens, but this model "
-                "has no LFQ ids; set generation_weight to 0, or expand the vocabulary."
+                "This model has no LFQ ids, so it has no cross-entropy of image tokens for generation_weight "
+                f"{checked.generation_weight}; set it to 0, or expand the vocabulary."
             )
         model.set_trainable(checked.tune_llm)
         super().__init__(model, checked, **kwargs)
