@@ -82,13 +82,14 @@ def search(values: dict) -> None:
     args = TokenPruningTrainingArguments(**values["training"] | fixed)
     ensure_small_vlm(run.base_model)
     processor = load_pretrained(AutoProcessor, run.base_model, "Processor")
-    train, held_out = build_data(run, source)
 
     def fresh_model(trial=None):
         set_seed(run.seed)
         return build_model(run, values)
 
+    # Before the data, which takes longer to make: a folder that cannot be loaded is refused at once.
     probe = fresh_model()
+    train, held_out = build_data(run, source)
     check_merge_budget(values["merger"], probe.base, vqa_collator(source, processor), train)
     kept = None if source.max_vision_tokens is None else probe.config.tokens_kept
     discriminator = build_discriminator(probe, values["discriminator"]) if args.adversarial_weight > 0 else None

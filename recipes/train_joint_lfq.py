@@ -239,8 +239,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ensure_small_internvl(run.base)
     pretraining = time.time() - started
     set_seed(run.seed)
-    train, held_out = build_data(run)
     model, processor, parameters = build_model(run, values["quantizer"])
+    train, held_out = build_data(run)  # after the model: making it takes longer than refusing a broken base
     sizes = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
     counts = f"{len(train):,} training and {len(held_out):,} held-out images"
     PartialState().print(f"{counts}; parameters: {sizes}", flush=True)

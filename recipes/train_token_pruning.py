@@ -272,9 +272,9 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(run.seed)
     info("Loading backbone and dataset...")
     processor = load_pretrained(AutoProcessor, run.base_model, "Processor")
-    data = build_data(run, source)
     parts = read_parts(run.init_from, run.init_step) if run.init_from else {}
     model = build_model(run, values, parts)
+    data = build_data(run, source)  # after the model: making it takes longer than refusing a broken base
     check_merge_budget(values["merger"], model.base, vqa_collator(source, processor), data[0])
     discriminator = None
     if args.adversarial_weight > 0:

@@ -63,7 +63,7 @@ def test_wrong_arguments(base, tmp_path):
     with pytest.raises(ValueError, match="1 to 24"):
         run([str(base), str(tmp_path / "out"), "--output_dim", "25"])
     assert not (tmp_path / "out").exists()
-    with pytest.raises(OSError, match="No such model folder"):
+    with pytest.raises(OSError, match="there is no such folder"):
         run(["/no/such/model", str(tmp_path / "out")])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
