@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.text import TextRows
@@ -114,6 +114,11 @@ def main() -> None:
     check_counts(run)
     model = load_tokcom(run.model)
     check_fits(run, model)
+    # A folder that cannot be loaded is refused now, not when it is its turn.
+    for folder in run.variants:
+        load_tokcom(folder)
+    for folder in run.baselines:
+        load_pretrained(AutoModelForCausalLM, folder)
     config, chunk = model.config, model.config.vae.chunk_size
     length = run.length or config.max_chunks * chunk
     data = load_source(source, length, run.model)
@@ -121,8 +126,6 @@ def main() -> None:
         raise RecipeError(
             f"The tokenizer of {run.model!r} has {len(data.tokenizer)} tokens, the model {config.vae.omni_token_id}."
         )
-    for folder in (*run.variants, *run.baselines):
-        load_pretrained(AutoConfig, folder)
     judged = judged_by(run.judge_model, model.device, data.tokenizer)
     out = Path(run.output_dir)
     train, held_out = np.asarray(data.train.token_ids, dtype=np.int64), full_rows(data.validation)

@@ -29,7 +29,7 @@ from tokcom_hf.data.captions import read_image_text_jsonl
 from tokcom_hf.evaluation.lfq_drawing import evaluate_drawing, tokenize_images
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
-from tokcom_hf.model_folders import checked_folder, load_pretrained
+from tokcom_hf.model_folders import check_model_folder, checked_folder, load_pretrained
 from tokcom_hf.models.pipeline_lfq import DECODER_FOLDER
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.small_models.image_token_stages import base_model, image_tokenizer
@@ -113,6 +113,7 @@ def read_arguments(argv: list[str] | None):
     # What would stop a later stage is refused before the first one.
     for name in (run.image_tokenizer, run.base):
         if name is not None:
+            check_model_folder(name, weights=True)
             load_pretrained(AutoConfig, name)
     if run.image_tokenizer is None:
         VQGANTrainingArguments(**values["vqgan_training"] | place)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 
 from tokcom_hf.cards import IMAGES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
@@ -86,7 +86,9 @@ def read_arguments(argv: list[str] | None):
     upload = take_upload(values["training"])
     values["training"].pop("resume_from_checkpoint", None)
     args = VQGANTrainingArguments(**values["training"] | {"output_dir": run.output_dir})
-    config = load_pretrained(VQGANConfig, run.init_from) if run.init_from else VQGANConfig(**values["model"])
+    config = load_pretrained(AutoConfig, run.init_from) if run.init_from else VQGANConfig(**values["model"])
+    if not isinstance(config, VQGANConfig):
+        raise RecipeError(f"--init_from {run.init_from} holds a {config.model_type!r} model, not a VQGAN.")
     channels = values["discriminator"].get("in_channels", config.out_channels)
     if args.adversarial_weight and channels != config.out_channels:
         raise RecipeError(

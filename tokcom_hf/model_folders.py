@@ -14,8 +14,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
 from .data.text_files import read_text
@@ -71,11 +72,15 @@ def checked_folder(name: str | os.PathLike, what: str = "Model") -> Iterator[Non
         raise kind(f"{what} {str(name)!r} cannot be loaded: {reason}") from None
 
 
-def check_model_folder(name: str | os.PathLike) -> None:
+def check_model_folder(name: str | os.PathLike, weights: bool = False) -> None:
     """Checks the configuration and the weights of a folder without loading them; a name on the Hub is not checked.
 
+    Args:
+        name: folder or name on the Hub.
+        weights: whether the folder must hold weights, not a configuration alone.
+
     Raises:
-        FileNotFoundError: `name` looks like a path, and there is no such folder.
+        FileNotFoundError: `name` looks like a path, and there is no such folder; or there are no weights in it.
         NotADirectoryError: `name` is a file.
         ValueError: the configuration cannot be read or has implausible sizes, weights are truncated or do not match their
             header, or an index names files that are not in the folder.
@@ -95,8 +100,14 @@ def check_model_folder(name: str | os.PathLike) -> None:
         if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and "auto_map" not in config):
             raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is not known here.")
         _check_sizes(config, folder / "config.json")
-    for path in sorted(folder.glob("*.safetensors")):
+    kept = sorted(folder.glob("*.safetensors"))
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    for path in kept:
         check_safetensors(path)
+    for path in pickled if weights and not kept else ():
+        _check_pickled(path)
+    if weights and not kept and not pickled:
+        raise FileNotFoundError(f"{folder} holds no weights: no *.safetensors and no pytorch_model*.bin.")
     for path in sorted(folder.glob("*.safetensors.index.json")):
         _check_index(path)
 
@@ -136,6 +147,20 @@ def check_safetensors(path: str | Path) -> None:
         raise ValueError(
             f"{path} is truncated or no safetensors file: its tensors should end at byte {end:,}, but it has {size:,}."
         )
+    try:
+        with safe_open(path, "pt"):  # types, shapes and places; reads no tensor
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file that can be read: {error}.") from None
+
+
+def _check_pickled(path: Path) -> None:
+    """Raises ValueError where torch cannot read a file, or where it holds more than tensors; reads no tensor."""
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except BROKEN as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read as a file of tensors alone: {reason}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
