@@ -17,7 +17,7 @@ from .scenes import (
     scene_caption,
     scene_questions,
 )
-from .vqa_dataset import CAPTION_REQUEST, VQADataset
+from .vqa_dataset import VQADataset
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ def scene_rows(
     seed: int,
     scenes: SceneArguments | None = None,
     questions_per_image: int = 1,
-    captions: bool = False,
     **changes: Any,
 ) -> VQADataset:
     """Draws seeded rows about scenes. With one question per image, answers are uniform within a type (for evaluation).
@@ -82,8 +81,6 @@ def scene_rows(
         seed: equal seeds draw equal rows.
         scenes: which scenes are drawn; None means the defaults of `SceneArguments`.
         questions_per_image: maximum number of questions per image, of different types as far as possible.
-        captions: also ask for the caption, after an image's questions, because a model trained from scratch needs this dense
-            supervision. Ignored with one question per image.
         changes: fields of `scenes` to replace, for example `image_size=32`.
 
     Raises:
@@ -95,12 +92,7 @@ def scene_rows(
         examples = balanced_examples(rng, count, scenes.types, **scenes.sampling())
         return VQADataset([_row(item.scene, item.questions, scenes.image_size) for item in examples])
     drawn = _drawn(count, rng, scenes, questions_per_image)
-    rows = []
-    for scene, questions in drawn:
-        if captions:
-            questions.append(SceneQuestion(CAPTION_REQUEST, _spaced_caption(scene), "caption"))
-        rows.append(_row(scene, questions, scenes.image_size))
-    return VQADataset(rows)
+    return VQADataset([_row(scene, questions, scenes.image_size) for scene, questions in drawn])
 
 
 def scene_caption_rows(

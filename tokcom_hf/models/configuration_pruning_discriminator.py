@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from .shared_removed_fields import take_removed
 
 # Removed fields and their former defaults.
-REMOVED = {"spectral_norm": True}
+REMOVED = {"spectral_norm": True, "initializer_range": 0.02}
 
 
 @strict
@@ -17,7 +17,6 @@ class PruningDiscriminatorConfig(PreTrainedConfig):
     layers: hidden states of the language model that are compared, counted from the end; None: the documented [-1, -3, -5].
     internal_size: width of the discriminator's hidden layers.
     dropout: dropout probability behind the first hidden layer.
-    initializer_range: without effect here: every linear layer has spectral norm and keeps torch's initial weights.
     """
 
     model_type = "tokcom_pruning_discriminator"
@@ -26,7 +25,6 @@ class PruningDiscriminatorConfig(PreTrainedConfig):
     layers: list[int] | None = None
     internal_size: int = 512
     dropout: float | int = 0.1
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         take_removed(kwargs, REMOVED)
