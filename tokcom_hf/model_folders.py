@@ -104,7 +104,7 @@ def check_model_folder(name: str | os.PathLike, weights: bool = False) -> None:
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     for path in kept:
         check_safetensors(path)
-    for path in pickled if weights and not kept else ():
+    for path in pickled if not kept else ():
         _check_pickled(path)
     if weights and not kept and not pickled:
         raise FileNotFoundError(f"{folder} holds no weights: no *.safetensors and no pytorch_model*.bin.")
@@ -158,9 +158,12 @@ def _check_pickled(path: Path) -> None:
     """Raises ValueError where torch cannot read a file, or where it holds more than tensors; reads no tensor."""
     try:
         torch.load(path, map_location="meta", weights_only=True)
+    except UnpicklingError:
+        raise ValueError(f"{path} is truncated or holds more than tensors, such as code; it is not opened.") from None
     except BROKEN as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be read as a file of tensors alone: {reason}") from None
+        raise ValueError(
+            f"{path} is no file of tensors that can be read: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import transformers
 
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 
-MODULES = ("text", "images", "tokens", "settings", "files", "folders")
+MODULES = ("text", "images", "tokens", "settings", "files", "folders", "bases")
 KINDS = (
     "JSON lines", "text files", "images", "tokens", "prompts", "YAML", "command line", "latents", ".pt files",
     "model folders",
@@ -49,7 +49,7 @@ class MalformedArguments:
 
     kinds: list[str] | None = field(default=None, metadata={"help": f"Some of {', '.join(KINDS)}; all if not set."})
     output: str = field(
-        default="outputs/faults/malformed.json", metadata={"help": "JSON file of counts and outcomes."}
+        default="outputs/faults/malformed.json", metadata={"help": "JSON file of counts, inputs and faults."}
     )
 
     def __post_init__(self):
@@ -63,8 +63,8 @@ def measure(kinds: list[str] | None = None) -> dict:
     """Runs all cases of these kinds (all kinds if None).
 
     Returns:
-        `counts` (kind -> verdict -> number), the numbers `total`, `malformed` and `faults`, and `outcomes`, a dictionary
-        per input.
+        `counts` (kind -> verdict -> number), the numbers `total`, `malformed` and `faults`, `inputs` (kind ->
+        descriptions), and `wrong`, the outcomes that are faults.
     """
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     check = importlib.import_module("faults_malformed_check")
@@ -96,7 +96,11 @@ def measure(kinds: list[str] | None = None) -> dict:
         "total": len(outcomes),
         "malformed": sum(outcome.verdict != "accepted" for outcome in outcomes),
         "faults": len(faults),
-        "outcomes": [asdict(outcome) for outcome in outcomes],
+        "inputs": {
+            kind: [outcome.name.replace(str(scratch), "FOLDER") for outcome in outcomes if outcome.kind == kind]
+            for kind in counts
+        },
+        "wrong": [asdict(outcome) for outcome in faults],
     }
 
 
@@ -106,9 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'input':14s}" + "".join(f"{verdict:>15s}" for verdict in VERDICTS))
     for kind, count in result["counts"].items():
         print(f"{kind:14s}" + "".join(f"{count.get(verdict, 0):15d}" for verdict in VERDICTS))
-    for outcome in result["outcomes"]:
-        if outcome["verdict"] not in ("refused", "accepted"):
-            print(f"{outcome['verdict']}: {outcome['kind']}, {outcome['name']}: {outcome['message']}")
+    for outcome in result["wrong"]:
+        print(f"{outcome['verdict']}: {outcome['kind']}, {outcome['name']}: {outcome['message']}")
     print(f"{result['malformed']} malformed inputs of {result['total']}, {result['faults']} faults")
     path = Path(run.output)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
 from tokcom_hf import VQGAN, TokComConfig, TokComModel, TokComVAE, TokComVAEConfig, VQGANConfig
 from tokcom_hf.data.latents import save_latents
 from tokcom_hf.data.tokenizers import train_tokenizer
 from tokcom_hf.models.image_processing_vqgan import VQGANImageProcessor
 from tokcom_hf.models.processing_lfq import LFQProcessor
+from tokcom_hf.small_models.small_internvl import build_small_internvl
+from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
 from tokcom_hf.tokcom_checkpoint_writer import save_checkpoint
 
 VOCABULARY = 257
@@ -54,6 +57,24 @@ def save_model(kind: str, folder: Path) -> Path:
         VQGANImageProcessor(16, size_divisor=4).save_pretrained(folder)
     else:
         tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_base(kind: str, folder: Path) -> Path:
+    """Saves an untrained `llama`, `llava` or `internvl` with its tokenizer or processor; returns the folder."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        base, processor = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SHAPE)), tokenizer()
+    elif kind == "llava":
+        vision = {name: SHAPE[name] for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
+        processor = scene_processor(32, 8)
+        tower = CLIPVisionConfig(image_size=32, patch_size=8, num_hidden_layers=1, **vision)
+        base = build_small_llava(tower, SHAPE, processor)
+    else:
+        vision = {"image_size": [32, 32], "patch_size": [8, 8], "num_hidden_layers": 1, "num_attention_heads": 2}
+        base, processor = build_small_internvl(vision | {"hidden_size": 16, "intermediate_size": 16}, SHAPE)
+    base.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 
