@@ -13,24 +13,27 @@ scenes every generated picture is checked for the shapes and colours of its capt
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from transformers import AutoConfig, LlamaConfig, set_seed
+from transformers import LlamaConfig, set_seed
 
-from tokcom_hf import LFQExpandedModel, LFQProcessor, VQGANConfig, VQGANTrainingArguments
+from tokcom_hf import LFQExpandedConfig, LFQExpandedModel, LFQProcessor, VQGANConfig, VQGANTrainingArguments
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, caption_of, draw_scenes
-from tokcom_hf.data.captions import read_image_text_jsonl
+from tokcom_hf.data.captions import check_image_text_files, read_image_text_jsonl
+from tokcom_hf.data.vqa_collator import require_placeholder
 from tokcom_hf.evaluation.lfq_drawing import evaluate_drawing, tokenize_images
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import take_upload
-from tokcom_hf.model_folders import check_model_folder, checked_folder, load_pretrained
+from tokcom_hf.model_folders import check_base, checked_folder
 from tokcom_hf.models.pipeline_lfq import DECODER_FOLDER
+from tokcom_hf.run_arguments import require_positive
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.small_models.image_token_stages import base_model, image_tokenizer
 from tokcom_hf.threads import use_all_cores
@@ -100,8 +103,8 @@ def read_arguments(argv: list[str] | None):
     """Values of all sections, run and training arguments, and where the model is pushed."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run = RunArguments(**values["run"])
-    if bool(run.image_text_file) != bool(run.eval_file):
-        raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
+    check_image_text_files(run)
+    check_drawing(run)
     # Only the finished folder is pushed, never the image tokenizer's own run.
     take_upload(values["vqgan_training"])
     upload = take_upload(values["training"])
@@ -113,12 +116,26 @@ def read_arguments(argv: list[str] | None):
     # What would stop a later stage is refused before the first one.
     for name in (run.image_tokenizer, run.base):
         if name is not None:
-            check_model_folder(name, weights=True)
-            load_pretrained(AutoConfig, name)
+            check_base(name)
     if run.image_tokenizer is None:
         VQGANTrainingArguments(**values["vqgan_training"] | place)
         vqgan_config(run, values)
     return values, run, args, upload
+
+
+def check_drawing(run: RunArguments) -> None:
+    """Refuses what only the last training or the drawing would refuse."""
+    require_positive(run, "train_images", "eval_captions", "image_size")
+    if run.base_steps < 0:
+        raise RecipeError(f"--base_steps must be at least 0, got {run.base_steps}.")
+    if not 0.0 <= run.caption_drop <= 1.0:
+        raise RecipeError(f"--caption_drop is a share, from 0 to 1, got {run.caption_drop}.")
+    for name in ("temperature", "guidance_scale"):
+        if not 0.0 < getattr(run, name) < math.inf:
+            raise RecipeError(f"--{name} must be a number above 0, got {getattr(run, name)}.")
+    if run.image_prompt is not None:
+        require_placeholder("image_prompt", run.image_prompt, "{caption}")
+    LFQExpandedConfig(embedding_init_method=run.embedding_init_method)
 
 
 def vqgan_config(run: RunArguments, values) -> VQGANConfig:

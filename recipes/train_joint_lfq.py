@@ -28,20 +28,28 @@ from transformers import AutoModelForImageTextToText, set_seed
 
 from tokcom_hf import JointLFQModel, JointLFQTrainer, JointLFQTrainingArguments, LFQConfig, equip_internvl
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
-from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
-from tokcom_hf.data.captions import JointLFQCollator, SceneArguments, read_image_text_jsonl, scene_caption_rows
+from tokcom_hf.cli import parse_recipe, run_recipe
+from tokcom_hf.data.captions import (
+    JointLFQCollator,
+    SceneArguments,
+    check_image_text_files,
+    read_image_text_jsonl,
+    scene_caption_rows,
+)
 from tokcom_hf.data.vqa import VQACollator
 from tokcom_hf.documented_names import TRAIN_JOINT_LFQ
 from tokcom_hf.evaluation.lfq_joint import evaluate_joint
 from tokcom_hf.evaluation.lfq_joint_report import print_report
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.hub import RUN_MARKER, take_upload
-from tokcom_hf.model_folders import check_model_folder, load_pretrained
+from tokcom_hf.model_folders import check_base, load_pretrained
 from tokcom_hf.plots.lfq import plot_joint_training
 from tokcom_hf.plots.vqgan import NO_MATPLOTLIB
+from tokcom_hf.run_arguments import require_positive
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.small_models.small_internvl import TileProcessor
 from tokcom_hf.threads import use_all_cores
+from tokcom_hf.trainers.lfq_joint_equipment import check_joint_settings
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny" / "train_joint_lfq.yaml"
 SMALL_INTERNVL = "outputs/small_internvl"
@@ -100,10 +108,11 @@ def read_arguments(argv: list[str] | None):
     if not run.expand_vocabulary:
         # Without LFQ ids no image is drawn, so there is no generation loss.
         values["training"]["generation_weight"] = 0.0
-    if bool(run.image_text_file) != bool(run.eval_file):
-        raise RecipeError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
+    check_image_text_files(run)
+    require_positive(run, "train_images", "eval_images", "questions_per_image")
+    check_joint_settings(run)
     if run.base != SMALL_INTERNVL:
-        check_model_folder(run.base)
+        check_base(run.base)
     upload = take_upload(values["training"])
     own = {name: value for name, value in values["training"].items() if name != "resume_from_checkpoint"}
     args = JointLFQTrainingArguments(**own | {"output_dir": run.output_dir, "seed": run.seed})
@@ -239,8 +248,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ensure_small_internvl(run.base)
     pretraining = time.time() - started
     set_seed(run.seed)
+    train, held_out = build_data(run)
     model, processor, parameters = build_model(run, values["quantizer"])
-    train, held_out = build_data(run)  # after the model: making it takes longer than refusing a broken base
     sizes = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
     counts = f"{len(train):,} training and {len(held_out):,} held-out images"
     PartialState().print(f"{counts}; parameters: {sizes}", flush=True)

@@ -41,6 +41,7 @@ from tokcom_hf.data.text_evaluation import TextSource, load_source
 from tokcom_hf.documented_names import TRAIN_TOKCOM
 from tokcom_hf.evaluation.tokcom_stage_report import measure_stage, report_model, report_vae, training_summary
 from tokcom_hf.hub import Upload, take_upload
+from tokcom_hf.run_arguments import require_positive
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
 from tokcom_hf.tokcom_checkpoint_writer import check_documented
@@ -77,9 +78,7 @@ class RunArguments(TextSource, RunFolderArguments):
     offset_copies: int = field(
         default=1, metadata={"help": "Copies of the training text, each cut into chunks at a different offset."}
     )
-    split_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the held-out split; --seed where not set."}
-    )
+    split_seed: int | None = field(default=None, metadata={"help": "Seed of the held-out split; --seed if not set."})
     seed: int = field(default=42, metadata={"help": "Seed of data, initial weights and training."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads of a single process; all by default."})
     sample_chunks: int = field(default=32, metadata={"help": "Chunks of the samples shown at the end."})
@@ -98,6 +97,7 @@ class RunArguments(TextSource, RunFolderArguments):
         super().__post_init__()
         if self.split_seed is None:
             self.split_seed = self.seed
+        require_positive(self, "sample_chunks", "sample_steps")
 
 
 SECTIONS = {

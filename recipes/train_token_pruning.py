@@ -30,7 +30,8 @@ from tokcom_hf.evaluation.pruning_answers import evaluate_mode
 from tokcom_hf.fingerprints import settings_of
 from tokcom_hf.gpus import use_gpus
 from tokcom_hf.hub import RUN_MARKER, Upload, take_upload
-from tokcom_hf.model_folders import check_model_folder, load_pretrained
+from tokcom_hf.model_folders import check_base, load_pretrained
+from tokcom_hf.models.pruning_families import check_family
 from tokcom_hf.pruning_checkpoint import read_parts
 from tokcom_hf.run_folders import RunFolder, RunFolderArguments
 from tokcom_hf.threads import use_all_cores
@@ -67,8 +68,7 @@ class RunArguments(RunFolderArguments):
     )
     init_step: int | None = field(default=None, metadata={"help": "N of these files; the largest where not set."})
     mode: str | None = field(
-        default=None,
-        metadata={"help": "train (if not set), or optuna: search as recipes/search_token_pruning.py does."},
+        default=None, metadata={"help": "train (if not set), or optuna, which runs search_token_pruning.py."}
     )
     search: bool | None = field(default=None, metadata={"help": "Search with Optuna, like --mode optuna."})
     trials: int | None = field(default=None, metadata={"help": "Trials of the search; 6 where not set."})
@@ -87,8 +87,8 @@ def read_arguments(argv: list[str] | None) -> tuple[dict[str, Any], RunArguments
     """Values of all sections, run arguments and arguments of the data."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv, TRAIN_TOKEN_PRUNING)
     run = RunArguments(**values["run"])
-    check_heads(values, run.strategy, run.dtype)
-    if run.init_from:
+    check_heads(values, run.strategy, run.keep, run.dtype)
+    if run.init_from or run.init_step is not None:
         read_parts(run.init_from, run.init_step)
     if run.base_model == SMALL_VLM:
         vision = read_yaml((DEFAULT_CONFIG.parent / "pretrain_vlm.yaml").read_text(encoding="utf-8"))["vision"]
@@ -266,15 +266,15 @@ def main(argv: list[str] | None = None) -> None:
     args = TokenPruningTrainingArguments(**values["training"] | {"output_dir": run.output_dir, "seed": run.seed})
     use_all_cores(run.threads)
     if run.base_model != SMALL_VLM:
-        check_model_folder(run.base_model)
+        check_family(check_base(run.base_model))
     ensure_small_vlm(run.base_model, run.threads)
     started = time.time()
     set_seed(run.seed)
     info("Loading backbone and dataset...")
     processor = load_pretrained(AutoProcessor, run.base_model, "Processor")
+    data = build_data(run, source)
     parts = read_parts(run.init_from, run.init_step) if run.init_from else {}
     model = build_model(run, values, parts)
-    data = build_data(run, source)  # after the model: making it takes longer than refusing a broken base
     check_merge_budget(values["merger"], model.base, vqa_collator(source, processor), data[0])
     discriminator = None
     if args.adversarial_weight > 0:

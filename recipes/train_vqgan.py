@@ -87,6 +87,10 @@ def read_arguments(argv: list[str] | None):
     values["training"].pop("resume_from_checkpoint", None)
     args = VQGANTrainingArguments(**values["training"] | {"output_dir": run.output_dir})
     config = load_pretrained(AutoConfig, run.init_from) if run.init_from else VQGANConfig(**values["model"])
+    if run.expand_codebook and not run.init_from:
+        raise RecipeError(
+            f"--expand_codebook {run.expand_codebook} grows the codebook of --init_from; name that, too."
+        )
     if not isinstance(config, VQGANConfig):
         raise RecipeError(f"--init_from {run.init_from} holds a {config.model_type!r} model, not a VQGAN.")
     channels = values["discriminator"].get("in_channels", config.out_channels)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from .data.text_files import read_text
 
@@ -110,6 +110,16 @@ def check_model_folder(name: str | os.PathLike, weights: bool = False) -> None:
         raise FileNotFoundError(f"{folder} holds no weights: no *.safetensors and no pytorch_model*.bin.")
     for path in sorted(folder.glob("*.safetensors.index.json")):
         _check_index(path)
+
+
+def check_base(name: str | os.PathLike) -> Any:
+    """Checks a folder that must hold a model with its weights, without loading them; returns its configuration.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as of `check_model_folder` and `load_pretrained`.
+    """
+    check_model_folder(name, weights=True)
+    return load_pretrained(AutoConfig, name)
 
 
 def looks_like_a_path(name: str) -> bool:

@@ -28,7 +28,7 @@ WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 HEAD = re.compile(r"^(?:[A-Za-z_]+\.)?(?:layer_)?(\d+)\.(.+)$")
 
 
-def read_parts(folder: str | Path, step: int | None = None) -> dict[str, StateDict]:
+def read_parts(folder: str | Path | None, step: int | None = None) -> dict[str, StateDict]:
     """Reads the state dicts of the parts saved at a step, without the prefixes of DDP and `torch.compile`.
 
     Args:
@@ -40,8 +40,10 @@ def read_parts(folder: str | Path, step: int | None = None) -> dict[str, StateDi
 
     Raises:
         FileNotFoundError: the folder has no such files.
-        ValueError: a file is damaged or is no state dict of tensors.
+        ValueError: there is no folder, a file is damaged or is no state dict of tensors.
     """
+    if not folder:
+        raise ValueError(f"init_step {step} is a step of the run in the folder init_from; name that, too.")
     found = {
         (match[1], int(match[2])): path
         for path in Path(folder).glob("*_step_*.pt")

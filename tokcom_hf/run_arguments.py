@@ -1,6 +1,15 @@
 """The arguments for the output folder that every training recipe has."""
 
 from dataclasses import dataclass, field
+from typing import Any
+
+
+def require_positive(arguments: Any, *names: str) -> None:
+    """Raises ValueError where one of these attributes is a number below 1; None is accepted."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
 
 
 @dataclass

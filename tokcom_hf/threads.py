@@ -19,7 +19,12 @@ def use_all_cores(threads: int | None = None) -> None:
 
     Args:
         threads: number of threads; None and 0 mean all cores of the process.
+
+    Raises:
+        ValueError: a negative number.
     """
+    if threads is not None and threads < 0:
+        raise ValueError(f"threads must be at least 1, or 0 for all cores, got {threads}.")
     state = PartialState()
     if state.num_processes == 1 and state.device.type == "cpu":
         torch.set_num_threads(threads or available_cores())

@@ -17,7 +17,29 @@ from .text_files import read_json_objects
 from .vqa_collator import VQACollator, pad_rows, require_placeholder
 from .vqa_dataset import CAPTION_REQUEST, VQADataset
 
-__all__ = ["JointLFQCollator", "SceneArguments", "read_image_text_jsonl", "scene_caption_rows"]
+__all__ = [
+    "JointLFQCollator",
+    "SceneArguments",
+    "check_image_text_files",
+    "read_image_text_jsonl",
+    "scene_caption_rows",
+]
+
+
+def check_image_text_files(run: Any) -> None:
+    """Checks that options of a recipe about files of images and captions belong together.
+
+    Args:
+        run: has the attributes `image_text_file`, `eval_file`, `image_dir` and `allow_outside`.
+
+    Raises:
+        ValueError: one file without the other, or an option about the files' images without files.
+    """
+    if bool(run.image_text_file) != bool(run.eval_file):
+        raise ValueError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
+    for name in ("image_dir", "allow_outside"):
+        if getattr(run, name) and not run.image_text_file:
+            raise ValueError(f"--{name} is about the images of --image_text_file; name that file, too.")
 
 
 def read_image_text_jsonl(

@@ -213,8 +213,8 @@ class ImageSource:
         num_eval: maximum number of held-out images.
 
     Raises:
-        ValueError: both a folder and a data set are given, `val_dir` and `image_dir` are the same folder or one contains
-            the other, or a number of images is below 1.
+        ValueError: both a folder and a data set are given, a column or a configuration is given without a data set,
+            `val_dir` and `image_dir` are the same folder or one contains the other, or a number of images is below 1.
     """
 
     image_dir: str | None = None
@@ -228,6 +228,11 @@ class ImageSource:
     def __post_init__(self):
         if self.image_dir and self.dataset_name:
             raise ValueError("Give image_dir or dataset_name, not both.")
+        for name, default in (("dataset_config", None), ("image_column", "image")):
+            if getattr(self, name) != default and not self.dataset_name:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for a data set on the Hub; name it with dataset_name."
+                )
         for name in ("num_train", "num_eval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

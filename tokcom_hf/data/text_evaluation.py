@@ -1,11 +1,13 @@
 """Options for the text of a recipe, and its packed rows: training data of a model, or reference text of an evaluation."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .text import Corpus, TextRows, hub_dataset, load_text_rows
+from .text_files import is_json_lines
 
 
 @dataclass
@@ -47,6 +49,21 @@ class TextSource:
 
     def __post_init__(self):
         self.dataset_name, self.dataset_config = hub_dataset(self.dataset_name, self.dataset_config)
+        if not 0.0 < self.validation_share < 1.0:
+            raise ValueError(f"validation_share must lie between 0 and 1, got {self.validation_share}.")
+        if self.dataset_name is not None:
+            return
+        for name in ("dataset_config", "streaming"):
+            if getattr(self, name):
+                given = f"{name}={getattr(self, name)!r}"
+                raise ValueError(
+                    f"{given} is for a data set on the Hub; name it with dataset_name, or leave {name} out."
+                )
+        files = [Path(file) for file in (self.train_file, self.validation_file) if file]
+        if self.text_column != "text" and not any(is_json_lines(file) for file in files):
+            raise ValueError(
+                f"text_column={self.text_column!r} is for JSON lines and data sets on the Hub; plain text has no columns."
+            )
 
 
 def load_source(

@@ -16,16 +16,20 @@ from ..models.shared_tokenizer_size import tokenizer_size
 # More unused ids than this are not filled, because most of the embedding table would be unused.
 MOST_UNUSED_IDS = 1_000_000
 EOS_TOKEN = "<|endoftext|>"
+MOST_TOKENS = 1 << 20  # the trainer asks for memory for all of them before it reads any text
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE of at most `vocab_size` tokens; EOS is also the padding token.
 
     Raises:
-        ValueError: `vocab_size` is below 257, the 256 bytes and EOS.
+        ValueError: `vocab_size` is below 257, the 256 bytes and EOS, or above `MOST_TOKENS`.
     """
-    if vocab_size < 257:
-        raise ValueError(f"A byte-level vocabulary needs at least 257 tokens, got vocab_size={vocab_size}.")
+    if not 257 <= vocab_size <= MOST_TOKENS:
+        raise ValueError(
+            f"A byte-level vocabulary needs at least 257 tokens (the bytes and EOS) and at most {MOST_TOKENS:,}, got "
+            f"vocab_size={vocab_size}."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

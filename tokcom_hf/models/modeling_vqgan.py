@@ -191,12 +191,14 @@ class VQGAN(StrictLoading):
         """Grows an `ema` codebook; the old codes keep their ids and vectors.
 
         Raises:
-            ValueError: the quantizer is not `ema`, or the new size is not larger.
+            ValueError: the quantizer is not `ema`, or the new size is not larger or above 2^24.
         """
         if not isinstance(self.quantizer, EMAQuantizer):
             raise ValueError(f"Only the ema quantizer can expand its codebook, not {self.config.quantizer!r}.")
-        if codebook_size <= self.config.codebook_size:
-            raise ValueError(f"The new size must exceed {self.config.codebook_size}, got {codebook_size}.")
+        if not self.config.codebook_size < codebook_size <= 1 << 24:
+            raise ValueError(
+                f"The new size must exceed {self.config.codebook_size} and be at most {1 << 24}, got {codebook_size}."
+            )
         self.quantizer.expand(codebook_size)
         self.config.codebook_size = codebook_size
 

@@ -1,5 +1,6 @@
 """Training arguments that every trainer of the package has."""
 
+import math
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import has_length
 
 from ..checkpoints import AVERAGE_FILE
+from ..run_arguments import require_positive
 
 
 @dataclass
@@ -63,8 +65,16 @@ class CompressionTrainingArguments(TrainingArguments):
                 f"report_to {', '.join(map(repr, unknown))} is no tracker that transformers knows: "
                 f"{', '.join(INTEGRATION_TO_CALLBACK)}, or none."
             )
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        # transformers leaves these to the data loader and the optimizer, which are built when the run has begun.
+        require_positive(
+            self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        )
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
+            if not 0.0 <= (getattr(self, name) or 0.0) < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         if getattr(self, "enable_jit_checkpoint", False):
             raise ValueError(
                 "enable_jit_checkpoint would end training as if it were finished; leave it out: at SIGTERM and SIGINT every "

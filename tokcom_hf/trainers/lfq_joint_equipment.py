@@ -7,12 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..data.vqa_collator import require_placeholder
 from ..evaluation.lfq_bases import image_tokens_of, width_of_input
+from ..models.configuration_lfq_expanded import LFQExpandedConfig
 from ..models.configuration_lfq_quantizer import LFQConfig
 from ..models.lfq_building import load_base
 from ..models.modeling_lfq_expanded import LFQExpandedModel
 from ..models.modeling_lfq_quantizer import LFQQuantizer
-from .lfq_joint_model import JointLFQModel
+from .lfq_joint_model import QUANTIZER_INPUTS, JointLFQModel
+from .pruning_build import check_dtype
 
 MODEL_KEYS = ("internvl_path", "vocab_expansion", "quantizer_input")
 EXPANSION_KEYS = ("enabled", "embedding_init_method", "embedding_init_std", "freeze_original")
@@ -65,6 +68,23 @@ def equip_internvl(model, config, tokenizer=None) -> JointLFQModel:
     if enabled:
         model = LFQExpandedModel.from_base(model, lfq_config.output_dim, tokenizer=tokenizer, **expansion)
     return JointLFQModel(model, LFQQuantizer(lfq_config), read)
+
+
+def check_joint_settings(run: Any) -> None:
+    """Checks what is wrong with any base model, before one is loaded or trained.
+
+    Args:
+        run: has the attributes `prompt`, `caption_prompt`, `quantizer_input`, `dtype` and those of new rows.
+
+    Raises:
+        ValueError: a prompt lacks its placeholder, or another value is unknown.
+    """
+    require_placeholder("prompt", run.prompt, "{question}")
+    require_placeholder("caption_prompt", run.caption_prompt, "{caption}")
+    if run.quantizer_input not in QUANTIZER_INPUTS:
+        raise ValueError(f"quantizer_input must be one of {', '.join(QUANTIZER_INPUTS)}, got {run.quantizer_input!r}.")
+    check_dtype(run.dtype)
+    LFQExpandedConfig(embedding_init_method=run.embedding_init_method, embedding_init_std=run.embedding_init_std)
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:

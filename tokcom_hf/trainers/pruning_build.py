@@ -60,12 +60,19 @@ def build_discriminator(
     return PruningDiscriminator(config) if state is None else convert_discriminator(state, config)
 
 
-def check_heads(values: Mapping[str, Mapping[str, Any]], strategy: str | None, dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Raises RecipeError for a type that a recipe's --dtype does not know."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise RecipeError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+
+
+def check_heads(values: Mapping[str, Mapping[str, Any]], strategy: str | None, keep: int | None, dtype: str) -> None:
     """Raises RecipeError or ValueError for settings of the heads that are wrong with any base model."""
     if strategy is not None and strategy not in STRATEGIES:
         raise RecipeError(f"--strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise RecipeError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    if (strategy is None and keep is not None) or (strategy is not None and (keep is None or keep < 1)):
+        raise RecipeError(f"--strategy and --keep (at least 1 token) belong together, got {strategy!r} and {keep}.")
+    check_dtype(dtype)
     for name in ("merger", "pruner", "discriminator"):
         PRUNING_SECTIONS[name](**values[name])
 
