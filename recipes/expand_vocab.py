@@ -26,6 +26,7 @@ from tokcom_hf.models.lfq_building import load_base
 from tokcom_hf.models.lfq_tokens import check_output_dim
 from tokcom_hf.run_folders import check_new_folder
 from tokcom_hf.small_models.small_internvl import build_small_internvl
+from tokcom_hf.trainers.pruning_build import check_dtype
 
 SMALL_VISION = {"image_size": [64, 64], "patch_size": [8, 8], "hidden_size": 64, "intermediate_size": 128}
 SMALL_TEXT = {"hidden_size": 96, "intermediate_size": 256, "num_key_value_heads": 4}
@@ -50,6 +51,10 @@ class ExpandArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace what the output folder holds."})
     seed: int = field(default=42, metadata={"help": "Seed of the new rows."})
 
+    def __post_init__(self):
+        check_output_dim(self.output_dim)
+        check_dtype(self.dtype)
+
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Expands, saves, loads again and compares; returns what it printed."""
@@ -60,7 +65,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         given += 1
     positional = [word for name, value in zip(names, argv[:given]) for word in (name, value)]
     args = ExpandArguments(**parse_recipe(__doc__, {"run": ExpandArguments}, None, positional + argv[given:])["run"])
-    check_output_dim(args.output_dim)
     output = check_new_folder(args.output_dir, args.overwrite)
     torch.manual_seed(args.seed)
     base, base_processor = load(args, Path(output))

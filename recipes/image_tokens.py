@@ -26,7 +26,7 @@ from tokcom_hf import LFQExpandedConfig, LFQExpandedModel, LFQProcessor, VQGANCo
 from tokcom_hf.cards import SCENES, card_dataset, write_model_card
 from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.caption_images import CaptionImageCollator, CaptionImages, CaptionTokens, caption_of, draw_scenes
-from tokcom_hf.data.captions import check_image_text_files, read_image_text_jsonl
+from tokcom_hf.data.captions import SceneArguments, check_image_text_files, read_image_text_jsonl
 from tokcom_hf.data.vqa_collator import require_placeholder
 from tokcom_hf.evaluation.lfq_drawing import evaluate_drawing, tokenize_images
 from tokcom_hf.fingerprints import settings_of
@@ -126,6 +126,7 @@ def read_arguments(argv: list[str] | None):
 def check_drawing(run: RunArguments) -> None:
     """Refuses what only the last training or the drawing would refuse."""
     require_positive(run, "train_images", "eval_captions", "image_size")
+    SceneArguments(run.image_size, min_objects=run.min_objects, max_objects=run.max_objects, grid=run.grid)
     if run.base_steps < 0:
         raise RecipeError(f"--base_steps must be at least 0, got {run.base_steps}.")
     if not 0.0 <= run.caption_drop <= 1.0:

@@ -23,7 +23,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import InternVLVisionConfig, Qwen2Config, set_seed
 
-from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_rows import SceneArguments, scene_rows
 from tokcom_hf.fingerprints import settings_of
@@ -33,6 +33,7 @@ from tokcom_hf.small_models.dense_pretraining import TowerLesson
 from tokcom_hf.small_models.small_internvl import build_small_internvl
 from tokcom_hf.small_models.vlm_recipe import (
     answer_accuracy,
+    check_extent,
     teach_tower,
     train_small_vlm,
     training_scenes,
@@ -72,10 +73,7 @@ def read_arguments(argv: list[str] | None):
     """Values of all sections, run arguments, the scenes, training arguments, and where the model is pushed."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run, scenes = RunArguments(**values["run"]), SceneArguments(**values["scenes"])
-    if len(run.questions_per_type) != len(scenes.types):
-        raise RecipeError(
-            f"--questions_per_type {run.questions_per_type} must have one number for each of {scenes.types}."
-        )
+    check_extent(run, scenes.types)
     upload = take_upload(values["training"])
     values["training"].pop("resume_from_checkpoint", None)
     args = SmallVLMTrainingArguments(**values["training"] | {"output_dir": run.output_dir, "seed": run.seed})

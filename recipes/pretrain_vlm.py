@@ -20,7 +20,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import CLIPVisionConfig, LlamaConfig, set_seed
 
-from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
+from tokcom_hf.cli import parse_recipe, run_recipe
 from tokcom_hf.data.packed_vqa import PackedVQACollator
 from tokcom_hf.data.scene_rows import SceneArguments, scene_rows
 from tokcom_hf.data.scenes import COLOURS, QUESTION_TYPES, SHAPES
@@ -31,6 +31,7 @@ from tokcom_hf.small_models.dense_pretraining import TowerLesson
 from tokcom_hf.small_models.small_vlm import build_small_llava, scene_processor
 from tokcom_hf.small_models.vlm_recipe import (
     answer_accuracy,
+    check_extent,
     teach_tower,
     train_small_vlm,
     training_scenes,
@@ -81,10 +82,7 @@ def read_arguments(argv: list[str] | None):
     """Values of all sections, run arguments, the scenes, training arguments, and where the model is pushed."""
     values = parse_recipe(__doc__, SECTIONS, DEFAULT_CONFIG, argv)
     run = RunArguments(**values["run"])
-    if len(run.questions_per_type) != len(QUESTION_TYPES):
-        raise RecipeError(
-            f"--questions_per_type {run.questions_per_type} must have one number for each of {QUESTION_TYPES}."
-        )
+    check_extent(run, QUESTION_TYPES)
     scenes = run.scenes(CLIPVisionConfig(**values["vision"]).image_size)
     upload = take_upload(values["training"])
     values["training"].pop("resume_from_checkpoint", None)

@@ -28,7 +28,9 @@ from tokcom_hf.cli import RecipeError, parse_recipe, run_recipe
 from tokcom_hf.data.vqa_sources import VQASourceArguments, vqa_collator
 from tokcom_hf.documented_names import TRAIN_TOKEN_PRUNING
 from tokcom_hf.model_folders import load_pretrained
-from tokcom_hf.trainers.pruning_build import build_discriminator, check_merge_budget
+from tokcom_hf.run_arguments import require_positive
+from tokcom_hf.threads import use_all_cores
+from tokcom_hf.trainers.pruning_build import build_discriminator, check_heads, check_merge_budget
 
 
 @dataclass
@@ -53,10 +55,11 @@ def check_search(run: RunArguments) -> None:
             f"This recipe only searches, got --mode {run.mode} --search {run.search}; "
             "recipes/train_token_pruning.py trains once."
         )
-    if run.init_from:
+    if run.init_from or run.init_step is not None:
         raise RecipeError(
-            "A search trains fresh heads in every trial; --init_from is for recipes/train_token_pruning.py."
+            "A search trains fresh heads in every trial; --init_from and --init_step are for train_token_pruning.py."
         )
+    require_positive(run, "trials")
     choose_gpus(run)
     if run.overwrite or run.checkpoint_wanted:
         raise RecipeError("A search keeps no checkpoints; go on with it by naming the same --storage.")
@@ -70,6 +73,8 @@ def search(values: dict) -> None:
     """Runs the search that the values of a recipe's sections describe (`parse_recipe`)."""
     run, source = RunArguments(**values["run"]), VQASourceArguments(**values["data"])
     check_search(run)
+    check_heads(values, run.strategy, run.keep, run.dtype)
+    use_all_cores(run.threads)
     fixed = {
         "output_dir": run.output_dir,
         "seed": run.seed,
@@ -80,7 +85,9 @@ def search(values: dict) -> None:
         "early_stopping_patience": 0,
     }
     args = TokenPruningTrainingArguments(**values["training"] | fixed)
-    ensure_small_vlm(run.base_model)
+    out = Path(run.output_dir)
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is refused now, not behind the last trial
+    ensure_small_vlm(run.base_model, run.threads)
     processor = load_pretrained(AutoProcessor, run.base_model, "Processor")
 
     def fresh_model(trial=None):
@@ -112,8 +119,6 @@ def search(values: dict) -> None:
         storage=run.storage,
         load_if_exists=run.storage is not None,
     )
-    out = Path(run.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
     result = {"value": best.objective, "parameters": best.hyperparameters, "trials": run.trials}
     (out / "best.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))

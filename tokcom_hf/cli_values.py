@@ -144,7 +144,7 @@ def field_value(value, annotation, where: str, from_command_line: bool):
         # The documents put numbers in quotation marks: lr: "2e-05".
         with contextlib.suppress(ValueError):  # not a number: the type check below raises
             value = read_yaml(value)
-    _check_lists(value, kinds, where)
+    value = _as_list(value, kinds, where)
     if not kinds <= PLAIN or type(value) in kinds:
         return _finite(value, where)
     if float in kinds and type(value) is int:
@@ -155,12 +155,16 @@ def field_value(value, annotation, where: str, from_command_line: bool):
     raise RecipeError(f"{where}: expected {names}, got {value!r:.200}.")
 
 
-def _check_lists(value, kinds: set, where: str) -> None:
-    """Raises RecipeError if the field is a list of plain values and `value`, or an item of it, has another type."""
+def _as_list(value, kinds: set, where: str) -> Any:
+    """Returns the value of a field that is a list of plain values: a single value becomes a list of one item.
+
+    Raises:
+        RecipeError: `value`, or an item of it, has another type.
+    """
     lists = [kind for kind in kinds if typing.get_origin(kind) is list]
     if len(lists) != 1 or not kinds - set(lists) <= PLAIN or not set(typing.get_args(lists[0])) <= PLAIN:
-        return
-    # A single value means a list of one item, or a value of the field's other types.
+        return value
+    # A single value is an item, or a value of the field's other types.
     wanted = set(typing.get_args(lists[0])) | (set() if isinstance(value, list) else kinds - set(lists))
     for part in value if isinstance(value, list) else [value]:
         number = float in wanted and type(part) is int
@@ -168,6 +172,8 @@ def _check_lists(value, kinds: set, where: str) -> None:
             names = " or ".join(sorted(kind.__name__ for kind in typing.get_args(lists[0])))
             raise RecipeError(f"{where}: expected a list of {names}, got {value!r:.200}.")
         _finite(part, where)
+    alone = not isinstance(value, list) and value is not None and kinds - set(lists) <= {type(None)}
+    return [value] if alone else value
 
 
 def _finite(value, where: str):

@@ -8,7 +8,7 @@ import torch
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def use_gpus(available: Sequence[int] | int | None, per_run: int | None = None) -> str | None:
+def use_gpus(available: Sequence[int] | None, per_run: int | None = None) -> str | None:
     """Makes the first `per_run` of the available GPUs visible to this run; call it before CUDA is initialised.
 
     Args:
@@ -23,8 +23,6 @@ def use_gpus(available: Sequence[int] | int | None, per_run: int | None = None) 
     """
     if available is None and per_run is None:
         return None
-    # A single number on the command line is no list.
-    available = [available] if isinstance(available, int) else available
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if available is not None and (not available or len(set(available)) < len(available) or min(available) < 0):
         raise ValueError(f"available_gpus must be a list of different GPU numbers from 0 on, got {list(available)}.")

@@ -199,6 +199,8 @@ TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
         "more objects than cells": (["--max_objects", "99"], ("max_objects",)),
         "an unknown tracker": (["--report_to", "nothing_known"], ("report_to",)),
         "more shapes than there are": (["--num_shapes", "99"], ("num_shapes",)),
+        "a single number of several": (["--questions_per_type", "3"], ("questions_per_type",)),
+        "no questions": (["--eval_questions", "0"], ("eval_questions",)),
     },
     "pretrain_internvl": {
         "an unknown type": (["--types", "count", "smell"], ("types",)),
@@ -226,6 +228,14 @@ TRAINING: dict[str, dict[str, tuple[list[str], tuple[str, ...]]]] = {
         "an unknown start of new rows": (["--embedding_init_method", "best"], ("embedding_init_method",)),
         "a share of two": (["--caption_drop", "2.0"], ("caption_drop",)),
         "a temperature of zero": (["--temperature", "0"], ("temperature",)),
+        "an image of a billion": (["--image_size", "1000000000"], ("image_size",)),
+        "a grid of a billion": (["--grid", "1000000000"], ("grid",)),
+    },
+    "search_token_pruning": {
+        "an unknown strategy": (["--strategy", "best"], ("strategy", "best")),
+        "a step of no run": (["--init_step", "5"], ("init_step",)),
+        "no trials": (["--trials", "0"], ("trials",)),
+        "an unknown type": (["--dtype", "float13"], ("dtype",)),
     },
     "train_ar_baseline": {
         "an unknown tracker": (["--report_to", "nothing_known"], ("report_to",)),

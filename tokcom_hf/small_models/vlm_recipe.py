@@ -15,10 +15,26 @@ from ..data.scene_rows import SceneArguments
 from ..data.vqa_collator import VQACollator
 from ..evaluation.vqa_generation import generate_answers
 from ..metrics.vqa import accuracy_by_type, vqa_accuracy
+from ..run_arguments import require_positive
 from ..run_folders import RunFolder
 from ..trainers.base import average_files
 from .dense_pretraining import TowerLesson, earlier_accuracy, pretrain_tower
 from .vlm_training import SmallVLMTrainer, SmallVLMTrainingArguments
+
+
+def check_extent(run: Any, types: Sequence[str]) -> None:
+    """Checks the numbers of questions and steps in the arguments of a recipe that pretrains a small VLM.
+
+    Raises:
+        ValueError: `questions_per_type` has not one number for each of `types`, or a number is too small.
+    """
+    if len(run.questions_per_type) != len(types):
+        raise ValueError(
+            f"--questions_per_type must have one number for each of {', '.join(types)}, got {run.questions_per_type}."
+        )
+    require_positive(run, "eval_questions")
+    if run.tower_steps < 0:
+        raise ValueError(f"--tower_steps must be at least 0, got {run.tower_steps}.")
 
 
 def training_scenes(
