@@ -114,7 +114,7 @@ def main() -> None:
     check_counts(run)
     model = load_tokcom(run.model)
     check_fits(run, model)
-    # A folder that cannot be loaded is refused now, not when it is its turn.
+    # Folders that cannot be loaded are refused before anything is measured.
     for folder in run.variants:
         load_tokcom(folder)
     for folder in run.baselines:

@@ -86,7 +86,9 @@ def search(values: dict) -> None:
     }
     args = TokenPruningTrainingArguments(**values["training"] | fixed)
     out = Path(run.output_dir)
-    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is refused now, not behind the last trial
+    out.mkdir(
+        parents=True, exist_ok=True
+    )  # now, so that a folder that cannot be made is refused before the first trial
     ensure_small_vlm(run.base_model, run.threads)
     processor = load_pretrained(AutoProcessor, run.base_model, "Processor")
 

@@ -89,7 +89,7 @@ def read_arguments(argv: list[str] | None):
     config = load_pretrained(AutoConfig, run.init_from) if run.init_from else VQGANConfig(**values["model"])
     if run.expand_codebook and not run.init_from:
         raise RecipeError(
-            f"--expand_codebook {run.expand_codebook} grows the codebook of --init_from; name that, too."
+            f"--expand_codebook {run.expand_codebook} needs --init_from, the model whose codebook is to grow."
         )
     if not isinstance(config, VQGANConfig):
         raise RecipeError(f"--init_from {run.init_from} holds a {config.model_type!r} model, not a VQGAN.")

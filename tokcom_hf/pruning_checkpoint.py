@@ -43,7 +43,7 @@ def read_parts(folder: str | Path | None, step: int | None = None) -> dict[str, 
         ValueError: there is no folder, a file is damaged or is no state dict of tensors.
     """
     if not folder:
-        raise ValueError(f"init_step {step} is a step of the run in the folder init_from; name that, too.")
+        raise ValueError(f"init_step {step} needs init_from, the folder of the documented run.")
     found = {
         (match[1], int(match[2])): path
         for path in Path(folder).glob("*_step_*.pt")

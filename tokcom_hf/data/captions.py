@@ -39,7 +39,7 @@ def check_image_text_files(run: Any) -> None:
         raise ValueError("--image_text_file and --eval_file (held-out lines of the same form) belong together.")
     for name in ("image_dir", "allow_outside"):
         if getattr(run, name) and not run.image_text_file:
-            raise ValueError(f"--{name} is about the images of --image_text_file; name that file, too.")
+            raise ValueError(f"--{name} needs --image_text_file, the JSON lines that name the images.")
 
 
 def read_image_text_jsonl(

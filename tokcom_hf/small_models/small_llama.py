@@ -32,8 +32,7 @@ def train_caption_llama(
     Args:
         captions: training texts.
         text: fields of `LlamaConfig`, except those of the vocabulary. The embedding table is padded to a multiple of 64
-            rows,
-            as in large models.
+            rows, as in large models.
         steps: number of optimizer steps, with batches of 64.
         folder: output folder of the trainer.
         seed: seed of the weights and of the order of captions.
