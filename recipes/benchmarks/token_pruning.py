@@ -4,10 +4,11 @@
     python recipes/benchmarks/token_pruning.py --seeds 1 --max_steps 50 --ablations false
 
 Rows: the unpruned model; the question alone (another question's picture); our two stages with LoRA; every training-free
-strategy; random tokens with the same LoRA fine-tune, data and steps; a smaller image, as it is and with the same
-fine-tune. Each baseline keeps as many tokens as bring it to **at least** our FLOPs (heads, vision tower and projector
-included), so that rounding favours the baseline. `--ablations true` adds rows with something left out or changed (first
-seed only). Rows are saved as they are measured, so an interrupted comparison continues where it stopped.
+strategy; random tokens, DivPrune-like tokens and the unpruned model with the same LoRA fine-tune, data and steps; a
+smaller image, as it is and with the same fine-tune. Each baseline keeps as many tokens as bring it to **at least** our
+FLOPs (heads, vision tower and projector included), so that rounding favours the baseline. `--ablations true` adds rows
+with something left out or changed (first seed only). Rows are saved as they are measured, so an interrupted comparison
+continues where it stopped.
 """
 
 import json
@@ -32,7 +33,9 @@ from tokcom_hf.threads import use_all_cores
 from tokcom_hf.trainers.pruning_build import PRUNING_SECTIONS, build_heads, train_heads
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "train_token_pruning.yaml"
-OURS, RANDOM_TUNED, QUESTION_ONLY = "merger + pruners + LoRA", "random + LoRA", "question only (other picture)"
+OURS, QUESTION_ONLY = "merger + pruners + LoRA", "question only (other picture)"
+# Strategies that also get our LoRA fine-tune: chance, and the best of those that need no training.
+TUNED = ("random", "divprune")
 # Row -> what it changes in our two stages.
 ABLATIONS: dict[str, dict] = {
     "no merger": {"merger": False},
@@ -127,6 +130,11 @@ class Comparison:
         """A training-free strategy, or the same with our LoRA fine-tune."""
         model = PrunedVLM.from_base(self.base(), strategy=strategy, keep=keep, strategy_seed=seed)
         return self.evaluate(self.train(model, seed) if train else model.eval())
+
+    def tuned_unpruned(self, seed: int) -> dict:
+        """The unpruned model with our LoRA fine-tune."""
+        # No KL loss, because the unpruned teacher would be this same model.
+        return self.evaluate(self.train(PrunedVLM.from_base(self.base()), seed, kl_weight=0.0), mode="origin")
 
     def downsampled(self, size: int, full_flops: float, seed: int, train: bool = False, rows=None) -> dict:
         """Smaller pictures, or the same with our LoRA fine-tune; FLOPs relative to the full picture's."""
@@ -224,9 +232,12 @@ def main() -> None:
         keep = comparison.cheapest_keep(strategy, ratio, tokens)
         for seed in seeds if strategy == "random" else (0,):
             rows.add(f"{strategy} ({keep})", seed, comparison.free, strategy, keep, seed)
-    keep = comparison.cheapest_keep("random", ratio, tokens)
+    for strategy in TUNED:
+        keep = comparison.cheapest_keep(strategy, ratio, tokens)
+        for seed in seeds:
+            rows.add(f"{strategy} + LoRA", seed, comparison.free, strategy, keep, seed, train=True)
     for seed in seeds:
-        rows.add(RANDOM_TUNED, seed, comparison.free, "random", keep, seed, train=True)
+        rows.add("unpruned + LoRA", seed, comparison.tuned_unpruned, seed)
     if can_downsample(comparison.base()):
         size = comparison.smallest_image(ratio, unpruned["flops"])
         rows.add(f"image of {size} pixels", 0, comparison.downsampled, size, unpruned["flops"], 0)
@@ -236,7 +247,9 @@ def main() -> None:
     if run.ablations:
         for name, changes in ABLATIONS.items():
             rows.add(name, 0, comparison.learned, 0, **changes)
-    report(comparison, {name: list(by_seed.values()) for name, by_seed in rows.table.items()}, Path(run.output_dir))
+    # An earlier run in this folder may have had more seeds.
+    table = {name: [row for seed, row in saved.items() if int(seed) in seeds] for name, saved in rows.table.items()}
+    report(comparison, table, Path(run.output_dir))
 
 
 def report(comparison: Comparison, table: dict[str, list[dict]], out: Path) -> None:
@@ -246,7 +259,7 @@ def report(comparison: Comparison, table: dict[str, list[dict]], out: Path) -> N
     print(f"\n{len(comparison.rows)} questions, {len(ours)} seed(s)")
     print(f"{'':28s}{'accuracy':>9s}{'± sd':>7s}{'FLOPs':>8s}{'seq.':>7s}   ours minus this row [95 %]")
     for name, runs in table.items():
-        accuracy = [100 * r["accuracy"]["all"] for r in runs]
+        accuracy = [r["accuracy"]["all"] for r in runs]
         line = {
             "accuracy": statistics.mean(accuracy),
             "sd": statistics.stdev(accuracy) if len(accuracy) > 1 else None,
@@ -260,9 +273,9 @@ def report(comparison: Comparison, table: dict[str, list[dict]], out: Path) -> N
             second = [score for i in range(len(ours)) for score in runs[i % len(runs)]["scores"]]
             line["paired"] = paired_bootstrap(first, second, 2000)
             text = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**line["paired"])
-        sd = "" if line["sd"] is None else f"{line['sd']:.1f}"
+        sd = "" if line["sd"] is None else f"{100 * line['sd']:.1f}"
         print(
-            f"{name:28s}{line['accuracy']:8.1f}%{sd:>7s}{100 * line['flops_ratio']:7.1f}%"
+            f"{name:28s}{100 * line['accuracy']:8.1f}%{sd:>7s}{100 * line['flops_ratio']:7.1f}%"
             f"{100 * line['sequence_kept']:6.1f}%   {text}"
         )
         lines[name] = line

@@ -152,19 +152,29 @@ def measure(model: VQGAN, held_out: torch.Tensor, size: int) -> dict[str, float]
     }
 
 
-def summary(rows: list[dict]) -> str:
-    """Markdown table, mean ± half the range over seeds."""
-    lines = ["| K | quantizer | seeds | utilisation % | normalised entropy | PSNR dB |", "|---|---|---|---|---|---|"]
+def summarize(rows: list[dict]) -> list[dict]:
+    """One line per size and quantizer: mean and half the range over seeds of each measure."""
+    lines = []
     for size, method in dict.fromkeys((row["codebook_size"], row["method"]) for row in rows):
         mine = [row for row in rows if (row["codebook_size"], row["method"]) == (size, method)]
+        line: dict = {"codebook_size": size, "method": method, "seeds": len(mine)}
+        for name in ("utilization", "normalized_entropy", "psnr"):
+            values = [row[name] for row in mine]
+            line[name] = {"mean": sum(values) / len(values), "half_range": (max(values) - min(values)) / 2}
+        lines.append(line)
+    return lines
 
-        def cell(name: str, factor: float, digits: int, mine=mine) -> str:
-            values = [factor * row[name] for row in mine]
-            return f"{sum(values) / len(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
-        cells = [cell("utilization", 100, 1), cell("normalized_entropy", 1, 3), cell("psnr", 1, 2)]
-        lines.append(f"| {size} | {method} | {len(mine)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def as_markdown(summary: list[dict]) -> str:
+    """The lines of `summarize` as a Markdown table."""
+    text = ["| K | quantizer | seeds | utilisation % | normalised entropy | PSNR dB |", "|---|---|---|---|---|---|"]
+    for line in summary:
+        cells = [
+            f"{factor * line[name]['mean']:.{digits}f} ± {factor * line[name]['half_range']:.{digits}f}"
+            for name, factor, digits in (("utilization", 100, 1), ("normalized_entropy", 1, 3), ("psnr", 1, 2))
+        ]
+        text.append(f"| {line['codebook_size']} | {line['method']} | {line['seeds']} | {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
 def earlier_rows(output: Path, args: BenchmarkArguments) -> list[dict]:
@@ -206,14 +216,20 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 model, minutes = train_one(method, size, seed, args, train)
                 row = {"codebook_size": size, "method": method, "seed": seed, "steps": args.steps, "minutes": minutes}
                 rows.append(row | measure(model, held_out, size))
-                data = {"data": args.image_dir or "procedural", "arguments": vars(args), "rows": rows}
+                data = {
+                    "data": args.image_dir or "procedural",
+                    "arguments": vars(args),
+                    "summary": summarize(rows),
+                    "rows": rows,
+                }
                 (output / "results.json").write_text(json.dumps(data, indent=2), encoding="utf-8")
                 shown = {
                     name: round(value, 4) if isinstance(value, float) else value for name, value in rows[-1].items()
                 }
                 print(shown, flush=True)
-    print(summary(rows))
-    (output / "table.md").write_text(summary(rows) + "\n", encoding="utf-8")
+    table = as_markdown(summarize(rows))
+    print(table)
+    (output / "table.md").write_text(table + "\n", encoding="utf-8")
     return rows
 
 

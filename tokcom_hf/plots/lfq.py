@@ -39,6 +39,7 @@ def plot_joint_training(history: list[dict], report: dict[str, Any], path: str |
     for bound in ALIVE:
         right.axhline(bound, color="black", linestyle="--", linewidth=0.8)
     right.set(title="held-out bits", xlabel="bit", ylim=(0, 1))
+    right.xaxis.get_major_locator().set_params(integer=True)
     for axis in (left, middle, right):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
