@@ -86,9 +86,8 @@ def search(values: dict) -> None:
     }
     args = TokenPruningTrainingArguments(**values["training"] | fixed)
     out = Path(run.output_dir)
-    out.mkdir(
-        parents=True, exist_ok=True
-    )  # now, so that a folder that cannot be made is refused before the first trial
+    # Made now, so that a folder that cannot be made is refused before the first trial.
+    out.mkdir(parents=True, exist_ok=True)
     ensure_small_vlm(run.base_model, run.threads)
     processor = load_pretrained(AutoProcessor, run.base_model, "Processor")
 

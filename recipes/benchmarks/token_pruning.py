@@ -206,6 +206,10 @@ class Rows:
             )
         return row[str(seed)]
 
+    def of(self, name: str, seeds: range) -> list[dict]:
+        """The row's results for these seeds; an earlier run in the folder may have had more."""
+        return [result for seed, result in self.table[name].items() if int(seed) in seeds]
+
 
 def main() -> None:
     """Measures all rows of the comparison; prints and saves the table."""
@@ -226,7 +230,7 @@ def main() -> None:
     rows.add(QUESTION_ONLY, 0, comparison.question_only)
     for seed in seeds:
         rows.add(OURS, seed, comparison.learned, seed)
-    ratio = statistics.mean(r["flops_ratio"] for r in rows.table[OURS].values())
+    ratio = statistics.mean(row["flops_ratio"] for row in rows.of(OURS, seeds))
     tokens = int(unpruned["vision_tokens"])
     for strategy in (*STRATEGIES, *LAYER_STRATEGIES):
         keep = comparison.cheapest_keep(strategy, ratio, tokens)
@@ -247,9 +251,7 @@ def main() -> None:
     if run.ablations:
         for name, changes in ABLATIONS.items():
             rows.add(name, 0, comparison.learned, 0, **changes)
-    # An earlier run in this folder may have had more seeds.
-    table = {name: [row for seed, row in saved.items() if int(seed) in seeds] for name, saved in rows.table.items()}
-    report(comparison, table, Path(run.output_dir))
+    report(comparison, {name: rows.of(name, seeds) for name in rows.table}, Path(run.output_dir))
 
 
 def report(comparison: Comparison, table: dict[str, list[dict]], out: Path) -> None:

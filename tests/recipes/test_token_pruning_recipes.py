@@ -88,6 +88,15 @@ def test_every_pruning_recipe_runs_on_what_the_one_before_left(tmp_path, monkeyp
     table = json.loads((tmp_path / "compare" / "results.json").read_text())
     ours = table["merger + pruners + LoRA"]["flops_ratio"]
     assert all(row["flops_ratio"] >= ours for name, row in table.items() if name.startswith(("random", "divprune")))
+    assert {"random + LoRA", "divprune + LoRA"} <= set(table) and table["unpruned + LoRA"]["flops_ratio"] == 1.0
+    assert all(0 <= row["accuracy"] <= 1 for row in table.values())
+    # Seeds of an earlier, longer run in the folder do not count.
+    saved = json.loads((tmp_path / "compare" / "rows.json").read_text())
+    for row in saved["table"].values():
+        row["7"] = row["0"] | {"flops_ratio": 9.0}
+    (tmp_path / "compare" / "rows.json").write_text(json.dumps(saved))
+    recipe(monkeypatch, "benchmarks/token_pruning.py", *compare, *SMALL_RUN)
+    assert json.loads((tmp_path / "compare" / "results.json").read_text()) == table
     shape = ["--hidden_size", 128, "--intermediate_size", 256, "--heads", 4, "--layers", 4, "--vision_layers", 1]
     recipe(monkeypatch, "benchmarks/prefill.py", *shape, "--repeats", 1, "--output_dir", tmp_path / "prefill")
     measured = json.loads((tmp_path / "prefill" / "results.json").read_text())

@@ -30,7 +30,13 @@ def test_table_and_going_on(benchmark, tmp_path, capsys):
     assert len(table) == 9 and table[0].count("|") == table[2].count("|") == 7
     more = benchmark.main([*command, "--methods", "ours", "ours_cosine"])
     assert more[:7] == first and more[7]["method"] == "ours_cosine" and len(more) == 8
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == more
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["rows"] == more
+    for line in saved["summary"]:
+        mine = [row["psnr"] for row in more if row["method"] == line["method"]]
+        assert line["seeds"] == len(mine)
+        assert line["psnr"]["mean"] == pytest.approx(sum(mine) / len(mine))
+        assert line["psnr"]["half_range"] == pytest.approx((max(mine) - min(mine)) / 2)
     with pytest.raises(FileExistsError, match="steps 3, not 4"):
         benchmark.main([*command, "--steps", "4", "--methods", "ours"])
     with pytest.raises(ValueError, match="Unknown method"):
