@@ -138,12 +138,14 @@ def load_models(run: RunArguments) -> tuple[Any, Any]:
             "hidden_size": run.hidden_size, "num_attention_heads": heads, "num_key_value_heads": heads,
             "intermediate_size": 3 * run.hidden_size,
         }  # fmt: skip
+        vae = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128}
         tokcom = TokComModel(
             TokComConfig(
-                vae=width | {"vocab_size": run.vocab_size, "latent_size": 128, "num_hidden_layers": 2},
+                vae=vae | {"vocab_size": run.vocab_size, "latent_size": 128, "num_hidden_layers": 2},
                 denoiser=width | {"num_hidden_layers": run.denoiser_layers},
                 context=width | {"num_hidden_layers": run.context_layers, "max_position_embeddings": run.tokens + 1},
                 standardize_latents=True,
+                token_posterior=True,
                 noise_std=1.0,
                 block_sizes=[1, 4, 16],
                 block_size=1,

@@ -22,13 +22,13 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "denoiser": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
     },
     "12M": {
-        "vae": {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512},
-        "context": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768},
+        "vae": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+        "context": {"hidden_size": 320, "num_hidden_layers": 4, "num_attention_heads": 5, "intermediate_size": 1024},
         "denoiser": {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512},
     },
     "110M": {
-        "vae": {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 1024},
-        "context": {"hidden_size": 768, "num_hidden_layers": 9, "num_attention_heads": 12, "intermediate_size": 2048},
+        "vae": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},
+        "context": {"hidden_size": 768, "num_hidden_layers": 10, "num_attention_heads": 12, "intermediate_size": 2048},
         "denoiser": {"hidden_size": 768, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 1536},
     },
     "paper": {},
@@ -49,9 +49,9 @@ def build(size: str, vocabulary: int, device: str) -> TokComModel:
             },
             denoiser=shapes["denoiser"] | {"time_scale": 1000.0},
             context=shapes["context"] | {"max_position_embeddings": 2 * PAPER_LENGTH},
-            standardize_latents=True, noise_std=1.0, time_distribution="logit_normal", mse_weight=0.25,
-            cross_entropy_weight=0.0, noise_draws=4, block_sizes=[1, 1, 1, 4, 16], max_chunks=LENGTH // 4, block_size=1,
-            num_steps=8,
+            standardize_latents=True, noise_std=1.0, time_distribution="logit_normal", time_mean=-0.75, time_std=0.7,
+            token_posterior=True, mse_weight=0.25, noise_draws=2, block_sizes=[1, 1, 1, 4, 16], max_chunks=LENGTH // 4,
+            block_size=1, num_steps=8,
         )  # fmt: skip
     else:
         config = TokComConfig()

@@ -120,10 +120,12 @@ def train_and_measure(data: TextRows, seconds: float, run: RunArguments) -> dict
     found = {"vae": train(model.vae, lambda ids: model.vae(ids, labels=ids).loss, tokens, seconds / 4, run)}
     model.vae.eval().requires_grad_(False)
     with torch.no_grad():
-        latents = model.encode(tokens[: min(len(tokens), 2**18) // 4 * 4].view(-1, 4)).float().flatten(0, 1)
+        chunks = tokens[: min(len(tokens), 2**18) // 4 * 4].view(-1, 4)
+        latents = model.encode(chunks).float().flatten(0, 1)
     model.fit_latents(latents.mean(dim=0), latents.std(dim=0))
+    model.posterior.fit(model, chunks)
     found["denoiser"] = train(
-        model, lambda ids: model(ids, block_size=drawn_block()).loss, tokens, 3 * seconds / 4, run
+        model, lambda ids: model(ids, block_size=drawn_block(), draw_shift=2).loss, tokens, 3 * seconds / 4, run
     )
     model.eval()
 

@@ -34,6 +34,12 @@ MODELS = {
     "context": lambda **more: TokComModel(
         TokComConfig(**FLOW | {"context": CONTEXT, "block_size": 2, "block_sizes": [1, 2]} | more)
     ),
+    # One that predicts latents by way of its tokens.
+    "posterior": lambda **more: TokComModel(
+        TokComConfig(
+            **FLOW | {"context": CONTEXT, "block_size": 2, "block_sizes": [1, 2], "token_posterior": True} | more
+        )
+    ),
     "vqgan": lambda **more: VQGAN(VQGANConfig(**VQ | more)),
     "discriminator": lambda **more: VQGANDiscriminator(
         VQGANDiscriminatorConfig(**{"base_channels": 8, "num_layers": 2} | more)
@@ -68,7 +74,7 @@ def inputs(kind: str) -> dict[str, torch.Tensor]:
             "latents": torch.randn(2, 5, 16, generator=generator),
             "timesteps": torch.rand(2, generator=generator),
         }
-    if kind in ("tokcom", "context"):
+    if kind in ("tokcom", "context", "posterior"):
         blocks = (2, 1, 2) if kind == "tokcom" else (2, 2, 1)
         return {
             "input_ids": torch.randint(0, 50, (2, 8), generator=generator),

@@ -100,7 +100,7 @@ def test_offloaded_and_adapted_heads_have_the_loss_of_their_logits():
     for encoder in (expected, offloaded, adapted):
         states = encoder(ids)
         logits = encoder.head_logits(states).flatten(0, 1)
-        whole = torch.nn.functional.linear(encoder.heads(states).unflatten(-1, (4, -1)), encoder._table(cpu)).flatten(
+        whole = torch.nn.functional.linear(encoder.heads(states).unflatten(-1, (4, -1)), encoder.table(cpu)).flatten(
             0, 1
         )
         assert torch.equal(logits[..., :START], whole[..., :START])

@@ -10,7 +10,7 @@ from tokcom_hf import DenoisedModel, DenoisedModelConfig, TokComConfig, TokComMo
 SHAPE = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2,
 }  # fmt: skip
-KINDS = ("tokcom", "context")
+KINDS = ("tokcom", "context", "posterior")
 
 
 def tiny_model(kind: str = "tokcom", **changes) -> TokComModel:
@@ -125,7 +125,7 @@ def test_dtype_device_map_and_attention_implementations_agree(tmp_path, kind):
         assert getattr(sdpa.config, part)._attn_implementation == "sdpa"
         assert getattr(eager.config, part)._attn_implementation == "eager"
     torch.testing.assert_close(sdpa.vae(ids).logits, eager.vae(ids).logits, atol=1e-5, rtol=1e-5)
-    x, t = torch.randn(2, 5, 16), torch.rand(2)
+    x, t = torch.randn(2, 5, sdpa.config.denoiser.latent_size), torch.rand(2)
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     one, two = (model.denoiser(x, t, attention_mask=mask).clean_latents for model in (sdpa, eager))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)

@@ -15,7 +15,7 @@ from tests.helpers.tokcom_tools import CONTEXT, MODELS, SHAPE, VAE, inputs, main
 from tokcom_hf import VQGAN, TokComConfig, TokComModel, TokComVAE, VQGANConfig
 
 WITH_LAYERS = ("vae", "denoiser")
-WHOLE = ("tokcom", "context")
+WHOLE = ("tokcom", "context", "posterior")
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -106,14 +106,15 @@ def test_the_parts_of_a_whole_model_give_their_layers(kind, tmp_path):
             model(**inputs(kind), **{name: True})
     seen = {"output_hidden_states": True, "output_attentions": True}
     context = {} if kind == "tokcom" else {"context": torch.randn(2, 48)}
-    outputs = [model.vae(**inputs("vae"), **seen), model.denoiser(**inputs("denoiser"), **context, **seen)]
-    if kind == "context":
+    latents = {"latents": torch.randn(2, 5, model.config.denoiser.latent_size)}
+    outputs = [model.vae(**inputs("vae"), **seen), model.denoiser(**inputs("denoiser") | latents, **context, **seen)]
+    if kind != "tokcom":
         outputs.append(model.context.model(**inputs("vae"), **seen))
     for output in outputs:
         assert len(output.hidden_states) >= 3 and len(output.attentions) >= 2
     # A config that asks for them changes nothing of the whole.
     plain = model(**inputs(kind)).loss
-    for part in (model.vae, model.denoiser, *([model.context.model] if kind == "context" else [])):
+    for part in (model.vae, model.denoiser, *([] if kind == "tokcom" else [model.context.model])):
         part.config.output_hidden_states = part.config.output_attentions = True
     assert torch.equal(model(**inputs(kind)).loss, plain)
 
@@ -142,7 +143,7 @@ def test_half_precision_takes_float32_inputs(saved, dtype):
     torch.testing.assert_close(output.float(), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["vae", "denoiser", "tokcom", "context", "vqgan"])
+@pytest.mark.parametrize("kind", ["vae", "denoiser", "tokcom", "context", "posterior", "vqgan"])
 def test_gradient_checkpointing_gives_the_same_gradients(kind):
     gradients = []
     for checkpointing in (False, True):

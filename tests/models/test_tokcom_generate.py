@@ -22,7 +22,7 @@ def writer(kind: str, **changes):
     return small(kind, **{"vae": vae, "standardize_latents": True, "eos_token_id": None} | own | changes)
 
 
-@pytest.fixture(scope="module", params=["tokcom", "context"])
+@pytest.fixture(scope="module", params=["tokcom", "context", "posterior"])
 def model(request):
     return writer(request.param)
 
@@ -103,8 +103,10 @@ def test_a_prompt_in_a_padded_batch_is_the_prompt_alone(model, side, copies, noi
 def test_with_an_earlier_prediction_too(self_conditioning, noise_of_rows):
     rows = [torch.randint(1, 50, (length,), generator=seeded(length)) for length in (7, 2)]
     ids, mask = padded(rows, "left")
-    for kind in ("tokcom", "context"):
-        model = writer(kind, denoiser=SHAPE | {"self_conditioning": self_conditioning})
+    for kind in ("tokcom", "context", "posterior"):
+        # The posterior of tokens has no use for an earlier prediction.
+        own = {"self_conditioning": self_conditioning and kind != "posterior"}
+        model = writer(kind, denoiser=SHAPE | own)
         noise_of_rows(0, 1)
         batch = model.generate(ids, attention_mask=mask, max_new_tokens=12, num_steps=3)
         for index, row in enumerate(rows):
@@ -338,15 +340,25 @@ def test_without_a_generator_the_global_seed_counts(model):
 
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_the_temperature_is_the_factor_of_all_noise(model, sampler, monkeypatch):
+    predict, started = tokcom_generation.predict, []
+    monkeypatch.setattr(
+        tokcom_generation,
+        "predict",
+        lambda model, x, t, *more: (started.append((t, x)), predict(model, x, t, *more))[1],
+    )
     draw = lambda **more: model.generate(  # noqa: E731
         max_new_tokens=32, num_steps=3, sampler=sampler, generator=seeded(5), **more
     )
     plain, tripled = draw(), draw(temperature=3.0)
     assert torch.equal(plain, draw(temperature=1.0)) and torch.equal(plain, draw(do_sample=True))
     assert torch.equal(plain, draw(do_sample=True, temperature=1.0)) and not torch.equal(plain, tripled)
-    # As if the model had been trained with so much noise.
-    monkeypatch.setattr(model.config, "noise_std", 3.0)
-    assert torch.equal(draw(), tripled)
+    # The first block starts at as much more noise.
+    starts = [x for t, x in started if t == 0]
+    torch.testing.assert_close(starts[len(starts) // 5], 3 * starts[0])
+    if model.posterior is None:
+        # As if the model had been trained with so much noise.
+        monkeypatch.setattr(model.config, "noise_std", 3.0)
+        assert torch.equal(draw(), tripled)
 
 
 def test_threads_generate_as_one_thread_does(model):

@@ -279,7 +279,11 @@ def test_the_vae_gets_no_gradient_of_the_flow(blocked, batch):
         ("context", {"offset": 6, "block_size": 1}, "fits after 6 of 8"),
         ("context", {"offset": 8}, "No block of 0 chunks"),
         ("context", {"offset": -4, "block_size": 1}, "fits after -4 of 8"),
-        ("context", {"offset": 4, "block_size": 1, "latents": torch.zeros(1, 2, 16)}, "got offset=4 with them"),
+        (
+            "context",
+            {"offset": 4, "block_size": 1, "latents": torch.zeros(1, 2, 16)},
+            "got offset=4 and draw_shift=0",
+        ),
     ],
 )
 def test_rows_that_cannot_be_cut_are_refused(kind, arguments, message):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..models.tokcom_token_posterior import denoise
 from .tokcom_reconstruction import token_and_chunk_accuracy
 
 
@@ -38,10 +39,14 @@ class BlockDenoiser:
         """Predicts clean latents from noisy latents `x_t` (rows, chunks, latent_size) at time t in [0, 1]; same shape."""
         as_blocks = (-1, self.size, x_t.shape[-1])
         previous = None if self_condition is None else self_condition.reshape(as_blocks)
-        return self.model.denoiser(
-            x_t.reshape(as_blocks), torch.full((1,), t, device=x_t.device), context=self.context,
-            self_condition=previous, attention_mask=self.mask, return_dict=True,
-        ).clean_latents.reshape(x_t.shape)  # fmt: skip
+        return denoise(
+            self.model,
+            x_t.reshape(as_blocks),
+            torch.full((1,), t, device=x_t.device),
+            self.context,
+            previous,
+            self.mask,
+        ).clean_latents.reshape(x_t.shape)
 
 
 @torch.no_grad()

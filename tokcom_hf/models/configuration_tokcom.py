@@ -30,13 +30,17 @@ class TokComConfig(PreTrainedConfig):
         noise_std: standard deviation of the flow's noise x0; 0.05 is documented, 1 suits standardised latents.
         time_distribution, time_mean, time_std: training times, "uniform" (documented) or "logit_normal"
             σ(N(time_mean, time_std²)); a negative mean trains more on noisy latents.
+        token_posterior: predict the clean latents by way of the posterior of each token (`TokenPosterior`). The denoiser
+            then works on one state per token, of the width of the context. Off (documented): it works on latents.
 
     Training of stage two (the loss is the weighted sum):
         mse_weight: weight of the squared error of the velocity; 0 is documented.
-        cross_entropy_weight: weight of the cross-entropy through the frozen decoder, nats per token; 1 is documented.
+        cross_entropy_weight: weight of the cross-entropy of the tokens, nats per token: of the frozen decoder on the
+            predicted latents, or with `token_posterior` of the posterior; 1 is documented.
         head_weight: weight of the cross-entropy of the context's heads: that of the next token, plus half that of the
             later tokens of a chunk.
-        noise_draws: noisy copies of each block that share one pass of the context.
+        noise_draws: noisy copies of each row's blocks that share one pass of the context; in training each copy starts at
+            another token.
         block_sizes: chunks per block; each batch draws one of these numbers. 0 is the whole row.
         context_dropout: share in [0, 1) of the noisy blocks that are denoised without their context. `guidance_scale` in
             generation needs a share above 0.
@@ -64,6 +68,7 @@ class TokComConfig(PreTrainedConfig):
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"
     time_mean: float | int = -0.5
     time_std: float | int = 1.0
+    token_posterior: bool = False
     mse_weight: float | int = 0.0
     cross_entropy_weight: float | int = 1.0
     head_weight: float | int = 1.0
@@ -112,15 +117,25 @@ class TokComConfig(PreTrainedConfig):
             # The context reads the VAE's tokens and no others, so its table has no row for padding.
             self.context = LlamaConfig(**{"vocab_size": self.vae.vocab_size, "pad_token_id": None, **self.context})
         context_size = None if self.context is None else self.context.hidden_size
-        widths = {"latent_size": self.vae.latent_size, "context_size": context_size}
+        width = context_size if self.token_posterior else self.vae.latent_size
+        if width is None:
+            raise ValueError(
+                "token_posterior needs a context, whose table holds the tokens' states; set it, or leave it off."
+            )
+        widths = {"latent_size": width, "context_size": context_size}
         if not isinstance(self.denoiser, DenoisedModelConfig):
             self.denoiser = DenoisedModelConfig(**widths | (self.denoiser or {}))
         for name, value in widths.items():
             if getattr(self.denoiser, name) != value:
                 raise ValueError(
-                    f"denoiser.{name} must be {value}, as the VAE and the context have it, got "
+                    f"denoiser.{name} must be {value}, as VAE, context and token_posterior have it, got "
                     f"{getattr(self.denoiser, name)}; leave it out to have it filled in."
                 )
+
+        if self.token_posterior and self.denoiser.self_conditioning:
+            raise ValueError(
+                "denoiser.self_conditioning has no meaning with token_posterior; set one of the two to false."
+            )
 
     def _check_blocks(self) -> None:
         if self.context is None:

@@ -11,7 +11,8 @@ from .tokcom_removed import refuse_removed
 class DenoisedModelConfig(PreTrainedConfig):
     """Shape of the flow-matching transformer over latents. The defaults are the documented numbers.
 
-    latent_size: width of a latent; where it equals `hidden_size`, as documented, there is no input projection.
+    latent_size: width of a latent, or of a token's state in a `TokComModel` with `token_posterior`; where it equals
+        `hidden_size`, as documented, there is no input projection.
     hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size, rms_norm_eps: as in Llama.
     rope_theta: RoPE base for chunk positions.
     time_scale: factor of t ∈ [0, 1] before its sinusoidal embedding; 1 is documented, 1000 gives times that differ by 0.01

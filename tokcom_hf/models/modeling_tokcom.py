@@ -2,7 +2,7 @@
 
     ids of a chunk ─ encoder ─► z, standardised: x1              x0 ~ N(0, noise_std²)
     all tokens before a block ─ context ─► c                     x_t = (1 − t) · x0 + t · x1
-    denoiser(x_t, t, c) ─► x̂1                                    loss |x̂1 − x1|² / (1 − t)², cross-entropy of decoder(x̂1)
+    denoiser(x_t, t, c) ─► x̂1                                    loss |x̂1 − x1|² / (1 − t)², cross-entropy of its tokens
     c ─ heads ─► the next tokens                                 cross-entropy, which trains the context
 
 `forward` is this training objective; tokcom_generation.py holds the steps of `generate`.
@@ -26,6 +26,7 @@ from .tokcom_flow_matching import interpolate, training_times
 from .tokcom_generation import Prompt, TokComGenerateOutput, denoise_text, generate_blocks
 from .tokcom_generation_settings import GenerationSettings
 from .tokcom_objective import TokComOutput, add_flow_losses, add_head_losses, block_shape, check_shapes, cut_blocks
+from .tokcom_token_posterior import TokenPosterior, denoise
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.
@@ -56,6 +57,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         self.context = None
         if config.context is not None:
             self.context = ContextEncoder(config.context, config.vae.chunk_size, config.vae.omni_token_id)
+        self.posterior = TokenPosterior(config) if config.token_posterior else None
         self.register_buffer("latent_mean", torch.zeros(config.vae.latent_size))
         self.register_buffer("latent_std", torch.ones(config.vae.latent_size))
         self.post_init()
@@ -66,7 +68,6 @@ class TokComModel(StrictLoading, GenerationMixin):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)
 
-    # ------------------------------------------------------------------ training
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -77,13 +78,14 @@ class TokComModel(StrictLoading, GenerationMixin):
         context_mask: torch.Tensor | None = None,
         offset: int = 0,
         block_size: int = 0,
+        draw_shift: int = 0,
         self_conditioned: bool = False,
         return_loss: bool = True,
         return_dict: bool | None = None,
     ) -> TokComOutput | tuple:
         """The objective of stage two on rows of tokens; the VAE stays as it is.
 
-        From token `offset` on, a row is cut into blocks; `config.noise_draws` repeats them, one whole row after the other.
+        From token `offset` on, a row is cut into blocks, once per noise draw, one whole row after the other.
 
         Args:
             input_ids: (rows, length).
@@ -93,6 +95,7 @@ class TokComModel(StrictLoading, GenerationMixin):
             timesteps: t in [0, 1], (rows, blocks) or (rows, blocks, chunks), no loss at t = 1; None draws them.
             context_mask: (rows, blocks), False hides the context from a block; None hides it from no block.
             offset, block_size: tokens before the first block, and chunks per block (0: all). Models with a context only.
+            draw_shift: tokens by which each noise draw starts after the one before; 0 draws noise for the same blocks.
             self_conditioned: predict twice, the second time from the first prediction. Models with `self_conditioning` only.
             return_loss: whether to compute losses; `Trainer` looks for this name in models without labels.
             return_dict: False returns a tuple; None takes the config's.
@@ -103,9 +106,9 @@ class TokComModel(StrictLoading, GenerationMixin):
         config = self.config
         check_ids(input_ids, config.vae.vocab_size)
         # 1. Cut the rows into blocks: clean latents x1, tokens, padding.
-        shape = (len(input_ids), *block_shape(config, input_ids.shape[1], offset, block_size))
+        shape = (len(input_ids), *block_shape(config, input_ids.shape[1], offset, block_size, draw_shift))
         check_shapes(config, input_ids, shape, attention_mask, latents, noise, timesteps, context_mask)
-        blocks = cut_blocks(self, input_ids, attention_mask, latents, offset, shape)
+        blocks = cut_blocks(self, input_ids, attention_mask, latents, shape, offset, draw_shift)
         # 2. Draw noise x0 and times t, and mix: x_t = (1 − t) · x0 + t · x1.
         if noise is None:
             noise = torch.randn(shape).to(blocks.x1) * config.noise_std
@@ -115,25 +118,24 @@ class TokComModel(StrictLoading, GenerationMixin):
         t = (timesteps if timesteps.dim() == 3 else timesteps.unsqueeze(-1)).expand(shape[:3])
         x_t = interpolate(noise.to(blocks.x1), blocks.x1, t.to(blocks.x1.dtype))
         # 3. Read the context: its state before each block.
-        states, condition = None, None
-        if self.context is not None:
-            states = self.context(input_ids)
-            condition = blocks.states_before(states, context_mask)
+        states = None if self.context is None else self.context(input_ids)
+        condition = None if states is None else blocks.states_before(states, context_mask)
         # 4. Predict x1; the blocks of all rows are one batch.
         x_t, timesteps = x_t.flatten(0, 1), timesteps.flatten(0, 1)
-        arguments: dict[str, Any] = {"context": condition, "attention_mask": blocks.chunk_mask(), "return_dict": True}
+        arguments: dict[str, Any] = {"context": condition, "attention_mask": blocks.chunk_mask()}
         if self_conditioned:
             with torch.no_grad():
-                arguments["self_condition"] = self.denoiser(x_t, timesteps, **arguments).clean_latents
-        output = TokComOutput(clean_latents=self.denoiser(x_t, timesteps, **arguments).clean_latents.view(shape))
-        # 5. Add up the losses of the flow, of the decoder and of the context's heads.
+                arguments["self_condition"] = denoise(self, x_t, timesteps, **arguments).clean_latents
+        labels = blocks.labels.flatten(0, 1) if return_loss and config.cross_entropy_weight > 0 else None
+        found = denoise(self, x_t, timesteps, **arguments, labels=labels)
+        output = TokComOutput(clean_latents=found.clean_latents.view(shape), cross_entropy_loss=found.cross_entropy)
+        # 5. Add up the losses of the flow, of the tokens and of the context's heads.
         if return_loss:
             add_flow_losses(self, output, blocks, t)
         if return_loss and states is not None:
-            add_head_losses(self, output, states, input_ids, attention_mask, blocks.starts)
+            add_head_losses(self, output, states, input_ids, attention_mask, blocks.starts[0])
         return as_asked(output, config, return_dict)
 
-    # ------------------------------------------------------------------ latents
     def fit_latents(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Sets mean and standard deviation of the VAE's latents, (latent,) each, for `standardize`."""
         with torch.no_grad():
@@ -191,7 +193,6 @@ class TokComModel(StrictLoading, GenerationMixin):
         """
         return self.decode(denoise_text(self, input_ids, noise_level, num_steps, sampler, generator))
 
-    # ------------------------------------------------------------------ generation
     @torch.no_grad()
     def generate(
         self,
@@ -274,7 +275,6 @@ class TokComModel(StrictLoading, GenerationMixin):
         stored.pop("_from_model_config", None)
         self.generation_config = GenerationConfig(**stored)
 
-    # ------------------------------------------------------------------ embeddings
     def get_input_embeddings(self) -> nn.Embedding:
         return self.vae.get_input_embeddings()
 

@@ -170,7 +170,10 @@ class DenoisedModel(StrictLoading):
             return condition
         place = sinusoid(torch.arange(chunks, device=timesteps.device), size)
         condition = condition + self.place_proj(place.to(dtype))
-        return condition if context is None else condition + self.context_proj(context.to(dtype)).unsqueeze(1)
+        if context is None:
+            # What training with `context_dropout` reads as a hidden context.
+            context = condition.new_zeros(1, self.config.context_size)
+        return condition + self.context_proj(context.to(dtype)).unsqueeze(1)
 
     def _check(self, latents, timesteps, context, self_condition) -> None:
         batch, chunks = latents.shape[:2]

@@ -1,7 +1,8 @@
 """ContextEncoder: a causal transformer over the tokens of all finished chunks.
 
 Its state after a token is the condition of a block that begins there. In training, heads predict the next tokens from each
-state (arXiv 2404.19737), because their loss is a less noisy signal than that of the flow. Generation does not use the heads.
+state (arXiv 2404.19737), because their loss is a less noisy signal than that of the flow. In generation, a `TokenPosterior`
+starts from what the heads predict; without one, the heads are not used.
 """
 
 import torch
@@ -59,10 +60,14 @@ class ContextEncoder(nn.Module):
             return_dict=True, **{CACHE: cache},
         ).last_hidden_state  # fmt: skip
 
+    def head_states(self, states: torch.Tensor) -> torch.Tensor:
+        """states (…, hidden) → (…, chunk_size, hidden), whose products with the `table` are logits of the next tokens."""
+        return self.heads(states).unflatten(-1, (self.chunk_size, -1))
+
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
         """states (…, hidden) → logits (…, chunk_size, vocab) of the next tokens, the start token's lowest."""
-        hidden = self.heads(states).unflatten(-1, (self.chunk_size, -1))
-        logits = nn.functional.linear(hidden, self._table(hidden.device))
+        hidden = self.head_states(states)
+        logits = nn.functional.linear(hidden, self.table(hidden.device))
         start = torch.tensor([self.start_token_id], device=logits.device)
         return logits.index_fill(-1, start, torch.finfo(logits.dtype).min)
 
@@ -77,15 +82,12 @@ class ContextEncoder(nn.Module):
             weight = self.heads.weight.unflatten(0, (self.chunk_size, -1))[first:last].flatten(0, 1)
             hidden = nn.functional.linear(states, weight).unflatten(-1, (last - first, -1))
         else:
-            hidden = self.heads(states).unflatten(-1, (self.chunk_size, -1))[:, first:last]
-        return chunked_cross_entropy(hidden.flatten(0, 1), self._table(hidden.device), labels.flatten())
+            hidden = self.head_states(states)[:, first:last]
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.table(hidden.device), labels.flatten())
 
-    def _table(self, device: torch.device) -> torch.Tensor:
+    def table(self, device: torch.device) -> torch.Tensor:
         """The embedding, (vocab, hidden), which the heads share as output table."""
-        embedding = self.model.embed_tokens
-        if _plain(embedding, nn.Embedding):
-            return embedding.weight
-        return embedding(torch.arange(self.model.config.vocab_size, device=device))
+        return embedding_table(self.model.embed_tokens, device)
 
     def _apply(self, *args, **kwargs):
         with computed_buffers_kept(self.model):
@@ -98,6 +100,13 @@ class ContextEncoder(nn.Module):
         with torch.no_grad():
             embedding.weight[start_token_id] = start
         self.start_token_id = start_token_id
+
+
+def embedding_table(embedding: nn.Module, device: torch.device) -> torch.Tensor:
+    """The rows of an embedding, (vocab, hidden), also where an adapter adds to them or they are offloaded."""
+    if _plain(embedding, nn.Embedding):
+        return embedding.weight
+    return embedding(torch.arange(embedding.num_embeddings, device=device))
 
 
 def _plain(module: nn.Module, kind: type) -> bool:

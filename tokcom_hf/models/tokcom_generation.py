@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from .shared_tensor_checks import check_ids
 from .tokcom_flow_matching import Denoise, denoising_steps, interpolate, sample, sampling_times, self_conditioned
 from .tokcom_generation_settings import GenerationSettings, check_sampler
+from .tokcom_token_posterior import denoise
 from .tokcom_token_stream import TokenStream
 
 
@@ -82,7 +83,7 @@ def predict(
 ) -> torch.Tensor:
     """Clean latents that the denoiser predicts from x_t = x, both (blocks, chunks, latent), with one t for all."""
     time = torch.full((1,), t, device=x.device)
-    return model.denoiser(x, time, context, self_condition=earlier, return_dict=True).clean_latents
+    return denoise(model, x, time, context, self_condition=earlier).clean_latents
 
 
 class TextSoFar:

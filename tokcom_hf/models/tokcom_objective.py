@@ -17,7 +17,8 @@ class TokComOutput(ModelOutput):
         later_token_loss / 2).
     flow_loss: squared error of the velocity, |x̂1 − x1|² / max(1 − t, 0.05)², per latent dimension.
     mse_loss: squared error of the clean latents, |x̂1 − x1|², per latent dimension; reported only.
-    cross_entropy_loss: nats per token of the decoder on the predicted latents; None with cross_entropy_weight=0.
+    cross_entropy_loss: nats per token, of the decoder on the predicted latents or of the `TokenPosterior`; None with
+        cross_entropy_weight=0.
     next_token_loss, later_token_loss: nats per token of the context's heads, for the next token and, as a mean, for the
         later tokens of a chunk; None without a context.
     clean_latents: predicted x̂1 in the flow's space, (rows, blocks, chunks, latent).
@@ -32,7 +33,9 @@ class TokComOutput(ModelOutput):
     clean_latents: torch.Tensor | None = None
 
 
-def block_shape(config: Any, length: int, offset: int = 0, block_size: int = 0) -> tuple[int, int, int]:
+def block_shape(
+    config: Any, length: int, offset: int = 0, block_size: int = 0, draw_shift: int = 0
+) -> tuple[int, int, int]:
     """Shape (blocks, chunks, latent) of the blocks of a row of `length` tokens, cut from token `offset` on.
 
     The number of blocks counts every noise draw.
@@ -40,21 +43,29 @@ def block_shape(config: Any, length: int, offset: int = 0, block_size: int = 0) 
     Args:
         config: `TokComConfig`.
         block_size: chunks per block, 0 for all.
+        draw_shift: tokens by which the blocks of each noise draw start after those of the draw before.
 
     Raises:
         ValueError: no whole block fits, or a model without a context got an offset or a block size.
     """
-    chunk = config.vae.chunk_size
-    size = block_size or (length - offset) // chunk
+    chunk, last = config.vae.chunk_size, offset + (config.noise_draws - 1) * draw_shift
+    size = block_size or (length - last) // chunk
     if config.context is None and (offset or size * chunk != length):
         raise ValueError(
             f"Without a context the whole row is one block: its length must be a multiple of {chunk} (got {length}), offset "
             f"and block_size 0 (got {offset} and {block_size})."
         )
-    blocks = (length - offset) // (size * chunk) if size > 0 else 0
-    if blocks < 1 or offset < 0:
-        raise ValueError(f"No block of {size} chunks of {chunk} tokens fits after {offset} of {length} tokens.")
+    blocks = (length - last) // (size * chunk) if size > 0 else 0
+    if blocks < 1 or min(offset, draw_shift) < 0:
+        raise ValueError(f"No block of {size} chunks of {chunk} tokens fits after {last} of {length} tokens.")
     return config.noise_draws * blocks, size, config.vae.latent_size
+
+
+def block_starts(config: Any, shape: tuple[int, ...], offset: int, draw_shift: int) -> torch.Tensor:
+    """Index of the first token of each block, (draws, blocks of a draw); arguments and `shape` as in `block_shape`."""
+    draws = config.noise_draws
+    firsts = offset + draw_shift * torch.arange(draws)
+    return firsts[:, None] + torch.arange(shape[0] // draws) * shape[1] * config.vae.chunk_size
 
 
 def check_shapes(
@@ -95,7 +106,7 @@ class Blocks:
 
     x1: clean latents in the flow's space, (rows, blocks, chunks, latent).
     labels: tokens, (rows, blocks, chunks, chunk_size), -100 for padding.
-    starts: index of the first token of each block of one draw, (blocks / draws,).
+    starts: index of the first token of each block, (draws, blocks of a draw).
     padded: whether there is an attention mask.
     """
 
@@ -113,8 +124,7 @@ class Blocks:
 
         states: (rows, 1 + length, hidden).
         """
-        draws = self.x1.shape[1] // len(self.starts)
-        before = states[:, self.starts].repeat(1, draws, 1)
+        before = states[:, self.starts.flatten()]
         if context_mask is not None:
             before = before * context_mask.to(before).unsqueeze(-1)
         return before.flatten(0, 1)
@@ -132,27 +142,36 @@ def cut_blocks(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     latents: torch.Tensor | None,
-    offset: int,
     shape: tuple[int, ...],
+    offset: int,
+    draw_shift: int,
 ) -> Blocks:
-    """Blocks of `shape` (rows, blocks, chunks, latent), as `block_shape` gives it, of rows (rows, length)."""
-    if latents is not None and offset:
-        raise ValueError(f"latents must be those of whole rows, from token 0 on; got offset={offset} with them.")
+    """Blocks of `shape` (rows, blocks, chunks, latent), which `block_shape` gives for this offset and shift."""
+    if latents is not None and (offset or draw_shift):
+        raise ValueError(
+            f"latents must be those of whole rows, from token 0 on; got offset={offset} and draw_shift={draw_shift} with "
+            "them."
+        )
     rows, draws, chunk = len(input_ids), model.config.noise_draws, model.config.vae.chunk_size
-    count, span = shape[1] // draws, shape[2] * chunk
-    covered = slice(offset, offset + count * span)
-    with torch.no_grad():
-        if latents is None:
-            latents = model.encode(input_ids[:, covered])
-        x1 = model.standardize(latents[:, : count * shape[2]]).view(rows, count, *shape[2:]).repeat(1, draws, 1, 1)
+    starts = block_starts(model.config, shape[1:], offset, draw_shift).to(input_ids.device)
+    tokens = (starts[..., None] + torch.arange(shape[2] * chunk, device=starts.device)).flatten()
     labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
-    labels = labels[:, covered].view(rows, count, shape[2], chunk).repeat(1, draws, 1, 1)
-    starts = torch.arange(covered.start, covered.stop, span, device=input_ids.device)
-    return Blocks(x1, labels, starts, attention_mask is not None)
+    with torch.no_grad():
+        if latents is not None:
+            x1 = latents[:, : shape[1] * shape[2] // draws].repeat(1, draws, 1)
+        elif draw_shift == 0:
+            # All draws are of the same blocks, which are encoded once.
+            x1 = model.encode(input_ids[:, tokens[: len(tokens) // draws]]).repeat(1, draws, 1)
+        else:
+            x1 = model.encode(input_ids[:, tokens])
+        x1 = model.standardize(x1).view(shape)
+    return Blocks(x1, labels[:, tokens].view(rows, *shape[1:3], chunk), starts, attention_mask is not None)
 
 
 def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) -> None:
-    """Adds the losses of the flow and of the decoder to a `TokComOutput` that has `clean_latents`.
+    """Adds the losses of the flow and of the tokens to a `TokComOutput` that has `clean_latents`.
+
+    The cross-entropy of a `TokenPosterior` is in the output already; without one, it is that of the frozen decoder.
 
     t: times (rows, blocks, chunks); chunks at t = 1 are known and have no loss.
     """
@@ -162,13 +181,14 @@ def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) ->
     output.mse_loss = error.sum() / count
     output.flow_loss = (velocity_weight(t) * error).sum() / count
     output.loss = config.mse_weight * output.flow_loss
-    if config.cross_entropy_weight > 0:
+    if config.cross_entropy_weight > 0 and output.cross_entropy_loss is None:
         # If no chunk counts, one chunk stays, without a label, so that every parameter has a (zero) gradient.
         kept = counted.clone()
         kept.view(-1)[0] |= ~counted.any()
         labels = blocks.labels.masked_fill(~counted.unsqueeze(-1), -100)[kept]
         latents = model.unstandardize(output.clean_latents)[kept].to(model.vae.lm_head.weight.dtype)
         output.cross_entropy_loss = model.vae.cross_entropy(model.vae.decode_hidden(latents), labels)
+    if config.cross_entropy_weight > 0:
         output.loss = output.loss + config.cross_entropy_weight * output.cross_entropy_loss
 
 

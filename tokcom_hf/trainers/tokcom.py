@@ -156,18 +156,20 @@ class FlowTrainer(TokComTrainer):
 
 
 def draw_blocks(config: Any, length: int, generator: torch.Generator) -> dict[str, int]:
-    """Draws `offset` and `block_size` of `TokComModel.forward`: where the blocks of a batch start and how long they are."""
+    """Draws where the blocks of a batch start and how long they are: arguments of `TokComModel.forward`."""
     if config.context is None:
         return {"offset": 0, "block_size": 0}
     chunk, chunks = config.vae.chunk_size, length // config.vae.chunk_size
+    # Each noise draw starts at another token of a chunk, and so has other chunks to learn from.
+    shift = chunk // config.noise_draws
     size = config.block_sizes[int(torch.randint(len(config.block_sizes), (), generator=generator))]
     # Blocks start at any token, so that training sees prompts of every length. A block of size 0 covers the rest of the row
     # and starts in its first half.
     room = length // 2 if size == 0 else min(size, chunks) * chunk
     offset = int(torch.randint(room, (), generator=generator))
-    if size and length - offset < size * chunk:
-        offset, size = 0, min(size, chunks)
-    return {"offset": offset, "block_size": size}
+    if size and length - offset - shift * (config.noise_draws - 1) < size * chunk:
+        offset, size, shift = 0, min(size, chunks), 0
+    return {"offset": offset, "block_size": size, "draw_shift": shift}
 
 
 def evaluation_blocks(config: Any, length: int) -> dict[str, int]:

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..evaluation.tokcom_denoising import denoising_metrics
 from ..models.tokcom_flow_matching import Denoise, denoising_steps, sample, sampling_times
-from ..models.tokcom_objective import block_shape
+from ..models.tokcom_objective import block_shape, block_starts
+from ..models.tokcom_token_posterior import denoise
 from .tokcom import FlowTrainer, draw_blocks, evaluation_blocks
 from .tokcom_arguments import DenoiserTrainingArguments
 from .tokcom_samples import Tables, flow_samples
@@ -93,9 +94,10 @@ class DistillationTrainer(FlowTrainer):
         )
         place = int(torch.randint(args.student_steps, (), generator=generator))
         now = self.times[place]
-        real = self._real_chunks(inputs["attention_mask"], blocks["offset"], shape)
+        starts = block_starts(config, shape, blocks["offset"], blocks.get("draw_shift", 0)).to(ids.device)
+        real = self._real_chunks(inputs["attention_mask"], starts, shape)
         with torch.no_grad():
-            context = self._context(ids, blocks["offset"], shape)
+            context = None if teacher.context is None else teacher.context(ids)[:, starts.flatten()].flatten(0, 1)
             student = self._denoise(model, context, real)
             x = self._arrive(student, noise, fresh, place)
             remaining = sampling_times(denoising_steps(args.teacher_steps, now), config.step_power, now)
@@ -112,21 +114,11 @@ class DistillationTrainer(FlowTrainer):
             self.log_scalars("distillation", {"batch_mse_loss": error.detach(), "batch_ce_loss": entropy.detach()})
         return (loss, {"clean_latents": predicted}) if return_outputs else loss
 
-    def _context(self, ids: torch.Tensor, offset: int, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """Context states before each block, `(rows · blocks, hidden)`; None for a model without context encoder."""
-        config = self.teacher.config
-        if config.context is None:
-            return None
-        span = shape[1] * config.vae.chunk_size
-        starts = torch.arange(shape[0] // config.noise_draws, device=ids.device) * span + offset
-        return self.teacher.context(ids)[:, starts].repeat(1, config.noise_draws, 1).flatten(0, 1)
-
-    def _real_chunks(self, attention_mask: torch.Tensor, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def _real_chunks(self, attention_mask: torch.Tensor, starts: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """True for chunks that hold a token and not padding alone, `(rows · blocks, chunks)`."""
-        config = self.teacher.config
-        span, count = shape[1] * config.vae.chunk_size, shape[0] // config.noise_draws
-        blocks = attention_mask[:, offset : offset + count * span].view(len(attention_mask), count, shape[1], -1)
-        return blocks.bool().any(dim=-1).repeat(1, config.noise_draws, 1).flatten(0, 1)
+        span = shape[1] * self.teacher.config.vae.chunk_size
+        tokens = (starts[..., None] + torch.arange(span, device=starts.device)).flatten()
+        return attention_mask[:, tokens].view(-1, shape[1], self.teacher.config.vae.chunk_size).bool().any(dim=-1)
 
     def _denoise(self, denoiser: nn.Module, context: torch.Tensor | None, real: torch.Tensor) -> Denoise:
         """The function (x_t, t) → clean latents; with self-conditioning each call reads the previous prediction."""
@@ -134,16 +126,14 @@ class DistillationTrainer(FlowTrainer):
         mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
         earlier: list[torch.Tensor | None] = [None]
 
-        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
-            clean = denoiser(
-                x, torch.full((1,), t, device=x.device), context=context, self_condition=earlier[0],
-                attention_mask=mask, return_dict=True,
-            ).clean_latents  # fmt: skip
+        def predict(x: torch.Tensor, t: float) -> torch.Tensor:
+            time = torch.full((1,), t, device=x.device)
+            clean = denoise(self.teacher, x, time, context, earlier[0], mask, denoiser).clean_latents
             if self.teacher.config.denoiser.self_conditioning:
                 earlier[0] = clean
             return clean
 
-        return denoise
+        return predict
 
     def _arrive(self, student: Denoise, noise: torch.Tensor, fresh: list[torch.Tensor], place: int) -> torch.Tensor:
         """The student's latents at its time number `place`, reached by the sampler that `generate` uses."""

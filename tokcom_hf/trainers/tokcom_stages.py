@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import AutoModel
 
@@ -108,6 +109,8 @@ def fit_latents(model: Any, train: Any, held_out: Any, folder: Path) -> tuple[An
     """
     if model.context is not None:
         model.fit_latents(*latent_statistics(model.vae, train))
+        if model.posterior is not None:
+            model.posterior.fit(model, some_chunks(train, model.config.vae.chunk_size))
         return train, held_out
     # One process writes the files, the others read them.
     with PartialState().main_process_first():
@@ -117,6 +120,16 @@ def fit_latents(model: Any, train: Any, held_out: Any, folder: Path) -> tuple[An
         )
     model.fit_latents(train.mean, train.std)
     return train, held_out
+
+
+def some_chunks(rows: Any, chunk_size: int, count: int = 20_000) -> torch.Tensor:
+    """Chunks (at most `count`, chunk_size) without padding, from the first of the rows."""
+    chunks: list[torch.Tensor] = []
+    for index in range(min(len(rows), -(-count * chunk_size // len(rows[0]["input_ids"])))):
+        row = rows[index]
+        ids, mask = (torch.as_tensor(row[name]).view(-1, chunk_size) for name in ("input_ids", "attention_mask"))
+        chunks.append(ids[mask.bool().all(dim=1)])
+    return torch.cat(chunks)[:count]
 
 
 def keep_best(trainer: Any, model: Any, file: Path, run: Any) -> None:

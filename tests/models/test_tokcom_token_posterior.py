@@ -1,0 +1,149 @@
+"""`TokenPosterior`: its formulas, its parts in memory, its fit, and what training of it does."""
+
+import pytest
+import torch
+
+from tests.helpers.tokcom_tools import seeded, small
+from tokcom_hf import TokComConfig
+from tokcom_hf.models import tokcom_token_posterior
+from tokcom_hf.models.tokcom_token_posterior import denoise
+
+LOSSES = {"mse_weight": 0.7, "cross_entropy_weight": 0.3, "noise_draws": 2, "standardize_latents": True}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small("posterior", **LOSSES)
+
+
+@pytest.fixture
+def call():
+    """Three blocks of two chunks: noisy latents, times, contexts."""
+    generator = seeded(3)
+    return [
+        torch.randn(3, 2, 16, generator=generator),
+        torch.rand(3, generator=generator),
+        torch.randn(3, 48, generator=generator),
+    ]
+
+
+def posterior(model, x, t, c) -> torch.Tensor:
+    """Posteriors (tokens, vocab) of one block, (chunks, latent), by the formulas of the file."""
+    estimate = t * x / (t**2 + (1 - t) ** 2 * model.config.noise_std**2)
+    hidden = model.vae.decode_hidden(model.unstandardize(estimate)).flatten(0, 1)
+    evidence = hidden @ model.vae.lm_head.weight.T
+    evidence[:, 50] = -torch.inf
+    table = model.context.model.embed_tokens.weight
+    guess = evidence.softmax(-1) @ table
+    guess = guess / guess.square().mean(-1, keepdim=True).sqrt()
+    prior = torch.zeros(len(hidden), 48)
+    prior[:4] = (model.context.heads.weight @ c).view(4, 48)
+    states = model.posterior.read(torch.cat([hidden, guess], -1)) + prior
+    states = prior + model.denoiser(states[None], t[None], c[None]).clean_latents[0]
+    logits = states @ table.T + evidence
+    return logits.softmax(-1)
+
+
+@torch.no_grad()
+def test_the_prediction_is_the_expected_latent_of_the_posterior(model, call):
+    labels = torch.randint(0, 50, (3, 2, 4), generator=seeded(5))
+    labels[1, 1, 2:] = -100
+    found = denoise(model, *call, labels=labels)
+    nats = []
+    for row, (x, t, c) in enumerate(zip(*call)):
+        p = posterior(model, x, t, c)
+        assert (p[:, 50] == 0).all() and p.sum(-1) == pytest.approx(1.0)
+        mean = (p @ model.vae.embed_tokens.weight).view(2, -1)
+        torch.testing.assert_close(found.clean_latents[row], model.posterior.write(mean), atol=1e-4, rtol=1e-3)
+        nats += [-p[i, token].log() for i, token in enumerate(labels[row].flatten()) if token >= 0]
+    torch.testing.assert_close(found.cross_entropy, torch.stack(nats).mean(), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_without_evidence_it_is_the_heads_prediction(call):
+    """At t = 0, with a denoiser and a decoder that say nothing, the first chunk's posterior is the softmax of the heads."""
+    model = small("posterior")
+    for layer in (model.denoiser.output_proj, model.vae.decoder.norm):
+        layer.weight.zero_()
+    model.denoiser.output_proj.bias.zero_()
+    x, _, c = call
+    clean = denoise(model, x, torch.zeros(3), c).clean_latents[:, :1]
+    p = model.context.head_logits(c).softmax(-1)
+    expected = model.posterior.write((p @ model.vae.embed_tokens.weight).flatten(1))[:, None]
+    torch.testing.assert_close(clean, expected)
+
+
+def test_parts_of_the_logits_give_the_same_prediction_and_gradients(model, call, monkeypatch):
+    labels, found = torch.randint(0, 50, (3, 2, 4), generator=seeded(5)), []
+    parameters = [*model.context.parameters(), *model.denoiser.parameters(), *model.posterior.parameters()]
+    for at_once in (2**25, 51 * 5):
+        monkeypatch.setattr(tokcom_token_posterior, "LOGITS_AT_ONCE", at_once)
+        output = denoise(model, *call, labels=labels)
+        loss = output.cross_entropy + output.clean_latents.square().mean()
+        found.append([output.clean_latents, *torch.autograd.grad(loss, parameters, allow_unused=True)])
+    for one, two in zip(*found):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+    # The context's layers are behind its state; all else takes part.
+    assert all(
+        grad is not None and grad.abs().max() > 0 for grad in found[0][-len(list(model.posterior.parameters())) :]
+    )
+
+
+@torch.no_grad()
+def test_fit_is_the_nearest_linear_function_of_the_embeddings():
+    model = small("posterior", standardize_latents=True)
+    chunks = torch.randint(0, 50, (600, 4), generator=seeded(7))
+    model.posterior.fit(model, chunks)
+    embeddings = model.vae.embed_tokens(chunks).flatten(1)
+    wanted = model.standardize(model.encode(chunks))[:, 0]
+    rest = model.posterior.write(embeddings) - wanted
+    assert rest.mean(0).abs().max() < 1e-2 * wanted.std()
+    assert rest.var() < 0.9 * wanted.var()
+    # No other linear function is better: what is left is uncorrelated with the embeddings.
+    correlated = (embeddings - embeddings.mean(0)).T @ rest / len(rest)
+    assert correlated.abs().max() < 1e-2 * embeddings.std() * wanted.std()
+
+
+@torch.no_grad()
+def test_shifted_draws_are_the_blocks_that_start_there(model):
+    ids = torch.randint(0, 50, (3, 16), generator=seeded(1))
+    noise, timesteps = torch.randn(3, 6, 1, 16), torch.rand(3, 6)
+    both = model(ids, noise=noise, timesteps=timesteps, block_size=1, draw_shift=2)
+    assert both.clean_latents.shape == (3, 6, 1, 16)
+    for draw, offset in enumerate((0, 2)):
+        own = slice(3 * draw, 3 * draw + 3)
+        # A row that ends with the draw's last block, whose blocks are both draws of this call.
+        alone = model(
+            ids[:, : offset + 12], noise=noise[:, own].repeat(1, 2, 1, 1), timesteps=timesteps[:, own].repeat(1, 2),
+            block_size=1, offset=offset,
+        )  # fmt: skip
+        torch.testing.assert_close(both.clean_latents[:, own], alone.clean_latents[:, :3], atol=1e-5, rtol=1e-4)
+
+
+def test_a_few_steps_lower_its_cross_entropy(model):
+    model = small("posterior", **LOSSES | {"mse_weight": 0.0, "cross_entropy_weight": 1.0, "head_weight": 0.0})
+    model.vae.requires_grad_(False)
+    ids = torch.randint(0, 50, (4, 16), generator=seeded(2))
+    torch.manual_seed(0)
+    arguments = {"noise": torch.randn(4, 6, 1, 16), "timesteps": torch.rand(4, 6), "block_size": 1, "draw_shift": 2}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(12):
+        output = model(ids, **arguments)
+        losses.append(output.cross_entropy_loss.item())
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.posterior.read.parameters())
+
+
+def test_what_it_needs_is_said():
+    with pytest.raises(ValueError, match="token_posterior needs a context"):
+        TokComConfig(token_posterior=True)
+    with pytest.raises(ValueError, match="self_conditioning has no meaning with token_posterior"):
+        small("posterior", denoiser=small("posterior").config.denoiser.to_dict() | {"self_conditioning": True})
+    with pytest.raises(ValueError, match=r"denoiser\.latent_size must be 48"):
+        small("posterior", denoiser=small("context").config.denoiser.to_dict())
