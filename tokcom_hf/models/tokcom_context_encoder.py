@@ -5,6 +5,8 @@ state (arXiv 2404.19737), because their loss is a less noisy signal than that of
 starts from what the heads predict; without one, the heads are not used.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Cache, LlamaConfig, LlamaModel
@@ -87,7 +89,7 @@ class ContextEncoder(nn.Module):
 
     def table(self, device: torch.device) -> torch.Tensor:
         """The embedding, (vocab, hidden), which the heads share as output table."""
-        return embedding_table(self.model.embed_tokens, device)
+        return embedding_table(self.model.embed_tokens, self.model.config.vocab_size, device)
 
     def _apply(self, *args, **kwargs):
         with computed_buffers_kept(self.model):
@@ -102,11 +104,11 @@ class ContextEncoder(nn.Module):
         self.start_token_id = start_token_id
 
 
-def embedding_table(embedding: nn.Module, device: torch.device) -> torch.Tensor:
+def embedding_table(embedding: Any, rows: int, device: torch.device) -> torch.Tensor:
     """The rows of an embedding, (vocab, hidden), also where an adapter adds to them or they are offloaded."""
     if _plain(embedding, nn.Embedding):
         return embedding.weight
-    return embedding(torch.arange(embedding.num_embeddings, device=device))
+    return embedding(torch.arange(rows, device=device))
 
 
 def _plain(module: nn.Module, kind: type) -> bool:

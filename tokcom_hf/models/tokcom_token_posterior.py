@@ -56,7 +56,8 @@ def denoise(
     denoiser = model.denoiser if denoiser is None else denoiser
     if model.posterior is not None:
         return model.posterior.predict(model, denoiser, x_t, timesteps, context, attention_mask, labels)
-    output = denoiser(x_t, timesteps, context, self_condition, attention_mask, return_dict=True)
+    told = {"context": context, "self_condition": self_condition, "attention_mask": attention_mask}
+    output = denoiser(x_t, timesteps, **told, return_dict=True)
     return Denoised(output.clean_latents)
 
 
@@ -76,7 +77,7 @@ class TokenPosterior(nn.Module):
 
     def predict(self, model, denoiser, x_t, timesteps, context, attention_mask, labels) -> Denoised:
         """Predicts the clean latents; arguments as in `denoise`."""
-        blocks, chunks, size = *x_t.shape[:2], self.chunk_size
+        (blocks, chunks), size = x_t.shape[:2], self.chunk_size
         table = model.context.table(x_t.device)
         # 1. Read the evidence of each token from the noisy latents.
         with torch.no_grad():
@@ -92,7 +93,7 @@ class TokenPosterior(nn.Module):
         # 3. The denoiser makes the tokens of the block fit each other, and the text before.
         times = timesteps if timesteps.dim() == 1 else timesteps.repeat_interleave(size, dim=1)
         mask = None if attention_mask is None else attention_mask.repeat_interleave(size, dim=1)
-        states = prior + denoiser(states, times, context, attention_mask=mask, return_dict=True).clean_latents
+        states = prior + denoiser(states, times, context=context, attention_mask=mask, return_dict=True).clean_latents
         # 4. Both together give the posterior of each token, whose expected embeddings make the latent.
         flat = None if labels is None else labels.flatten()
         means, entropy = self._expected_embeddings(model, table, states.flatten(0, 1), hidden, flat)
@@ -133,7 +134,7 @@ class TokenPosterior(nn.Module):
 
     def _expected_embeddings(self, model, table, states, hidden, labels) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean embeddings (tokens, embedding) under the posteriors, and the cross-entropy of the labels (tokens,)."""
-        embedding = embedding_table(model.vae.embed_tokens, states.device)
+        embedding = embedding_table(model.vae.embed_tokens, len(table), states.device)
 
         def expect(states, hidden, labels):
             logits = nn.functional.linear(states, table).float() + model.vae.lm_head(hidden).float()
