@@ -280,7 +280,9 @@ def test_the_documented_number_of_steps_from_a_noise_level(kind, steps, level, p
 def test_blocks_are_denoised_behind_the_tokens_that_precede_them():
     model, ids = tiny_model("context"), torch.randint(1, 50, (1, 16), generator=seeded())
     states, given = model.context(ids), []
-    model.denoiser.register_forward_pre_hook(lambda module, args: given.append(args[2]))
+    model.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["context"]), with_kwargs=True
+    )
     model.denoise_reconstruct(ids, 0.5, 2)
     torch.testing.assert_close(given[0], states[0, [0, 8]])
 
