@@ -31,7 +31,7 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trainer(teacher, tmp_path_factory):
     trainer = distillation_trainer(
-        tmp_path_factory.mktemp("student"), teacher, Rows(counting=True), max_steps=120, learning_rate=5e-3,
+        tmp_path_factory.mktemp("student"), teacher, Rows(counting=True), max_steps=240, learning_rate=2e-3,
         logging_steps=20, teacher_steps=8, student_steps=2,
     )  # fmt: skip
     trainer.train()
@@ -54,7 +54,7 @@ def test_two_steps_of_the_student_end_where_eight_of_the_teacher_do(teacher, tra
     wanted = end_point(teacher, teacher.denoiser, 8)
     before = (end_point(teacher, teacher.denoiser, 2) - wanted).square().mean()
     after = (end_point(teacher, trainer.model.eval(), 2) - wanted).square().mean()
-    assert before > 0.02 and after < 0.9 * before
+    assert before > 0.02 and after < 0.6 * before
 
 
 def test_the_saved_folder_takes_two_steps_by_default(trainer, tmp_path, monkeypatch):
