@@ -47,6 +47,11 @@ def block_model(self_conditioning: bool = True, vae: dict | None = None, **flow)
     return TokComModel(TokComConfig(vae=VAE | (vae or {}), denoiser=denoiser, context=SHAPE, **FLOW | BLOCKS | flow))
 
 
+def posterior_model(**flow) -> TokComModel:
+    """With a context, and latents by way of their tokens, as the default of the recipe."""
+    return block_model(self_conditioning=False, token_posterior=True, **flow)
+
+
 def row_model(self_conditioning: bool = True, **flow) -> TokComModel:
     """Without a context: the whole row is one block, whose latents are encoded once."""
     torch.manual_seed(0)
@@ -83,6 +88,10 @@ def denoiser_trainer(folder, tokcom=None, rows=None, **changes) -> DenoiserTrain
     return DenoiserTrainer(model=tokcom, args=arguments, train_dataset=rows, eval_dataset=rows)
 
 
+def posterior_trainer(folder, tokcom=None, rows=None, **changes) -> DenoiserTrainer:
+    return denoiser_trainer(folder, tokcom or posterior_model(), rows, **changes)
+
+
 def row_trainer(folder, tokcom=None, rows=None, **changes) -> DenoiserTrainer:
     return denoiser_trainer(folder, tokcom or row_model(), rows, **changes)
 
@@ -101,7 +110,8 @@ def distillation_trainer(folder, teacher=None, rows=None, **changes) -> Distilla
 
 # Stage -> its trainer; "rows" is the denoiser's stage of a model without a context.
 STAGES = {
-    "vae": vae_trainer, "denoiser": denoiser_trainer, "rows": row_trainer, "distill": distillation_trainer,
+    "vae": vae_trainer, "denoiser": denoiser_trainer, "posterior": posterior_trainer, "rows": row_trainer,
+    "distill": distillation_trainer,
 }  # fmt: skip
 
 

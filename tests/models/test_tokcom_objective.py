@@ -279,6 +279,7 @@ def test_the_vae_gets_no_gradient_of_the_flow(blocked, batch):
         ("context", {"offset": 6, "block_size": 1}, "fits after 6 of 8"),
         ("context", {"offset": 8}, "No block of 0 chunks"),
         ("context", {"offset": -4, "block_size": 1}, "fits after -4 of 8"),
+        ("context", {"draw_shift": 2, "block_size": 1}, "this model has noise_draws=1"),
         (
             "context",
             {"offset": 4, "block_size": 1, "latents": torch.zeros(1, 2, 16)},

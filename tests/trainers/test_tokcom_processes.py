@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.processes import start
 
-STAGES = ("vae", "denoiser", "rows", "distill")
+STAGES = ("vae", "denoiser", "posterior", "rows", "distill")
 pytestmark = pytest.mark.slow
 
 

@@ -15,6 +15,8 @@ from tests.helpers.tokcom_runs import (
     denoiser_trainer,
     distillation_trainer,
     losses,
+    posterior_model,
+    posterior_trainer,
     row_model,
     row_trainer,
     vae_trainer,
@@ -54,9 +56,11 @@ def test_vae_learns_and_logs_the_documented_names(tmp_path):
         assert 0 <= final[name] <= 1
 
 
-@pytest.mark.parametrize("stage", ["denoiser", "rows"])
+@pytest.mark.parametrize("stage", ["denoiser", "posterior", "rows"])
 def test_the_second_stage_leaves_the_vae_alone_and_its_losses_fall(tmp_path, stage, trained_vae):
-    tokcom = {"denoiser": block_model, "rows": row_model}[stage](time_distribution="logit_normal")
+    tokcom = {"denoiser": block_model, "posterior": posterior_model, "rows": row_model}[stage](
+        time_distribution="logit_normal"
+    )
     tokcom.vae.load_state_dict(trained_vae)
     vae, others = frozen(tokcom.vae), {name: value for name, value in frozen(tokcom).items() if name[:4] != "vae."}
     trainer = STAGES[stage](tmp_path, tokcom, Rows(counting=True), max_steps=50, learning_rate=1e-2)
@@ -67,7 +71,7 @@ def test_the_second_stage_leaves_the_vae_alone_and_its_losses_fall(tmp_path, sta
     ]
     assert still == []
     names = ["loss", "diffusion/batch_ce_loss", "diffusion/batch_mse_loss", "diffusion/batch_flow_loss"]
-    if stage == "denoiser":
+    if stage != "rows":
         names += ["diffusion/batch_next_token_loss", "diffusion/batch_later_token_loss"]
     for name in names:
         logged = lines(trainer, name)
@@ -134,6 +138,20 @@ def test_the_third_stage_moves_the_student_alone_and_its_losses_fall(tmp_path, t
     for name in ("loss", "distillation/batch_mse_loss", "distillation/batch_ce_loss"):
         logged = lines(trainer, name)
         assert sum(logged[-10:]) < 0.9 * sum(logged[:10]), name
+
+
+def test_a_student_behind_a_posterior_moves_alone(tmp_path, trained_vae):
+    teacher = posterior_model(time_distribution="logit_normal")
+    teacher.vae.load_state_dict(trained_vae)
+    posterior_trainer(tmp_path / "teacher", teacher, Rows(counting=True), max_steps=50, learning_rate=1e-2).train()
+    trainer = distillation_trainer(
+        tmp_path / "student", teacher, Rows(counting=True), max_steps=6, learning_rate=2e-3, teacher_steps=8
+    )
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer.train()
+    after = trainer.distilled().state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {f"denoiser.{name}" for name in trainer.model.state_dict()}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -46,8 +46,11 @@ def block_shape(
         draw_shift: tokens by which the blocks of each noise draw start after those of the draw before.
 
     Raises:
-        ValueError: no whole block fits, or a model without a context got an offset or a block size.
+        ValueError: no whole block fits, a model without a context got an offset or a block size, or one with a single noise
+            draw got a shift.
     """
+    if draw_shift and config.noise_draws == 1:
+        raise ValueError(f"draw_shift={draw_shift} moves all noise draws but the first; this model has noise_draws=1.")
     chunk, last = config.vae.chunk_size, offset + (config.noise_draws - 1) * draw_shift
     size = block_size or (length - last) // chunk
     if config.context is None and (offset or size * chunk != length):

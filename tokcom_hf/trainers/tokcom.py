@@ -161,7 +161,7 @@ def draw_blocks(config: Any, length: int, generator: torch.Generator) -> dict[st
         return {"offset": 0, "block_size": 0}
     chunk, chunks = config.vae.chunk_size, length // config.vae.chunk_size
     # Each noise draw starts at another token of a chunk, and so has other chunks to learn from.
-    shift = chunk // config.noise_draws
+    shift = chunk // config.noise_draws if config.noise_draws > 1 else 0
     size = config.block_sizes[int(torch.randint(len(config.block_sizes), (), generator=generator))]
     # Blocks start at any token, so that training sees prompts of every length. A block of size 0 covers the rest of the row
     # and starts in its first half.
