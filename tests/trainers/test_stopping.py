@@ -25,6 +25,14 @@ CONFIG = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """A shell starts its background jobs with SIGINT ignored, which a run would respect."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class SendAt(TrainerCallback):
     """Sends this process a signal at an event of a step."""
 
