@@ -20,7 +20,7 @@ DECIDING = {
         "latent_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
         "rms_norm_eps", "rope_theta", "time_scale", "context_size", "self_conditioning",
     ),
-    "flow": ("standardize_latents", "clean_prefix", "num_steps", "step_power", "sampler"),
+    "flow": ("standardize_latents", "clean_prefix", "num_steps", "step_power", "step_quantiles", "sampler"),
 }  # fmt: skip
 
 

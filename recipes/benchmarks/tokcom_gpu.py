@@ -30,6 +30,7 @@ from tokcom_hf.evaluation.text_likelihood import head_losses
 from tokcom_hf.evaluation.text_protocol import SamplingPlan, held_out_prefixes, measure_sampler, summarize
 from tokcom_hf.evaluation.text_report import print_row
 from tokcom_hf.metrics.text import TextJudge
+from tokcom_hf.models.tokcom_objective import block_shape, draw_revealed
 from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
 
 # Seconds reserved at the end for evaluating the trained model and writing; throughput rows must end before them.
@@ -114,8 +115,11 @@ def train_and_measure(data: TextRows, seconds: float, run: RunArguments) -> dict
         raise RecipeError(f"The training text has {len(tokens)} tokens, but one row takes {LENGTH}; give more text.")
     sizes, generator = model.config.block_sizes, torch.Generator().manual_seed(run.seed)
 
-    def drawn_block() -> int:
-        return sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
+    def flow_loss(ids: torch.Tensor) -> torch.Tensor:
+        blocks = {"block_size": sizes[int(torch.randint(len(sizes), (1,), generator=generator))], "draw_shift": 2}
+        shape = (len(ids), *block_shape(model.config, ids.shape[1], **blocks)[:2], model.config.vae.chunk_size)
+        revealed = draw_revealed(shape, model.config.reveal_share, generator).to(ids.device)
+        return model(ids, **blocks, revealed=revealed).loss
 
     found = {"vae": train(model.vae, lambda ids: model.vae(ids, labels=ids).loss, tokens, seconds / 4, run)}
     model.vae.eval().requires_grad_(False)
@@ -124,9 +128,7 @@ def train_and_measure(data: TextRows, seconds: float, run: RunArguments) -> dict
         latents = model.encode(chunks).float().flatten(0, 1)
     model.fit_latents(latents.mean(dim=0), latents.std(dim=0))
     model.posterior.fit(model, chunks)
-    found["denoiser"] = train(
-        model, lambda ids: model(ids, block_size=drawn_block(), draw_shift=2).loss, tokens, 3 * seconds / 4, run
-    )
+    found["denoiser"] = train(model, flow_loss, tokens, 3 * seconds / 4, run)
     model.eval()
 
     held_out, train_ids = full_rows(data.validation), np.asarray(data.train.token_ids, dtype=np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokcom_hf.evaluation.tokcom_denoising import BlockDenoiser
-from tokcom_hf.models.tokcom_flow_matching import denoising_steps, interpolate, sample, sampling_times
+from tokcom_hf.models.tokcom_flow_matching import denoising_steps, interpolate, sample, step_times
 
 MARK = 'style="background: rgba(240, 80, 60, 0.3); color: inherit"'
 # Pieces of a text, each with "wrong" where its tokens differ from the input's, or None.
@@ -127,7 +127,7 @@ def denoise(
     clean = model.standardize(model.encode(ids))
     noise = (torch.randn(clean.shape, generator=generator) * config.noise_std).to(clean)
     x = interpolate(noise, clean, torch.full((1,), start).to(clean))
-    times = sampling_times(denoising_steps(num_steps, start), config.step_power, start) if start < 1 else [1.0]
+    times = step_times(config, denoising_steps(num_steps, start), start) if start < 1 else [1.0]
     for step, t in enumerate(times):
         if step:
             x = sample(clean_latents, x, (times[step - 1], t), config.sampler, config.noise_std, generator)

@@ -13,6 +13,7 @@ from tokcom_hf import (
     TokComVAETrainingArguments,
 )
 from tokcom_hf.data.latent_rows import encode_rows, latent_statistics
+from tokcom_hf.trainers.tokcom_stages import some_chunks
 
 SHAPE = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -49,7 +50,7 @@ def block_model(self_conditioning: bool = True, vae: dict | None = None, **flow)
 
 def posterior_model(**flow) -> TokComModel:
     """With a context, and latents by way of their tokens, as the default of the recipe."""
-    return block_model(self_conditioning=False, token_posterior=True, **flow)
+    return block_model(self_conditioning=False, token_posterior=True, **{"reveal_share": 0.5} | flow)
 
 
 def row_model(self_conditioning: bool = True, **flow) -> TokComModel:
@@ -84,6 +85,8 @@ def denoiser_trainer(folder, tokcom=None, rows=None, **changes) -> DenoiserTrain
         tokcom.fit_latents(rows.mean, rows.std)
     else:
         tokcom.fit_latents(*latent_statistics(tokcom.vae, rows))
+    if tokcom.posterior is not None:
+        tokcom.posterior.fit(tokcom, some_chunks(rows, 4))
     arguments = DenoiserTrainingArguments(**settings(folder, **changes))
     return DenoiserTrainer(model=tokcom, args=arguments, train_dataset=rows, eval_dataset=rows)
 

@@ -57,6 +57,8 @@ def small(kind: str, **settings):
                 parameter.normal_(std=0.2)
         if settings.get("standardize_latents"):
             model.fit_latents(torch.randn(16), torch.rand(16) + 0.5)
+        if kind == "posterior":
+            model.posterior.fit(model, torch.randint(0, 50, (600, 4), generator=seeded(7)))
     return model
 
 

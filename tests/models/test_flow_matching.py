@@ -6,6 +6,7 @@ import torch
 from tokcom_hf.models.tokcom_flow_matching import (
     denoising_steps,
     interpolate,
+    quantile_times,
     sample,
     sampling_times,
     training_times,
@@ -46,6 +47,15 @@ def test_sampling_times_rise_from_start_to_one(power, start):
     assert len(times) == 9 and times[0] == start and times[-1] == 1.0
     assert all(a < b for a, b in zip(times, times[1:]))
     assert times[4] == pytest.approx(start + (1 - start) * 0.5**power)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.4])
+def test_training_times_fall_equally_often_between_quantile_times(start):
+    times = quantile_times(8, -0.75, 0.7, start)
+    assert len(times) == 9 and times[0] == start and times[-1] == 1.0
+    drawn = training_times((100_000,), "logit_normal", -0.75, 0.7, torch.Generator().manual_seed(0))
+    counts = torch.histogram(drawn[drawn >= start], torch.tensor(times)).hist
+    assert counts.std() < 0.03 * counts.mean()
 
 
 def test_from_a_noise_level_on_as_many_steps_are_taken_as_documented():

@@ -70,6 +70,10 @@ def test_defaults_are_the_documented_numbers():
         (lambda: TokComConfig(num_steps=0), "must be at least 1"),
         (lambda: TokComConfig(max_chunks=0), "must be at least 1"),
         (lambda: TokComConfig(context=CONTEXT, noise_draws=0), "must be at least 1"),
+        (lambda: TokComConfig(context=CONTEXT, reveal_share=0.5), "reveal_share=0.5 needs token_posterior=True"),
+        (lambda: TokComConfig(context=CONTEXT, reveal_share=-0.1), r"reveal_share must be in \[0, 1\), got -0.1"),
+        (lambda: TokComConfig(step_quantiles=True), "step_quantiles needs time_distribution='logit_normal'"),
+        (lambda: TokComConfig(step_quantiles=True, time_distribution="logit_normal", step_power=2), "no meaning"),
     ],
 )
 def test_bad_configurations_say_what_is_wrong(config, message):

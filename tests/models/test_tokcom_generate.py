@@ -10,7 +10,7 @@ from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerFast, T
 
 from tests.helpers.tokcom_tools import SHAPE, VAE, seeded, small
 from tokcom_hf.models import tokcom_generation
-from tokcom_hf.models.tokcom_flow_matching import sample, sampling_times
+from tokcom_hf.models.tokcom_flow_matching import sample, step_times
 
 STILL = {"num_steps": 3, "do_sample": False}
 
@@ -130,7 +130,7 @@ def from_scratch(model, prompt, tokens, size, steps, noise, guidance=1.0, sample
             free = model.denoiser(x, time).clean_latents
             return free + guidance * (told - free)
 
-        clean = sample(denoise, noise(count), sampling_times(steps, model.config.step_power), sampler)
+        clean = sample(denoise, noise(count), step_times(model.config, steps), sampler)
         text = torch.cat([text, model.decode(model.unstandardize(clean))], dim=1)
     return text[:, : prompt.shape[1] + tokens]
 

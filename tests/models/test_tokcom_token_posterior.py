@@ -1,12 +1,15 @@
 """`TokenPosterior`: its formulas, its parts in memory, its fit, and what training of it does."""
 
+import copy
+
 import pytest
 import torch
 
 from tests.helpers.tokcom_tools import seeded, small
 from tokcom_hf import TokComConfig
 from tokcom_hf.models import tokcom_token_posterior
-from tokcom_hf.models.tokcom_token_posterior import denoise
+from tokcom_hf.models.tokcom_objective import draw_revealed
+from tokcom_hf.models.tokcom_token_posterior import Tokens, denoise
 
 LOSSES = {"mse_weight": 0.7, "cross_entropy_weight": 0.3, "noise_draws": 2, "standardize_latents": True}
 
@@ -27,28 +30,41 @@ def call():
     ]
 
 
+def evidence(model, x, t) -> torch.Tensor:
+    """Log density of the chunks (chunks, latent) at time t for each token at each place, (chunks · 4, vocab)."""
+    parts, found = model.posterior, []
+    embedding = model.vae.embed_tokens.weight
+    for chunk in x:
+        for place in range(4):
+            rotation = parts.rotation[place]
+            noise = (1 - t) ** 2 * model.config.noise_std**2 * torch.eye(16)
+            covariance = t**2 * rotation @ parts.variance[place].diag() @ rotation.T + noise
+            added = (embedding - parts.mean) @ (rotation @ parts.directions[place]).T
+            density = torch.distributions.MultivariateNormal(t * (parts.center + added), covariance)
+            found.append(density.log_prob(chunk))
+    found = torch.stack(found)
+    found[:, 50] = -torch.inf
+    return found
+
+
 def posterior(model, x, t, c) -> torch.Tensor:
     """Posteriors (tokens, vocab) of one block, (chunks, latent), by the formulas of the file."""
-    estimate = t * x / (t**2 + (1 - t) ** 2 * model.config.noise_std**2)
-    hidden = model.vae.decode_hidden(model.unstandardize(estimate)).flatten(0, 1)
-    evidence = hidden @ model.vae.lm_head.weight.T
-    evidence[:, 50] = -torch.inf
-    table = model.context.model.embed_tokens.weight
-    guess = evidence.softmax(-1) @ table
-    guess = guess / guess.square().mean(-1, keepdim=True).sqrt()
-    prior = torch.zeros(len(hidden), 48)
+    parts, table = model.posterior, model.context.model.embed_tokens.weight
+    likelihood = evidence(model, x, t)
+    prior = torch.zeros(len(likelihood), 48)
     prior[:4] = (model.context.heads.weight @ c).view(4, 48)
-    states = model.posterior.read(torch.cat([hidden, guess], -1)) + prior
+    guess = (likelihood + prior @ table.T).softmax(-1) @ table
+    guess = guess / table.square().mean().sqrt()
+    states = parts.read(guess) + parts.read_noisy(x).view(-1, 48) + prior
     states = prior + model.denoiser(states[None], t[None], c[None]).clean_latents[0]
-    logits = states @ table.T + evidence
-    return logits.softmax(-1)
+    return (likelihood + states @ table.T).softmax(-1)
 
 
 @torch.no_grad()
 def test_the_prediction_is_the_expected_latent_of_the_posterior(model, call):
     labels = torch.randint(0, 50, (3, 2, 4), generator=seeded(5))
     labels[1, 1, 2:] = -100
-    found = denoise(model, *call, labels=labels)
+    found = denoise(model, *call, tokens=Tokens(labels))
     nats = []
     for row, (x, t, c) in enumerate(zip(*call)):
         p = posterior(model, x, t, c)
@@ -61,10 +77,9 @@ def test_the_prediction_is_the_expected_latent_of_the_posterior(model, call):
 
 @torch.no_grad()
 def test_without_evidence_it_is_the_heads_prediction(call):
-    """At t = 0, with a denoiser and a decoder that say nothing, the first chunk's posterior is the softmax of the heads."""
+    """At t = 0, with a denoiser that says nothing, the first chunk's posterior is the softmax of the heads."""
     model = small("posterior")
-    for layer in (model.denoiser.output_proj, model.vae.decoder.norm):
-        layer.weight.zero_()
+    model.denoiser.output_proj.weight.zero_()
     model.denoiser.output_proj.bias.zero_()
     x, _, c = call
     clean = denoise(model, x, torch.zeros(3), c).clean_latents[:, :1]
@@ -73,12 +88,32 @@ def test_without_evidence_it_is_the_heads_prediction(call):
     torch.testing.assert_close(clean, expected)
 
 
+@torch.no_grad()
+def test_the_denoiser_reads_the_noise_where_it_is_no_evidence(model, call):
+    """At t = 0 a student of few steps must tell one noise from another."""
+    x, _, c = call
+    one, two = (denoise(model, noise, torch.zeros(3), c).clean_latents for noise in (x, x + 1))
+    assert (one - two).abs().mean() > 0.01 * one.std()
+
+
+@torch.no_grad()
+def test_the_evidence_follows_the_embedding(model, call):
+    changed = copy.deepcopy(model)
+    denoise(changed, *call)  # keeps what it computes of the embedding
+    changed.vae.embed_tokens.weight[:25] *= 1.5
+    fresh = copy.deepcopy(model)
+    fresh.load_state_dict(changed.state_dict())
+    found, wanted = (denoise(each, *call).clean_latents for each in (changed, fresh))
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, denoise(model, *call).clean_latents, atol=1e-3)
+
+
 def test_parts_of_the_logits_give_the_same_prediction_and_gradients(model, call, monkeypatch):
     labels, found = torch.randint(0, 50, (3, 2, 4), generator=seeded(5)), []
     parameters = [*model.context.parameters(), *model.denoiser.parameters(), *model.posterior.parameters()]
-    for at_once in (2**25, 51 * 5):
+    for at_once in (2**25, 51 * 4 * 2):
         monkeypatch.setattr(tokcom_token_posterior, "LOGITS_AT_ONCE", at_once)
-        output = denoise(model, *call, labels=labels)
+        output = denoise(model, *call, tokens=Tokens(labels))
         loss = output.cross_entropy + output.clean_latents.square().mean()
         found.append([output.clean_latents, *torch.autograd.grad(loss, parameters, allow_unused=True)])
     for one, two in zip(*found):
@@ -92,11 +127,11 @@ def test_parts_of_the_logits_give_the_same_prediction_and_gradients(model, call,
 
 
 @torch.no_grad()
-def test_fit_is_the_nearest_linear_function_of_the_embeddings():
+def test_fit_is_the_nearest_linear_function_of_the_embeddings_and_what_it_leaves():
     model = small("posterior", standardize_latents=True)
-    chunks = torch.randint(0, 50, (600, 4), generator=seeded(7))
+    chunks = torch.randint(0, 50, (4000, 4), generator=seeded(7))
     model.posterior.fit(model, chunks)
-    embeddings = model.vae.embed_tokens(chunks).flatten(1)
+    parts, embeddings = model.posterior, model.vae.embed_tokens(chunks).flatten(1)
     wanted = model.standardize(model.encode(chunks))[:, 0]
     rest = model.posterior.write(embeddings) - wanted
     assert rest.mean(0).abs().max() < 1e-2 * wanted.std()
@@ -104,6 +139,52 @@ def test_fit_is_the_nearest_linear_function_of_the_embeddings():
     # No other linear function is better: what is left is uncorrelated with the embeddings.
     correlated = (embeddings - embeddings.mean(0)).T @ rest / len(rest)
     assert correlated.abs().max() < 1e-2 * embeddings.std() * wanted.std()
+    # What is left beside one place of a chunk has the covariance that the evidence of its token takes for noise.
+    for place in range(4):
+        rotation, tokens = parts.rotation[place], model.vae.embed_tokens(chunks[:, place])
+        left = wanted - parts.center - (tokens - parts.mean) @ (rotation @ parts.directions[place]).T
+        covariance = rotation @ parts.variance[place].diag() @ rotation.T
+        assert (torch.cov(left.T) - covariance).norm() < 0.1 * covariance.norm()
+
+
+@torch.no_grad()
+def test_told_tokens_take_the_place_of_the_guess_and_have_no_loss(model):
+    ids = torch.randint(0, 50, (3, 16), generator=seeded(1))
+    noise, timesteps = torch.randn(3, 8, 1, 16), torch.rand(3, 8) / 2
+    revealed = torch.rand(3, 8, 1, 4, generator=seeded(2)) < 0.4
+    plain, told, none = (
+        model(ids, noise=noise, timesteps=timesteps, block_size=1, revealed=mask)
+        for mask in (None, revealed, torch.zeros_like(revealed))
+    )
+    torch.testing.assert_close(none.loss, plain.loss)
+    without = ~revealed.any(dim=(2, 3))
+    torch.testing.assert_close(told.clean_latents[without], plain.clean_latents[without])
+    assert not torch.isclose(told.clean_latents[~without], plain.clean_latents[~without]).all(dim=-1).any()
+    # The losses are those of what is not told, with the told tokens' embeddings read as the guess.
+    labels = ids.view(3, 4, 1, 4).repeat(1, 2, 1, 1)
+    x1 = model.standardize(model.encode(ids)).view(3, 4, 1, 16).repeat(1, 2, 1, 1)
+    x_t = (1 - timesteps[..., None, None]) * noise + timesteps[..., None, None] * x1
+    context = model.context(ids)[:, [0, 4, 8, 12, 0, 4, 8, 12]].flatten(0, 1)
+    found = denoise(
+        model, x_t.flatten(0, 1), timesteps.flatten(), context,
+        tokens=Tokens(*(labels.masked_fill(mask, -100).flatten(0, 1) for mask in (revealed, ~revealed))),
+    )  # fmt: skip
+    torch.testing.assert_close(told.cross_entropy_loss, found.cross_entropy)
+    error = (found.clean_latents.view(x1.shape) - x1).square().mean(dim=-1)[..., 0]
+    torch.testing.assert_close(told.mse_loss, error[without].mean())
+    # Those who are not told read their first guess, which does not depend on what the others are told.
+    other = model(ids, noise=noise, timesteps=timesteps, block_size=1, revealed=revealed.roll(1, dims=-1))
+    assert not torch.allclose(other.cross_entropy_loss, told.cross_entropy_loss)
+
+
+def test_revealed_tokens_are_a_uniform_share_of_the_chosen_blocks():
+    mask = draw_revealed((200, 50, 4, 4), 0.5, seeded(0))
+    shares = mask.float().mean(dim=(2, 3)).flatten()
+    assert mask.dtype == torch.bool and (shares == 0).float().mean() == pytest.approx(0.5 + 0.5 / 17, abs=0.02)
+    assert shares[shares > 0].quantile(torch.tensor([0.25, 0.75])) == pytest.approx([0.28, 0.78], abs=0.06)
+    assert not draw_revealed((20, 5, 4, 4), 0.0, seeded(0)).any()
+    with pytest.raises(ValueError, match="revealed tells the denoiser tokens; this model has no token_posterior"):
+        small("context")(torch.zeros(1, 8, dtype=torch.long), block_size=1, revealed=torch.ones(1, 2, 1, 4) > 0)
 
 
 @torch.no_grad()

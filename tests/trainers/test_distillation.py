@@ -14,7 +14,7 @@ from tests.helpers.tokcom_runs import (
     vae_trainer,
 )
 from tokcom_hf import DistillationTrainer, DistillationTrainingArguments, TokComModel
-from tokcom_hf.models.tokcom_flow_matching import sample, sampling_times
+from tokcom_hf.models.tokcom_flow_matching import sample, step_times
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def end_point(teacher, denoiser, steps: int) -> torch.Tensor:
     def denoise(x, t):
         return denoiser(x, torch.full((1,), t), context, return_dict=True).clean_latents
 
-    return sample(denoise, noise, sampling_times(steps, teacher.config.step_power))
+    return sample(denoise, noise, step_times(teacher.config, steps))
 
 
 def test_two_steps_of_the_student_end_where_eight_of_the_teacher_do(teacher, trainer):

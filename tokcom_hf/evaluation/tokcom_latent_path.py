@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..models.tokcom_flow_matching import sample, sampling_times
+from ..models.tokcom_flow_matching import sample, step_times
 from .tokcom_denoising import BlockDenoiser
 
 
@@ -44,7 +44,7 @@ def sampling_path(model: Any, input_ids: torch.Tensor, num_steps: int | None = N
     config = model.config
     shape = (len(ids), ids.shape[1] // config.vae.chunk_size, config.vae.latent_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * config.noise_std
-    times = sampling_times(config.num_steps if num_steps is None else num_steps, config.step_power)
+    times = step_times(config, config.num_steps if num_steps is None else num_steps)
     end = sample(recorded_denoiser, noise.to(model.device, model.dtype), times)
     found["t"].append(1.0)
     found["rms"].append(end.square().mean().sqrt().item())

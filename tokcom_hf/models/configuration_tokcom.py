@@ -42,6 +42,8 @@ class TokComConfig(PreTrainedConfig):
         noise_draws: noisy copies of each row's blocks that share one pass of the context; in training each copy starts at
             another token.
         block_sizes: chunks per block; each batch draws one of these numbers. 0 is the whole row.
+        reveal_share: share in [0, 1) of the noisy blocks in which training tells the denoiser some of the tokens, so that it
+            learns which tokens go together. Models with `token_posterior` only.
         context_dropout: share in [0, 1) of the noisy blocks that are denoised without their context. `guidance_scale` in
             generation needs a share above 0.
         clean_prefix: without a context, a random prefix of the row has t = 1 and no loss, as prompts have in generation.
@@ -53,6 +55,8 @@ class TokComConfig(PreTrainedConfig):
         num_steps: steps of the flow per block, each one call of the denoiser; 50 is documented.
         step_power: the times of the steps are u^step_power for equal steps of u; 1 is documented, above 1 the steps near the
             noise are small.
+        step_quantiles: the times of the steps are quantiles of the logit-normal training times instead, so that most of
+            them lie where training had most.
         sampler: "euler" (documented), "heun" (second order, twice the calls) or "renoise" (stochastic).
         eos_token_id: id that ends a sequence; None: sequences have their full length.
     """
@@ -74,12 +78,14 @@ class TokComConfig(PreTrainedConfig):
     head_weight: float | int = 1.0
     noise_draws: int = 1
     block_sizes: tuple[int, ...] | list[int] = (0,)
+    reveal_share: float | int = 0.0
     context_dropout: float | int = 0.0
     clean_prefix: bool = False
     max_chunks: int = 256
     block_size: int = 0
     num_steps: int = 50
     step_power: float | int = 1.0
+    step_quantiles: bool = False
     sampler: str = "euler"
     eos_token_id: int | None = None
 
@@ -105,8 +111,18 @@ class TokComConfig(PreTrainedConfig):
         for name in ("noise_draws", "num_steps", "max_chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.context_dropout < 1:
-            raise ValueError(f"context_dropout must be in [0, 1), got {self.context_dropout}.")
+        if self.step_quantiles and (self.time_distribution, self.step_power) != ("logit_normal", 1.0):
+            raise ValueError(
+                "step_quantiles needs time_distribution='logit_normal' and leaves step_power no meaning; got "
+                f"{self.time_distribution!r} and step_power={self.step_power}."
+            )
+        for name in ("context_dropout", "reveal_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.reveal_share and not self.token_posterior:
+            raise ValueError(
+                f"reveal_share={self.reveal_share} needs token_posterior=True, whose denoiser reads tokens."
+            )
         super().__post_init__(**kwargs)
 
     def _build_parts(self) -> None:

@@ -44,8 +44,7 @@ class TokComModel(StrictLoading, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = ["Block", "DenoiserBlock", "LlamaDecoderLayer"]
     _tied_weights_keys = {"vae.lm_head.weight": "vae.embed_tokens.weight"}
-    # Folders of early versions lack the statistics; zero and one change nothing.
-    _keys_to_ignore_on_load_missing = [r"^latent_mean$", r"^latent_std$"]
+    _keys_to_ignore_on_load_missing = [r"^latent_mean$", r"^latent_std$"]  # zero and one, as folders of early versions
 
     def __init__(self, config: TokComConfig):
         super().__init__(config)
@@ -67,6 +66,8 @@ class TokComModel(StrictLoading, GenerationMixin):
         if isinstance(module, TokComModel):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)
+        if isinstance(module, TokenPosterior):
+            module.reset_evidence()
 
     def forward(
         self,
@@ -76,6 +77,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
+        revealed: torch.Tensor | None = None,
         offset: int = 0,
         block_size: int = 0,
         draw_shift: int = 0,
@@ -83,17 +85,15 @@ class TokComModel(StrictLoading, GenerationMixin):
         return_loss: bool = True,
         return_dict: bool | None = None,
     ) -> TokComOutput | tuple:
-        """The objective of stage two on rows of tokens; the VAE stays as it is.
-
-        From token `offset` on, a row is cut into blocks, once per noise draw, one whole row after the other.
+        """The objective of stage two on rows of tokens, cut into blocks once per noise draw; the VAE stays as it is.
 
         Args:
-            input_ids: (rows, length).
-            attention_mask: (rows, length), 1 = token, 0 = padding on the right.
+            input_ids, attention_mask: (rows, length); the mask is 1 for tokens and 0 for padding on the right.
             latents: what `encode` gives for the rows, (rows, length / chunk_size, latent), for offset 0; None encodes them.
             noise: x0, (rows, blocks, chunks, latent); None draws it.
             timesteps: t in [0, 1], (rows, blocks) or (rows, blocks, chunks), no loss at t = 1; None draws them.
             context_mask: (rows, blocks), False hides the context from a block; None hides it from no block.
+            revealed: (rows, blocks, chunks, chunk_size) bool, tokens told to a denoiser with `token_posterior`; no loss.
             offset, block_size: tokens before the first block, and chunks per block (0: all). Models with a context only.
             draw_shift: tokens by which each noise draw starts after the one before; 0 draws noise for the same blocks.
             self_conditioned: predict twice, the second time from the first prediction. Models with `self_conditioning` only.
@@ -107,7 +107,8 @@ class TokComModel(StrictLoading, GenerationMixin):
         check_ids(input_ids, config.vae.vocab_size)
         # 1. Cut the rows into blocks: clean latents x1, tokens, padding.
         shape = (len(input_ids), *block_shape(config, input_ids.shape[1], offset, block_size, draw_shift))
-        check_shapes(config, input_ids, shape, attention_mask, latents, noise, timesteps, context_mask)
+        check_shapes(config, input_ids, shape, attention_mask=attention_mask, latents=latents, noise=noise,
+                     timesteps=timesteps, context_mask=context_mask, revealed=revealed)  # fmt: skip
         blocks = cut_blocks(self, input_ids, attention_mask, latents, shape, offset, draw_shift)
         # 2. Draw noise x0 and times t, and mix: x_t = (1 − t) · x0 + t · x1.
         if noise is None:
@@ -126,12 +127,12 @@ class TokComModel(StrictLoading, GenerationMixin):
         if self_conditioned:
             with torch.no_grad():
                 arguments["self_condition"] = denoise(self, x_t, timesteps, **arguments).clean_latents
-        labels = blocks.labels.flatten(0, 1) if return_loss and config.cross_entropy_weight > 0 else None
-        found = denoise(self, x_t, timesteps, **arguments, labels=labels)
+        arguments["tokens"] = blocks.tokens(revealed, return_loss and config.cross_entropy_weight > 0)
+        found = denoise(self, x_t, timesteps, **arguments)
         output = TokComOutput(clean_latents=found.clean_latents.view(shape), cross_entropy_loss=found.cross_entropy)
         # 5. Add up the losses of the flow, of the tokens and of the context's heads.
         if return_loss:
-            add_flow_losses(self, output, blocks, t)
+            add_flow_losses(self, output, blocks, t, revealed)
         if return_loss and states is not None:
             add_head_losses(self, output, states, input_ids, attention_mask, blocks.starts[0])
         return as_asked(output, config, return_dict)
@@ -146,7 +147,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         """VAE latents → the space of the flow."""
         if not self.config.standardize_latents:
             return latents
-        # In a model spread over several devices, statistics and latents may be on different ones.
+        # In a model spread over devices, the statistics may be on another one.
         return (latents - self.latent_mean.to(latents.device)) / self.latent_std.to(latents.device)
 
     def unstandardize(self, latents: torch.Tensor) -> torch.Tensor:
@@ -225,8 +226,7 @@ class TokComModel(StrictLoading, GenerationMixin):
 
         Args:
             input_ids: prompts of any length, (batch, length); None: no prompt.
-            num_chunks: chunks to generate without a prompt; default 256.
-            num_generate_chunks: chunks to generate after a prompt; default 64.
+            num_chunks, num_generate_chunks: chunks to generate without a prompt (default 256), after one (default 64).
             num_steps: steps of the flow per block; each calls the denoiser once, twice with "heun" or guidance.
             batch_size: sequences to generate without a prompt; default 1.
             sampler: "euler", "heun" (second order) or "renoise" (stochastic).

@@ -6,6 +6,7 @@ the path is v = x1 − x0 = (x1 − x_t) / (1 − t).
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -69,6 +70,21 @@ def sampling_times(num_steps: int, power: float = 1.0, start: float = 0.0) -> li
     """The num_steps + 1 times start + (1 − start) · u^power for u = 0 … 1 in equal steps; power > 1 shortens early steps."""
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) ** power
     return (start + (1 - start) * u).tolist()
+
+
+def quantile_times(num_steps: int, mean: float, std: float, start: float = 0.0) -> list[float]:
+    """num_steps + 1 times from `start` to 1, between which the training times σ(N(mean, std²)) fall equally often."""
+    normal = torch.distributions.Normal(mean, std)
+    first = normal.cdf(torch.logit(torch.tensor(start, dtype=torch.float64)))
+    inner = first + (1 - first) * torch.arange(1, num_steps, dtype=torch.float64) / num_steps
+    return [start, *torch.sigmoid(normal.icdf(inner)).tolist(), 1.0]
+
+
+def step_times(config: Any, num_steps: int, start: float = 0.0) -> list[float]:
+    """The num_steps + 1 times from `start` to 1 that a `TokComConfig` wants: quantiles, or equal steps to a power."""
+    if config.step_quantiles:
+        return quantile_times(num_steps, config.time_mean, config.time_std, start)
+    return sampling_times(num_steps, config.step_power, start)
 
 
 def denoising_steps(num_steps: int, start: float) -> int:

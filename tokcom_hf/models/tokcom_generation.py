@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from .shared_tensor_checks import check_ids
-from .tokcom_flow_matching import Denoise, denoising_steps, interpolate, sample, sampling_times, self_conditioned
+from .tokcom_flow_matching import Denoise, denoising_steps, interpolate, sample, self_conditioned, step_times
 from .tokcom_generation_settings import GenerationSettings, check_sampler
 from .tokcom_token_posterior import denoise
 from .tokcom_token_stream import TokenStream
@@ -152,7 +152,7 @@ def generate_blocks(
     config = model.config
     copies = settings.num_return_sequences * (1 if prompt.ids.shape[1] else settings.batch_size)
     rows, wanted = len(prompt.ids) * copies, -(-settings.new_tokens // config.vae.chunk_size)
-    times = sampling_times(settings.num_steps, config.step_power)
+    times = step_times(config, settings.num_steps)
     start, stream = prompt.given.repeat_interleave(copies, 0), TokenStream(streamer, settings)
     stream.start(start)
     # 1. Read the prompt.
@@ -225,7 +225,7 @@ def denoise_text(
     denoise = self_conditioned(
         lambda x_t, t, earlier: predict(model, x_t, t, context, earlier), config.denoiser.self_conditioning
     )
-    times = sampling_times(denoising_steps(num_steps, noise_level), config.step_power, noise_level)
+    times = step_times(config, denoising_steps(num_steps, noise_level), noise_level)
     blocks = sample(denoise, x.reshape(-1, size, x.shape[2]), times, sampler, config.noise_std, generator)
     return model.unstandardize(blocks.reshape(x.shape))
 

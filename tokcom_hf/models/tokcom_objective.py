@@ -7,6 +7,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from .tokcom_flow_matching import velocity_weight
+from .tokcom_token_posterior import Tokens
 
 
 @dataclass
@@ -71,34 +72,41 @@ def block_starts(config: Any, shape: tuple[int, ...], offset: int, draw_shift: i
     return firsts[:, None] + torch.arange(shape[0] // draws) * shape[1] * config.vae.chunk_size
 
 
-def check_shapes(
-    config: Any,
-    input_ids: torch.Tensor,
-    shape: tuple[int, ...],
-    attention_mask: torch.Tensor | None,
-    latents: torch.Tensor | None,
-    noise: torch.Tensor | None,
-    timesteps: torch.Tensor | None,
-    context_mask: torch.Tensor | None,
-) -> None:
+def draw_revealed(shape: tuple[int, ...], share: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Which tokens training tells the denoiser: in `share` of the blocks, each with a probability drawn for the block.
+
+    shape: (rows, blocks, chunks, chunk_size), also that of the returned bool.
+    """
+    probability = torch.rand(shape[:2], generator=generator)
+    probability *= torch.rand(shape[:2], generator=generator) < share
+    return torch.rand(shape, generator=generator) < probability[..., None, None]
+
+
+def check_shapes(config: Any, input_ids: torch.Tensor, shape: tuple[int, ...], **given: torch.Tensor | None) -> None:
     """Raises ValueError where an argument of `TokComModel.forward` does not fit the blocks of its rows.
 
     shape: shape of these blocks, (rows, blocks, chunks, latent).
+    given: the arguments by name.
     """
-    if context_mask is not None and config.context is None:
+    if given["context_mask"] is not None and config.context is None:
         raise ValueError("context_mask hides the context from blocks; this model has none.")
+    if given["revealed"] is not None and not config.token_posterior:
+        raise ValueError(
+            "revealed tells the denoiser tokens; this model has no token_posterior, and its denoiser reads latents."
+        )
     whole_rows = (shape[0], input_ids.shape[1] // config.vae.chunk_size, shape[3])
-    given: dict[str, tuple[torch.Tensor | None, list[tuple[int, ...]]]] = {
-        "attention_mask": (attention_mask, [tuple(input_ids.shape)]),
-        "latents": (latents, [whole_rows]),
-        "noise": (noise, [shape]),
-        "timesteps": (timesteps, [shape[:2], shape[:3]]),
-        "context_mask": (context_mask, [shape[:2]]),
+    fitting: dict[str, list[tuple[int, ...]]] = {
+        "attention_mask": [tuple(input_ids.shape)],
+        "latents": [whole_rows],
+        "noise": [shape],
+        "timesteps": [shape[:2], shape[:3]],
+        "context_mask": [shape[:2]],
+        "revealed": [(*shape[:3], config.vae.chunk_size)],
     }
-    for name, (value, fitting) in given.items():
-        if value is not None and tuple(value.shape) not in fitting:
+    for name, value in given.items():
+        if value is not None and tuple(value.shape) not in fitting[name]:
             raise ValueError(
-                f"{name} must be {' or '.join(map(str, fitting))} for input_ids {tuple(input_ids.shape)}, of which "
+                f"{name} must be {' or '.join(map(str, fitting[name]))} for input_ids {tuple(input_ids.shape)}, of which "
                 f"{shape[1]} blocks of {shape[2]} chunks are made; got {tuple(value.shape)}."
             )
 
@@ -121,6 +129,14 @@ class Blocks:
     def real(self) -> torch.Tensor:
         """Which chunks hold a token, (rows, blocks, chunks) bool."""
         return (self.labels >= 0).any(dim=-1)
+
+    def tokens(self, revealed: torch.Tensor | None, asked: bool) -> Tokens:
+        """The revealed tokens are told, and the others are asked for if `asked`."""
+        labels = self.labels.flatten(0, 1)
+        if revealed is None:
+            return Tokens(labels if asked else None)
+        hidden = ~revealed.flatten(0, 1)
+        return Tokens(labels.masked_fill(~hidden, -100) if asked else None, labels.masked_fill(hidden, -100))
 
     def states_before(self, states: torch.Tensor, context_mask: torch.Tensor | None) -> torch.Tensor:
         """The context's state before each block, (rows · blocks, hidden); zeros where `context_mask` hides it.
@@ -171,14 +187,17 @@ def cut_blocks(
     return Blocks(x1, labels[:, tokens].view(rows, *shape[1:3], chunk), starts, attention_mask is not None)
 
 
-def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) -> None:
+def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor, revealed: torch.Tensor | None) -> None:
     """Adds the losses of the flow and of the tokens to a `TokComOutput` that has `clean_latents`.
 
     The cross-entropy of a `TokenPosterior` is in the output already; without one, it is that of the frozen decoder.
 
     t: times (rows, blocks, chunks); chunks at t = 1 are known and have no loss.
+    revealed: tokens that the denoiser was told, (rows, blocks, chunks, chunk_size); their chunks have no loss of the flow.
     """
     config, counted = model.config, blocks.real() & (t < 1.0)
+    if revealed is not None:
+        counted &= ~revealed.any(dim=-1)
     count = counted.sum().clamp(min=1)
     error = ((output.clean_latents.float() - blocks.x1.float()) ** 2).mean(dim=-1) * counted
     output.mse_loss = error.sum() / count

@@ -1,20 +1,23 @@
 """TokenPosterior: clean latents by way of the tokens that may stand in a chunk.
 
-    l = decoder(E[x1 | x_t])                          evidence: what the noisy latents say of each token, frozen VAE
-    s = heads(c) + denoiser(state of each token, t, c)        what the text before and the other tokens say of it
-    p = softmax(l + table · s)                                Bayes' rule: the posterior of each token, given x_t and c
-    x̂1 = write(Σ p · embedding, side by side)                 its expected latent
+    l = log p(x_t | token)                        evidence: what the noisy latents say of each token, a linear Gaussian model
+    h = heads(c)                                  prior: what the text before says of each token of the block's first chunk
+    s = h + denoiser(E[row of table | l, h], x_t, t, c)       what the tokens of the block say of each other
+    p = softmax(l + table · s)                    Bayes' rule: the posterior of each token, given x_t and c
+    x̂1 = write(Σ p · embedding, side by side)     its expected latent
 
 A latent is nearly a linear function of the embeddings of its tokens, so the tokens' posteriors give E[x1 | x_t, c], which
 the flow's velocity needs. `table` is the embedding of the context, which predicts text; that of the VAE tells tokens apart.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 
 from .tokcom_context_encoder import embedding_table
 from .tokcom_flow_matching import expand_time
@@ -36,6 +39,18 @@ class Denoised:
     cross_entropy: torch.Tensor | None = None
 
 
+@dataclass
+class Tokens:
+    """Tokens of blocks, (blocks, chunks, chunk_size), -100 for none.
+
+    asked: those whose cross-entropy is wanted; None wants none.
+    told: those that a `TokenPosterior` reads instead of its first guess.
+    """
+
+    asked: torch.Tensor | None = None
+    told: torch.Tensor | None = None
+
+
 def denoise(
     model: Any,
     x_t: torch.Tensor,
@@ -44,20 +59,21 @@ def denoise(
     self_condition: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     denoiser: nn.Module | None = None,
-    labels: torch.Tensor | None = None,
+    tokens: Tokens | None = None,
 ) -> Denoised:
     """Predicts the clean latents with the denoiser of a `TokComModel` and, if it has one, its `TokenPosterior`.
 
     Args:
         x_t, timesteps, context, self_condition, attention_mask: as in `DenoisedModel.forward`.
         denoiser: takes the place of `model.denoiser`.
-        labels: tokens of the blocks, (blocks, chunks, chunk_size), -100 for those that do not count.
+        tokens: what a `TokenPosterior` is told, and what its cross-entropy is asked for.
     """
     denoiser = model.denoiser if denoiser is None else denoiser
     if model.posterior is not None:
-        return model.posterior.predict(model, denoiser, x_t, timesteps, context, attention_mask, labels)
-    told = {"context": context, "self_condition": self_condition, "attention_mask": attention_mask}
-    output = denoiser(x_t, timesteps, **told, return_dict=True)
+        return model.posterior.predict(model, denoiser, x_t, timesteps, context, attention_mask, tokens or Tokens())
+    output = denoiser(
+        x_t, timesteps, context=context, self_condition=self_condition, attention_mask=attention_mask, return_dict=True
+    )
     return Denoised(output.clean_latents)
 
 
@@ -66,96 +82,203 @@ class TokenPosterior(nn.Module):
 
     The denoiser of such a model reads and returns states of the width of the context, one for each token. The module has no
     `forward`, because accelerate's hooks would move the models that it is given.
+
+    The evidence is that of a linear Gaussian model of the latents, x1 = center + Σ_i W_i (e_i − mean) + rest, where e_i is
+    the embedding of the token at place i of the chunk. For the token at one place, all else is noise of the covariance
+    rotation · diag(variance) · rotationᵀ, so that, but for terms that are the same for all tokens v of embedding e,
+
+        log p(x_t | v) = t · eᵀ Dᵀ Λ y − t²/2 · (e − mean)ᵀ Dᵀ Λ D (e − mean),                  D = rotationᵀ W
+        y = rotationᵀ (x_t − t · center),          Λ = 1 / (t² · variance + (1 − t)² · noise_std²), a diagonal matrix
+
+    `fit` finds the buffers: center (latent,), mean (embedding,), and for each place rotation (places, latent, latent),
+    variance (places, latent) and directions D (places, latent, embedding). Before it, the evidence says nothing.
     """
+
+    rotation: torch.Tensor
 
     def __init__(self, config: Any):
         super().__init__()
+        places, latent = config.vae.chunk_size, config.vae.latent_size
         embedding, state = config.vae.hidden_size, config.context.hidden_size
-        self.chunk_size = config.vae.chunk_size
-        self.read = nn.Linear(embedding + state, state)
-        self.write = nn.Linear(config.vae.chunk_size * embedding, config.vae.latent_size)
+        self.noise_std = config.noise_std
+        self.read = nn.Linear(state, state)
+        self.read_noisy = nn.Linear(latent, places * state, bias=False)
+        self.write = nn.Linear(places * embedding, latent)
+        self.register_buffer("center", torch.zeros(latent))
+        self.register_buffer("mean", torch.zeros(embedding))
+        self.register_buffer("rotation", torch.eye(latent).repeat(places, 1, 1))
+        self.register_buffer("variance", torch.ones(places, latent))
+        self.register_buffer("directions", torch.zeros(places, latent, embedding))
+        # What was computed of parameters alone, and of which.
+        self._kept: dict[str, tuple[Any, torch.Tensor]] = {}
 
-    def predict(self, model, denoiser, x_t, timesteps, context, attention_mask, labels) -> Denoised:
+    def reset_evidence(self) -> None:
+        """Sets the buffers to those of an evidence that says nothing."""
+        for buffer in (self.center, self.mean, self.directions):
+            init.zeros_(buffer)
+        init.copy_(self.rotation, torch.eye(self.rotation.shape[1]).expand_as(self.rotation))
+        init.ones_(self.variance)
+
+    def train(self, mode: bool = True) -> "TokenPosterior":
+        self._kept.clear()
+        return super().train(mode)
+
+    def predict(self, model, denoiser, x_t, timesteps, context, attention_mask, tokens) -> Denoised:
         """Predicts the clean latents; arguments as in `denoise`."""
-        (blocks, chunks), size = x_t.shape[:2], self.chunk_size
+        (blocks, chunks), places = x_t.shape[:2], len(self.variance)
         table = model.context.table(x_t.device)
-        # 1. Read the evidence of each token from the noisy latents.
-        with torch.no_grad():
-            hidden = self.evidence(model, x_t, timesteps)
-            guess = torch.cat([likely @ table for likely in self._likely(model, hidden)])
-            guess = nn.functional.rms_norm(guess.float(), guess.shape[-1:]).to(hidden.dtype)
+        # 1. The noisy latents are evidence of each token.
+        evidence = self.evidence(model, x_t, timesteps)
         # 2. The heads tell what the text before says of the block's first chunk.
-        prior = hidden.new_zeros(blocks, 1, 1)
+        prior = x_t.new_zeros(blocks, places, table.shape[1], dtype=self.read.weight.dtype)
         if context is not None:
-            prior = model.context.head_states(context.to(self.read.weight.dtype))
-            prior = nn.functional.pad(prior, (0, 0, 0, (chunks - 1) * size))
-        states = self.read(torch.cat([hidden, guess], dim=-1)).view(blocks, chunks * size, -1) + prior
-        # 3. The denoiser makes the tokens of the block fit each other, and the text before.
-        times = timesteps if timesteps.dim() == 1 else timesteps.repeat_interleave(size, dim=1)
-        mask = None if attention_mask is None else attention_mask.repeat_interleave(size, dim=1)
+            prior = model.context.head_states(context.to(prior.dtype))
+        # 3. Both together give a first guess at each token by itself.
+        with torch.no_grad():
+            guess, _ = self._expect(table, evidence, prior if chunks == 1 else None, table)
+            if chunks > 1:
+                guess[::chunks], _ = self._expect(table, evidence[::chunks], prior, table)
+            if tokens.told is not None:
+                told = tokens.told.flatten(0, 1)
+                known = nn.functional.embedding(told.clamp(min=0), table).to(guess.dtype)
+                guess = torch.where((told >= 0).unsqueeze(-1), known, guess)
+            # In units of the table, so that its length tells how sure it is.
+            guess = guess / self._keep("scale", (table,), lambda: table.float().square().mean().sqrt()).to(guess.dtype)
+        prior = nn.functional.pad(prior, (0, 0, 0, (chunks - 1) * places))
+        states = self.read(guess).flatten(1) + self.read_noisy(x_t.flatten(0, 1).to(guess.dtype))
+        states = states.view(prior.shape) + prior
+        # 4. The denoiser makes the tokens of the block fit each other, and the text before.
+        times = timesteps if timesteps.dim() == 1 else timesteps.repeat_interleave(places, dim=1)
+        mask = None if attention_mask is None else attention_mask.repeat_interleave(places, dim=1)
         states = prior + denoiser(states, times, context=context, attention_mask=mask, return_dict=True).clean_latents
-        # 4. Both together give the posterior of each token, whose expected embeddings make the latent.
-        flat = None if labels is None else labels.flatten()
-        means, entropy = self._expected_embeddings(model, table, states.flatten(0, 1), hidden, flat)
-        return Denoised(self.write(means.view(blocks, chunks, -1)), entropy)
+        # 5. With the evidence they give the posterior of each token, whose expected embeddings make the latent.
+        states = states.view(blocks * chunks, places, -1)
+        labels = None if tokens.asked is None else tokens.asked.flatten(0, 1)
+        means, entropy = self._expect(evidence.embedding.to(table.dtype), evidence, states, table, labels)
+        return Denoised(self.write(means.flatten(1)).view(blocks, chunks, -1), entropy)
 
-    def evidence(self, model: Any, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """States (blocks · chunks · chunk_size, embedding) of the frozen decoder, which has read the noisy latents x_t.
+    def evidence(self, model: Any, x_t: torch.Tensor, timesteps: torch.Tensor) -> "Evidence":
+        """What latents x_t (blocks, chunks, latent) at times t, (1,), (blocks,) or (blocks, chunks), say of each token."""
+        config, device = model.config.vae, x_t.device
+        embedding = embedding_table(model.vae.embed_tokens, config.vocab_size, device)
+        # Without autocast: near t = 1 the evidence has large numbers, of which the differences count.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            center, rotation, variance, directions = (
+                buffer.to(device, torch.float32)
+                for buffer in (self.center, self.rotation, self.variance, self.directions)
+            )
+            t = expand_time(timesteps.to(device, torch.float32), x_t)
+            t = t.expand(*(1, 1) if t.numel() == 1 else x_t.shape[:2], 1).reshape(-1, 1, 1)
+            turned = torch.einsum("nl,plk->npk", x_t.float().flatten(0, 1) - t[:, 0] * center, rotation)
+            precision = 1 / (t**2 * variance + ((1 - t) * self.noise_std) ** 2).clamp(min=1e-6)
+            fields = t * torch.einsum("npk,pkh->nph", turned * precision, directions)
+            lengths = self._keep(
+                "lengths",
+                (embedding, self.mean, self.directions),
+                lambda: (
+                    torch.einsum("vh,pkh->pvk", embedding.float() - self.mean.to(device, torch.float32), directions)
+                    ** 2
+                ),
+            )
+            return Evidence(fields, t**2 / 2 * precision, embedding.float(), lengths, config.omni_token_id)
 
-        It reads t·x_t / (t² + (1 − t)²·noise_std²), the best linear estimate of clean latents of variance 1.
-        """
-        t = expand_time(timesteps.to(x_t.device, torch.float32), x_t)
-        estimate = x_t.float() * t / (t**2 + ((1 - t) * model.config.noise_std) ** 2)
-        latents = model.unstandardize(estimate).flatten(0, 1).to(model.vae.lm_head.weight.dtype)
-        return model.vae.decode_hidden(latents).flatten(0, 1)
+    def _keep(self, name: str, of: tuple[torch.Tensor, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `compute` makes of a model's own tensors, kept in generation as long as they are the same."""
+        if self.training or not isinstance(of[0], nn.Parameter) or of[0].is_inference():
+            # Nothing tells whether a sharded parameter, an adapter's sum or an offloaded table has changed.
+            return compute()
+        key = [(tensor.data_ptr(), tensor._version) for tensor in of]
+        if name not in self._kept or self._kept[name][0] != key:
+            self._kept[name] = (key, compute())
+        return self._kept[name][1]
 
     @torch.no_grad()
     def fit(self, model: Any, input_ids: torch.Tensor) -> None:
-        """Sets `write` to the linear function that comes nearest to the VAE's encoder on chunks (count, chunk_size)."""
-        embeddings = model.vae.embed_tokens(input_ids).flatten(1).float()
-        inputs = torch.cat([embeddings, embeddings.new_ones(len(embeddings), 1)], dim=1)
+        """Fits `write` and the evidence to the VAE's encoder, by least squares on chunks (count, chunk_size)."""
+        embeddings = model.vae.embed_tokens(input_ids).float()
         latents = model.standardize(model.encode(input_ids))[:, 0].float()
+        tokens, size = embeddings.flatten(0, 1), embeddings.shape[2]
+        mean, center = tokens.mean(dim=0), latents.mean(dim=0)
+        inputs = (embeddings - mean).flatten(1)
         # A little weight on small coefficients makes the solution unique where chunks are few.
         gram = inputs.T @ inputs
         gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        solution = torch.linalg.solve(gram, inputs.T @ latents)
-        self.write.weight.copy_(solution[:-1].T)
-        self.write.bias.copy_(solution[-1])
+        solution = torch.linalg.solve(gram, inputs.T @ (latents - center))
+        rest = latents - center - inputs @ solution
+        # What each place of a chunk adds to the latent, and its covariance.
+        parts = solution.unflatten(0, (-1, size)).transpose(1, 2)
+        covariances = parts @ torch.cov(tokens.T, correction=0) @ parts.transpose(1, 2)
+        variance, rotation = torch.linalg.eigh(covariances.sum(dim=0) - covariances + rest.T @ rest / len(rest))
+        for buffer, value in {
+            self.write.weight: solution.T, self.write.bias: center - mean.repeat(len(parts)) @ solution,
+            self.center: center, self.mean: mean, self.rotation: rotation, self.variance: variance.clamp(min=0),
+            self.directions: rotation.transpose(1, 2) @ parts,
+        }.items():  # fmt: skip
+            buffer.copy_(value)
 
-    def _parts(self, tokens: int, vocabulary: int) -> list[slice]:
-        rows = max(1, LOGITS_AT_ONCE // vocabulary)
-        return [slice(start, start + rows) for start in range(0, tokens, rows)]
+    def _expect(self, rows, evidence, states, table, labels=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Means of `rows` (vocab, width) under the posteriors, (chunks, places, width), and cross-entropy of the labels.
 
-    def _likely(self, model: Any, hidden: torch.Tensor):
-        """Softmax of the evidence, (tokens, vocab), in parts."""
-        for part in self._parts(len(hidden), model.config.vae.vocab_size):
-            logits = _without(model.config.vae.omni_token_id, model.vae.lm_head(hidden[part]).float())
-            yield logits.softmax(dim=-1).to(hidden.dtype)
+        states: (chunks, places, state), whose products with the table are added to the evidence; None adds nothing.
+        labels: (chunks, places), -100 for those that do not count.
+        """
 
-    def _expected_embeddings(self, model, table, states, hidden, labels) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mean embeddings (tokens, embedding) under the posteriors, and the cross-entropy of the labels (tokens,)."""
-        embedding = embedding_table(model.vae.embed_tokens, len(table), states.device)
-
-        def expect(states, hidden, labels):
-            logits = nn.functional.linear(states, table).float() + model.vae.lm_head(hidden).float()
-            logits = _without(model.config.vae.omni_token_id, logits)
-            mean = logits.softmax(dim=-1).to(hidden.dtype) @ embedding
+        def expect(part, states, labels):
+            # All logits in one part are computed once, for the guess and the posterior.
+            logits = (evidence if len(parts) == 1 else evidence[part]).logits()
+            if states is not None:
+                logits = logits + nn.functional.linear(states, table).float()
+            mean = logits.softmax(dim=-1).to(rows.dtype) @ rows
             if labels is None:
                 return mean, None
-            return mean, nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+            nats = nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100
+            )
+            return mean, nats
 
-        parts = self._parts(len(states), len(table))
+        count, size = len(evidence.fields), max(1, LOGITS_AT_ONCE // (len(table) * len(self.variance)))
+        parts = [slice(start, start + size) for start in range(0, count, size)]
         again = torch.is_grad_enabled() and len(parts) > 1
         found = []
         for part in parts:
-            arguments = (states[part], hidden[part], None if labels is None else labels[part])
+            arguments = (part, *(None if of_all is None else of_all[part] for of_all in (states, labels)))
             found.append(checkpoint(expect, *arguments, use_reentrant=False) if again else expect(*arguments))
         means = torch.cat([mean for mean, _ in found])
         if labels is None:
             return means, None
-        return means, torch.stack([sum_ for _, sum_ in found]).sum() / (labels != -100).sum().clamp(min=1)
+        return means, torch.stack([nats for _, nats in found]).sum() / (labels != -100).sum().clamp(min=1)
 
 
-def _without(token: int, logits: torch.Tensor) -> torch.Tensor:
-    """Logits (…, vocab) that exclude a token."""
-    return logits.index_fill(-1, torch.tensor([token], device=logits.device), torch.finfo(logits.dtype).min)
+@dataclass
+class Evidence:
+    """Logits of the evidence of each token, l = fields · e − curvature · lengths(e), before they are computed.
+
+    fields: (chunks, places, embedding).
+    curvature: (chunks, places, latent); (1, places, latent) if all chunks are at one time.
+    embedding: (vocab, embedding).
+    lengths: squared length of each embedding along each direction, (places, vocab, latent).
+    omni_token_id: the token that never occurs.
+    computed: the logits, once they are.
+    """
+
+    fields: torch.Tensor
+    curvature: torch.Tensor
+    embedding: torch.Tensor
+    lengths: torch.Tensor
+    omni_token_id: int
+    computed: torch.Tensor | None = None
+
+    def __getitem__(self, chunks: slice) -> "Evidence":
+        curvature = self.curvature if len(self.curvature) == 1 else self.curvature[chunks]
+        computed = None if self.computed is None else self.computed[chunks]
+        return Evidence(self.fields[chunks], curvature, self.embedding, self.lengths, self.omni_token_id, computed)
+
+    def logits(self) -> torch.Tensor:
+        """(chunks, places, vocab), float32, the omni token excluded."""
+        if self.computed is None:
+            with torch.no_grad(), torch.autocast(self.fields.device.type, enabled=False):
+                logits = self.fields @ self.embedding.T
+                logits -= torch.einsum("npk,pvk->npv", self.curvature, self.lengths)
+                logits[..., self.omni_token_id] = torch.finfo(logits.dtype).min
+                self.computed = logits
+        return self.computed

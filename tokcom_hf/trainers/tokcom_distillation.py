@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from ..evaluation.tokcom_denoising import denoising_metrics
-from ..models.tokcom_flow_matching import Denoise, denoising_steps, sample, sampling_times
+from ..models.tokcom_flow_matching import Denoise, denoising_steps, sample, step_times
 from ..models.tokcom_objective import block_shape, block_starts
-from ..models.tokcom_token_posterior import denoise
+from ..models.tokcom_token_posterior import Denoised, Tokens, denoise
 from .tokcom import FlowTrainer, draw_blocks, evaluation_blocks
 from .tokcom_arguments import DenoiserTrainingArguments
 from .tokcom_samples import Tables, flow_samples
+
+Predictor = Callable[..., Denoised]
 
 
 @dataclass
@@ -48,6 +50,8 @@ class DistillationTrainer(FlowTrainer):
 
         loss = |student(x_t, t) − x1|² + token_weight · cross-entropy of decoder(student(x_t, t)) to the tokens decoder(x1)
 
+    With a `TokenPosterior`, the cross-entropy is that of the student's posterior to these tokens.
+
     Args:
         model: the student denoiser; None copies the teacher's.
         teacher: the `TokComModel` to follow; it is not changed.
@@ -68,7 +72,7 @@ class DistillationTrainer(FlowTrainer):
         self.teacher = teacher.to(self.args.device).eval()
         # Gradients of the cross-entropy pass through the decoder, which stays frozen.
         self.teacher.vae.requires_grad_(False)
-        self.times = sampling_times(self.args.student_steps, teacher.config.step_power)
+        self.times = step_times(teacher.config, self.args.student_steps)
 
     def distilled(self) -> Any:
         """A copy of the teacher with the student as its denoiser; `generate` takes `student_steps` steps by default."""
@@ -98,17 +102,19 @@ class DistillationTrainer(FlowTrainer):
         real = self._real_chunks(inputs["attention_mask"], starts, shape)
         with torch.no_grad():
             context = None if teacher.context is None else teacher.context(ids)[:, starts.flatten()].flatten(0, 1)
-            student = self._denoise(model, context, real)
-            x = self._arrive(student, noise, fresh, place)
-            remaining = sampling_times(denoising_steps(args.teacher_steps, now), config.step_power, now)
-            target = sample(self._denoise(teacher.denoiser, context, real), x, remaining)
+            student = self._predictor(model, context, real)
+            x = self._arrive(clean(student), noise, fresh, place)
+            remaining = step_times(config, denoising_steps(args.teacher_steps, now), now)
+            target = sample(clean(self._predictor(teacher.denoiser, context, real)), x, remaining)
             tokens = teacher.decode(teacher.unstandardize(target)).unflatten(1, (shape[1], -1))
             tokens = tokens.masked_fill(~real.unsqueeze(-1), -100)
-        predicted = student(x, now)
+        found = student(x, now, tokens)
+        predicted, entropy = found.clean_latents, found.cross_entropy
         error = (predicted.float() - target.float()).square().mean(dim=-1)
         error = (error * real).sum() / real.sum().clamp(min=1)
-        latents = teacher.unstandardize(predicted).flatten(0, 1).to(teacher.vae.lm_head.weight.dtype)
-        entropy = teacher.vae.cross_entropy(teacher.vae.decode_hidden(latents), tokens)
+        if entropy is None:
+            latents = teacher.unstandardize(predicted).flatten(0, 1).to(teacher.vae.lm_head.weight.dtype)
+            entropy = teacher.vae.cross_entropy(teacher.vae.decode_hidden(latents), tokens)
         loss = error + args.token_weight * entropy
         if model.training:
             self.log_scalars("distillation", {"batch_mse_loss": error.detach(), "batch_ce_loss": entropy.detach()})
@@ -120,18 +126,18 @@ class DistillationTrainer(FlowTrainer):
         tokens = (starts[..., None] + torch.arange(span, device=starts.device)).flatten()
         return attention_mask[:, tokens].view(-1, shape[1], self.teacher.config.vae.chunk_size).bool().any(dim=-1)
 
-    def _denoise(self, denoiser: nn.Module, context: torch.Tensor | None, real: torch.Tensor) -> Denoise:
-        """The function (x_t, t) → clean latents; with self-conditioning each call reads the previous prediction."""
+    def _predictor(self, denoiser: nn.Module, context: torch.Tensor | None, real: torch.Tensor) -> Predictor:
+        """The function (x_t, t, labels) → `Denoised`; with self-conditioning each call reads the previous prediction."""
         # Chunks do not attend to padding. A block of padding alone attends to itself, because softmax needs a key.
         mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
         earlier: list[torch.Tensor | None] = [None]
 
-        def predict(x: torch.Tensor, t: float) -> torch.Tensor:
+        def predict(x: torch.Tensor, t: float, labels: torch.Tensor | None = None) -> Denoised:
             time = torch.full((1,), t, device=x.device)
-            clean = denoise(self.teacher, x, time, context, earlier[0], mask, denoiser).clean_latents
+            found = denoise(self.teacher, x, time, context, earlier[0], mask, denoiser, Tokens(labels))
             if self.teacher.config.denoiser.self_conditioning:
-                earlier[0] = clean
-            return clean
+                earlier[0] = found.clean_latents
+            return found
 
         return predict
 
@@ -157,3 +163,8 @@ class DistillationTrainer(FlowTrainer):
     def sample_tables(self, decode_text: Callable[[torch.Tensor], list[str]]) -> Tables:
         """Generations, and denoised held-out text beside the original."""
         return flow_samples(self, self.distilled(), decode_text, self.args.sample_steps or self.args.student_steps)
+
+
+def clean(predict: Predictor) -> Denoise:
+    """(x_t, t) → the clean latents of a prediction alone."""
+    return lambda x, t: predict(x, t).clean_latents
