@@ -37,7 +37,7 @@ def test_everything_runs_at_toy_size_on_a_cpu(benchmark, monkeypatch, tmp_path, 
     draw = random.Random(0)
     text = "\n\n\n".join(" ".join(draw.choice(WORDS) for _ in range(400)) for _ in range(60))
     (tmp_path / "text.txt").write_text(text)
-    options = ["--device", "cpu", "--sizes", "toy", "--train_size", "toy", "--train_seconds", 0, "--least_steps", 16,
+    options = ["--device", "cpu", "--sizes", "toy", "--train_size", "toy", "--train_seconds", 0, "--least_steps", 40,
                "--step_tokens", 512, "--text_file", tmp_path / "text.txt", "--output", tmp_path / "gpu.json",
                "--timed_steps", 1, "--tokens", 16, "--batch_sizes", 2, "--block_sizes", 1, 0, "--num_steps", 1, 2,
                "--vocab_size", 280, "--num_samples", 2, "--num_prefixes", 4]  # fmt: skip

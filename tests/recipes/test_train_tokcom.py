@@ -120,7 +120,9 @@ def test_sizes_count_every_parameter(trained):
     distilled = json.loads((out / "distilled" / "results.json").read_text())
     model = AutoModel.from_pretrained(out)
     # Written down by hand: each tensor of the file once, without what is no parameter.
-    tensors = {name: value for name, value in model.state_dict().items() if name not in ("latent_mean", "latent_std")}
+    statistics = [f"posterior.{name}" for name in ("center", "mean", "rotation", "variance", "directions")]
+    statistics += ["latent_mean", "latent_std"]
+    tensors = {name: value for name, value in model.state_dict().items() if name not in statistics}
     size = sum({value.data_ptr(): value.numel() for value in tensors.values()}.values())
     assert results["denoiser"]["parameters"] == distilled["distilled"]["parameters"] == size
     assert results["vae"]["parameters"] == AutoModel.from_pretrained(out / "vae").num_parameters() < size

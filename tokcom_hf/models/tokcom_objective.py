@@ -187,7 +187,9 @@ def cut_blocks(
     return Blocks(x1, labels[:, tokens].view(rows, *shape[1:3], chunk), starts, attention_mask is not None)
 
 
-def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor, revealed: torch.Tensor | None) -> None:
+def add_flow_losses(
+    model: Any, output: Any, blocks: Blocks, t: torch.Tensor, revealed: torch.Tensor | None = None
+) -> None:
     """Adds the losses of the flow and of the tokens to a `TokComOutput` that has `clean_latents`.
 
     The cross-entropy of a `TokenPosterior` is in the output already; without one, it is that of the frozen decoder.
