@@ -187,7 +187,8 @@ class TokenPosterior(nn.Module):
         if self.training or not isinstance(of[0], nn.Parameter) or of[0].is_inference():
             # Nothing tells whether a sharded parameter, an adapter's sum or an offloaded table has changed.
             return compute()
-        key = [(tensor.data_ptr(), tensor._version) for tensor in of]
+        # The shape, because a resized table may lie where the former one lay.
+        key = [(tensor.data_ptr(), tensor._version, tensor.shape) for tensor in of]
         if name not in self._kept or self._kept[name][0] != key:
             self._kept[name] = (key, compute())
         return self._kept[name][1]
