@@ -232,6 +232,20 @@ def test_noise_draws_share_the_context_and_follow_each_other(blocked, batch):
     assert not torch.allclose(both[:, :2], both[:, 2:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("draws", "shift"), [(1, 0), (2, 2)])
+def test_a_stride_leaves_blocks_out(draws, shift):
+    model = small("context", noise_draws=draws).eval()
+    ids = torch.randint(0, 50, (3, 20), generator=seeded(3))
+    cuts = {"offset": 1, "draw_shift": shift, "block_size": 1}
+    noise, timesteps = torch.randn(3, 4 * draws, 1, 16), torch.rand(3, 4 * draws)
+    every = model(ids, noise=noise, timesteps=timesteps, **cuts).clean_latents.unflatten(1, (draws, 4))
+    for stride, kept in ((2, [0, 2]), (3, [0, 3]), (9, [0])):
+        chosen = torch.cat([torch.tensor(kept) + 4 * draw for draw in range(draws)])
+        some = model(ids, noise=noise[:, chosen], timesteps=timesteps[:, chosen], **cuts, block_stride=stride)
+        torch.testing.assert_close(some.clean_latents, every[:, :, kept].flatten(1, 2))
+
+
 def test_what_is_drawn_follows_the_global_seed_and_the_configured_distribution():
     ids = torch.randint(0, 50, (2, 8), generator=seeded())
     model = small("tokcom", noise_std=0.0, time_distribution="logit_normal", time_mean=-9.0, time_std=0.1)
@@ -280,10 +294,11 @@ def test_the_vae_gets_no_gradient_of_the_flow(blocked, batch):
         ("context", {"offset": 8}, "No block of 0 chunks"),
         ("context", {"offset": -4, "block_size": 1}, "fits after -4 of 8"),
         ("context", {"draw_shift": 2, "block_size": 1}, "this model has noise_draws=1"),
+        ("context", {"block_stride": 0, "block_size": 1}, "block_stride must be at least 1, got 0"),
         (
             "context",
             {"offset": 4, "block_size": 1, "latents": torch.zeros(1, 2, 16)},
-            "got offset=4 and draw_shift=0",
+            "got offset=4, draw_shift=0 and block_stride=1",
         ),
     ],
 )

@@ -21,9 +21,11 @@ from tests.helpers.tokcom_runs import (
     row_trainer,
     vae_trainer,
 )
+from tests.helpers.tokcom_tools import seeded
 from tokcom_hf.data.latent_rows import encode_rows
 from tokcom_hf.models.modeling_tokcom import TokComModel, TokComOutput
 from tokcom_hf.models.tokcom_objective import Blocks, add_flow_losses
+from tokcom_hf.trainers.tokcom import draw_blocks
 from tokcom_hf.trainers.tokcom_stages import some_chunks
 
 
@@ -139,6 +141,27 @@ def test_the_third_stage_moves_the_student_alone_and_its_losses_fall(tmp_path, t
     for name in ("loss", "distillation/batch_mse_loss", "distillation/batch_ce_loss"):
         logged = lines(trainer, name)
         assert sum(logged[-10:]) < 0.9 * sum(logged[:10]), name
+
+
+def test_a_fraction_of_a_draw_trains_every_nth_block_and_evaluates_all(tmp_path, monkeypatch):
+    calls, forward = [], TokComModel.forward
+
+    def recorded(self, *given, **named):
+        output = forward(self, *given, **named)
+        calls.append((self.training, named, output.clean_latents.shape))
+        return output
+
+    monkeypatch.setattr(TokComModel, "forward", recorded)
+    model = block_model(noise_draws=0.25, block_sizes=[1])
+    trainer = denoiser_trainer(tmp_path, model, Rows(96, length=48), max_steps=24, per_device_train_batch_size=4)
+    trainer.train()
+    trainer.evaluate()
+    trained = [(named, shape) for training, named, shape in calls if training]
+    assert {named["block_stride"] for named, _ in trained} == {4}
+    # Every token may be the first of a block.
+    assert {draw_blocks(model.config, 48, seeded(seed))["offset"] for seed in range(200)} == set(range(16))
+    assert all(shape[1] == -(-((48 - named["offset"]) // 4) // 4) for named, shape in trained)
+    assert {shape[1] for training, _, shape in calls if not training} == {12}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6])

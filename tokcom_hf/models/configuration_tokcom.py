@@ -40,7 +40,7 @@ class TokComConfig(PreTrainedConfig):
         head_weight: weight of the cross-entropy of the context's heads: that of the next token, plus half that of the
             later tokens of a chunk.
         noise_draws: noisy copies of each row's blocks that share one pass of the context; in training each copy starts at
-            another token.
+            another token. A fraction 1/n trains the flow on every n-th block alone, for more text at the same cost.
         block_sizes: chunks per block; each batch draws one of these numbers. 0 is the whole row.
         reveal_share: share in [0, 1) of the noisy blocks in which training tells the denoiser some of the tokens, so that it
             learns which tokens go together. Models with `token_posterior` only.
@@ -76,7 +76,7 @@ class TokComConfig(PreTrainedConfig):
     mse_weight: float | int = 0.0
     cross_entropy_weight: float | int = 1.0
     head_weight: float | int = 1.0
-    noise_draws: int = 1
+    noise_draws: float | int = 1
     block_sizes: tuple[int, ...] | list[int] = (0,)
     reveal_share: float | int = 0.0
     context_dropout: float | int = 0.0
@@ -108,7 +108,9 @@ class TokComConfig(PreTrainedConfig):
         self._check_blocks()
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
-        for name in ("noise_draws", "num_steps", "max_chunks"):
+        if self.noise_draws <= 0 or max(self.noise_draws, 1 / self.noise_draws) % 1:
+            raise ValueError(f"noise_draws must be a whole number or 1 divided by one, got {self.noise_draws}.")
+        for name in ("num_steps", "max_chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.step_quantiles and (self.time_distribution, self.step_power) != ("logit_normal", 1.0):

@@ -53,9 +53,8 @@ class TokComModel(StrictLoading, GenerationMixin):
         self.eos_of_config = config.eos_token_id
         self.vae = TokComVAE(config.vae)
         self.denoiser = DenoisedModel(config.denoiser)
-        self.context = None
-        if config.context is not None:
-            self.context = ContextEncoder(config.context, config.vae.chunk_size, config.vae.omni_token_id)
+        shape, places = config.context, (config.vae.chunk_size, config.vae.omni_token_id)
+        self.context = None if shape is None else ContextEncoder(shape, *places)
         self.posterior = TokenPosterior(config) if config.token_posterior else None
         self.register_buffer("latent_mean", torch.zeros(config.vae.latent_size))
         self.register_buffer("latent_std", torch.ones(config.vae.latent_size))
@@ -81,6 +80,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         offset: int = 0,
         block_size: int = 0,
         draw_shift: int = 0,
+        block_stride: int = 1,
         self_conditioned: bool = False,
         return_loss: bool = True,
         return_dict: bool | None = None,
@@ -95,7 +95,7 @@ class TokComModel(StrictLoading, GenerationMixin):
             context_mask: (rows, blocks), False hides the context from a block; None hides it from no block.
             revealed: (rows, blocks, chunks, chunk_size) bool, tokens told to a denoiser with `token_posterior`; no loss.
             offset, block_size: tokens before the first block, and chunks per block (0: all). Models with a context only.
-            draw_shift: tokens by which each noise draw starts after the one before; 0 draws noise for the same blocks.
+            draw_shift, block_stride: tokens by which noise draws lie apart, and blocks by which the blocks of a draw do.
             self_conditioned: predict twice, the second time from the first prediction. Models with `self_conditioning` only.
             return_loss: whether to compute losses; `Trainer` looks for this name in models without labels.
             return_dict: False returns a tuple; None takes the config's.
@@ -106,13 +106,13 @@ class TokComModel(StrictLoading, GenerationMixin):
         config = self.config
         check_ids(input_ids, config.vae.vocab_size)
         # 1. Cut the rows into blocks: clean latents x1, tokens, padding.
-        shape = (len(input_ids), *block_shape(config, input_ids.shape[1], offset, block_size, draw_shift))
+        cuts = (offset, block_size, draw_shift, block_stride)
+        shape = (len(input_ids), *block_shape(config, input_ids.shape[1], *cuts))
         check_shapes(config, input_ids, shape, attention_mask=attention_mask, latents=latents, noise=noise,
                      timesteps=timesteps, context_mask=context_mask, revealed=revealed)  # fmt: skip
-        blocks = cut_blocks(self, input_ids, attention_mask, latents, shape, offset, draw_shift)
+        blocks = cut_blocks(self, input_ids, attention_mask, latents, shape, offset, draw_shift, block_stride)
         # 2. Draw noise x0 and times t, and mix: x_t = (1 − t) · x0 + t · x1.
-        if noise is None:
-            noise = torch.randn(shape).to(blocks.x1) * config.noise_std
+        noise = torch.randn(shape) * config.noise_std if noise is None else noise
         if timesteps is None:
             timesteps = training_times(shape[:2], config.time_distribution, config.time_mean, config.time_std)
         timesteps = timesteps.to(blocks.x1.device, torch.float32)
@@ -145,16 +145,16 @@ class TokComModel(StrictLoading, GenerationMixin):
 
     def standardize(self, latents: torch.Tensor) -> torch.Tensor:
         """VAE latents → the space of the flow."""
-        if not self.config.standardize_latents:
-            return latents
-        # In a model spread over devices, the statistics may be on another one.
-        return (latents - self.latent_mean.to(latents.device)) / self.latent_std.to(latents.device)
+        if self.config.standardize_latents:
+            # In a model spread over devices, the statistics may be on another one.
+            latents = (latents - self.latent_mean.to(latents.device)) / self.latent_std.to(latents.device)
+        return latents
 
     def unstandardize(self, latents: torch.Tensor) -> torch.Tensor:
         """The space of the flow → VAE latents."""
-        if not self.config.standardize_latents:
-            return latents
-        return latents * self.latent_std.to(latents.device) + self.latent_mean.to(latents.device)
+        if self.config.standardize_latents:
+            latents = latents * self.latent_std.to(latents.device) + self.latent_mean.to(latents.device)
+        return latents
 
     def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
         """ids (batch, length) → VAE latents (batch, length / chunk, latent)."""

@@ -35,7 +35,7 @@ class TokComOutput(ModelOutput):
 
 
 def block_shape(
-    config: Any, length: int, offset: int = 0, block_size: int = 0, draw_shift: int = 0
+    config: Any, length: int, offset: int = 0, block_size: int = 0, draw_shift: int = 0, block_stride: int = 1
 ) -> tuple[int, int, int]:
     """Shape (blocks, chunks, latent) of the blocks of a row of `length` tokens, cut from token `offset` on.
 
@@ -45,14 +45,20 @@ def block_shape(
         config: `TokComConfig`.
         block_size: chunks per block, 0 for all.
         draw_shift: tokens by which the blocks of each noise draw start after those of the draw before.
+        block_stride: blocks from the start of one to that of the next.
 
     Raises:
-        ValueError: no whole block fits, a model without a context got an offset or a block size, or one with a single noise
-            draw got a shift.
+        ValueError: no whole block fits, a stride below 1, a model without a context got an offset or a block size, or one
+            with a single noise draw got a shift.
     """
-    if draw_shift and config.noise_draws == 1:
-        raise ValueError(f"draw_shift={draw_shift} moves all noise draws but the first; this model has noise_draws=1.")
-    chunk, last = config.vae.chunk_size, offset + (config.noise_draws - 1) * draw_shift
+    draws = copies_of_blocks(config)
+    if draw_shift and draws == 1:
+        raise ValueError(
+            f"draw_shift={draw_shift} moves all noise draws but the first; this model has noise_draws={config.noise_draws}."
+        )
+    if block_stride < 1:
+        raise ValueError(f"block_stride must be at least 1, got {block_stride}.")
+    chunk, last = config.vae.chunk_size, offset + (draws - 1) * draw_shift
     size = block_size or (length - last) // chunk
     if config.context is None and (offset or size * chunk != length):
         raise ValueError(
@@ -62,14 +68,21 @@ def block_shape(
     blocks = (length - last) // (size * chunk) if size > 0 else 0
     if blocks < 1 or min(offset, draw_shift) < 0:
         raise ValueError(f"No block of {size} chunks of {chunk} tokens fits after {last} of {length} tokens.")
-    return config.noise_draws * blocks, size, config.vae.latent_size
+    # Rounded up, because the last block needs no room behind it.
+    return draws * -(-blocks // block_stride), size, config.vae.latent_size
 
 
-def block_starts(config: Any, shape: tuple[int, ...], offset: int, draw_shift: int) -> torch.Tensor:
+def copies_of_blocks(config: Any) -> int:
+    """Noise draws of a block in one `forward`; of a fraction of a draw, the trainer makes a stride."""
+    return max(1, int(config.noise_draws))
+
+
+def block_starts(
+    config: Any, shape: tuple[int, ...], offset: int = 0, draw_shift: int = 0, block_stride: int = 1
+) -> torch.Tensor:
     """Index of the first token of each block, (draws, blocks of a draw); arguments and `shape` as in `block_shape`."""
-    draws = config.noise_draws
-    firsts = offset + draw_shift * torch.arange(draws)
-    return firsts[:, None] + torch.arange(shape[0] // draws) * shape[1] * config.vae.chunk_size
+    draws, span = copies_of_blocks(config), block_stride * shape[1] * config.vae.chunk_size
+    return offset + draw_shift * torch.arange(draws)[:, None] + span * torch.arange(shape[0] // draws)
 
 
 def draw_revealed(shape: tuple[int, ...], share: float, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -164,15 +177,16 @@ def cut_blocks(
     shape: tuple[int, ...],
     offset: int,
     draw_shift: int,
+    block_stride: int,
 ) -> Blocks:
     """Blocks of `shape` (rows, blocks, chunks, latent), which `block_shape` gives for this offset and shift."""
-    if latents is not None and (offset or draw_shift):
+    if latents is not None and (offset or draw_shift or block_stride > 1):
         raise ValueError(
-            f"latents must be those of whole rows, from token 0 on; got offset={offset} and draw_shift={draw_shift} with "
-            "them."
+            f"latents must be those of whole rows, from token 0 on; got offset={offset}, draw_shift={draw_shift} and "
+            f"block_stride={block_stride} with them."
         )
-    rows, draws, chunk = len(input_ids), model.config.noise_draws, model.config.vae.chunk_size
-    starts = block_starts(model.config, shape[1:], offset, draw_shift).to(input_ids.device)
+    rows, draws, chunk = len(input_ids), copies_of_blocks(model.config), model.config.vae.chunk_size
+    starts = block_starts(model.config, shape[1:], offset, draw_shift, block_stride).to(input_ids.device)
     tokens = (starts[..., None] + torch.arange(shape[2] * chunk, device=starts.device)).flatten()
     labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
     with torch.no_grad():

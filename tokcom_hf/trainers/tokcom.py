@@ -8,7 +8,7 @@ import torch
 from ..evaluation.tokcom_denoising import denoising_metrics
 from ..evaluation.tokcom_reconstruction import reconstruction_metrics
 from ..models.tokcom_flow_matching import training_times
-from ..models.tokcom_objective import block_shape, draw_revealed
+from ..models.tokcom_objective import block_shape, copies_of_blocks, draw_revealed
 from .base import CompressionTrainer
 from .epoch_losses import EpochLossCallback
 from .tokcom_arguments import DenoiserTrainingArguments, TokComTrainingArguments, TokComVAETrainingArguments
@@ -161,15 +161,16 @@ def draw_blocks(config: Any, length: int, generator: torch.Generator) -> dict[st
         return {"offset": 0, "block_size": 0}
     chunk, chunks = config.vae.chunk_size, length // config.vae.chunk_size
     # Each noise draw starts at another token of a chunk, and so has other chunks to learn from.
-    shift = chunk // config.noise_draws if config.noise_draws > 1 else 0
+    shift = chunk // int(config.noise_draws) if config.noise_draws > 1 else 0
+    stride = round(1 / config.noise_draws) if config.noise_draws < 1 else 1
     size = config.block_sizes[int(torch.randint(len(config.block_sizes), (), generator=generator))]
     # Blocks start at any token, so that training sees prompts of every length. A block of size 0 covers the rest of the row
     # and starts in its first half.
-    room = length // 2 if size == 0 else min(size, chunks) * chunk
+    room = length // 2 if size == 0 else min(size * stride, chunks) * chunk
     offset = int(torch.randint(room, (), generator=generator))
-    if size and length - offset - shift * (config.noise_draws - 1) < size * chunk:
+    if size and length - offset - shift * (copies_of_blocks(config) - 1) < size * chunk:
         offset, size, shift = 0, min(size, chunks), 0
-    return {"offset": offset, "block_size": size, "draw_shift": shift}
+    return {"offset": offset, "block_size": size, "draw_shift": shift, "block_stride": stride}
 
 
 def evaluation_blocks(config: Any, length: int) -> dict[str, int]:
@@ -259,7 +260,7 @@ class DenoiserTrainer(FlowTrainer):
     def token_logits(self, outputs, rows: int) -> torch.Tensor | None:
         """Logits `(rows, length, vocab)` of the predicted clean latents; of several noise draws, the first counts."""
         model = self.unwrapped_model
-        blocks = outputs.clean_latents.shape[1] // model.config.noise_draws
+        blocks = outputs.clean_latents.shape[1] // copies_of_blocks(model.config)
         return model.vae.decode_logits(model.unstandardize(outputs.clean_latents[:, :blocks].flatten(1, 2)))
 
     def accuracies(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:

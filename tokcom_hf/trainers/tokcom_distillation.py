@@ -98,7 +98,8 @@ class DistillationTrainer(FlowTrainer):
         )
         place = int(torch.randint(args.student_steps, (), generator=generator))
         now = self.times[place]
-        starts = block_starts(config, shape, blocks["offset"], blocks.get("draw_shift", 0)).to(ids.device)
+        where = {name: blocks[name] for name in ("offset", "draw_shift", "block_stride") if name in blocks}
+        starts = block_starts(config, shape, **where).to(ids.device)
         real = self._real_chunks(inputs["attention_mask"], starts, shape)
         with torch.no_grad():
             context = None if teacher.context is None else teacher.context(ids)[:, starts.flatten()].flatten(0, 1)
