@@ -108,6 +108,20 @@ def test_the_evidence_follows_the_embedding(model, call):
     assert not torch.allclose(found, denoise(model, *call).clean_latents, atol=1e-3)
 
 
+@torch.no_grad()
+def test_what_generation_keeps_changes_nothing(model, call, monkeypatch):
+    monkeypatch.setattr(tokcom_token_posterior, "MOST_KEPT", 4)
+    (x, _, c), model = call, copy.deepcopy(model).eval()
+    for step in (0, 1, 2, 3, 4, 5, 0, 1):
+        if step == 4:
+            # Another VAE: what was kept of the former one no longer holds.
+            model.vae.embed_tokens.weight.mul_(0.8)
+        t = torch.tensor([step / 6])
+        at_once, one_by_one = (denoise(model, x, times, c).clean_latents for times in (t, t.repeat(3)))
+        torch.testing.assert_close(at_once, one_by_one, atol=1e-5, rtol=1e-4)
+        assert len(model.posterior._kept) <= 4
+
+
 def test_parts_of_the_logits_give_the_same_prediction_and_gradients(model, call, monkeypatch):
     labels, found = torch.randint(0, 50, (3, 2, 4), generator=seeded(5)), []
     parameters = [*model.context.parameters(), *model.denoiser.parameters(), *model.posterior.parameters()]

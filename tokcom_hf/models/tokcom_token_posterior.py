@@ -25,6 +25,8 @@ from .tokcom_flow_matching import expand_time
 # Logits that are held at once, in numbers: 128 MiB of float32. Larger batches are processed in parts, which the backward
 # pass computes again.
 LOGITS_AT_ONCE = 2**25
+# Products that are kept in generation: one for each time of its steps, and two more.
+MOST_KEPT = 64
 
 
 @dataclass
@@ -180,7 +182,16 @@ class TokenPosterior(nn.Module):
                     ** 2
                 ),
             )
-            return Evidence(fields, t**2 / 2 * precision, embedding.float(), lengths, config.omni_token_id)
+            curvature = t**2 / 2 * precision
+            if len(curvature) == 1 and device.type == "cpu":
+                # All chunks are at one time, as in generation, so that the sum over the directions serves them all.
+                lengths = self._keep(
+                    f"lengths at {t.item()}",
+                    (embedding, self.mean, self.directions, self.variance),
+                    lambda: torch.einsum("pk,pvk->pv", curvature[0], lengths).unsqueeze(-1),
+                )
+                curvature = curvature.new_ones(1, len(variance), 1)
+            return Evidence(fields, curvature, embedding.float(), lengths, config.omni_token_id)
 
     def _keep(self, name: str, of: tuple[torch.Tensor, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `compute` makes of a model's own tensors, kept in generation as long as they are the same."""
@@ -190,6 +201,8 @@ class TokenPosterior(nn.Module):
         # The shape, because a resized table may lie where the former one lay.
         key = [(tensor.data_ptr(), tensor._version, tensor.shape) for tensor in of]
         if name not in self._kept or self._kept[name][0] != key:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
             self._kept[name] = (key, compute())
         return self._kept[name][1]
 
@@ -255,9 +268,10 @@ class Evidence:
     """Logits of the evidence of each token, l = fields · e − curvature · lengths(e), before they are computed.
 
     fields: (chunks, places, embedding).
-    curvature: (chunks, places, latent); (1, places, latent) if all chunks are at one time.
+    curvature: (chunks, places, latent); (1, places, latent) or ones (1, places, 1) if all chunks are at one time.
     embedding: (vocab, embedding).
-    lengths: squared length of each embedding along each direction, (places, vocab, latent).
+    lengths: squared length of each embedding along each direction, (places, vocab, latent); with a curvature of ones
+        their sum, weighted by the curvature, (places, vocab, 1).
     omni_token_id: the token that never occurs.
     computed: the logits, once they are.
     """
