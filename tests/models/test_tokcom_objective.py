@@ -86,7 +86,7 @@ def reference(model, ids, mask, noise, timesteps, starts, size, context_mask=Non
             for r in range(len(ids)) for s in starts for head in range(1, chunk) if real[r, s + head]
         ]  # fmt: skip
         parts["next_token_loss"], parts["later_token_loss"] = torch.stack(following).mean(), torch.stack(later).mean()
-        loss = loss + config.head_weight * (parts["next_token_loss"] + 0.5 * parts["later_token_loss"])
+        loss = loss + config.head_weight * (parts["next_token_loss"] + 0.2 * parts["later_token_loss"])
     return parts | {"loss": loss}
 
 

@@ -37,8 +37,8 @@ class TokComConfig(PreTrainedConfig):
         mse_weight: weight of the squared error of the velocity; 0 is documented.
         cross_entropy_weight: weight of the cross-entropy of the tokens, nats per token: of the frozen decoder on the
             predicted latents, or with `token_posterior` of the posterior; 1 is documented.
-        head_weight: weight of the cross-entropy of the context's heads: that of the next token, plus half that of the
-            later tokens of a chunk.
+        head_weight: weight of the cross-entropy of the context's heads: that of the next token, plus a fifth of that of
+            the later tokens of a chunk.
         noise_draws: noisy copies of each row's blocks that share one pass of the context; in training each copy starts at
             another token. A fraction 1/n trains the flow on every n-th block alone, for more text at the same cost.
         block_sizes: chunks per block; each batch draws one of these numbers. 0 is the whole row.
