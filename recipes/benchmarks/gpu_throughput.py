@@ -50,8 +50,8 @@ def build(size: str, vocabulary: int, device: str) -> TokComModel:
             denoiser=shapes["denoiser"] | {"time_scale": 1000.0},
             context=shapes["context"] | {"max_position_embeddings": 2 * PAPER_LENGTH},
             standardize_latents=True, noise_std=1.0, time_distribution="logit_normal", time_mean=-0.75, time_std=0.7,
-            token_posterior=True, mse_weight=0.25, reveal_share=0.5, noise_draws=2, block_sizes=[1, 1, 1, 4, 16],
-            max_chunks=LENGTH // 4, block_size=1, num_steps=8, step_quantiles=True,
+            token_posterior=True, mse_weight=0.25, head_weight=3.0, reveal_share=0.8, noise_draws=0.5,
+            block_sizes=[1, 1, 1, 4, 16], max_chunks=LENGTH // 4, block_size=1, num_steps=8, step_quantiles=True,
         )  # fmt: skip
     else:
         config = TokComConfig()
@@ -86,10 +86,10 @@ def throughput(
     tokens = run.step_tokens // (4 if size == "paper" else 1)
     ids = torch.randint(config.vocab_size, (max(1, tokens // length), length), device=run.device)
     stage_two = [p for part in (model.denoiser, model.context) if part is not None for p in part.parameters()]
-    block = model.config.block_sizes[0]
+    block = {"block_size": model.config.block_sizes[0], "block_stride": max(1, round(1 / model.config.noise_draws))}
     stages: dict[str, tuple[Callable[[], torch.Tensor], list[nn.Parameter]]] = {
         "vae stage": (lambda: model.vae(ids, labels=ids).loss, list(model.vae.parameters())),
-        "denoiser stage": (lambda: model(ids, block_size=block).loss, stage_two),
+        "denoiser stage": (lambda: model(ids, **block).loss, stage_two),
         "baseline": (lambda: baseline(input_ids=ids, labels=ids, use_cache=False).loss, list(baseline.parameters())),
     }
     for name, (loss, trained) in stages.items():

@@ -32,6 +32,7 @@ from tokcom_hf.evaluation.text_report import print_row
 from tokcom_hf.metrics.text import TextJudge
 from tokcom_hf.models.tokcom_objective import block_shape, draw_revealed
 from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
+from tokcom_hf.trainers.tokcom import draw_blocks
 
 # Seconds reserved at the end for evaluating the trained model and writing; throughput rows must end before them.
 MEASURING_SECONDS = 50.0
@@ -113,10 +114,10 @@ def train_and_measure(data: TextRows, seconds: float, run: RunArguments) -> dict
     tokens = torch.from_numpy(np.asarray(data.train.token_ids, dtype=np.int64)).to(run.device)
     if len(tokens) <= LENGTH:
         raise RecipeError(f"The training text has {len(tokens)} tokens, but one row takes {LENGTH}; give more text.")
-    sizes, generator = model.config.block_sizes, torch.Generator().manual_seed(run.seed)
+    generator = torch.Generator().manual_seed(run.seed)
 
     def flow_loss(ids: torch.Tensor) -> torch.Tensor:
-        blocks = {"block_size": sizes[int(torch.randint(len(sizes), (1,), generator=generator))], "draw_shift": 2}
+        blocks = draw_blocks(model.config, ids.shape[1], generator)
         shape = (len(ids), *block_shape(model.config, ids.shape[1], **blocks)[:2], model.config.vae.chunk_size)
         revealed = draw_revealed(shape, model.config.reveal_share, generator).to(ids.device)
         return model(ids, **blocks, revealed=revealed).loss

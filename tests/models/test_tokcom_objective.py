@@ -288,6 +288,7 @@ def test_the_vae_gets_no_gradient_of_the_flow(blocked, batch):
     [
         ("tokcom", {"offset": 4}, "Without a context the whole row is one block"),
         ("tokcom", {"block_size": 1}, "Without a context the whole row is one block"),
+        ("tokcom", {"block_stride": 2}, "Without a context the whole row is one block"),
         ("tokcom", {"input_ids": torch.zeros(1, 6).long()}, "multiple of 4"),
         ("context", {"block_size": 3}, "No block of 3 chunks of 4 tokens fits after 0 of 8"),
         ("context", {"offset": 6, "block_size": 1}, "fits after 6 of 8"),

@@ -63,10 +63,10 @@ def block_shape(
         raise ValueError(f"block_stride must be at least 1, got {block_stride}.")
     chunk, last = config.vae.chunk_size, offset + (draws - 1) * draw_shift
     size = block_size or (length - last) // chunk
-    if config.context is None and (offset or size * chunk != length):
+    if config.context is None and (offset or size * chunk != length or block_stride > 1):
         raise ValueError(
             f"Without a context the whole row is one block: its length must be a multiple of {chunk} (got {length}), offset "
-            f"and block_size 0 (got {offset} and {block_size})."
+            f"and block_size 0, and block_stride 1 (got {offset}, {block_size} and {block_stride})."
         )
     blocks = (length - last) // (size * chunk) if size > 0 else 0
     if blocks < 1 or min(offset, draw_shift) < 0:
