@@ -109,17 +109,26 @@ def test_the_evidence_follows_the_embedding(model, call):
 
 
 @torch.no_grad()
-def test_what_generation_keeps_changes_nothing(model, call, monkeypatch):
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_what_generation_keeps_changes_nothing(model, call, chunks, monkeypatch):
     monkeypatch.setattr(tokcom_token_posterior, "MOST_KEPT", 4)
-    (x, _, c), model = call, copy.deepcopy(model).eval()
-    for step in (0, 1, 2, 3, 4, 5, 0, 1):
-        if step == 4:
-            # Another VAE: what was kept of the former one no longer holds.
+    model = copy.deepcopy(model).eval()
+    x, context = call[0][:, :chunks], call[2]
+    for step in (0, 1, 2, 3, 4, 5, 0, 1, 2):
+        if step % 2:
+            context = torch.randn(3, 48, generator=seeded(step))
+        elif step == 2:
+            context.mul_(0.5)
+        elif step == 4:
+            # Of another VAE and other heads, what was kept of the former ones no longer holds.
             model.vae.embed_tokens.weight.mul_(0.8)
+            model.context.heads.weight.mul_(0.5)
         t = torch.tensor([step / 6])
-        at_once, one_by_one = (denoise(model, x, times, c).clean_latents for times in (t, t.repeat(3)))
-        torch.testing.assert_close(at_once, one_by_one, atol=1e-5, rtol=1e-4)
-        assert len(model.posterior._kept) <= 4
+        found = [denoise(model.train(mode), x, t, context).clean_latents for mode in (True, False)]
+        found += [denoise(model, x, times, context).clean_latents for times in (t, t.repeat(3))]
+        for one in found[1:]:
+            torch.testing.assert_close(one, found[0], atol=1e-5, rtol=1e-4)
+        assert 0 < len(model.posterior._kept) <= 4
 
 
 def test_parts_of_the_logits_give_the_same_prediction_and_gradients(model, call, monkeypatch):

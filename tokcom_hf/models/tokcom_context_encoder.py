@@ -80,7 +80,7 @@ class ContextEncoder(nn.Module):
             states: (rows, hidden).
             labels: the token that each head is to predict, (rows, last − first); -100 does not count.
         """
-        if _plain(self.heads, nn.Linear):
+        if is_plain(self.heads, nn.Linear):
             weight = self.heads.weight.unflatten(0, (self.chunk_size, -1))[first:last].flatten(0, 1)
             hidden = nn.functional.linear(states, weight).unflatten(-1, (last - first, -1))
         else:
@@ -106,11 +106,11 @@ class ContextEncoder(nn.Module):
 
 def embedding_table(embedding: Any, rows: int, device: torch.device) -> torch.Tensor:
     """The rows of an embedding, (vocab, hidden), also where an adapter adds to them or they are offloaded."""
-    if _plain(embedding, nn.Embedding):
+    if is_plain(embedding, nn.Embedding):
         return embedding.weight
     return embedding(torch.arange(rows, device=device))
 
 
-def _plain(module: nn.Module, kind: type) -> bool:
+def is_plain(module: nn.Module, kind: type) -> bool:
     """Whether `module.weight` can stand for the module: no adapter adds to it, and it is not offloaded between forwards."""
     return type(module) is kind and not hasattr(module, "_hf_hook")

@@ -113,9 +113,11 @@ class TextSoFar:
     def denoise(self, settings: GenerationSettings) -> Denoise:
         """(x_t, t) → predicted clean latents of one block; the `best_of` draws of each row stand side by side."""
         model, copies, scale = self.model, settings.best_of, settings.guidance_scale
+        # One tensor for all steps of the block.
+        state = None if self.state is None else self.state.repeat_interleave(copies, 0)
 
         def with_state(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
-            conditional = predict(model, x, t, self.state.repeat_interleave(copies, 0), earlier)
+            conditional = predict(model, x, t, state, earlier)
             if scale == 1.0:
                 return conditional
             unconditional = predict(model, x, t, None, earlier)

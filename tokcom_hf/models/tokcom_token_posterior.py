@@ -19,14 +19,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
-from .tokcom_context_encoder import embedding_table
+from .tokcom_context_encoder import embedding_table, is_plain
+from .tokcom_evidence import Evidence
 from .tokcom_flow_matching import expand_time
 
 # Logits that are held at once, in numbers: 128 MiB of float32. Larger batches are processed in parts, which the backward
 # pass computes again.
 LOGITS_AT_ONCE = 2**25
-# Products that are kept in generation: one for each time of its steps, and two more.
-MOST_KEPT = 64
+# Products that are kept in generation: one for each time of its steps, and three more. Of the heads' scores, 16 MiB.
+MOST_KEPT, SCORES_KEPT = 64, 2**22
 
 
 @dataclass
@@ -112,7 +113,7 @@ class TokenPosterior(nn.Module):
         self.register_buffer("variance", torch.ones(places, latent))
         self.register_buffer("directions", torch.zeros(places, latent, embedding))
         # What was computed of parameters alone, and of which.
-        self._kept: dict[str, tuple[Any, torch.Tensor]] = {}
+        self._kept: dict[str, tuple[Any, tuple[torch.Tensor, ...], torch.Tensor]] = {}
 
     def reset_evidence(self) -> None:
         """Sets the buffers to those of an evidence that says nothing."""
@@ -137,9 +138,18 @@ class TokenPosterior(nn.Module):
             prior = model.context.head_states(context.to(prior.dtype))
         # 3. Both together give a first guess at each token by itself.
         with torch.no_grad():
-            guess, _ = self._expect(table, evidence, prior if chunks == 1 else None, table)
+            scores, heads = None, None if model.context is None else model.context.heads
+            if (
+                context is not None
+                and is_plain(heads, nn.Linear)
+                and prior.shape[0] * places * len(table) <= SCORES_KEPT
+            ):
+                # They are the same in all steps of a block.
+                of = (table, heads.weight, context)
+                scores = self._keep("scores", of, lambda: nn.functional.linear(prior, table).float())
+            guess, _ = self._expect(table, evidence, prior if chunks == 1 else None, table, scores=scores)
             if chunks > 1:
-                guess[::chunks], _ = self._expect(table, evidence[::chunks], prior, table)
+                guess[::chunks], _ = self._expect(table, evidence[::chunks], prior, table, scores=scores)
             if tokens.told is not None:
                 told = tokens.told.flatten(0, 1)
                 known = nn.functional.embedding(told.clamp(min=0), table).to(guess.dtype)
@@ -195,16 +205,19 @@ class TokenPosterior(nn.Module):
 
     def _keep(self, name: str, of: tuple[torch.Tensor, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `compute` makes of a model's own tensors, kept in generation as long as they are the same."""
-        if self.training or not isinstance(of[0], nn.Parameter) or of[0].is_inference():
+        if self.training or torch.is_grad_enabled() or not isinstance(of[0], nn.Parameter):
             # Nothing tells whether a sharded parameter, an adapter's sum or an offloaded table has changed.
+            return compute()
+        if any(tensor.is_inference() for tensor in of):
             return compute()
         # The shape, because a resized table may lie where the former one lay.
         key = [(tensor.data_ptr(), tensor._version, tensor.shape) for tensor in of]
         if name not in self._kept or self._kept[name][0] != key:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
-            self._kept[name] = (key, compute())
-        return self._kept[name][1]
+            # With the tensors, whose place in memory no other one can take as long as they are kept.
+            self._kept[name] = (key, of, compute())
+        return self._kept[name][2]
 
     @torch.no_grad()
     def fit(self, model: Any, input_ids: torch.Tensor) -> None:
@@ -230,18 +243,21 @@ class TokenPosterior(nn.Module):
         }.items():  # fmt: skip
             buffer.copy_(value)
 
-    def _expect(self, rows, evidence, states, table, labels=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _expect(
+        self, rows, evidence, states, table, labels=None, scores=None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Means of `rows` (vocab, width) under the posteriors, (chunks, places, width), and cross-entropy of the labels.
 
         states: (chunks, places, state), whose products with the table are added to the evidence; None adds nothing.
         labels: (chunks, places), -100 for those that do not count.
+        scores: the products of the states with the table, (chunks, places, vocab), if they are known.
         """
 
         def expect(part, states, labels):
             # All logits in one part are computed once, for the guess and the posterior.
             logits = (evidence if len(parts) == 1 else evidence[part]).logits()
             if states is not None:
-                logits = logits + nn.functional.linear(states, table).float()
+                logits = logits + (nn.functional.linear(states, table).float() if scores is None else scores[part])
             mean = logits.softmax(dim=-1).to(rows.dtype) @ rows
             if labels is None:
                 return mean, None
@@ -261,39 +277,3 @@ class TokenPosterior(nn.Module):
         if labels is None:
             return means, None
         return means, torch.stack([nats for _, nats in found]).sum() / (labels != -100).sum().clamp(min=1)
-
-
-@dataclass
-class Evidence:
-    """Logits of the evidence of each token, l = fields · e − curvature · lengths(e), before they are computed.
-
-    fields: (chunks, places, embedding).
-    curvature: (chunks, places, latent); (1, places, latent) or ones (1, places, 1) if all chunks are at one time.
-    embedding: (vocab, embedding).
-    lengths: squared length of each embedding along each direction, (places, vocab, latent); with a curvature of ones
-        their sum, weighted by the curvature, (places, vocab, 1).
-    omni_token_id: the token that never occurs.
-    computed: the logits, once they are.
-    """
-
-    fields: torch.Tensor
-    curvature: torch.Tensor
-    embedding: torch.Tensor
-    lengths: torch.Tensor
-    omni_token_id: int
-    computed: torch.Tensor | None = None
-
-    def __getitem__(self, chunks: slice) -> "Evidence":
-        curvature = self.curvature if len(self.curvature) == 1 else self.curvature[chunks]
-        computed = None if self.computed is None else self.computed[chunks]
-        return Evidence(self.fields[chunks], curvature, self.embedding, self.lengths, self.omni_token_id, computed)
-
-    def logits(self) -> torch.Tensor:
-        """(chunks, places, vocab), float32, the omni token excluded."""
-        if self.computed is None:
-            with torch.no_grad(), torch.autocast(self.fields.device.type, enabled=False):
-                logits = self.fields @ self.embedding.T
-                logits -= torch.einsum("npk,pvk->npv", self.curvature, self.lengths)
-                logits[..., self.omni_token_id] = torch.finfo(logits.dtype).min
-                self.computed = logits
-        return self.computed
