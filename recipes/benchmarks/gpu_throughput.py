@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from tokcom_hf import TokComConfig, TokComModel
 from tokcom_hf.evaluation.text_generation import CausalSampler, Sampler, TokComSampler
 from tokcom_hf.metrics.compute import matching_llama_config
+from tokcom_hf.models.tokcom_objective import stride_of_blocks
 
 # Shapes of the parts; `paper` is the documented system, without a context.
 SIZES: dict[str, dict[str, dict[str, int]]] = {
@@ -86,7 +87,7 @@ def throughput(
     tokens = run.step_tokens // (4 if size == "paper" else 1)
     ids = torch.randint(config.vocab_size, (max(1, tokens // length), length), device=run.device)
     stage_two = [p for part in (model.denoiser, model.context) if part is not None for p in part.parameters()]
-    block = {"block_size": model.config.block_sizes[0], "block_stride": max(1, round(1 / model.config.noise_draws))}
+    block = {"block_size": model.config.block_sizes[0], "block_stride": stride_of_blocks(model.config)}
     stages: dict[str, tuple[Callable[[], torch.Tensor], list[nn.Parameter]]] = {
         "vae stage": (lambda: model.vae(ids, labels=ids).loss, list(model.vae.parameters())),
         "denoiser stage": (lambda: model(ids, **block).loss, stage_two),

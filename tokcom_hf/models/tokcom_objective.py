@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 from .tokcom_flow_matching import velocity_weight
 from .tokcom_token_posterior import Tokens
 
-# The heads of later tokens have a smaller weight than that of the next token: with 0.5 the context reads worse.
+# Weight of the heads of later tokens beside that of the next token, from whose loss the context learns most.
 LATER_WEIGHT = 0.2
 
 
@@ -76,8 +76,13 @@ def block_shape(
 
 
 def copies_of_blocks(config: Any) -> int:
-    """Noise draws of a block in one `forward`; of a fraction of a draw, the trainer makes a stride."""
+    """Noise draws of a block in one `forward`; a fraction of a draw is one, of the blocks that `stride_of_blocks` leaves."""
     return max(1, int(config.noise_draws))
+
+
+def stride_of_blocks(config: Any) -> int:
+    """`block_stride` in training: n where `noise_draws` is 1/n."""
+    return max(1, round(1 / config.noise_draws))
 
 
 def block_starts(

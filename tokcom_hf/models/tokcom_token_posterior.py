@@ -112,7 +112,7 @@ class TokenPosterior(nn.Module):
         self.register_buffer("rotation", torch.eye(latent).repeat(places, 1, 1))
         self.register_buffer("variance", torch.ones(places, latent))
         self.register_buffer("directions", torch.zeros(places, latent, embedding))
-        # What was computed of parameters alone, and of which.
+        # By name: places and versions of tensors, the tensors, and what was computed of them.
         self._kept: dict[str, tuple[Any, tuple[torch.Tensor, ...], torch.Tensor]] = {}
 
     def reset_evidence(self) -> None:
@@ -138,14 +138,10 @@ class TokenPosterior(nn.Module):
             prior = model.context.head_states(context.to(prior.dtype))
         # 3. Both together give a first guess at each token by itself.
         with torch.no_grad():
-            scores, heads = None, None if model.context is None else model.context.heads
-            if (
-                context is not None
-                and is_plain(heads, nn.Linear)
-                and prior.shape[0] * places * len(table) <= SCORES_KEPT
-            ):
+            scores, few = None, blocks * places * len(table) <= SCORES_KEPT
+            if context is not None and few and is_plain(model.context.heads, nn.Linear):
                 # They are the same in all steps of a block.
-                of = (table, heads.weight, context)
+                of = (table, model.context.heads.weight, context)
                 scores = self._keep("scores", of, lambda: nn.functional.linear(prior, table).float())
             guess, _ = self._expect(table, evidence, prior if chunks == 1 else None, table, scores=scores)
             if chunks > 1:
@@ -169,7 +165,7 @@ class TokenPosterior(nn.Module):
         means, entropy = self._expect(evidence.embedding.to(table.dtype), evidence, states, table, labels)
         return Denoised(self.write(means.flatten(1)).view(blocks, chunks, -1), entropy)
 
-    def evidence(self, model: Any, x_t: torch.Tensor, timesteps: torch.Tensor) -> "Evidence":
+    def evidence(self, model: Any, x_t: torch.Tensor, timesteps: torch.Tensor) -> Evidence:
         """What latents x_t (blocks, chunks, latent) at times t, (1,), (blocks,) or (blocks, chunks), say of each token."""
         config, device = model.config.vae, x_t.device
         embedding = embedding_table(model.vae.embed_tokens, config.vocab_size, device)
@@ -204,11 +200,10 @@ class TokenPosterior(nn.Module):
             return Evidence(fields, curvature, embedding.float(), lengths, config.omni_token_id)
 
     def _keep(self, name: str, of: tuple[torch.Tensor, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `compute` makes of a model's own tensors, kept in generation as long as they are the same."""
-        if self.training or torch.is_grad_enabled() or not isinstance(of[0], nn.Parameter):
-            # Nothing tells whether a sharded parameter, an adapter's sum or an offloaded table has changed.
-            return compute()
-        if any(tensor.is_inference() for tensor in of):
+        """What `compute` makes of the tensors `of`, kept in generation as long as they are the same."""
+        # Nothing tells whether a sharded parameter, an adapter's sum, an offloaded table or an inference tensor has changed.
+        untold = not isinstance(of[0], nn.Parameter) or any(tensor.is_inference() for tensor in of)
+        if self.training or torch.is_grad_enabled() or untold:
             return compute()
         # The shape, because a resized table may lie where the former one lay.
         key = [(tensor.data_ptr(), tensor._version, tensor.shape) for tensor in of]

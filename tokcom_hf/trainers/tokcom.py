@@ -8,7 +8,7 @@ import torch
 from ..evaluation.tokcom_denoising import denoising_metrics
 from ..evaluation.tokcom_reconstruction import reconstruction_metrics
 from ..models.tokcom_flow_matching import training_times
-from ..models.tokcom_objective import block_shape, copies_of_blocks, draw_revealed
+from ..models.tokcom_objective import block_shape, copies_of_blocks, draw_revealed, stride_of_blocks
 from .base import CompressionTrainer
 from .epoch_losses import EpochLossCallback
 from .tokcom_arguments import DenoiserTrainingArguments, TokComTrainingArguments, TokComVAETrainingArguments
@@ -162,7 +162,7 @@ def draw_blocks(config: Any, length: int, generator: torch.Generator) -> dict[st
     chunk, chunks = config.vae.chunk_size, length // config.vae.chunk_size
     # Each noise draw starts at another token of a chunk, and so has other chunks to learn from.
     shift = chunk // int(config.noise_draws) if config.noise_draws > 1 else 0
-    stride = round(1 / config.noise_draws) if config.noise_draws < 1 else 1
+    stride = stride_of_blocks(config)
     size = config.block_sizes[int(torch.randint(len(config.block_sizes), (), generator=generator))]
     # Blocks start at any token, so that training sees prompts of every length. A block of size 0 covers the rest of the row
     # and starts in its first half.
