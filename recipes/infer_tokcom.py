@@ -68,7 +68,9 @@ class InferenceArguments:
         default=None,
         metadata={"help": "Factor of all noise: 1 as trained, 0 gives one text; none takes the model's own."},
     )
-    sampler: str | None = field(default=None, metadata={"help": "euler, heun or renoise; none takes the model's own."})
+    sampler: str | None = field(
+        default=None, metadata={"help": "euler, heun, multistep or renoise; none: the model's own."}
+    )
     block_size: int | None = field(
         default=None,
         metadata={"help": "Chunks denoised together: 1 from left to right, 0 all; none takes the model's own."},

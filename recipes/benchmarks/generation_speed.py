@@ -52,7 +52,9 @@ class RunArguments:
     denoiser_layers: int = field(default=3, metadata={"help": "Denoiser layers of that TokCom."})
     vocab_size: int = field(default=4097, metadata={"help": "Vocabulary of models with random weights."})
     temperature: float = field(default=1.0, metadata={"help": "Factor of TokCom's noise."})
-    sampler: str | None = field(default=None, metadata={"help": "euler, heun or renoise; none takes the model's own."})
+    sampler: str | None = field(
+        default=None, metadata={"help": "euler, heun, multistep or renoise; none: the model's own."}
+    )
     repeats: int = field(default=3, metadata={"help": "Timed runs of each model, alternating, after one warm-up run."})
     num_prefixes: int = field(
         default=0, metadata={"help": "Prefixes for BrierLM of trained models; 0 for no BrierLM."}
@@ -146,6 +148,7 @@ def load_models(run: RunArguments) -> tuple[Any, Any]:
                 context=width | {"num_hidden_layers": run.context_layers, "max_position_embeddings": run.tokens + 1},
                 standardize_latents=True,
                 token_posterior=True,
+                reads_guess=True,
                 noise_std=1.0,
                 block_sizes=[1, 4, 16],
                 block_size=1,

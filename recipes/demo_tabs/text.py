@@ -3,13 +3,13 @@
 import html
 import time
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 
 from tokcom_hf.evaluation.tokcom_denoising import BlockDenoiser
-from tokcom_hf.models.tokcom_flow_matching import denoising_steps, interpolate, sample, step_times
+from tokcom_hf.models.tokcom_flow_matching import denoising_steps, flow_path, interpolate, step_times
 
 MARK = 'style="background: rgba(240, 80, 60, 0.3); color: inherit"'
 # Pieces of a text, each with "wrong" where its tokens differ from the input's, or None.
@@ -128,8 +128,7 @@ def denoise(
     noise = (torch.randn(clean.shape, generator=generator) * config.noise_std).to(clean)
     x = interpolate(noise, clean, torch.full((1,), start).to(clean))
     times = step_times(config, denoising_steps(num_steps, start), start) if start < 1 else [1.0]
-    for step, t in enumerate(times):
-        if step:
-            x = sample(clean_latents, x, (times[step - 1], t), config.sampler, config.noise_std, generator)
-        decoded = model.decode(model.unstandardize(x))
+    path = flow_path(clean_latents, x, times, config.sampler, config.noise_std, generator)
+    for step, (t, x_t) in enumerate(zip(times, chain([x], path))):
+        decoded = model.decode(model.unstandardize(x_t))
         yield step, t, *marked(pipe.tokenizer, decoded[0, :count], ids[0, :count])

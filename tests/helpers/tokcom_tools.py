@@ -37,7 +37,15 @@ MODELS = {
     # One that predicts latents by way of its tokens.
     "posterior": lambda **more: TokComModel(
         TokComConfig(
-            **FLOW | {"context": CONTEXT, "block_size": 2, "block_sizes": [1, 2], "token_posterior": True} | more
+            **FLOW
+            | {
+                "context": CONTEXT,
+                "block_size": 2,
+                "block_sizes": [1, 2],
+                "token_posterior": True,
+                "reads_guess": True,
+            }
+            | more
         )
     ),
     "vqgan": lambda **more: VQGAN(VQGANConfig(**VQ | more)),

@@ -65,7 +65,7 @@ def test_from_a_noise_level_on_as_many_steps_are_taken_as_documented():
     assert all(denoising_steps(n, k / n) == n - k for n in (3, 7, 10, 50, 100) for k in range(n))
 
 
-@pytest.mark.parametrize("sampler", ["euler", "renoise", "heun"])
+@pytest.mark.parametrize("sampler", ["euler", "renoise", "heun", "multistep"])
 @pytest.mark.parametrize("steps", [1, 5])
 def test_every_sampler_reaches_a_known_target(sampler, steps):
     target = torch.randn(2, 3, 4)
@@ -73,7 +73,7 @@ def test_every_sampler_reaches_a_known_target(sampler, steps):
     torch.testing.assert_close(result, target)
 
 
-@pytest.mark.parametrize(("sampler", "passes"), [("euler", 4), ("renoise", 4), ("heun", 7)])
+@pytest.mark.parametrize(("sampler", "passes"), [("euler", 4), ("renoise", 4), ("heun", 7), ("multistep", 4)])
 def test_passes_of_the_network(sampler, passes):
     seen = []
     sample(lambda x, t: seen.append(t) or x, torch.zeros(1, 1, 1), sampling_times(4), sampler)
@@ -96,10 +96,12 @@ def gaussian_error(sampler: str, steps: int) -> float:
     return (result - (MEAN + STD * x)).abs().max().item()
 
 
-def test_samplers_converge_and_heun_is_of_second_order():
+def test_samplers_converge_and_two_are_of_second_order():
     assert gaussian_error("euler", 64) < gaussian_error("euler", 8) / 4
     assert gaussian_error("heun", 16) < gaussian_error("euler", 32) / 2
     assert gaussian_error("heun", 32) < gaussian_error("heun", 8) / 8
+    assert gaussian_error("multistep", 16) < gaussian_error("euler", 32) / 2
+    assert gaussian_error("multistep", 32) < gaussian_error("multistep", 8) / 4
     assert gaussian_error("euler", 256) < 0.02
 
 

@@ -67,7 +67,10 @@ def test_defaults_are_the_documented_numbers():
         (lambda: TokComConfig(noise_draws=2), "the whole row is one block"),
         (lambda: TokComConfig(noise_draws=0.5), "the whole row is one block"),
         (lambda: TokComConfig(context_dropout=0.1), "the whole row is one block"),
-        (lambda: TokComConfig(sampler="commit"), "sampler must be one of euler, heun, renoise, got 'commit'"),
+        (
+            lambda: TokComConfig(sampler="commit"),
+            "sampler must be one of euler, heun, multistep, renoise, got 'commit'",
+        ),
         (lambda: TokComConfig(num_steps=0), "must be at least 1"),
         (lambda: TokComConfig(max_chunks=0), "must be at least 1"),
         (lambda: TokComConfig(context=CONTEXT, noise_draws=0), "a whole number or 1 divided by one, got 0"),

@@ -1,15 +1,17 @@
 """`TokenPosterior`: its formulas, its parts in memory, its fit, and what training of it does."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
-from tests.helpers.tokcom_tools import seeded, small
+from tests.helpers.tokcom_tools import CONTEXT, seeded, small
 from tokcom_hf import TokComConfig
 from tokcom_hf.models import tokcom_token_posterior
+from tokcom_hf.models.tokcom_denoise import Tokens, denoise
 from tokcom_hf.models.tokcom_objective import draw_revealed
-from tokcom_hf.models.tokcom_token_posterior import Tokens, denoise
+from tokcom_hf.models.tokcom_text_before import TextBefore
 
 LOSSES = {"mse_weight": 0.7, "cross_entropy_weight": 0.3, "noise_draws": 2, "standardize_latents": True}
 
@@ -19,14 +21,23 @@ def model():
     return small("posterior", **LOSSES)
 
 
+TEXT = torch.randint(0, 50, (3, 5), generator=seeded(11))
+
+
+@torch.no_grad()
+def text_before(model) -> TextBefore:
+    """Five tokens before each of three blocks."""
+    return TextBefore.of_rows(model, TEXT, torch.tensor([5]))
+
+
 @pytest.fixture
-def call():
-    """Three blocks of two chunks: noisy latents, times, contexts."""
+def call(model):
+    """Three blocks of two chunks: noisy latents, times, text before."""
     generator = seeded(3)
     return [
         torch.randn(3, 2, 16, generator=generator),
         torch.rand(3, generator=generator),
-        torch.randn(3, 48, generator=generator),
+        text_before(model),
     ]
 
 
@@ -47,16 +58,23 @@ def evidence(model, x, t) -> torch.Tensor:
     return found
 
 
-def posterior(model, x, t, c) -> torch.Tensor:
+def posterior(model, x, t, text) -> torch.Tensor:
     """Posteriors (tokens, vocab) of one block, (chunks, latent), by the formulas of the file."""
+    c = model.context(text[None])[0, -1]
     parts, table = model.posterior, model.context.model.embed_tokens.weight
     likelihood = evidence(model, x, t)
     prior = torch.zeros(len(likelihood), 48)
     prior[:4] = (model.context.heads.weight @ c).view(4, 48)
     guess = (likelihood + prior @ table.T).softmax(-1) @ table
+    # The context reads its start token, the text and the guess as one row.
+    row = torch.cat([table[50:], table[text], guess[:-1]])
+    read = model.context.model(inputs_embeds=row[None]).last_hidden_state[0, len(text) :]
+    following = read @ model.context.heads.weight[:48].T
     guess = guess / table.square().mean().sqrt()
-    states = parts.read(guess) + parts.read_noisy(x).view(-1, 48) + prior
-    states = prior + model.denoiser(states[None], t[None], c[None]).clean_latents[0]
+    states = parts.read(guess) + parts.read_noisy(x).view(-1, 48) + prior + parts.read_next(following)
+    fit = model.denoiser(states[None], t[None], c[None]).clean_latents[0]
+    trust = parts.trust(fit).sigmoid()
+    states = (1 - trust) * prior + trust * following + fit
     return (likelihood + states @ table.T).softmax(-1)
 
 
@@ -66,8 +84,8 @@ def test_the_prediction_is_the_expected_latent_of_the_posterior(model, call):
     labels[1, 1, 2:] = -100
     found = denoise(model, *call, tokens=Tokens(labels))
     nats = []
-    for row, (x, t, c) in enumerate(zip(*call)):
-        p = posterior(model, x, t, c)
+    for row, (x, t, text) in enumerate(zip(*call[:2], TEXT)):
+        p = posterior(model, x, t, text)
         assert (p[:, 50] == 0).all() and p.sum(-1) == pytest.approx(1.0)
         mean = (p @ model.vae.embed_tokens.weight).view(2, -1)
         torch.testing.assert_close(found.clean_latents[row], model.posterior.write(mean), atol=1e-4, rtol=1e-3)
@@ -81,9 +99,10 @@ def test_without_evidence_it_is_the_heads_prediction(call):
     model = small("posterior")
     model.denoiser.output_proj.weight.zero_()
     model.denoiser.output_proj.bias.zero_()
-    x, _, c = call
-    clean = denoise(model, x, torch.zeros(3), c).clean_latents[:, :1]
-    p = model.context.head_logits(c).softmax(-1)
+    model.posterior.trust.bias.fill_(-100.0)
+    x, _, before = call
+    clean = denoise(model, x, torch.zeros(3), before).clean_latents[:, :1]
+    p = model.context.head_logits(before.state).softmax(-1)
     expected = model.posterior.write((p @ model.vae.embed_tokens.weight).flatten(1))[:, None]
     torch.testing.assert_close(clean, expected)
 
@@ -91,8 +110,8 @@ def test_without_evidence_it_is_the_heads_prediction(call):
 @torch.no_grad()
 def test_the_denoiser_reads_the_noise_where_it_is_no_evidence(model, call):
     """At t = 0 a student of few steps must tell one noise from another."""
-    x, _, c = call
-    one, two = (denoise(model, noise, torch.zeros(3), c).clean_latents for noise in (x, x + 1))
+    x, _, before = call
+    one, two = (denoise(model, noise, torch.zeros(3), before).clean_latents for noise in (x, x + 1))
     assert (one - two).abs().mean() > 0.01 * one.std()
 
 
@@ -113,19 +132,19 @@ def test_the_evidence_follows_the_embedding(model, call):
 def test_what_generation_keeps_changes_nothing(model, call, chunks, monkeypatch):
     monkeypatch.setattr(tokcom_token_posterior, "MOST_KEPT", 4)
     model = copy.deepcopy(model).eval()
-    x, context = call[0][:, :chunks], call[2]
+    x, before = call[0][:, :chunks], text_before(model)
     for step in (0, 1, 2, 3, 4, 5, 0, 1, 2):
         if step % 2:
-            context = torch.randn(3, 48, generator=seeded(step))
+            before = dataclasses.replace(before, state=torch.randn(3, 48, generator=seeded(step)))
         elif step == 2:
-            context.mul_(0.5)
+            before.state.mul_(0.5)
         elif step == 4:
             # Of another VAE and other heads, what was kept of the former ones no longer holds.
             model.vae.embed_tokens.weight.mul_(0.8)
             model.context.heads.weight.mul_(0.5)
         t = torch.tensor([step / 6])
-        found = [denoise(model.train(mode), x, t, context).clean_latents for mode in (True, False)]
-        found += [denoise(model, x, times, context).clean_latents for times in (t, t.repeat(3))]
+        found = [denoise(model.train(mode), x, t, before).clean_latents for mode in (True, False)]
+        found += [denoise(model, x, times, before).clean_latents for times in (t, t.repeat(3))]
         for one in found[1:]:
             torch.testing.assert_close(one, found[0], atol=1e-5, rtol=1e-4)
         assert 0 < len(model.posterior._kept) <= 4
@@ -187,9 +206,9 @@ def test_told_tokens_take_the_place_of_the_guess_and_have_no_loss(model):
     labels = ids.view(3, 4, 1, 4).repeat(1, 2, 1, 1)
     x1 = model.standardize(model.encode(ids)).view(3, 4, 1, 16).repeat(1, 2, 1, 1)
     x_t = (1 - timesteps[..., None, None]) * noise + timesteps[..., None, None] * x1
-    context = model.context(ids)[:, [0, 4, 8, 12, 0, 4, 8, 12]].flatten(0, 1)
+    before = TextBefore.of_rows(model, ids, torch.tensor([0, 4, 8, 12, 0, 4, 8, 12]))
     found = denoise(
-        model, x_t.flatten(0, 1), timesteps.flatten(), context,
+        model, x_t.flatten(0, 1), timesteps.flatten(), before,
         tokens=Tokens(*(labels.masked_fill(mask, -100).flatten(0, 1) for mask in (revealed, ~revealed))),
     )  # fmt: skip
     torch.testing.assert_close(told.cross_entropy_loss, found.cross_entropy)
@@ -198,6 +217,49 @@ def test_told_tokens_take_the_place_of_the_guess_and_have_no_loss(model):
     # Those who are not told read their first guess, which does not depend on what the others are told.
     other = model(ids, noise=noise, timesteps=timesteps, block_size=1, revealed=revealed.roll(1, dims=-1))
     assert not torch.allclose(other.cross_entropy_loss, told.cross_entropy_loss)
+
+
+@torch.no_grad()
+def test_true_tokens_that_are_read_on_give_the_states_of_the_text(model):
+    """Blocks see what stands before them in their row, and themselves; padding in front shifts no position."""
+    ids, table = torch.randint(0, 50, (2, 16), generator=seeded(1)), model.context.model.embed_tokens.weight
+    states = model.context(ids)
+    before = TextBefore.of_rows(model, ids, torch.tensor([0, 4, 9]))
+    torch.testing.assert_close(before.state.view(2, 3, -1), states[:, [0, 4, 9]])
+    blocks = torch.stack([ids[:, start : start + 3] for start in (0, 4, 9)], dim=1).flatten(0, 1)
+    for _ in range(2):  # reading on leaves the cache as it was
+        read = before.read_on(table[blocks]).view(2, 3, 3, -1)
+        for block, start in enumerate((0, 4, 9)):
+            torch.testing.assert_close(read[:, block], states[:, start + 1 : start + 4], atol=1e-5, rtol=1e-4)
+    hidden = TextBefore.of_rows(model, ids, torch.tensor([0, 4, 9]), torch.tensor([[True, False, True]] * 2))
+    assert not hidden.state[[1, 4]].any() and not hidden.read_on(table[blocks])[[1, 4]].any()
+    torch.testing.assert_close(hidden.read_on(table[blocks])[[0, 2]], read[0, [0, 2]])
+
+
+@torch.no_grad()
+def test_a_hidden_text_is_no_text(model, call):
+    x, t, before = call
+    mask = torch.tensor([[True], [False], [True]])
+    hidden = denoise(model, x, t, TextBefore.of_rows(model, TEXT, torch.tensor([5]), mask)).clean_latents
+    none, shown = (denoise(model, x, t, text).clean_latents for text in (None, before))
+    torch.testing.assert_close(hidden, torch.where(mask[..., None], shown, none))
+    assert not torch.allclose(none, shown, atol=1e-2)
+
+
+def test_gradient_checkpointing_reads_the_same_guess(model):
+    ids, found = torch.randint(0, 50, (3, 16), generator=seeded(1)), []
+    arguments = {"noise": torch.randn(3, 8, 1, 16), "timesteps": torch.rand(3, 8) / 2, "block_size": 1}
+    for checkpointed in (False, True):
+        trained = copy.deepcopy(model).train()
+        if checkpointed:
+            trained.gradient_checkpointing_enable()
+        output = trained(ids, **arguments)
+        output.loss.backward()
+        assert trained.context.training
+        found.append(
+            [output.loss, trained.context.model.embed_tokens.weight.grad, trained.posterior.trust.weight.grad]
+        )
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_revealed_tokens_are_a_uniform_share_of_the_chosen_blocks():
@@ -247,6 +309,8 @@ def test_a_few_steps_lower_its_cross_entropy(model):
 def test_what_it_needs_is_said():
     with pytest.raises(ValueError, match="token_posterior needs a context"):
         TokComConfig(token_posterior=True)
+    with pytest.raises(ValueError, match="reads_guess needs token_posterior=True"):
+        TokComConfig(context=CONTEXT, reads_guess=True)
     with pytest.raises(ValueError, match="self_conditioning has no meaning with token_posterior"):
         small("posterior", denoiser=small("posterior").config.denoiser.to_dict() | {"self_conditioning": True})
     with pytest.raises(ValueError, match=r"denoiser\.latent_size must be 48"):

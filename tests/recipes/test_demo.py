@@ -117,7 +117,7 @@ def test_reconstruction_without_noise_is_the_models_and_noise_costs_tokens(demo,
         demo.text.reconstruct(pipe, "", 0.0, 0)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "renoise"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "multistep", "renoise"])
 def test_the_last_step_of_denoising_is_what_denoise_reconstruct_gives(demo, pipes, monkeypatch, sampler):
     pipe = pipes["tokcom"]
     monkeypatch.setattr(pipe.model.config, "sampler", sampler)

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from ..models.tokcom_token_posterior import denoise
+from ..models.tokcom_denoise import denoise
+from ..models.tokcom_text_before import TextBefore
 from .tokcom_reconstruction import token_and_chunk_accuracy
 
 
@@ -26,9 +27,9 @@ class BlockDenoiser:
         rows, chunks = len(input_ids), input_ids.shape[1] // chunk
         size = model.config.block_size or chunks
         self.model, self.size = model, size if chunks % size == 0 else 1
-        self.context = self.mask = None
+        self.before = self.mask = None
         if model.context is not None:
-            self.context = model.context(input_ids)[:, : chunks * chunk : self.size * chunk].flatten(0, 1)
+            self.before = TextBefore.of_rows(model, input_ids, torch.arange(0, chunks * chunk, self.size * chunk))
         if attention_mask is not None and not bool(attention_mask.all()) and self.size > 1:
             real = attention_mask.view(rows, -1, self.size, chunk).any(dim=-1).flatten(0, 1)
             # A block of padding only attends to itself, because a row of attention must not be empty.
@@ -43,7 +44,7 @@ class BlockDenoiser:
             self.model,
             x_t.reshape(as_blocks),
             torch.full((1,), t, device=x_t.device),
-            self.context,
+            self.before,
             previous,
             self.mask,
         ).clean_latents.reshape(x_t.shape)

@@ -32,6 +32,8 @@ class TokComConfig(PreTrainedConfig):
             σ(N(time_mean, time_std²)); a negative mean trains more on noisy latents.
         token_posterior: predict the clean latents by way of the posterior of each token (`TokenPosterior`). The denoiser
             then works on one state per token, of the width of the context. Off (documented): it works on latents.
+        reads_guess: the context reads on over the first guess at a block's tokens, and what its next-token head expects of
+            each token is told to the denoiser. Models with `token_posterior` only.
 
     Training of stage two (the loss is the weighted sum):
         mse_weight: weight of the squared error of the velocity; 0 is documented.
@@ -57,7 +59,8 @@ class TokComConfig(PreTrainedConfig):
             noise are small.
         step_quantiles: the times of the steps are quantiles of the logit-normal training times instead, so that most of
             them lie where training had most.
-        sampler: "euler" (documented), "heun" (second order, twice the calls) or "renoise" (stochastic).
+        sampler: "euler" (documented), "heun" (second order, twice the calls), "multistep" (second order, from the prediction
+            before) or "renoise" (stochastic).
         eos_token_id: id that ends a sequence; None: sequences have their full length.
     """
 
@@ -73,6 +76,7 @@ class TokComConfig(PreTrainedConfig):
     time_mean: float | int = -0.5
     time_std: float | int = 1.0
     token_posterior: bool = False
+    reads_guess: bool = False
     mse_weight: float | int = 0.0
     cross_entropy_weight: float | int = 1.0
     head_weight: float | int = 1.0
@@ -125,6 +129,8 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(
                 f"reveal_share={self.reveal_share} needs token_posterior=True, whose denoiser reads tokens."
             )
+        if self.reads_guess and not self.token_posterior:
+            raise ValueError("reads_guess needs token_posterior=True, whose first guess the context reads.")
         super().__post_init__(**kwargs)
 
     def _build_parts(self) -> None:

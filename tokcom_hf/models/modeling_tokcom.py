@@ -22,11 +22,13 @@ from .shared_layer_outputs import as_asked
 from .shared_strict_loading import StrictLoading
 from .shared_tensor_checks import check_ids
 from .tokcom_context_encoder import ContextEncoder
+from .tokcom_denoise import denoise
 from .tokcom_flow_matching import interpolate, training_times
 from .tokcom_generation import Prompt, TokComGenerateOutput, denoise_text, generate_blocks
 from .tokcom_generation_settings import GenerationSettings
 from .tokcom_objective import TokComOutput, add_flow_losses, add_head_losses, block_shape, check_shapes, cut_blocks
-from .tokcom_token_posterior import TokenPosterior, denoise
+from .tokcom_text_before import TextBefore
+from .tokcom_token_posterior import TokenPosterior
 
 if TYPE_CHECKING:
     # Never run: the code of the pipeline travels with the model because its file is named here.
@@ -119,11 +121,10 @@ class TokComModel(StrictLoading, GenerationMixin):
         t = (timesteps if timesteps.dim() == 3 else timesteps.unsqueeze(-1)).expand(shape[:3])
         x_t = interpolate(noise.to(blocks.x1), blocks.x1, t.to(blocks.x1.dtype))
         # 3. Read the context: its state before each block.
-        states = None if self.context is None else self.context(input_ids)
-        condition = None if states is None else blocks.states_before(states, context_mask)
+        before = None if self.context is None else TextBefore.of_rows(self, input_ids, blocks.starts, context_mask)
         # 4. Predict x1; the blocks of all rows are one batch.
         x_t, timesteps = x_t.flatten(0, 1), timesteps.flatten(0, 1)
-        arguments: dict[str, Any] = {"context": condition, "attention_mask": blocks.chunk_mask()}
+        arguments: dict[str, Any] = {"before": before, "attention_mask": blocks.chunk_mask()}
         if self_conditioned:
             with torch.no_grad():
                 arguments["self_condition"] = denoise(self, x_t, timesteps, **arguments).clean_latents
@@ -133,8 +134,8 @@ class TokComModel(StrictLoading, GenerationMixin):
         # 5. Add up the losses of the flow, of the tokens and of the context's heads.
         if return_loss:
             add_flow_losses(self, output, blocks, t, revealed)
-        if return_loss and states is not None:
-            add_head_losses(self, output, states, input_ids, attention_mask, blocks.starts[0])
+        if return_loss and before is not None:
+            add_head_losses(self, output, before.states, input_ids, attention_mask, blocks.starts[0])
         return as_asked(output, config, return_dict)
 
     def fit_latents(self, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -186,7 +187,7 @@ class TokComModel(StrictLoading, GenerationMixin):
             input_ids: (batch, length), a multiple of the chunk size.
             noise_level: in [0, 1]: 0 is pure noise, 1 plain reconstruction.
             num_steps: steps from 0 to 1, of which max(1, int(num_steps · (1 − noise_level))) are taken.
-            sampler: "euler", "heun" or "renoise"; None takes the config's.
+            sampler: "euler", "heun", "multistep" or "renoise"; None takes the config's.
             generator: CPU generator of the noise.
 
         Raises:
@@ -229,7 +230,7 @@ class TokComModel(StrictLoading, GenerationMixin):
             num_chunks, num_generate_chunks: chunks to generate without a prompt (default 256), after one (default 64).
             num_steps: steps of the flow per block; each calls the denoiser once, twice with "heun" or guidance.
             batch_size: sequences to generate without a prompt; default 1.
-            sampler: "euler", "heun" (second order) or "renoise" (stochastic).
+            sampler: "euler", "heun" and "multistep" (second order), or "renoise" (stochastic).
             temperature: factor of all noise that the flow draws: 1 (default) as in training, 0 for one text without noise.
             do_sample: False means temperature 0, True a temperature above 0; a contradicting `temperature` is refused.
             generator: CPU generator of the noise; makes the output reproducible on any device.
@@ -271,8 +272,7 @@ class TokComModel(StrictLoading, GenerationMixin):
     def adjust_generation_fn(self, *args, **kwargs):
         """As in transformers, but keeps settings of this model where the folder has no generation_config.json."""
         super().adjust_generation_fn(*args, **kwargs)
-        stored = self.generation_config.to_diff_dict()
-        stored.pop("_from_model_config", None)
+        stored = {k: v for k, v in self.generation_config.to_diff_dict().items() if k != "_from_model_config"}
         self.generation_config = GenerationConfig(**stored)
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -4,13 +4,15 @@ x0 is noise N(0, noise_std²), x1 the clean latents, t ∈ [0, 1]; t broadcasts 
 the path is v = x1 − x0 = (x1 − x_t) / (1 − t).
 """
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 
-SAMPLERS = ("euler", "heun", "renoise")
+SAMPLERS = ("euler", "heun", "multistep", "renoise")
 # Smallest 1 − t in the velocity weight, which would otherwise reach 1e8 at t = 1 − 1e-4.
 MIN_REMAINING = 0.05
 # Smallest distance of a training time from 0 and 1.
@@ -93,40 +95,61 @@ def denoising_steps(num_steps: int, start: float) -> int:
     return max(1, int(round(num_steps * (1 - start), 9)))
 
 
-def sample(
+def sample(denoise: Denoise, x: torch.Tensor, times: Sequence[float], *more: Any, **named: Any) -> torch.Tensor:
+    """Latents at times[-1]: the last that `flow_path` yields, whose arguments it takes."""
+    return deque(chain([x], flow_path(denoise, x, times, *more, **named)), maxlen=1).pop()
+
+
+def flow_path(
     denoise: Denoise,
     x: torch.Tensor,
     times: Sequence[float],
     sampler: str = "euler",
     noise_std: float = 1.0,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Follows the flow from x at times[0] to t = 1.
+) -> Iterator[torch.Tensor]:
+    """Follows the flow from x at times[0], and yields the latents at each later time.
 
     Args:
         denoise: (x_t, t) → predicted clean latents of the same shape.
         x: latents at times[0], (batch, chunks, latent).
-        times: rising times, at most 1.
+        times: rising times, at most 1; of a single time, x is the end.
         sampler: "euler": x += Δt · v. "heun": the same with the mean of the velocities at both ends, two calls of `denoise`
-            per step. "renoise": x_t' = (1 − t') · fresh noise + t' · x1, stochastic.
+            per step. "multistep": Euler on clean latents that are extrapolated from the last two predictions, linear in
+            log(t / (1 − t)) (DPM-Solver++(2M), arXiv 2211.01095). "renoise": x_t' = (1 − t') · fresh noise + t' · x1,
+            stochastic.
         noise_std: standard deviation of the fresh noise of "renoise".
         generator: CPU generator of the fresh noise.
-
-    Returns:
-        Latents at times[-1], (batch, chunks, latent).
     """
+    earlier = None
     for now, following in pairwise(times):
         clean = denoise(x, now)
         if following == 1:
-            # At t = 1 all three samplers arrive at the predicted clean latents.
-            return clean
+            # At t = 1 all samplers arrive at the predicted clean latents.
+            yield clean
+            return
         if sampler == "renoise":
             noise = torch.randn(x.shape, generator=generator).to(x) * noise_std
             x = (1 - following) * noise + following * clean
+            yield x
             continue
+        if sampler == "multistep":
+            predicted, clean = clean, _middle(clean, earlier, now, following)
+            earlier = (predicted, now)
         v = velocity(clean, x, now)
         if sampler == "heun":
             ahead = x + (following - now) * v
             v = (v + velocity(denoise(ahead, following), ahead, following)) / 2
         x = x + (following - now) * v
-    return x
+        yield x
+
+
+def _middle(
+    clean: torch.Tensor, earlier: tuple[torch.Tensor, float] | None, now: float, following: float
+) -> torch.Tensor:
+    """Clean latents in the middle of a step, extrapolated from a prediction and the one before, (latents, time)."""
+    if earlier is None or earlier[1] == 0:
+        # From t = 0 on, a step in log(t / (1 − t)) is infinite, and what was predicted there tells no slope.
+        return clean
+    before, now, following = (math.log(t / (1 - t)) for t in (earlier[1], now, following))
+    return clean + (clean - earlier[0]) * (following - now) / (2 * (now - before))

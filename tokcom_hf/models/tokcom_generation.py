@@ -14,9 +14,10 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from .shared_tensor_checks import check_ids
+from .tokcom_denoise import denoise
 from .tokcom_flow_matching import Denoise, denoising_steps, interpolate, sample, self_conditioned, step_times
 from .tokcom_generation_settings import GenerationSettings, check_sampler
-from .tokcom_token_posterior import denoise
+from .tokcom_text_before import TextBefore
 from .tokcom_token_stream import TokenStream
 
 
@@ -79,11 +80,11 @@ class Prompt:
 
 
 def predict(
-    model: Any, x: torch.Tensor, t: float, context: torch.Tensor | None = None, earlier: torch.Tensor | None = None
+    model: Any, x: torch.Tensor, t: float, before: TextBefore | None = None, earlier: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Clean latents that the denoiser predicts from x_t = x, both (blocks, chunks, latent), with one t for all."""
     time = torch.full((1,), t, device=x.device)
-    return denoise(model, x, time, context, self_condition=earlier).clean_latents
+    return denoise(model, x, time, before, self_condition=earlier).clean_latents
 
 
 class TextSoFar:
@@ -113,11 +114,11 @@ class TextSoFar:
     def denoise(self, settings: GenerationSettings) -> Denoise:
         """(x_t, t) → predicted clean latents of one block; the `best_of` draws of each row stand side by side."""
         model, copies, scale = self.model, settings.best_of, settings.guidance_scale
-        # One tensor for all steps of the block.
-        state = None if self.state is None else self.state.repeat_interleave(copies, 0)
+        # One for all steps of the block.
+        before = None if self.state is None else self._before(self.state, copies)
 
         def with_state(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
-            conditional = predict(model, x, t, state, earlier)
+            conditional = predict(model, x, t, before, earlier)
             if scale == 1.0:
                 return conditional
             unconditional = predict(model, x, t, None, earlier)
@@ -143,8 +144,22 @@ class TextSoFar:
         def alone(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
             return predict(model, x, t, None, earlier)
 
-        step = with_state if self.state is not None else alone if self.prefix is None else with_prefix
+        step = with_state if before is not None else alone if self.prefix is None else with_prefix
         return self_conditioned(step, model.config.denoiser.self_conditioning)
+
+    def _before(self, state: torch.Tensor, copies: int) -> TextBefore:
+        """What the next block of each row sees, `copies` times side by side."""
+        state = state.repeat_interleave(copies, 0)
+        if not self.model.config.reads_guess:
+            return TextBefore(state)
+        if self.mask is None and copies == 1:
+            return TextBefore(state, None, self.model.context, self.cache)
+        rows, cached = len(state) // copies, self.cache.get_seq_length()
+        seen = torch.ones(rows, copies, cached, dtype=torch.bool, device=state.device)
+        if self.mask is not None:
+            # All tokens see the start token.
+            seen[:, :, 1:] = self.mask.bool().unsqueeze(1)
+        return TextBefore(state, None, self.model.context, self.cache, seen)
 
 
 def generate_blocks(
@@ -219,13 +234,13 @@ def denoise_text(
     # 2. Cut it into blocks, and read what precedes each.
     size = config.block_size or x.shape[1]
     size = size if x.shape[1] % size == 0 else 1
-    context = None
+    before = None
     if model.context is not None:
-        span = size * config.vae.chunk_size
-        context = model.context(input_ids)[:, : input_ids.shape[1] : span].flatten(0, 1)
+        starts = torch.arange(0, input_ids.shape[1], size * config.vae.chunk_size)
+        before = TextBefore.of_rows(model, input_ids, starts)
     # 3. Follow the flow for all blocks at once.
     denoise = self_conditioned(
-        lambda x_t, t, earlier: predict(model, x_t, t, context, earlier), config.denoiser.self_conditioning
+        lambda x_t, t, earlier: predict(model, x_t, t, before, earlier), config.denoiser.self_conditioning
     )
     times = step_times(config, denoising_steps(num_steps, noise_level), noise_level)
     blocks = sample(denoise, x.reshape(-1, size, x.shape[2]), times, sampler, config.noise_std, generator)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from .tokcom_denoise import Tokens
 from .tokcom_flow_matching import velocity_weight
-from .tokcom_token_posterior import Tokens
 
 # Weight of the heads of later tokens beside that of the next token, from whose loss the context learns most.
 LATER_WEIGHT = 0.2
@@ -158,16 +158,6 @@ class Blocks:
             return Tokens(labels if asked else None)
         hidden = ~revealed.flatten(0, 1)
         return Tokens(labels.masked_fill(~hidden, -100) if asked else None, labels.masked_fill(hidden, -100))
-
-    def states_before(self, states: torch.Tensor, context_mask: torch.Tensor | None) -> torch.Tensor:
-        """The context's state before each block, (rows · blocks, hidden); zeros where `context_mask` hides it.
-
-        states: (rows, 1 + length, hidden).
-        """
-        before = states[:, self.starts.flatten()]
-        if context_mask is not None:
-            before = before * context_mask.to(before).unsqueeze(-1)
-        return before.flatten(0, 1)
 
     def chunk_mask(self) -> torch.Tensor | None:
         """Chunks that may be attended to, (rows · blocks, chunks); None: all. In a block of padding alone it is all, too."""

@@ -2,16 +2,18 @@
 
     l = log p(x_t | token)                        evidence: what the noisy latents say of each token, a linear Gaussian model
     h = heads(c)                                  prior: what the text before says of each token of the block's first chunk
-    s = h + denoiser(E[row of table | l, h], x_t, t, c)       what the tokens of the block say of each other
+    g = E[row of table | l, h]                    first guess at each token by itself
+    r = next-token head(context(text, g))         what the context expects of each token, when it reads the guess on
+    s = h + trust · (r − h) + denoiser(g, x_t, r, t, c)       what the tokens of the block say of each other
     p = softmax(l + table · s)                    Bayes' rule: the posterior of each token, given x_t and c
     x̂1 = write(Σ p · embedding, side by side)     its expected latent
 
 A latent is nearly a linear function of the embeddings of its tokens, so the tokens' posteriors give E[x1 | x_t, c], which
 the flow's velocity needs. `table` is the embedding of the context, which predicts text; that of the VAE tells tokens apart.
+Without `reads_guess`, there is no r.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .tokcom_context_encoder import embedding_table, is_plain
+from .tokcom_denoise import Denoised
 from .tokcom_evidence import Evidence
 from .tokcom_flow_matching import expand_time
 
@@ -28,56 +31,6 @@ from .tokcom_flow_matching import expand_time
 LOGITS_AT_ONCE = 2**25
 # Products that are kept in generation: one for each time of its steps, and three more. Of the heads' scores, 16 MiB.
 MOST_KEPT, SCORES_KEPT = 64, 2**22
-
-
-@dataclass
-class Denoised:
-    """A prediction of the clean latents.
-
-    clean_latents: x̂1 in the flow's space, (blocks, chunks, latent).
-    cross_entropy: of the tokens' posterior, nats per token; None without labels or without a `TokenPosterior`.
-    """
-
-    clean_latents: torch.Tensor
-    cross_entropy: torch.Tensor | None = None
-
-
-@dataclass
-class Tokens:
-    """Tokens of blocks, (blocks, chunks, chunk_size), -100 for none.
-
-    asked: those whose cross-entropy is wanted; None wants none.
-    told: those that a `TokenPosterior` reads instead of its first guess.
-    """
-
-    asked: torch.Tensor | None = None
-    told: torch.Tensor | None = None
-
-
-def denoise(
-    model: Any,
-    x_t: torch.Tensor,
-    timesteps: torch.Tensor,
-    context: torch.Tensor | None = None,
-    self_condition: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    denoiser: nn.Module | None = None,
-    tokens: Tokens | None = None,
-) -> Denoised:
-    """Predicts the clean latents with the denoiser of a `TokComModel` and, if it has one, its `TokenPosterior`.
-
-    Args:
-        x_t, timesteps, context, self_condition, attention_mask: as in `DenoisedModel.forward`.
-        denoiser: takes the place of `model.denoiser`.
-        tokens: what a `TokenPosterior` is told, and what its cross-entropy is asked for.
-    """
-    denoiser = model.denoiser if denoiser is None else denoiser
-    if model.posterior is not None:
-        return model.posterior.predict(model, denoiser, x_t, timesteps, context, attention_mask, tokens or Tokens())
-    output = denoiser(
-        x_t, timesteps, context=context, self_condition=self_condition, attention_mask=attention_mask, return_dict=True
-    )
-    return Denoised(output.clean_latents)
 
 
 class TokenPosterior(nn.Module):
@@ -106,6 +59,8 @@ class TokenPosterior(nn.Module):
         self.noise_std = config.noise_std
         self.read = nn.Linear(state, state)
         self.read_noisy = nn.Linear(latent, places * state, bias=False)
+        self.read_next = nn.Linear(state, state, bias=False) if config.reads_guess else None
+        self.trust = nn.Linear(state, 1) if config.reads_guess else None
         self.write = nn.Linear(places * embedding, latent)
         self.register_buffer("center", torch.zeros(latent))
         self.register_buffer("mean", torch.zeros(embedding))
@@ -126,9 +81,10 @@ class TokenPosterior(nn.Module):
         self._kept.clear()
         return super().train(mode)
 
-    def predict(self, model, denoiser, x_t, timesteps, context, attention_mask, tokens) -> Denoised:
+    def predict(self, model, denoiser, x_t, timesteps, before, attention_mask, tokens) -> Denoised:
         """Predicts the clean latents; arguments as in `denoise`."""
         (blocks, chunks), places = x_t.shape[:2], len(self.variance)
+        context = None if before is None else before.state
         table = model.context.table(x_t.device)
         # 1. The noisy latents are evidence of each token.
         evidence = self.evidence(model, x_t, timesteps)
@@ -137,33 +93,55 @@ class TokenPosterior(nn.Module):
         if context is not None:
             prior = model.context.head_states(context.to(prior.dtype))
         # 3. Both together give a first guess at each token by itself.
-        with torch.no_grad():
-            scores, few = None, blocks * places * len(table) <= SCORES_KEPT
-            if context is not None and few and is_plain(model.context.heads, nn.Linear):
-                # They are the same in all steps of a block.
-                of = (table, model.context.heads.weight, context)
-                scores = self._keep("scores", of, lambda: nn.functional.linear(prior, table).float())
-            guess, _ = self._expect(table, evidence, prior if chunks == 1 else None, table, scores=scores)
-            if chunks > 1:
-                guess[::chunks], _ = self._expect(table, evidence[::chunks], prior, table, scores=scores)
-            if tokens.told is not None:
-                told = tokens.told.flatten(0, 1)
-                known = nn.functional.embedding(told.clamp(min=0), table).to(guess.dtype)
-                guess = torch.where((told >= 0).unsqueeze(-1), known, guess)
-            # In units of the table, so that its length tells how sure it is.
-            guess = guess / self._keep("scale", (table,), lambda: table.float().square().mean().sqrt()).to(guess.dtype)
+        guess = self._guess(model, table, evidence, prior, context, chunks, tokens.told)
         prior = nn.functional.pad(prior, (0, 0, 0, (chunks - 1) * places))
-        states = self.read(guess).flatten(1) + self.read_noisy(x_t.flatten(0, 1).to(guess.dtype))
+        states = self.read(guess / self._scale(table).to(guess.dtype)).flatten(1)
+        states = states + self.read_noisy(x_t.flatten(0, 1).to(guess.dtype))
         states = states.view(prior.shape) + prior
-        # 4. The denoiser makes the tokens of the block fit each other, and the text before.
+        # 4. The context reads the guess on, and its next-token head tells what it expects of each token.
+        following = None
+        if self.read_next is not None and before is not None:
+            with torch.no_grad():
+                read = before.read_on(guess.view(prior.shape)[:, :-1])
+            following = torch.cat([prior[:, :1], model.context.next_states(read.to(prior))], dim=1)
+            states = states + self.read_next(following)
+        # 5. The denoiser makes the tokens of the block fit each other, and the text before.
         times = timesteps if timesteps.dim() == 1 else timesteps.repeat_interleave(places, dim=1)
         mask = None if attention_mask is None else attention_mask.repeat_interleave(places, dim=1)
-        states = prior + denoiser(states, times, context=context, attention_mask=mask, return_dict=True).clean_latents
-        # 5. With the evidence they give the posterior of each token, whose expected embeddings make the latent.
-        states = states.view(blocks * chunks, places, -1)
+        fit = denoiser(states, times, context=context, attention_mask=mask, return_dict=True).clean_latents
+        if self.trust is not None and following is not None:
+            prior = torch.lerp(prior, following, self.trust(fit).sigmoid().to(prior.dtype))
+        # 6. With the evidence they give the posterior of each token, whose expected embeddings make the latent.
+        states = (prior + fit).view(blocks * chunks, places, -1)
         labels = None if tokens.asked is None else tokens.asked.flatten(0, 1)
         means, entropy = self._expect(evidence.embedding.to(table.dtype), evidence, states, table, labels)
         return Denoised(self.write(means.flatten(1)).view(blocks, chunks, -1), entropy)
+
+    @torch.no_grad()
+    def _guess(self, model, table, evidence, prior, context, chunks, told) -> torch.Tensor:
+        """Expected row of the table for each token by itself, (chunks of all blocks, places, state).
+
+        prior: the heads' states for the first chunk of each block, (blocks, places, state).
+        told: tokens that are known, (blocks, chunks, places), -100 for others; None: no token is.
+        """
+        scores, few = None, prior.shape[0] * prior.shape[1] * len(table) <= SCORES_KEPT
+        if context is not None and few and is_plain(model.context.heads, nn.Linear):
+            # They are the same in all steps of a block.
+            of = (table, model.context.heads.weight, context)
+            scores = self._keep("scores", of, lambda: nn.functional.linear(prior, table).float())
+        guess, _ = self._expect(table, evidence, prior if chunks == 1 else None, table, scores=scores)
+        if chunks > 1:
+            guess[::chunks], _ = self._expect(table, evidence[::chunks], prior, table, scores=scores)
+        if told is not None:
+            told = told.flatten(0, 1)
+            known = nn.functional.embedding(told.clamp(min=0), table).to(guess.dtype)
+            guess = torch.where((told >= 0).unsqueeze(-1), known, guess)
+        return guess
+
+    def _scale(self, table: torch.Tensor) -> torch.Tensor:
+        """Root mean square of the table: in its units, the length of a guess tells how sure it is."""
+        with torch.no_grad():
+            return self._keep("scale", (table,), lambda: table.float().square().mean().sqrt())
 
     def evidence(self, model: Any, x_t: torch.Tensor, timesteps: torch.Tensor) -> Evidence:
         """What latents x_t (blocks, chunks, latent) at times t, (1,), (blocks,) or (blocks, chunks), say of each token."""
@@ -207,12 +185,14 @@ class TokenPosterior(nn.Module):
             return compute()
         # The shape, because a resized table may lie where the former one lay.
         key = [(tensor.data_ptr(), tensor._version, tensor.shape) for tensor in of]
-        if name not in self._kept or self._kept[name][0] != key:
+        # Read once, because another thread may replace it.
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != key:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             # With the tensors, whose place in memory no other one can take as long as they are kept.
-            self._kept[name] = (key, of, compute())
-        return self._kept[name][2]
+            kept = self._kept[name] = (key, of, compute())
+        return kept[2]
 
     @torch.no_grad()
     def fit(self, model: Any, input_ids: torch.Tensor) -> None:

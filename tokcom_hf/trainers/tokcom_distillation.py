@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..evaluation.tokcom_denoising import denoising_metrics
+from ..models.tokcom_denoise import Denoised, Tokens, denoise
 from ..models.tokcom_flow_matching import Denoise, denoising_steps, sample, step_times
 from ..models.tokcom_objective import block_shape, block_starts
-from ..models.tokcom_token_posterior import Denoised, Tokens, denoise
+from ..models.tokcom_text_before import TextBefore
 from .tokcom import FlowTrainer, draw_blocks, evaluation_blocks
 from .tokcom_arguments import DenoiserTrainingArguments
 from .tokcom_samples import Tables, flow_samples
@@ -102,11 +103,13 @@ class DistillationTrainer(FlowTrainer):
         starts = block_starts(config, shape, **where).to(ids.device)
         real = self._real_chunks(inputs["attention_mask"], starts, shape)
         with torch.no_grad():
-            context = None if teacher.context is None else teacher.context(ids)[:, starts.flatten()].flatten(0, 1)
-            student = self._predictor(model, context, real)
+            before = None if teacher.context is None else TextBefore.of_rows(teacher, ids, starts)
+            student = self._predictor(model, before, real)
             x = self._arrive(clean(student), noise, fresh, place)
             remaining = step_times(config, denoising_steps(args.teacher_steps, now), now)
-            target = sample(clean(self._predictor(teacher.denoiser, context, real)), x, remaining)
+            # One end for each x: the stochastic sampler has none.
+            sampler = "euler" if config.sampler == "renoise" else config.sampler
+            target = sample(clean(self._predictor(teacher.denoiser, before, real)), x, remaining, sampler)
             tokens = teacher.decode(teacher.unstandardize(target)).unflatten(1, (shape[1], -1))
             tokens = tokens.masked_fill(~real.unsqueeze(-1), -100)
         found = student(x, now, tokens)
@@ -127,7 +130,7 @@ class DistillationTrainer(FlowTrainer):
         tokens = (starts[..., None] + torch.arange(span, device=starts.device)).flatten()
         return attention_mask[:, tokens].view(-1, shape[1], self.teacher.config.vae.chunk_size).bool().any(dim=-1)
 
-    def _predictor(self, denoiser: nn.Module, context: torch.Tensor | None, real: torch.Tensor) -> Predictor:
+    def _predictor(self, denoiser: nn.Module, before: TextBefore | None, real: torch.Tensor) -> Predictor:
         """The function (x_t, t, labels) → `Denoised`; with self-conditioning each call reads the previous prediction."""
         # Chunks do not attend to padding. A block of padding alone attends to itself, because softmax needs a key.
         mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
@@ -135,7 +138,7 @@ class DistillationTrainer(FlowTrainer):
 
         def predict(x: torch.Tensor, t: float, labels: torch.Tensor | None = None) -> Denoised:
             time = torch.full((1,), t, device=x.device)
-            found = denoise(self.teacher, x, time, context, earlier[0], mask, denoiser, Tokens(labels))
+            found = denoise(self.teacher, x, time, before, earlier[0], mask, denoiser, Tokens(labels))
             if self.teacher.config.denoiser.self_conditioning:
                 earlier[0] = found.clean_latents
             return found
