@@ -219,6 +219,7 @@ def test_told_tokens_take_the_place_of_the_guess_and_have_no_loss(model):
     assert not torch.allclose(other.cross_entropy_loss, told.cross_entropy_loss)
 
 
+@pytest.mark.minima
 @torch.no_grad()
 def test_true_tokens_that_are_read_on_give_the_states_of_the_text(model):
     """Blocks see what stands before them in their row, and themselves; padding in front shifts no position."""
@@ -246,6 +247,7 @@ def test_a_hidden_text_is_no_text(model, call):
     assert not torch.allclose(none, shown, atol=1e-2)
 
 
+@pytest.mark.minima
 def test_gradient_checkpointing_reads_the_same_guess(model):
     ids, found = torch.randint(0, 50, (3, 16), generator=seeded(1)), []
     arguments = {"noise": torch.randn(3, 8, 1, 16), "timesteps": torch.rand(3, 8) / 2, "block_size": 1}

@@ -5,6 +5,8 @@ state (arXiv 2404.19737), because their loss is a less noisy signal than that of
 starts from what the heads predict; without one, the heads are not used.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +64,18 @@ class ContextEncoder(nn.Module):
             return_dict=True, **{CACHE: cache},
         ).last_hidden_state  # fmt: skip
 
+    @contextmanager
+    def with_cache(self) -> Iterator[None]:
+        """Passes inside use their cache in training, too; gradient checkpointing would drop it."""
+        training = self.training
+        if training:
+            self.eval()
+        try:
+            yield
+        finally:
+            if training:
+                self.train()
+
     def read_on(self, embeddings: torch.Tensor, cache: Cache, seen: torch.Tensor | None = None) -> torch.Tensor:
         """States after expected embeddings of tokens, read as if they followed what `cache` holds; the cache stays as it is.
 
@@ -80,10 +94,11 @@ class ContextEncoder(nn.Module):
                 mask = torch.zeros_like(mask, dtype=rows.dtype).masked_fill(~mask, torch.finfo(rows.dtype).min)
             positions = (seen.sum(dim=-1, keepdim=True) + torch.arange(count, device=seen.device)).flatten(1)
             rows, read = embeddings.reshape(len(seen), blocks * count, -1), blocks * count
-        states = self.model(
-            inputs_embeds=rows, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True,
-            **{CACHE: cache},
-        ).last_hidden_state  # fmt: skip
+        with self.with_cache():
+            states = self.model(
+                inputs_embeds=rows, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True,
+                **{CACHE: cache},
+            ).last_hidden_state  # fmt: skip
         cache.crop(-read)
         return states.reshape(embeddings.shape)
 

@@ -50,7 +50,8 @@ class TextBefore:
         if cache is not None:
             if cache.get_seq_length() == 0:
                 # Gradient checkpointing computes the layers again in the backward pass, and fills no cache.
-                _read_again(encoder, input_ids, cache)
+                with torch.no_grad(), encoder.with_cache():
+                    encoder(input_ids, cache=cache)
             # The start token stands before the first token of a row.
             seen = torch.arange(states.shape[1], device=states.device) <= starts.to(states.device)[:, None]
             seen = seen.expand(len(input_ids), -1, -1)
@@ -61,11 +62,3 @@ class TextBefore:
         assert self.encoder is not None and self.cache is not None
         states = self.encoder.read_on(embeddings, self.cache, self.seen)
         return states if self.shown is None else states * self.shown.to(states)
-
-
-@torch.no_grad()
-def _read_again(encoder: ContextEncoder, input_ids: torch.Tensor, cache: Cache) -> None:
-    training = encoder.training
-    encoder.eval()
-    encoder(input_ids, cache=cache)
-    encoder.train(training)
