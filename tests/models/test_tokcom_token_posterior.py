@@ -222,7 +222,7 @@ def test_told_tokens_take_the_place_of_the_guess_and_have_no_loss(model):
 @pytest.mark.minima
 @torch.no_grad()
 def test_true_tokens_that_are_read_on_give_the_states_of_the_text(model):
-    """Blocks see what stands before them in their row, and themselves; padding in front shifts no position."""
+    """A block sees what stands before it in its row, and itself; it does not see the other blocks."""
     ids, table = torch.randint(0, 50, (2, 16), generator=seeded(1)), model.context.model.embed_tokens.weight
     states = model.context(ids)
     before = TextBefore.of_rows(model, ids, torch.tensor([0, 4, 9]))

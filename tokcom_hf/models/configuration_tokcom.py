@@ -32,8 +32,8 @@ class TokComConfig(PreTrainedConfig):
             σ(N(time_mean, time_std²)); a negative mean trains more on noisy latents.
         token_posterior: predict the clean latents by way of the posterior of each token (`TokenPosterior`). The denoiser
             then works on one state per token, of the width of the context. Off (documented): it works on latents.
-        reads_guess: the context reads on over the first guess at a block's tokens, and what its next-token head expects of
-            each token is told to the denoiser. Models with `token_posterior` only.
+        reads_guess: the context reads the first guess at a block's tokens as if it were text, and the denoiser is told which
+            token its next-token head then expects at each place. Models with `token_posterior` only.
 
     Training of stage two (the loss is the weighted sum):
         mse_weight: weight of the squared error of the velocity; 0 is documented.
