@@ -70,7 +70,7 @@ class RunArguments:
     num_steps: int | None = field(default=None, metadata={"help": "Flow steps of TokCom; none: the model's own."})
     temperature: float = field(default=1.0, metadata={"help": "Factor of the flow's noise in the TokCom rows."})
     sampler: str | None = field(
-        default=None, metadata={"help": "euler, heun, multistep or renoise; none: the model's own."}
+        default=None, metadata={"help": "euler, heun, multistep, multirate or renoise; none: the model's own."}
     )
     block_size: int | None = field(
         default=None, metadata={"help": "Chunks denoised together, 0 all; none: the model's own."}

@@ -69,7 +69,7 @@ class InferenceArguments:
         metadata={"help": "Factor of all noise: 1 as trained, 0 gives one text; none takes the model's own."},
     )
     sampler: str | None = field(
-        default=None, metadata={"help": "euler, heun, multistep or renoise; none: the model's own."}
+        default=None, metadata={"help": "euler, heun, multistep, multirate or renoise; none: the model's own."}
     )
     block_size: int | None = field(
         default=None,

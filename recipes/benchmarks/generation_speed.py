@@ -53,7 +53,7 @@ class RunArguments:
     vocab_size: int = field(default=4097, metadata={"help": "Vocabulary of models with random weights."})
     temperature: float = field(default=1.0, metadata={"help": "Factor of TokCom's noise."})
     sampler: str | None = field(
-        default=None, metadata={"help": "euler, heun, multistep or renoise; none: the model's own."}
+        default=None, metadata={"help": "euler, heun, multistep, multirate or renoise; none: the model's own."}
     )
     repeats: int = field(default=3, metadata={"help": "Timed runs of each model, alternating, after one warm-up run."})
     num_prefixes: int = field(
@@ -149,6 +149,9 @@ def load_models(run: RunArguments) -> tuple[Any, Any]:
                 standardize_latents=True,
                 token_posterior=True,
                 reads_guess=True,
+                heads_first=True,
+                token_order=0.7,
+                sampler="multirate",
                 noise_std=1.0,
                 block_sizes=[1, 4, 16],
                 block_size=1,

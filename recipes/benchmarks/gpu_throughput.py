@@ -50,9 +50,10 @@ def build(size: str, vocabulary: int, device: str) -> TokComModel:
             },
             denoiser=shapes["denoiser"] | {"time_scale": 1000.0},
             context=shapes["context"] | {"max_position_embeddings": 2 * PAPER_LENGTH},
-            standardize_latents=True, noise_std=1.0, time_distribution="logit_normal", time_mean=-0.75, time_std=0.7,
-            token_posterior=True, reads_guess=True, mse_weight=0.25, head_weight=3.0, reveal_share=0.8, noise_draws=0.5,
-            block_sizes=[1, 1, 1, 4, 16], max_chunks=LENGTH // 4, block_size=1, num_steps=8, step_quantiles=True,
+            standardize_latents=True, noise_std=1.0, time_distribution="logit_normal", time_mean=-0.75, time_std=1.05,
+            token_posterior=True, reads_guess=True, heads_first=True, token_order=0.7, sampler="multirate",
+            mse_weight=0.25, head_weight=3.0, reveal_share=0.8, noise_draws=0.5, block_sizes=[1, 1, 1, 4, 16],
+            max_chunks=LENGTH // 4, block_size=1, num_steps=8, step_quantiles=True,
         )  # fmt: skip
     else:
         config = TokComConfig()

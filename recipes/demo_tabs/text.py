@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tokcom_hf.evaluation.tokcom_denoising import BlockDenoiser
+from tokcom_hf.models.tokcom_denoise import Predictions
 from tokcom_hf.models.tokcom_flow_matching import denoising_steps, flow_path, interpolate, step_times
 
 MARK = 'style="background: rgba(240, 80, 60, 0.3); color: inherit"'
@@ -116,19 +117,13 @@ def denoise(
     """
     model, config, (ids, count) = pipe.model, pipe.model.config, token_rows(pipe, text)
     generator = torch.Generator().manual_seed(seed)
-    predict, previous_clean = BlockDenoiser(model, ids), None
-
-    def clean_latents(x_t: torch.Tensor, t: float) -> torch.Tensor:
-        nonlocal previous_clean
-        clean = predict(x_t, t, previous_clean)
-        previous_clean = clean if config.denoiser.self_conditioning else None
-        return clean
-
     clean = model.standardize(model.encode(ids))
     noise = (torch.randn(clean.shape, generator=generator) * config.noise_std).to(clean)
     x = interpolate(noise, clean, torch.full((1,), start).to(clean))
     times = step_times(config, denoising_steps(num_steps, start), start) if start < 1 else [1.0]
-    path = flow_path(clean_latents, x, times, config.sampler, config.noise_std, generator)
+    path = flow_path(
+        Predictions(model, BlockDenoiser(model, ids).predict), x, times, config.sampler, config.noise_std, generator
+    )
     for step, (t, x_t) in enumerate(zip(times, chain([x], path))):
         decoded = model.decode(model.unstandardize(x_t))
         yield step, t, *marked(pipe.tokenizer, decoded[0, :count], ids[0, :count])

@@ -80,6 +80,36 @@ def test_passes_of_the_network(sampler, passes):
     assert len(seen) == passes and max(seen) == 0.75
 
 
+class Remembered:
+    """Calls and what stands in for them between two, by name and time."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, x, t):
+        self.seen.append(("call", t))
+        return x
+
+    def between(self, x, t):
+        self.seen.append(("between", t))
+        return x
+
+
+def test_multirate_makes_small_steps_between_its_calls():
+    found = Remembered()
+    times = [0.0, 0.3, 0.6, 1.0]
+    sample(found, torch.zeros(1, 1, 1), times, "multirate")
+    assert [t for name, t in found.seen if name == "call"] == times[:-1]
+    # Three small steps follow each call, and one more leads to the end.
+    assert [name for name, _ in found.seen] == 2 * ["call", *3 * ["between"]] + ["call", *4 * ["between"]]
+    small = torch.tensor([t for _, t in found.seen], dtype=torch.float64)
+    assert (small.diff() > 0).all() and small.max() < 1
+    # In equal steps of t from t = 0 on, and of log(t / (1 − t)) later.
+    torch.testing.assert_close(small[:5].diff(), torch.full((4,), 0.075, dtype=torch.float64))
+    rises = torch.logit(small[4:9]).diff()
+    torch.testing.assert_close(rises, rises[:1].expand(4))
+
+
 MEAN, STD = 3.0, 0.5
 
 

@@ -69,7 +69,7 @@ def test_defaults_are_the_documented_numbers():
         (lambda: TokComConfig(context_dropout=0.1), "the whole row is one block"),
         (
             lambda: TokComConfig(sampler="commit"),
-            "sampler must be one of euler, heun, multistep, renoise, got 'commit'",
+            "sampler must be one of euler, heun, multistep, multirate, renoise, got 'commit'",
         ),
         (lambda: TokComConfig(num_steps=0), "must be at least 1"),
         (lambda: TokComConfig(max_chunks=0), "must be at least 1"),

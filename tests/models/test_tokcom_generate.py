@@ -10,7 +10,7 @@ from transformers import AutoModel, GenerationConfig, PreTrainedTokenizerFast, T
 
 from tests.helpers.tokcom_tools import SHAPE, VAE, seeded, small
 from tokcom_hf.models import tokcom_generation
-from tokcom_hf.models.tokcom_denoise import denoise
+from tokcom_hf.models.tokcom_denoise import Predictions, denoise
 from tokcom_hf.models.tokcom_flow_matching import sample, step_times
 from tokcom_hf.models.tokcom_text_before import TextBefore
 
@@ -148,9 +148,10 @@ def test_cached_blocks_equal_reading_the_text_anew(blocks, size, length):
     assert torch.equal(ids, expected)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_what_is_read_on_sees_the_text_so_far_and_each_draw_itself(size, noise_of_rows):
-    model = writer("posterior")
+@pytest.mark.parametrize(("size", "sampler"), [(1, "euler"), (2, "euler"), (1, "multirate"), (2, "multirate")])
+def test_what_is_read_on_sees_the_text_so_far_and_each_draw_itself(size, sampler, noise_of_rows):
+    own = {"heads_first": True, "token_order": 0.5} if sampler == "multirate" else {}
+    model = writer("posterior", sampler=sampler, **own)
     prompt = torch.randint(1, 50, (2, 5), generator=seeded(3))
     ids = model.generate(prompt, max_new_tokens=16, num_steps=3, block_size=size, generator=seeded(1))
     text, draws = prompt, seeded(1)
@@ -158,10 +159,10 @@ def test_what_is_read_on_sees_the_text_so_far_and_each_draw_itself(size, noise_o
         with torch.no_grad():
             before = TextBefore.of_rows(model, text, torch.tensor([text.shape[1]]))
             noise = torch.randn(2, size, 16, generator=draws)
-            clean = sample(
-                lambda x, t, before=before: denoise(model, x, torch.full((2,), t), before).clean_latents,
-                noise, step_times(model.config, 3),
-            )  # fmt: skip
+            predictions = Predictions(
+                model, lambda x, t, earlier, before=before: denoise(model, x, torch.full((2,), t), before)
+            )
+            clean = sample(predictions, noise, step_times(model.config, 3), sampler)
             text = torch.cat([text, model.decode(model.unstandardize(clean))], dim=1)
     assert torch.equal(ids, text)
     # Of two draws side by side, each is that of a call of its own.
@@ -343,8 +344,11 @@ def test_wrong_kinds_are_named(model):
 
 
 # ---------------------------------------------------------------- what is random
-@pytest.mark.parametrize("sampler", ["euler", "heun", "multistep", "renoise"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "multistep", "multirate", "renoise"])
 def test_other_noise_is_another_text_and_no_noise_is_one_text(model, prompt, sampler):
+    if sampler == "multirate" and model.posterior is None:
+        pytest.skip("follows the evidence of a TokenPosterior")
+
     def draw(**more):
         return model.generate(prompt, max_new_tokens=16, num_steps=3, sampler=sampler, **more)
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch
 from tests.helpers.tokcom_tools import CONTEXT, seeded, small
 from tokcom_hf import TokComConfig
 from tokcom_hf.models import tokcom_token_posterior
-from tokcom_hf.models.tokcom_denoise import Tokens, denoise
+from tokcom_hf.models.tokcom_denoise import Predictions, Tokens, denoise
+from tokcom_hf.models.tokcom_flow_matching import quantile_times, sample
 from tokcom_hf.models.tokcom_objective import draw_revealed
 from tokcom_hf.models.tokcom_text_before import TextBefore
 
@@ -116,6 +118,84 @@ def test_the_denoiser_reads_the_noise_where_it_is_no_evidence(model, call):
 
 
 @torch.no_grad()
+def test_at_the_noise_the_heads_predict_the_first_chunk_alone(model, call):
+    x, _, before = call
+    scores = model.context.head_states(before.state) @ model.context.model.embed_tokens.weight.T
+    scores[..., 50] = -torch.inf
+    heads = model.posterior.write((scores.softmax(-1) @ model.vae.embed_tokens.weight).flatten(1))[:, None]
+    changed = copy.deepcopy(model)
+    changed.config.heads_first = True
+    with_heads, without = (denoise(each, x, torch.zeros(3), before).clean_latents for each in (changed, model))
+    torch.testing.assert_close(with_heads[:, :1], heads)
+    torch.testing.assert_close(denoise(changed, x[:, :1], torch.zeros(1), before).clean_latents, heads)
+    assert not torch.allclose(without[:, :1], heads, atol=1e-2)
+    # The heads tell nothing of later chunks, of other times, of told tokens, nor of a hidden text.
+    torch.testing.assert_close(with_heads[:, 1:], without[:, 1:])
+    told = torch.full((3, 2, 4), 7)
+    hidden = TextBefore.of_rows(model, TEXT, torch.tensor([5]), torch.tensor([[True], [False], [True]]))
+    for t, text, ids in ((0.1, before, None), (0.0, before, told), (0.0, None, None), (0.0, hidden, None)):
+        one, two = (
+            denoise(each, x, torch.full((3,), t), text, tokens=Tokens(None, ids)).clean_latents
+            for each in (changed, model)
+        )
+        torch.testing.assert_close(one, two)
+
+
+@torch.no_grad()
+def test_between_two_calls_the_states_go_on_as_they_went(model, call):
+    x, _, before = call
+    found = []
+
+    def predict(x, t, earlier):
+        found.append(denoise(model, x, torch.full((1,), t), before))
+        return found[-1]
+
+    predictions = Predictions(model, predict)
+    clean = predictions(x, 0.2)
+    # With one call its states stay, so that at its own x_t and t they give its own latents.
+    torch.testing.assert_close(predictions.between(x, 0.2), clean)
+    predictions(x + 0.1, 0.3)
+    one, two = (denoised.states for denoised in found)
+    logit = {t: math.log(t / (1 - t)) for t in (0.2, 0.3, 0.4)}
+    states = two + (two - one) * (logit[0.4] - logit[0.3]) / (logit[0.3] - logit[0.2])
+    y = torch.randn(3, 2, 16, generator=seeded(9))
+    likelihood = torch.cat([evidence(model, chunks, 0.4) for chunks in y])
+    p = (likelihood + states.flatten(0, 1) @ model.context.model.embed_tokens.weight.T).softmax(-1)
+    expected = model.posterior.write((p @ model.vae.embed_tokens.weight).view(3, 2, -1))
+    torch.testing.assert_close(predictions.between(y, 0.4), expected, atol=1e-4, rtol=1e-3)
+    # Nothing goes on from t = 0, where log(t / (1 − t)) is infinite.
+    start = Predictions(model, predict)
+    start(x, 0.0)
+    clean = start(x, 0.2)
+    torch.testing.assert_close(start.between(x, 0.2), clean)
+    assert len(found) == 4
+
+
+@torch.no_grad()
+def test_multirate_calls_the_denoiser_once_per_step_and_comes_near_many_steps(model):
+    """With states that do not depend on x_t and t, what it follows is the evidence, for which it needs no calls."""
+    model = copy.deepcopy(model)
+    model.denoiser.output_proj.weight.zero_()
+    model.denoiser.output_proj.bias.zero_()
+    model.posterior.trust.bias.fill_(-100.0)
+    before, x, calls = text_before(model), torch.randn(3, 1, 16, generator=seeded(2)), []
+
+    def predict(x, t, earlier):
+        calls.append(t)
+        return denoise(model, x, torch.full((1,), t), before)
+
+    def end(steps: int, sampler: str) -> torch.Tensor:
+        return sample(Predictions(model, predict), x, quantile_times(steps, -0.5, 1.0), sampler)
+
+    exact, errors = end(200, "multistep"), {}
+    for sampler in ("multistep", "multirate"):
+        calls.clear()
+        errors[sampler] = (end(6, sampler) - exact).square().mean()
+        assert calls == quantile_times(6, -0.5, 1.0)[:-1]
+    assert errors["multirate"] < errors["multistep"] / 4
+
+
+@torch.no_grad()
 def test_the_evidence_follows_the_embedding(model, call):
     changed = copy.deepcopy(model)
     denoise(changed, *call)  # keeps what it computes of the embedding
@@ -187,6 +267,38 @@ def test_fit_is_the_nearest_linear_function_of_the_embeddings_and_what_it_leaves
         left = wanted - parts.center - (tokens - parts.mean) @ (rotation @ parts.directions[place]).T
         covariance = rotation @ parts.variance[place].diag() @ rotation.T
         assert (torch.cov(left.T) - covariance).norm() < 0.1 * covariance.norm()
+
+
+@torch.no_grad()
+def test_an_order_of_the_tokens_scales_what_carries_each():
+    """One model with an order and one without: the same latents in two spaces, with evidence that comes in turn."""
+    plain, ordered = (small("posterior", standardize_latents=True, token_order=order) for order in (0.0, 0.7))
+    ordered.load_state_dict(plain.state_dict(), strict=False)
+    chunks = torch.randint(0, 50, (4000, 4), generator=seeded(7))
+    for model in (plain, ordered):
+        model.posterior.fit(model, chunks)
+    again = copy.deepcopy(ordered.order)
+    ordered.posterior.fit(ordered, chunks)
+    torch.testing.assert_close(ordered.order.state_dict(), again.state_dict())
+    latents = ordered.encode(chunks[:100])
+    torch.testing.assert_close(ordered.unstandardize(ordered.standardize(latents)), latents, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ordered.standardize(latents), plain.standardize(latents) @ ordered.order.scale.T)
+    # The expected latents are the same ones.
+    embeddings = ordered.vae.embed_tokens(chunks[:100]).flatten(1)
+    one, two = (model.unstandardize(model.posterior.write(embeddings)[:, None]) for model in (plain, ordered))
+    torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
+    # In whitened latents, the map is the mean of the scales, weighed by what each token carries.
+    parts = plain.posterior.rotation @ plain.posterior.directions
+    covariances = parts @ torch.cov(plain.vae.embed_tokens(chunks).flatten(0, 1).T, correction=0) @ parts.mT
+    scales = torch.exp(0.7 * torch.tensor([1.5, 0.5, -0.5, -1.5]))
+    values = torch.linalg.eigvals(ordered.order.scale).real
+    assert scales[-1] - 1e-3 <= values.min() and values.max() <= scales[0] + 1e-3
+    rest = plain.standardize(plain.encode(chunks))[:, 0] - plain.posterior.write(
+        plain.vae.embed_tokens(chunks).flatten(1)
+    )
+    total = covariances.sum(dim=0) + rest.T @ rest / len(rest)
+    wanted = total + ((scales - 1)[:, None, None] * covariances).sum(dim=0)
+    torch.testing.assert_close(ordered.order.scale @ total, wanted, atol=1e-3 * wanted.abs().max().item(), rtol=1e-2)
 
 
 @torch.no_grad()
@@ -313,6 +425,15 @@ def test_what_it_needs_is_said():
         TokComConfig(token_posterior=True)
     with pytest.raises(ValueError, match="reads_guess needs token_posterior=True"):
         TokComConfig(context=CONTEXT, reads_guess=True)
+    for wrong in ({"heads_first": True}, {"token_order": 0.5}, {"sampler": "multirate"}):
+        with pytest.raises(ValueError, match="needs token_posterior=True"):
+            TokComConfig(context=CONTEXT, **wrong)
+    with pytest.raises(ValueError, match="guidance_scale needs two; take 'multistep'"):
+        small("posterior", context_dropout=0.1).generate(num_chunks=1, sampler="multirate", guidance_scale=2.0)
+    with pytest.raises(ValueError, match="sampler='multirate' needs token_posterior=True"):
+        small("context").generate(num_chunks=1, sampler="multirate")
+    with pytest.raises(ValueError, match="token_order must be at least 0, got -1"):
+        small("posterior", token_order=-1)
     with pytest.raises(ValueError, match="self_conditioning has no meaning with token_posterior"):
         small("posterior", denoiser=small("posterior").config.denoiser.to_dict() | {"self_conditioning": True})
     with pytest.raises(ValueError, match=r"denoiser\.latent_size must be 48"):

@@ -9,12 +9,15 @@ from tests.helpers.tokcom_runs import (
     block_model,
     denoiser_trainer,
     distillation_trainer,
+    posterior_model,
     row_model,
     settings,
     vae_trainer,
 )
 from tokcom_hf import DistillationTrainer, DistillationTrainingArguments, TokComModel
+from tokcom_hf.data.latent_rows import latent_statistics
 from tokcom_hf.models.tokcom_flow_matching import sample, step_times
+from tokcom_hf.trainers.tokcom_stages import some_chunks
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,25 @@ def test_the_student_is_trained_where_generation_takes_it(tmp_path, sampler):
         else:
             fresh = (x - t * clean) / (1 - t)
             assert abs(fresh.std() - 1) < 0.2 and (fresh - x0).abs().mean() > 0.5
+
+
+def test_a_student_whose_first_step_the_heads_take_learns_the_others(tmp_path):
+    """It starts there from where small steps along the heads' prediction end."""
+    model = posterior_model(block_sizes=[1])
+    model.fit_latents(*latent_statistics(model.vae, Rows()))
+    model.posterior.fit(model, some_chunks(Rows(), 4))
+    run = distillation_trainer(tmp_path, model, max_steps=3)
+    calls = []
+    run.model.register_forward_hook(lambda module, given, result: calls.append(given[1].item()))
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.train()
+    assert calls and all(t == pytest.approx(0.5) for t in calls)
+    assert any(not torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    student = run.distilled()
+    noise = {"generator": torch.Generator().manual_seed(1)}
+    assert student.generate(num_chunks=2, **noise).shape == (1, 8) and student.config.sampler == "multirate"
+    with pytest.raises(ValueError, match="the heads take the first step; student_steps must be at least 2, got 1"):
+        distillation_trainer(tmp_path, model, student_steps=1)
 
 
 def test_sample_tables_show_the_student_at_its_own_steps(tmp_path, monkeypatch):

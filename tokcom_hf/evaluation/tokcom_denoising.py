@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..models.tokcom_denoise import denoise
+from ..models.tokcom_denoise import Denoised, denoise
 from ..models.tokcom_text_before import TextBefore
 from .tokcom_reconstruction import token_and_chunk_accuracy
 
@@ -38,16 +38,15 @@ class BlockDenoiser:
     @torch.no_grad()
     def __call__(self, x_t: torch.Tensor, t: float, self_condition: torch.Tensor | None = None) -> torch.Tensor:
         """Predicts clean latents from noisy latents `x_t` (rows, chunks, latent_size) at time t in [0, 1]; same shape."""
-        as_blocks = (-1, self.size, x_t.shape[-1])
+        return self.predict(x_t, t, self_condition).clean_latents
+
+    @torch.no_grad()
+    def predict(self, x_t: torch.Tensor, t: float, self_condition: torch.Tensor | None = None) -> Denoised:
+        """As the call, with all that `denoise` finds."""
+        as_blocks, time = (-1, self.size, x_t.shape[-1]), torch.full((1,), t, device=x_t.device)
         previous = None if self_condition is None else self_condition.reshape(as_blocks)
-        return denoise(
-            self.model,
-            x_t.reshape(as_blocks),
-            torch.full((1,), t, device=x_t.device),
-            self.before,
-            previous,
-            self.mask,
-        ).clean_latents.reshape(x_t.shape)
+        found = denoise(self.model, x_t.reshape(as_blocks), time, self.before, previous, self.mask)
+        return Denoised(found.clean_latents.reshape(x_t.shape), found.states, found.scores)
 
 
 @torch.no_grad()

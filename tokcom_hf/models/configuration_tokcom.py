@@ -34,6 +34,11 @@ class TokComConfig(PreTrainedConfig):
             then works on one state per token, of the width of the context. Off (documented): it works on latents.
         reads_guess: the context reads the first guess at a block's tokens as if it were text, and the denoiser is told which
             token its next-token head then expects at each place. Models with `token_posterior` only.
+        heads_first: at t = 0, where the noisy latents are noise and say nothing of the tokens, the context's heads alone
+            predict the first chunk of a block. Models with `token_posterior` only.
+        token_order: the flow's space is scaled so that each token of a chunk stands out of the noise exp(token_order) times
+            as far as the next one, and is decided before it (`TokenOrder`). 0 (documented) scales nothing. Models with
+            `token_posterior` only.
 
     Training of stage two (the loss is the weighted sum):
         mse_weight: weight of the squared error of the velocity; 0 is documented.
@@ -60,7 +65,7 @@ class TokComConfig(PreTrainedConfig):
         step_quantiles: the times of the steps are quantiles of the logit-normal training times instead, so that most of
             them lie where training had most.
         sampler: "euler" (documented), "heun" (second order, twice the calls), "multistep" (second order, from the prediction
-            before) or "renoise" (stochastic).
+            before), "multirate" (the same, in small steps between the calls) or "renoise" (stochastic).
         eos_token_id: id that ends a sequence; None: sequences have their full length.
     """
 
@@ -77,6 +82,8 @@ class TokComConfig(PreTrainedConfig):
     time_std: float | int = 1.0
     token_posterior: bool = False
     reads_guess: bool = False
+    heads_first: bool = False
+    token_order: float | int = 0.0
     mse_weight: float | int = 0.0
     cross_entropy_weight: float | int = 1.0
     head_weight: float | int = 1.0
@@ -131,6 +138,15 @@ class TokComConfig(PreTrainedConfig):
             )
         if self.reads_guess and not self.token_posterior:
             raise ValueError("reads_guess needs token_posterior=True, whose first guess the context reads.")
+        for name in ("heads_first", "token_order"):
+            if getattr(self, name) and not self.token_posterior:
+                raise ValueError(f"{name}={getattr(self, name)} needs token_posterior=True, which predicts tokens.")
+        if self.sampler == "multirate" and not self.token_posterior:
+            raise ValueError(
+                "sampler='multirate' needs token_posterior=True, whose evidence it follows in small steps."
+            )
+        if self.token_order < 0:
+            raise ValueError(f"token_order must be at least 0, got {self.token_order}.")
         super().__post_init__(**kwargs)
 
     def _build_parts(self) -> None:

@@ -28,6 +28,7 @@ from .tokcom_generation import Prompt, TokComGenerateOutput, denoise_text, gener
 from .tokcom_generation_settings import GenerationSettings
 from .tokcom_objective import TokComOutput, add_flow_losses, add_head_losses, block_shape, check_shapes, cut_blocks
 from .tokcom_text_before import TextBefore
+from .tokcom_token_order import TokenOrder
 from .tokcom_token_posterior import TokenPosterior
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         self.posterior = TokenPosterior(config) if config.token_posterior else None
         self.register_buffer("latent_mean", torch.zeros(config.vae.latent_size))
         self.register_buffer("latent_std", torch.ones(config.vae.latent_size))
+        self.order = TokenOrder(config) if config.token_order else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -67,8 +69,8 @@ class TokComModel(StrictLoading, GenerationMixin):
         if isinstance(module, TokComModel):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)
-        if isinstance(module, TokenPosterior):
-            module.reset_evidence()
+        if isinstance(module, TokenPosterior | TokenOrder):
+            module.reset()
 
     def forward(
         self,
@@ -149,10 +151,11 @@ class TokComModel(StrictLoading, GenerationMixin):
         if self.config.standardize_latents:
             # In a model spread over devices, the statistics may be on another one.
             latents = (latents - self.latent_mean.to(latents.device)) / self.latent_std.to(latents.device)
-        return latents
+        return latents if self.order is None else self.order.apply_to(latents)
 
     def unstandardize(self, latents: torch.Tensor) -> torch.Tensor:
         """The space of the flow → VAE latents."""
+        latents = latents if self.order is None else self.order.undo(latents)
         if self.config.standardize_latents:
             latents = latents * self.latent_std.to(latents.device) + self.latent_mean.to(latents.device)
         return latents
@@ -187,7 +190,7 @@ class TokComModel(StrictLoading, GenerationMixin):
             input_ids: (batch, length), a multiple of the chunk size.
             noise_level: in [0, 1]: 0 is pure noise, 1 plain reconstruction.
             num_steps: steps from 0 to 1, of which max(1, int(num_steps · (1 − noise_level))) are taken.
-            sampler: "euler", "heun", "multistep" or "renoise"; None takes the config's.
+            sampler: "euler", "heun", "multistep", "multirate" or "renoise"; None takes the config's.
             generator: CPU generator of the noise.
 
         Raises:
@@ -228,9 +231,9 @@ class TokComModel(StrictLoading, GenerationMixin):
         Args:
             input_ids: prompts of any length, (batch, length); None: no prompt.
             num_chunks, num_generate_chunks: chunks to generate without a prompt (default 256), after one (default 64).
-            num_steps: steps of the flow per block; each calls the denoiser once, twice with "heun" or guidance.
+            num_steps: steps of the flow per block; each calls the denoiser once, at most (twice with "heun" or guidance).
             batch_size: sequences to generate without a prompt; default 1.
-            sampler: "euler", "heun" and "multistep" (second order), or "renoise" (stochastic).
+            sampler: "euler", "heun", "multistep" or "multirate" (second order), or "renoise" (stochastic).
             temperature: factor of all noise that the flow draws: 1 (default) as in training, 0 for one text without noise.
             do_sample: False means temperature 0, True a temperature above 0; a contradicting `temperature` is refused.
             generator: CPU generator of the noise; makes the output reproducible on any device.
@@ -243,8 +246,7 @@ class TokComModel(StrictLoading, GenerationMixin):
             eos_token_id, pad_token_id: id or ids that end a sequence; id behind the end, by default the (first) end id.
             streamer: a streamer of transformers; gets the prompt, then the tokens of each finished block one by one.
             return_dict_in_generate: return a `TokComGenerateOutput`, which holds the latents, too.
-            generation_config: None takes `model.generation_config`, which is saved with the model. It may hold any of these
-                arguments but tensors, generator and streamer.
+            generation_config: any of these but tensors, generator and streamer; None takes the model's, saved with it.
 
         Returns:
             ids (batch · num_return_sequences, length + generated): the prompt as given, the new tokens, and `pad_token_id`
@@ -252,8 +254,7 @@ class TokComModel(StrictLoading, GenerationMixin):
 
         Raises:
             TypeError: an unknown keyword, ids that are no integers, or a count that is no whole number.
-            ValueError: arguments contradict each other, would not act or are out of range, a prompt is empty, or ids are
-                outside the vocabulary.
+            ValueError: arguments contradict each other, would not act or are out of range, as ids may be; an empty prompt.
         """
         prompt = Prompt.of(self, input_ids, attention_mask)
         settings = GenerationSettings.of(
@@ -262,9 +263,8 @@ class TokComModel(StrictLoading, GenerationMixin):
                 "num_chunks": num_chunks, "num_generate_chunks": num_generate_chunks, "max_new_tokens": max_new_tokens,
                 "max_length": max_length, "num_steps": num_steps, "batch_size": batch_size, "do_sample": do_sample,
                 "temperature": temperature, "sampler": sampler, "block_size": block_size, "best_of": best_of,
-                "guidance_scale": guidance_scale, "num_return_sequences": num_return_sequences,
+                "guidance_scale": guidance_scale, "num_return_sequences": num_return_sequences, "pad_token_id": pad_token_id,
                 "return_dict_in_generate": return_dict_in_generate, "eos_token_id": eos_token_id,
-                "pad_token_id": pad_token_id,
             },
         )  # fmt: skip
         return generate_blocks(self, prompt, settings, generator, streamer)

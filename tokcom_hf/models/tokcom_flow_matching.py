@@ -12,28 +12,17 @@ from typing import Any
 
 import torch
 
-SAMPLERS = ("euler", "heun", "multistep", "renoise")
+SAMPLERS = ("euler", "heun", "multistep", "multirate", "renoise")
+# Steps without a call of the denoiser that "multirate" makes of one step with a call.
+SMALL_STEPS = 4
+# The last step ends at t = 1, where log(t / (1 − t)) is infinite; its small steps rise so far in it.
+LAST_RISE = 1.2
 # Smallest 1 − t in the velocity weight, which would otherwise reach 1e8 at t = 1 − 1e-4.
 MIN_REMAINING = 0.05
 # Smallest distance of a training time from 0 and 1.
 EARLIEST = 1e-4
 
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
-
-
-def self_conditioned(
-    predict: Callable[[torch.Tensor, float, torch.Tensor | None], torch.Tensor], active: bool
-) -> Denoise:
-    """(x_t, t) → predict(x_t, t, earlier), where `earlier` is the prediction of the call before if `active`, else None."""
-    earlier = None
-
-    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
-        nonlocal earlier
-        clean = predict(x, t, earlier)
-        earlier = clean if active else None
-        return clean
-
-    return denoise
 
 
 def expand_time(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -116,14 +105,19 @@ def flow_path(
         times: rising times, at most 1; of a single time, x is the end.
         sampler: "euler": x += Δt · v. "heun": the same with the mean of the velocities at both ends, two calls of `denoise`
             per step. "multistep": Euler on clean latents that are extrapolated from the last two predictions, linear in
-            log(t / (1 − t)) (DPM-Solver++(2M), arXiv 2211.01095). "renoise": x_t' = (1 − t') · fresh noise + t' · x1,
-            stochastic.
+            log(t / (1 − t)) (DPM-Solver++(2M), arXiv 2211.01095). "multirate": "multistep" in small steps, of which only the
+            first of each step calls `denoise`, a `Predictions`; its `between` serves the others. "renoise":
+            x_t' = (1 − t') · fresh noise + t' · x1, stochastic.
         noise_std: standard deviation of the fresh noise of "renoise".
         generator: CPU generator of the fresh noise.
     """
     earlier = None
     for now, following in pairwise(times):
         clean = denoise(x, now)
+        if sampler == "multirate":
+            x = _small_steps(denoise, clean, x, now, following)
+            yield x
+            continue
         if following == 1:
             # At t = 1 all samplers arrive at the predicted clean latents.
             yield clean
@@ -142,6 +136,19 @@ def flow_path(
             v = (v + velocity(denoise(ahead, following), ahead, following)) / 2
         x = x + (following - now) * v
         yield x
+
+
+def _small_steps(denoise: Any, clean: torch.Tensor, x: torch.Tensor, now: float, following: float) -> torch.Tensor:
+    """Latents at the end of a step of "multirate", of which `clean` is the prediction at its start."""
+    share = torch.linspace(0, 1, SMALL_STEPS + 1, dtype=torch.float64)
+    if now == 0:
+        times = (following * share).tolist()
+    else:
+        first = math.log(now / (1 - now))
+        rise = LAST_RISE if following == 1 else math.log(following / (1 - following)) - first
+        times = [now, *torch.sigmoid(first + rise * share[1:]).tolist()]
+        times = [*times, 1.0] if following == 1 else [*times[:-1], following]
+    return sample(lambda x, t: clean if t == now else denoise.between(x, t), x, times, "multistep")
 
 
 def _middle(

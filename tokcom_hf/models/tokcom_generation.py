@@ -14,8 +14,8 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from .shared_tensor_checks import check_ids
-from .tokcom_denoise import denoise
-from .tokcom_flow_matching import Denoise, denoising_steps, interpolate, sample, self_conditioned, step_times
+from .tokcom_denoise import Denoised, Predictions, denoise
+from .tokcom_flow_matching import denoising_steps, interpolate, sample, step_times
 from .tokcom_generation_settings import GenerationSettings, check_sampler
 from .tokcom_text_before import TextBefore
 from .tokcom_token_stream import TokenStream
@@ -81,10 +81,9 @@ class Prompt:
 
 def predict(
     model: Any, x: torch.Tensor, t: float, before: TextBefore | None = None, earlier: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Clean latents that the denoiser predicts from x_t = x, both (blocks, chunks, latent), with one t for all."""
-    time = torch.full((1,), t, device=x.device)
-    return denoise(model, x, time, before, self_condition=earlier).clean_latents
+) -> Denoised:
+    """What the denoiser predicts from x_t = x (blocks, chunks, latent), with one t for all."""
+    return denoise(model, x, torch.full((1,), t, device=x.device), before, self_condition=earlier)
 
 
 class TextSoFar:
@@ -111,20 +110,20 @@ class TextSoFar:
             self.mask = nn.functional.pad(self.mask, (0, ids.shape[1]), value=1)
         self.state = self.model.context(ids, self.mask, self.cache)[:, -1]
 
-    def denoise(self, settings: GenerationSettings) -> Denoise:
+    def denoise(self, settings: GenerationSettings) -> Predictions:
         """(x_t, t) → predicted clean latents of one block; the `best_of` draws of each row stand side by side."""
         model, copies, scale = self.model, settings.best_of, settings.guidance_scale
         # One for all steps of the block.
         before = None if self.state is None else self._before(self.state, copies)
 
-        def with_state(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
+        def with_state(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> Denoised:
             conditional = predict(model, x, t, before, earlier)
             if scale == 1.0:
                 return conditional
-            unconditional = predict(model, x, t, None, earlier)
-            return unconditional + scale * (conditional - unconditional)
+            unconditional = predict(model, x, t, None, earlier).clean_latents
+            return Denoised(unconditional + scale * (conditional.clean_latents - unconditional))
 
-        def with_prefix(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
+        def with_prefix(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> Denoised:
             # The prompt's latents are put back before every step, as documented.
             prefix, mask = self.prefix.repeat_interleave(copies, 0), None
             start, time = prefix.shape[1], torch.full((1,), t, device=x.device)
@@ -137,15 +136,14 @@ class TextSoFar:
                 chunks = self.mask.view(len(self.mask), start, -1).any(dim=-1).repeat_interleave(copies, 0)
                 mask = nn.functional.pad(chunks, (0, x.shape[1]), value=True)
             row = torch.cat([prefix, x], dim=1)
-            return model.denoiser(
-                row, time, self_condition=earlier, attention_mask=mask, return_dict=True
-            ).clean_latents[:, start:]
+            output = model.denoiser(row, time, self_condition=earlier, attention_mask=mask, return_dict=True)
+            return Denoised(output.clean_latents[:, start:])
 
-        def alone(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> torch.Tensor:
+        def alone(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> Denoised:
             return predict(model, x, t, None, earlier)
 
         step = with_state if before is not None else alone if self.prefix is None else with_prefix
-        return self_conditioned(step, model.config.denoiser.self_conditioning)
+        return Predictions(model, step)
 
     def _before(self, state: torch.Tensor, copies: int) -> TextBefore:
         """What the next block of each row sees, `copies` times side by side."""
@@ -224,7 +222,7 @@ def denoise_text(
     if num_steps < 1 or not 0.0 <= noise_level <= 1.0:
         raise ValueError(f"num_steps must be at least 1 and noise_level in [0, 1], got {num_steps} and {noise_level}.")
     config = model.config
-    sampler = check_sampler(config.sampler if sampler is None else sampler)
+    sampler = check_sampler(config.sampler if sampler is None else sampler, config)
     # 1. Encode the text, and mix in the noise.
     clean = model.standardize(model.encode(input_ids))
     if noise_level == 1.0:
@@ -239,9 +237,7 @@ def denoise_text(
         starts = torch.arange(0, input_ids.shape[1], size * config.vae.chunk_size)
         before = TextBefore.of_rows(model, input_ids, starts)
     # 3. Follow the flow for all blocks at once.
-    denoise = self_conditioned(
-        lambda x_t, t, earlier: predict(model, x_t, t, before, earlier), config.denoiser.self_conditioning
-    )
+    denoise = Predictions(model, lambda x_t, t, earlier: predict(model, x_t, t, before, earlier))
     times = step_times(config, denoising_steps(num_steps, noise_level), noise_level)
     blocks = sample(denoise, x.reshape(-1, size, x.shape[2]), times, sampler, config.noise_std, generator)
     return model.unstandardize(blocks.reshape(x.shape))

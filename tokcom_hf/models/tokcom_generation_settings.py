@@ -104,7 +104,7 @@ class GenerationSettings:
         for name in ("num_steps", "batch_size", "num_return_sequences", "best_of"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        check_sampler(self.sampler)
+        check_sampler(self.sampler, model.config)
         if prompt is not None and given.get("batch_size", len(prompt)) not in (1, len(prompt)):
             raise ValueError(
                 f"batch_size={self.batch_size} is for generation without a prompt; there are {len(prompt)} prompts."
@@ -118,6 +118,10 @@ class GenerationSettings:
                 f"guidance_scale={self.guidance_scale} needs a model trained with context_dropout above 0, so that it "
                 "predicts text without its context, too."
             )
+        if self.guidance_scale != 1.0 and self.sampler == "multirate":
+            raise ValueError(
+                "sampler='multirate' follows one prediction, and guidance_scale needs two; take 'multistep'."
+            )
         if not isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}.")
         if self.temperature == 0 and max(self.num_return_sequences, self.best_of) > 1:
@@ -127,10 +131,12 @@ class GenerationSettings:
             )
 
 
-def check_sampler(sampler: str) -> str:
-    """Returns the name of a sampler, if it is one of `SAMPLERS`; raises ValueError otherwise."""
+def check_sampler(sampler: str, config: Any) -> str:
+    """Returns the name of a sampler, if a model of this `TokComConfig` has it; raises ValueError otherwise."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+    if sampler == "multirate" and not config.token_posterior:
+        raise ValueError("sampler='multirate' needs token_posterior=True, whose evidence it follows in small steps.")
     return sampler
 
 

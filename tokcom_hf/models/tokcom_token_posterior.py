@@ -10,7 +10,7 @@
 
 A latent is nearly a linear function of the embeddings of its tokens, so the tokens' posteriors give E[x1 | x_t, c], which
 the flow's velocity needs. `table` is the embedding of the context, which predicts text; that of the VAE tells tokens apart.
-Without `reads_guess`, there is no r.
+Without `reads_guess`, there is no r. With `heads_first`, s = h for a block's first chunk at t = 0, where x_t says nothing.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from .tokcom_flow_matching import expand_time
 # pass computes again.
 LOGITS_AT_ONCE = 2**25
 # Products that are kept in generation: one for each time of its steps, and three more. Of the heads' scores, 16 MiB.
-MOST_KEPT, SCORES_KEPT = 64, 2**22
+MOST_KEPT, SCORES_KEPT = 256, 2**22
 
 
 class TokenPosterior(nn.Module):
@@ -70,7 +70,7 @@ class TokenPosterior(nn.Module):
         # By name: places and versions of tensors, the tensors, and what was computed of them.
         self._kept: dict[str, tuple[Any, tuple[torch.Tensor, ...], torch.Tensor]] = {}
 
-    def reset_evidence(self) -> None:
+    def reset(self) -> None:
         """Sets the buffers to those of an evidence that says nothing."""
         for buffer in (self.center, self.mean, self.directions):
             init.zeros_(buffer)
@@ -86,36 +86,65 @@ class TokenPosterior(nn.Module):
         (blocks, chunks), places = x_t.shape[:2], len(self.variance)
         context = None if before is None else before.state
         table = model.context.table(x_t.device)
+        # Of a hidden text the heads tell nothing.
+        heads_first = model.config.heads_first and before is not None and before.shown is None and tokens.told is None
+        heads_first = heads_first and bool((timesteps == 0).all())
         # 1. The noisy latents are evidence of each token.
         evidence = self.evidence(model, x_t, timesteps)
         # 2. The heads tell what the text before says of the block's first chunk.
-        prior = x_t.new_zeros(blocks, places, table.shape[1], dtype=self.read.weight.dtype)
+        heads = x_t.new_zeros(blocks, places, table.shape[1], dtype=self.read.weight.dtype)
         if context is not None:
-            prior = model.context.head_states(context.to(prior.dtype))
-        # 3. Both together give a first guess at each token by itself.
-        guess = self._guess(model, table, evidence, prior, context, chunks, tokens.told)
-        prior = nn.functional.pad(prior, (0, 0, 0, (chunks - 1) * places))
-        states = self.read(guess / self._scale(table).to(guess.dtype)).flatten(1)
-        states = states + self.read_noisy(x_t.flatten(0, 1).to(guess.dtype))
-        states = states.view(prior.shape) + prior
+            heads = model.context.head_states(context.to(heads.dtype))
+        states = heads
+        if chunks > 1 or not heads_first:
+            # 3. Both together give a first guess at each token by itself.
+            guess = self._guess(model, table, evidence, heads, context, chunks, tokens.told)
+            # 4 and 5. Context and denoiser tell what the tokens of the block say of each other.
+            states = self._fit(model, denoiser, x_t, timesteps, before, attention_mask, heads, guess)
+        if heads_first:
+            states = torch.cat([heads, states[:, places:]], dim=1)
+        # 6. With the evidence they give the posterior of each token, whose expected embeddings make the latent.
+        labels = None if tokens.asked is None else tokens.asked.flatten(0, 1)
+        rows, by_chunk, scores = evidence.embedding.to(table.dtype), states.view(blocks * chunks, places, -1), None
+        if not torch.is_grad_enabled() and blocks * chunks * places * len(table) <= SCORES_KEPT:
+            scores = nn.functional.linear(by_chunk, table).float()
+        means, entropy = self._expect(rows, evidence, by_chunk, table, labels, scores)
+        return Denoised(self.write(means.flatten(1)).view(blocks, chunks, -1), states, scores, entropy)
+
+    def latents_of(self, model: Any, x_t: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor, scored: bool):
+        """Clean latents, like `x_t`, by steps 1 and 6 alone, with the `states` or scores that `predict` found."""
+        evidence, table = self.evidence(model, x_t, timesteps), model.context.table(x_t.device)
+        states = states.view(len(evidence.fields), len(self.variance), -1)
+        given = {"states": None, "scores": states} if scored else {"states": states}
+        means, _ = self._expect(evidence.embedding.to(table.dtype), evidence, table=table, **given)
+        return self.write(means.flatten(1)).view(x_t.shape)
+
+    def _fit(self, model, denoiser, x_t, timesteps, before, attention_mask, heads, guess) -> torch.Tensor:
+        """States of a block's tokens that fit each other and the text before, (blocks, tokens, state).
+
+        heads: the heads' states of the first chunk, (blocks, places, state).
+        guess: first guess at each token, (chunks of all blocks, places, state).
+        """
+        chunks, places = x_t.shape[1], len(self.variance)
+        prior = nn.functional.pad(heads, (0, 0, 0, (chunks - 1) * places))
+        guess = guess.view(prior.shape)
+        states = self.read(guess / self._scale(model.context.table(x_t.device)).to(guess.dtype))
+        states = states + self.read_noisy(x_t.flatten(0, 1).to(guess.dtype)).view(prior.shape) + prior
         # 4. The context reads the guess on, and its next-token head tells what it expects of each token.
         following = None
         if self.read_next is not None and before is not None:
             with torch.no_grad():
-                read = before.read_on(guess.view(prior.shape)[:, :-1])
+                read = before.read_on(guess[:, :-1])
             following = torch.cat([prior[:, :1], model.context.next_states(read.to(prior))], dim=1)
             states = states + self.read_next(following)
         # 5. The denoiser makes the tokens of the block fit each other, and the text before.
         times = timesteps if timesteps.dim() == 1 else timesteps.repeat_interleave(places, dim=1)
         mask = None if attention_mask is None else attention_mask.repeat_interleave(places, dim=1)
+        context = None if before is None else before.state
         fit = denoiser(states, times, context=context, attention_mask=mask, return_dict=True).clean_latents
         if self.trust is not None and following is not None:
             prior = torch.lerp(prior, following, self.trust(fit).sigmoid().to(prior.dtype))
-        # 6. With the evidence they give the posterior of each token, whose expected embeddings make the latent.
-        states = (prior + fit).view(blocks * chunks, places, -1)
-        labels = None if tokens.asked is None else tokens.asked.flatten(0, 1)
-        means, entropy = self._expect(evidence.embedding.to(table.dtype), evidence, states, table, labels)
-        return Denoised(self.write(means.flatten(1)).view(blocks, chunks, -1), entropy)
+        return prior + fit
 
     @torch.no_grad()
     def _guess(self, model, table, evidence, prior, context, chunks, told) -> torch.Tensor:
@@ -129,8 +158,10 @@ class TokenPosterior(nn.Module):
             # They are the same in all steps of a block.
             of = (table, model.context.heads.weight, context)
             scores = self._keep("scores", of, lambda: nn.functional.linear(prior, table).float())
-        guess, _ = self._expect(table, evidence, prior if chunks == 1 else None, table, scores=scores)
-        if chunks > 1:
+        if chunks == 1:
+            guess, _ = self._expect(table, evidence, prior, table, scores=scores)
+        else:
+            guess, _ = self._expect(table, evidence, None, table)
             guess[::chunks], _ = self._expect(table, evidence[::chunks], prior, table, scores=scores)
         if told is not None:
             told = told.flatten(0, 1)
@@ -196,21 +227,28 @@ class TokenPosterior(nn.Module):
 
     @torch.no_grad()
     def fit(self, model: Any, input_ids: torch.Tensor) -> None:
-        """Fits `write` and the evidence to the VAE's encoder, by least squares on chunks (count, chunk_size)."""
+        """Fits `write`, evidence and `model.order` to the VAE's encoder, by least squares on chunks (count, chunk_size)."""
         embeddings = model.vae.embed_tokens(input_ids).float()
-        latents = model.standardize(model.encode(input_ids))[:, 0].float()
         tokens, size = embeddings.flatten(0, 1), embeddings.shape[2]
-        mean, center = tokens.mean(dim=0), latents.mean(dim=0)
+        mean, spread = tokens.mean(dim=0), torch.cov(tokens.T, correction=0)
         inputs = (embeddings - mean).flatten(1)
         # A little weight on small coefficients makes the solution unique where chunks are few.
         gram = inputs.T @ inputs
         gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+        if model.order is not None:
+            model.order.reset()
+        latents = model.standardize(model.encode(input_ids))[:, 0].float()
+        center = latents.mean(dim=0)
         solution = torch.linalg.solve(gram, inputs.T @ (latents - center))
         rest = latents - center - inputs @ solution
         # What each place of a chunk adds to the latent, and its covariance.
         parts = solution.unflatten(0, (-1, size)).transpose(1, 2)
-        covariances = parts @ torch.cov(tokens.T, correction=0) @ parts.transpose(1, 2)
-        variance, rotation = torch.linalg.eigh(covariances.sum(dim=0) - covariances + rest.T @ rest / len(rest))
+        covariances, left = parts @ spread @ parts.transpose(1, 2), rest.T @ rest / len(rest)
+        if model.order is not None:
+            scale = model.order.fit(covariances, left)
+            center, solution, parts = scale @ center, solution @ scale.T, scale @ parts
+            covariances, left = scale @ covariances @ scale.T, scale @ left @ scale.T
+        variance, rotation = torch.linalg.eigh(covariances.sum(dim=0) - covariances + left)
         for buffer, value in {
             self.write.weight: solution.T, self.write.bias: center - mean.repeat(len(parts)) @ solution,
             self.center: center, self.mean: mean, self.rotation: rotation, self.variance: variance.clamp(min=0),
@@ -231,8 +269,10 @@ class TokenPosterior(nn.Module):
         def expect(part, states, labels):
             # All logits in one part are computed once, for the guess and the posterior.
             logits = (evidence if len(parts) == 1 else evidence[part]).logits()
-            if states is not None:
-                logits = logits + (nn.functional.linear(states, table).float() if scores is None else scores[part])
+            if scores is not None:
+                logits = logits + scores[part]
+            elif states is not None:
+                logits = logits + nn.functional.linear(states, table).float()
             mean = logits.softmax(dim=-1).to(rows.dtype) @ rows
             if labels is None:
                 return mean, None

@@ -9,15 +9,13 @@ import torch
 from torch import nn
 
 from ..evaluation.tokcom_denoising import denoising_metrics
-from ..models.tokcom_denoise import Denoised, Tokens, denoise
-from ..models.tokcom_flow_matching import Denoise, denoising_steps, sample, step_times
+from ..models.tokcom_denoise import Denoised, Predictions, Tokens, denoise
+from ..models.tokcom_flow_matching import denoising_steps, sample, step_times
 from ..models.tokcom_objective import block_shape, block_starts
 from ..models.tokcom_text_before import TextBefore
 from .tokcom import FlowTrainer, draw_blocks, evaluation_blocks
 from .tokcom_arguments import DenoiserTrainingArguments
 from .tokcom_samples import Tables, flow_samples
-
-Predictor = Callable[..., Denoised]
 
 
 @dataclass
@@ -68,6 +66,10 @@ class DistillationTrainer(FlowTrainer):
     def __init__(self, model=None, args=None, *positional, teacher: Any = None, **kwargs):
         if teacher is None:
             raise ValueError("DistillationTrainer needs the trained TokComModel to follow: pass teacher=...")
+        if teacher.config.heads_first and args is not None and args.student_steps == 1:
+            raise ValueError(
+                "With heads_first, the heads take the first step; student_steps must be at least 2, got 1."
+            )
         model = copy.deepcopy(teacher.denoiser).requires_grad_(True) if model is None else model
         super().__init__(model, args, *positional, **kwargs)
         self.teacher = teacher.to(self.args.device).eval()
@@ -97,22 +99,23 @@ class DistillationTrainer(FlowTrainer):
             * config.noise_std
             for _ in range(args.student_steps)
         )
-        place = int(torch.randint(args.student_steps, (), generator=generator))
+        # A first step by the heads alone teaches nothing.
+        place = int(torch.randint(int(config.heads_first), args.student_steps, (), generator=generator))
         now = self.times[place]
         where = {name: blocks[name] for name in ("offset", "draw_shift", "block_stride") if name in blocks}
         starts = block_starts(config, shape, **where).to(ids.device)
         real = self._real_chunks(inputs["attention_mask"], starts, shape)
         with torch.no_grad():
             before = None if teacher.context is None else TextBefore.of_rows(teacher, ids, starts)
-            student = self._predictor(model, before, real)
-            x = self._arrive(clean(student), noise, fresh, place)
+            student = self._predictions(model, before, real)
+            x = self._arrive(student, noise, fresh, place)
             remaining = step_times(config, denoising_steps(args.teacher_steps, now), now)
             # One end for each x: the stochastic sampler has none.
             sampler = "euler" if config.sampler == "renoise" else config.sampler
-            target = sample(clean(self._predictor(teacher.denoiser, before, real)), x, remaining, sampler)
+            target = sample(self._predictions(teacher.denoiser, before, real), x, remaining, sampler)
             tokens = teacher.decode(teacher.unstandardize(target)).unflatten(1, (shape[1], -1))
             tokens = tokens.masked_fill(~real.unsqueeze(-1), -100)
-        found = student(x, now, tokens)
+        found = student.predict(x, now, student.earlier, tokens)
         predicted, entropy = found.clean_latents, found.cross_entropy
         error = (predicted.float() - target.float()).square().mean(dim=-1)
         error = (error * real).sum() / real.sum().clamp(min=1)
@@ -130,22 +133,22 @@ class DistillationTrainer(FlowTrainer):
         tokens = (starts[..., None] + torch.arange(span, device=starts.device)).flatten()
         return attention_mask[:, tokens].view(-1, shape[1], self.teacher.config.vae.chunk_size).bool().any(dim=-1)
 
-    def _predictor(self, denoiser: nn.Module, before: TextBefore | None, real: torch.Tensor) -> Predictor:
-        """The function (x_t, t, labels) → `Denoised`; with self-conditioning each call reads the previous prediction."""
+    def _predictions(self, denoiser: nn.Module, before: TextBefore | None, real: torch.Tensor) -> Predictions:
+        """Those of a denoiser along one flow; their `predict` also takes the tokens whose cross-entropy is asked for."""
         # Chunks do not attend to padding. A block of padding alone attends to itself, because softmax needs a key.
         mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
-        earlier: list[torch.Tensor | None] = [None]
 
-        def predict(x: torch.Tensor, t: float, labels: torch.Tensor | None = None) -> Denoised:
+        def predict(
+            x: torch.Tensor, t: float, earlier: torch.Tensor | None, asked: torch.Tensor | None = None
+        ) -> Denoised:
             time = torch.full((1,), t, device=x.device)
-            found = denoise(self.teacher, x, time, before, earlier[0], mask, denoiser, Tokens(labels))
-            if self.teacher.config.denoiser.self_conditioning:
-                earlier[0] = found.clean_latents
-            return found
+            return denoise(self.teacher, x, time, before, earlier, mask, denoiser, Tokens(asked))
 
-        return predict
+        return Predictions(self.teacher, predict)
 
-    def _arrive(self, student: Denoise, noise: torch.Tensor, fresh: list[torch.Tensor], place: int) -> torch.Tensor:
+    def _arrive(
+        self, student: Predictions, noise: torch.Tensor, fresh: list[torch.Tensor], place: int
+    ) -> torch.Tensor:
         """The student's latents at its time number `place`, reached by the sampler that `generate` uses."""
         if self.teacher.config.sampler != "renoise":
             return sample(student, noise, self.times[: place + 1], self.teacher.config.sampler)
@@ -167,8 +170,3 @@ class DistillationTrainer(FlowTrainer):
     def sample_tables(self, decode_text: Callable[[torch.Tensor], list[str]]) -> Tables:
         """Generations, and denoised held-out text beside the original."""
         return flow_samples(self, self.distilled(), decode_text, self.args.sample_steps or self.args.student_steps)
-
-
-def clean(predict: Predictor) -> Denoise:
-    """(x_t, t) → the clean latents of a prediction alone."""
-    return lambda x, t: predict(x, t).clean_latents
