@@ -8,7 +8,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from .configuration_tokcom_denoiser import DenoisedModelConfig
 from .configuration_tokcom_vae import TokComVAEConfig
 from .pipeline_files import PipelineTasks
-from .tokcom_flow_matching import SAMPLERS
+from .tokcom_flow_matching import check_sampler
 from .tokcom_removed import refuse_block_size, refuse_removed
 
 
@@ -117,8 +117,7 @@ class TokComConfig(PreTrainedConfig):
         self._build_parts()
         self.block_sizes = list(self.block_sizes)
         self._check_blocks()
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
+        check_sampler(self.sampler, self)
         if self.noise_draws <= 0 or max(self.noise_draws, 1 / self.noise_draws) % 1:
             raise ValueError(f"noise_draws must be a whole number or 1 divided by one, got {self.noise_draws}.")
         for name in ("num_steps", "max_chunks"):
@@ -141,10 +140,6 @@ class TokComConfig(PreTrainedConfig):
         for name in ("heads_first", "token_order"):
             if getattr(self, name) and not self.token_posterior:
                 raise ValueError(f"{name}={getattr(self, name)} needs token_posterior=True, which predicts tokens.")
-        if self.sampler == "multirate" and not self.token_posterior:
-            raise ValueError(
-                "sampler='multirate' needs token_posterior=True, whose evidence it follows in small steps."
-            )
         if self.token_order < 0:
             raise ValueError(f"token_order must be at least 0, got {self.token_order}.")
         super().__post_init__(**kwargs)

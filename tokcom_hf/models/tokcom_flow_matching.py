@@ -84,6 +84,15 @@ def denoising_steps(num_steps: int, start: float) -> int:
     return max(1, int(round(num_steps * (1 - start), 9)))
 
 
+def check_sampler(sampler: str, config: Any) -> str:
+    """Returns the name of a sampler, if a model of this `TokComConfig` has it; raises ValueError otherwise."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+    if sampler == "multirate" and not config.token_posterior:
+        raise ValueError("sampler='multirate' needs token_posterior=True, whose evidence it follows in small steps.")
+    return sampler
+
+
 def sample(denoise: Denoise, x: torch.Tensor, times: Sequence[float], *more: Any, **named: Any) -> torch.Tensor:
     """Latents at times[-1]: the last that `flow_path` yields, whose arguments it takes."""
     return deque(chain([x], flow_path(denoise, x, times, *more, **named)), maxlen=1).pop()

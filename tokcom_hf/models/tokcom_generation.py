@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput
 
 from .shared_tensor_checks import check_ids
 from .tokcom_denoise import Denoised, Predictions, denoise
-from .tokcom_flow_matching import denoising_steps, interpolate, sample, step_times
-from .tokcom_generation_settings import GenerationSettings, check_sampler
+from .tokcom_flow_matching import check_sampler, denoising_steps, interpolate, sample, step_times
+from .tokcom_generation_settings import GenerationSettings
 from .tokcom_text_before import TextBefore
 from .tokcom_token_stream import TokenStream
 

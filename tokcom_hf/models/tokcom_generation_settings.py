@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from .tokcom_flow_matching import SAMPLERS
+from .tokcom_flow_matching import check_sampler
 
 DEFAULTS = {
     "num_chunks": 256, "num_generate_chunks": 64, "batch_size": 1, "guidance_scale": 1.0, "best_of": 1,
@@ -129,15 +129,6 @@ class GenerationSettings:
                 "At temperature 0 (do_sample=False) every draw is the same: num_return_sequences and best_of must be 1, got "
                 f"{self.num_return_sequences} and {self.best_of}."
             )
-
-
-def check_sampler(sampler: str, config: Any) -> str:
-    """Returns the name of a sampler, if a model of this `TokComConfig` has it; raises ValueError otherwise."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
-    if sampler == "multirate" and not config.token_posterior:
-        raise ValueError("sampler='multirate' needs token_posterior=True, whose evidence it follows in small steps.")
-    return sampler
 
 
 def _configured(model, generation_config: GenerationConfig | None) -> dict[str, Any]:
