@@ -49,7 +49,7 @@ class RunArguments:
     threads: int = field(default=1, metadata={"help": "CPU threads of both models; 0 keeps torch's own number."})
     hidden_size: int = field(default=256, metadata={"help": "Width of a TokCom with random weights."})
     context_layers: int = field(default=4, metadata={"help": "Context layers of that TokCom."})
-    denoiser_layers: int = field(default=1, metadata={"help": "Denoiser layers of that TokCom."})
+    denoiser_layers: int = field(default=2, metadata={"help": "Denoiser layers of that TokCom."})
     vocab_size: int = field(default=4097, metadata={"help": "Vocabulary of models with random weights."})
     temperature: float = field(default=1.0, metadata={"help": "Factor of TokCom's noise."})
     sampler: str | None = field(
@@ -148,9 +148,8 @@ def load_models(run: RunArguments) -> tuple[Any, Any]:
                 context=width | {"num_hidden_layers": run.context_layers, "max_position_embeddings": run.tokens + 1},
                 standardize_latents=True,
                 token_posterior=True,
-                reads_guess=True,
                 heads_first=True,
-                token_order=0.7,
+                token_order=1.4,
                 sampler="multirate",
                 noise_std=1.0,
                 block_sizes=[1, 4, 16],

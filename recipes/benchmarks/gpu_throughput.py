@@ -24,8 +24,8 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
     },
     "12M": {
         "vae": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
-        "context": {"hidden_size": 320, "num_hidden_layers": 4, "num_attention_heads": 5, "intermediate_size": 1024},
-        "denoiser": {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512},
+        "context": {"hidden_size": 320, "num_hidden_layers": 4, "num_attention_heads": 5, "intermediate_size": 1408},
+        "denoiser": {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512},
     },
     "110M": {
         "vae": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},
@@ -50,9 +50,9 @@ def build(size: str, vocabulary: int, device: str) -> TokComModel:
             },
             denoiser=shapes["denoiser"] | {"time_scale": 1000.0},
             context=shapes["context"] | {"max_position_embeddings": 2 * PAPER_LENGTH},
-            standardize_latents=True, noise_std=1.0, time_distribution="logit_normal", time_mean=-0.75, time_std=1.05,
-            token_posterior=True, reads_guess=True, heads_first=True, token_order=0.7, sampler="multirate",
-            mse_weight=0.25, head_weight=3.0, reveal_share=0.8, noise_draws=0.5, block_sizes=[1, 1, 1, 4, 16],
+            standardize_latents=True, noise_std=1.0, time_distribution="logit_normal", time_mean=-0.95, time_std=1.6,
+            token_posterior=True, heads_first=True, token_order=1.4, sampler="multirate",
+            mse_weight=0.0, head_weight=3.0, told_weight=0.5, noise_draws=0.25, block_sizes=[1, 1, 1, 4, 16],
             max_chunks=LENGTH // 4, block_size=1, num_steps=8, step_quantiles=True,
         )  # fmt: skip
     else:

@@ -30,7 +30,6 @@ from tokcom_hf.evaluation.text_likelihood import head_losses
 from tokcom_hf.evaluation.text_protocol import SamplingPlan, held_out_prefixes, measure_sampler, summarize
 from tokcom_hf.evaluation.text_report import print_row
 from tokcom_hf.metrics.text import TextJudge
-from tokcom_hf.models.tokcom_objective import block_shape, draw_revealed
 from tokcom_hf.trainers.muon import MuonWithAdamW, split_for_muon
 from tokcom_hf.trainers.tokcom import draw_blocks
 
@@ -117,10 +116,7 @@ def train_and_measure(data: TextRows, seconds: float, run: RunArguments) -> dict
     generator = torch.Generator().manual_seed(run.seed)
 
     def flow_loss(ids: torch.Tensor) -> torch.Tensor:
-        blocks = draw_blocks(model.config, ids.shape[1], generator)
-        shape = (len(ids), *block_shape(model.config, ids.shape[1], **blocks)[:2], model.config.vae.chunk_size)
-        revealed = draw_revealed(shape, model.config.reveal_share, generator).to(ids.device)
-        return model(ids, **blocks, revealed=revealed).loss
+        return model(ids, **draw_blocks(model.config, ids.shape[1], generator)).loss
 
     found = {"vae": train(model.vae, lambda ids: model.vae(ids, labels=ids).loss, tokens, seconds / 4, run)}
     model.vae.eval().requires_grad_(False)

@@ -43,7 +43,6 @@ MODELS = {
                 "block_size": 2,
                 "block_sizes": [1, 2],
                 "token_posterior": True,
-                "reads_guess": True,
             }
             | more
         )

@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from tokcom_hf.models.tokcom_flow_matching import (
+    FIRST,
+    LAST,
+    SMALL_STEP,
     denoising_steps,
     interpolate,
     quantile_times,
     sample,
     sampling_times,
+    small_times,
     training_times,
     velocity,
     velocity_weight,
@@ -100,14 +104,19 @@ def test_multirate_makes_small_steps_between_its_calls():
     times = [0.0, 0.3, 0.6, 1.0]
     sample(found, torch.zeros(1, 1, 1), times, "multirate")
     assert [t for name, t in found.seen if name == "call"] == times[:-1]
-    # Three small steps follow each call, and one more leads to the end.
-    assert [name for name, _ in found.seen] == 2 * ["call", *3 * ["between"]] + ["call", *4 * ["between"]]
+    assert found.seen[0] == ("call", 0.0) and found.seen[1] == ("between", FIRST)
     small = torch.tensor([t for _, t in found.seen], dtype=torch.float64)
-    assert (small.diff() > 0).all() and small.max() < 1
-    # In equal steps of t from t = 0 on, and of log(t / (1 − t)) later.
-    torch.testing.assert_close(small[:5].diff(), torch.full((4,), 0.075, dtype=torch.float64))
-    rises = torch.logit(small[4:9]).diff()
-    torch.testing.assert_close(rises, rises[:1].expand(4))
+    assert (small.diff() > 0).all() and small[-1].item() == pytest.approx(LAST)
+    # In equal steps of log(t / (1 − t)) from one call to the next.
+    for first, last in ((FIRST, 0.3), (0.3, 0.6), (0.6, LAST)):
+        inside = torch.logit(small[(small >= first - 1e-9) & (small <= last + 1e-9)])
+        rises = inside.diff()
+        torch.testing.assert_close(rises, rises[:1].expand(len(rises)))
+        assert SMALL_STEP * 2 / 3 < rises[0] < SMALL_STEP * 4 / 3
+    # Also where a step ends before FIRST or begins behind LAST.
+    for now, following in ((0.0, 0.004), (0.98, 1.0)):
+        times = small_times(now, following)
+        assert times == sorted(set(times)) and times[0] == now and times[-1] == following and len(times) > 2
 
 
 MEAN, STD = 3.0, 0.5

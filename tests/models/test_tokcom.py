@@ -76,8 +76,11 @@ def test_defaults_are_the_documented_numbers():
         (lambda: TokComConfig(context=CONTEXT, noise_draws=0), "a whole number or 1 divided by one, got 0"),
         (lambda: TokComConfig(context=CONTEXT, noise_draws=1.5), "a whole number or 1 divided by one, got 1.5"),
         (lambda: TokComConfig(context=CONTEXT, noise_draws=0.3), "a whole number or 1 divided by one, got 0.3"),
-        (lambda: TokComConfig(context=CONTEXT, reveal_share=0.5), "reveal_share=0.5 needs token_posterior=True"),
-        (lambda: TokComConfig(context=CONTEXT, reveal_share=-0.1), r"reveal_share must be in \[0, 1\), got -0.1"),
+        (lambda: TokComConfig(context=CONTEXT, told_weight=0.5), "told_weight=0.5 needs token_posterior=True"),
+        (
+            lambda: TokComConfig(context=CONTEXT, told_weight=-0.1, token_posterior=True),
+            "told_weight must be at least 0, got -0.1",
+        ),
         (lambda: TokComConfig(step_quantiles=True), "step_quantiles needs time_distribution='logit_normal'"),
         (lambda: TokComConfig(step_quantiles=True, time_distribution="logit_normal", step_power=2), "no meaning"),
     ],

@@ -12,7 +12,6 @@ from tests.helpers.tokcom_tools import SHAPE, VAE, seeded, small
 from tokcom_hf.models import tokcom_generation
 from tokcom_hf.models.tokcom_denoise import Predictions, denoise
 from tokcom_hf.models.tokcom_flow_matching import sample, step_times
-from tokcom_hf.models.tokcom_text_before import TextBefore
 
 STILL = {"num_steps": 3, "do_sample": False}
 
@@ -149,7 +148,7 @@ def test_cached_blocks_equal_reading_the_text_anew(blocks, size, length):
 
 
 @pytest.mark.parametrize(("size", "sampler"), [(1, "euler"), (2, "euler"), (1, "multirate"), (2, "multirate")])
-def test_what_is_read_on_sees_the_text_so_far_and_each_draw_itself(size, sampler, noise_of_rows):
+def test_the_guess_follows_the_text_so_far_and_each_draw_itself(size, sampler, noise_of_rows):
     own = {"heads_first": True, "token_order": 0.5} if sampler == "multirate" else {}
     model = writer("posterior", sampler=sampler, **own)
     prompt = torch.randint(1, 50, (2, 5), generator=seeded(3))
@@ -157,10 +156,10 @@ def test_what_is_read_on_sees_the_text_so_far_and_each_draw_itself(size, sampler
     text, draws = prompt, seeded(1)
     for _ in range(4 // size):
         with torch.no_grad():
-            before = TextBefore.of_rows(model, text, torch.tensor([text.shape[1]]))
+            before = model.context(text)[:, -1]
             noise = torch.randn(2, size, 16, generator=draws)
             predictions = Predictions(
-                model, lambda x, t, earlier, before=before: denoise(model, x, torch.full((2,), t), before)
+                model, lambda x, t, earlier, before=before: denoise(model, x, torch.full((2,), t), before, earlier)
             )
             clean = sample(predictions, noise, step_times(model.config, 3), sampler)
             text = torch.cat([text, model.decode(model.unstandardize(clean))], dim=1)

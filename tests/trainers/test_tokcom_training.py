@@ -164,31 +164,6 @@ def test_a_fraction_of_a_draw_trains_every_nth_block_and_evaluates_all(tmp_path,
     assert {shape[1] for training, _, shape in calls if not training} == {12}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6])
-def test_training_tells_tokens_in_its_share_of_blocks_and_evaluation_tells_none(tmp_path, share, monkeypatch):
-    calls, forward = [], TokComModel.forward
-
-    def recorded(self, *given, **named):
-        calls.append((self.training, named))
-        return forward(self, *given, **named)
-
-    monkeypatch.setattr(TokComModel, "forward", recorded)
-    model = posterior_model(reveal_share=share, block_sizes=[1])
-    trainer = posterior_trainer(tmp_path, model, Rows(96), max_steps=24, per_device_train_batch_size=4)
-    trainer.train()
-    trainer.evaluate()
-    assert all(named.get("revealed") is None for training, named in calls if not training)
-    if not share:
-        assert all("revealed" not in named for _, named in calls)
-        return
-    trained = [named for training, named in calls if training]
-    told = torch.cat([named["revealed"].flatten(2).any(-1).flatten() for named in trained])
-    times = torch.cat([named["timesteps"].flatten() for named in trained])
-    # A chosen block of four tokens tells none with probability 1/5, the mean of (1 − u)⁴.
-    assert told.float().mean().item() == pytest.approx(share * 4 / 5, abs=0.08)
-    assert times[told].mean().item() == pytest.approx(times[~told].mean().item() / 2, abs=0.08)
-
-
 def test_a_student_behind_a_posterior_moves_alone(tmp_path, trained_vae):
     teacher = posterior_model(time_distribution="logit_normal")
     teacher.vae.load_state_dict(trained_vae)

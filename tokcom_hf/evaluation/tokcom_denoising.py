@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from ..models.tokcom_context_encoder import states_before
 from ..models.tokcom_denoise import Denoised, denoise
-from ..models.tokcom_text_before import TextBefore
 from .tokcom_reconstruction import token_and_chunk_accuracy
 
 
@@ -29,23 +29,25 @@ class BlockDenoiser:
         self.model, self.size = model, size if chunks % size == 0 else 1
         self.before = self.mask = None
         if model.context is not None:
-            self.before = TextBefore.of_rows(model, input_ids, torch.arange(0, chunks * chunk, self.size * chunk))
+            starts = torch.arange(0, chunks * chunk, self.size * chunk)
+            self.before = states_before(model.context(input_ids), starts)
         if attention_mask is not None and not bool(attention_mask.all()) and self.size > 1:
             real = attention_mask.view(rows, -1, self.size, chunk).any(dim=-1).flatten(0, 1)
             # A block of padding only attends to itself, because a row of attention must not be empty.
             self.mask = (real | ~real.any(dim=-1, keepdim=True)).long()
 
     @torch.no_grad()
-    def __call__(self, x_t: torch.Tensor, t: float, self_condition: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, t: float, earlier: Denoised | None = None) -> torch.Tensor:
         """Predicts clean latents from noisy latents `x_t` (rows, chunks, latent_size) at time t in [0, 1]; same shape."""
-        return self.predict(x_t, t, self_condition).clean_latents
+        return self.predict(x_t, t, earlier).clean_latents
 
     @torch.no_grad()
-    def predict(self, x_t: torch.Tensor, t: float, self_condition: torch.Tensor | None = None) -> Denoised:
+    def predict(self, x_t: torch.Tensor, t: float, earlier: Denoised | None = None) -> Denoised:
         """As the call, with all that `denoise` finds."""
         as_blocks, time = (-1, self.size, x_t.shape[-1]), torch.full((1,), t, device=x_t.device)
-        previous = None if self_condition is None else self_condition.reshape(as_blocks)
-        found = denoise(self.model, x_t.reshape(as_blocks), time, self.before, previous, self.mask)
+        if earlier is not None:
+            earlier = Denoised(earlier.clean_latents.reshape(as_blocks), earlier.states, earlier.scores)
+        found = denoise(self.model, x_t.reshape(as_blocks), time, self.before, earlier, self.mask)
         return Denoised(found.clean_latents.reshape(x_t.shape), found.states, found.scores)
 
 

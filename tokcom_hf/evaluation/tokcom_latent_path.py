@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
+from ..models.tokcom_denoise import Denoised, Predictions
 from ..models.tokcom_flow_matching import sample, step_times
+from ..models.tokcom_token_order import without_order
 from .tokcom_denoising import BlockDenoiser
 
 
@@ -24,29 +26,28 @@ def sampling_path(model: Any, input_ids: torch.Tensor, num_steps: int | None = N
 
     Returns:
         t, rms, predicted_rms: one value per denoiser call; `t` and `rms` also contain the end point.
-        text_distance: mean squared distance, in the flow's space, between the sampled latents and the encoding of their
+        text_distance: mean squared distance of standardised latents, between the sampled ones and the encoding of their
             decoded text. 0 means that each is the latent of a text; with standardised latents, 2 is the distance of the
             latents of two unrelated texts.
     """
     model.eval()
     ids = input_ids.to(model.device)
-    denoise, condition = BlockDenoiser(model, ids), model.config.denoiser.self_conditioning
+    denoise = BlockDenoiser(model, ids)
     found: dict[str, Any] = {"t": [], "rms": [], "predicted_rms": []}
-    memory: dict[str, torch.Tensor | None] = {"clean": None}
 
-    def recorded_denoiser(x: torch.Tensor, t: float) -> torch.Tensor:
-        clean = memory["clean"] = denoise(x, t, memory["clean"] if condition else None)
+    def recorded(x: torch.Tensor, t: float, earlier: Denoised | None) -> Denoised:
+        predicted = denoise.predict(x, t, earlier)
         found["t"].append(t)
         found["rms"].append(x.square().mean().sqrt().item())
-        found["predicted_rms"].append(clean.square().mean().sqrt().item())
-        return clean
+        found["predicted_rms"].append(predicted.clean_latents.square().mean().sqrt().item())
+        return predicted
 
     config = model.config
     shape = (len(ids), ids.shape[1] // config.vae.chunk_size, config.vae.latent_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * config.noise_std
     times = step_times(config, config.num_steps if num_steps is None else num_steps)
-    end = sample(recorded_denoiser, noise.to(model.device, model.dtype), times)
+    end = sample(Predictions(model, recorded), noise.to(model.device, model.dtype), times)
     found["t"].append(1.0)
     found["rms"].append(end.square().mean().sqrt().item())
     own_text = model.standardize(model.encode(model.decode(model.unstandardize(end))))
-    return found | {"text_distance": (own_text - end).square().mean().item()}
+    return found | {"text_distance": without_order(model, own_text - end).square().mean().item()}

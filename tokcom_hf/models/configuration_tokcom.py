@@ -31,9 +31,8 @@ class TokComConfig(PreTrainedConfig):
         time_distribution, time_mean, time_std: training times, "uniform" (documented) or "logit_normal"
             σ(N(time_mean, time_std²)); a negative mean trains more on noisy latents.
         token_posterior: predict the clean latents by way of the posterior of each token (`TokenPosterior`). The denoiser
-            then works on one state per token, of the width of the context. Off (documented): it works on latents.
-        reads_guess: the context reads the first guess at a block's tokens as if it were text, and the denoiser is told which
-            token its next-token head then expects at each place. Models with `token_posterior` only.
+            then works on one state per token, of the width of the context, from left to right. Off (documented): it works
+            on latents.
         heads_first: at t = 0, where the noisy latents are noise and say nothing of the tokens, the context's heads alone
             predict the first chunk of a block. Models with `token_posterior` only.
         token_order: the flow's space is scaled so that each token of a chunk stands out of the noise exp(token_order) times
@@ -46,11 +45,11 @@ class TokComConfig(PreTrainedConfig):
             predicted latents, or with `token_posterior` of the posterior; 1 is documented.
         head_weight: weight of the cross-entropy of the context's heads: that of the next token, plus a fifth of that of
             the later tokens of a chunk.
+        told_weight: weight of the cross-entropy of the denoiser that is told the tokens before each token of a block, and so
+            learns which tokens follow each other. Models with `token_posterior` only.
         noise_draws: noisy copies of each row's blocks that share one pass of the context; in training each copy starts at
             another token. A fraction 1/n trains the flow on every n-th block alone, for more text at the same cost.
         block_sizes: chunks per block; each batch draws one of these numbers. 0 is the whole row.
-        reveal_share: share in [0, 1) of the noisy blocks in which training tells the denoiser some of the tokens, so that it
-            learns which tokens go together. Models with `token_posterior` only.
         context_dropout: share in [0, 1) of the noisy blocks that are denoised without their context. `guidance_scale` in
             generation needs a share above 0.
         clean_prefix: without a context, a random prefix of the row has t = 1 and no loss, as prompts have in generation.
@@ -81,15 +80,14 @@ class TokComConfig(PreTrainedConfig):
     time_mean: float | int = -0.5
     time_std: float | int = 1.0
     token_posterior: bool = False
-    reads_guess: bool = False
     heads_first: bool = False
     token_order: float | int = 0.0
     mse_weight: float | int = 0.0
     cross_entropy_weight: float | int = 1.0
     head_weight: float | int = 1.0
+    told_weight: float | int = 0.0
     noise_draws: float | int = 1
     block_sizes: tuple[int, ...] | list[int] = (0,)
-    reveal_share: float | int = 0.0
     context_dropout: float | int = 0.0
     clean_prefix: bool = False
     max_chunks: int = 256
@@ -128,24 +126,18 @@ class TokComConfig(PreTrainedConfig):
                 "step_quantiles needs time_distribution='logit_normal' and leaves step_power no meaning; got "
                 f"{self.time_distribution!r} and step_power={self.step_power}."
             )
-        for name in ("context_dropout", "reveal_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if self.reveal_share and not self.token_posterior:
-            raise ValueError(
-                f"reveal_share={self.reveal_share} needs token_posterior=True, whose denoiser reads tokens."
-            )
-        if self.reads_guess and not self.token_posterior:
-            raise ValueError("reads_guess needs token_posterior=True, whose first guess the context reads.")
-        for name in ("heads_first", "token_order"):
+        if not 0 <= self.context_dropout < 1:
+            raise ValueError(f"context_dropout must be in [0, 1), got {self.context_dropout}.")
+        for name in ("heads_first", "token_order", "told_weight"):
             if getattr(self, name) and not self.token_posterior:
                 raise ValueError(f"{name}={getattr(self, name)} needs token_posterior=True, which predicts tokens.")
-        if self.token_order < 0:
-            raise ValueError(f"token_order must be at least 0, got {self.token_order}.")
+        for name in ("token_order", "told_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         super().__post_init__(**kwargs)
 
     def _build_parts(self) -> None:
-        """Builds the configurations of the parts; widths that two parts share are filled in, or checked."""
+        """Builds the configurations of the parts; what two parts share is filled in, or checked."""
         if not isinstance(self.vae, TokComVAEConfig):
             self.vae = TokComVAEConfig(**self.vae or {})
         if isinstance(self.context, dict):
@@ -157,10 +149,10 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(
                 "token_posterior needs a context, whose table holds the tokens' states; set it, or leave it off."
             )
-        widths = {"latent_size": width, "context_size": context_size}
+        shared = {"latent_size": width, "context_size": context_size, "causal": self.token_posterior}
         if not isinstance(self.denoiser, DenoisedModelConfig):
-            self.denoiser = DenoisedModelConfig(**widths | (self.denoiser or {}))
-        for name, value in widths.items():
+            self.denoiser = DenoisedModelConfig(**shared | (self.denoiser or {}))
+        for name, value in shared.items():
             if getattr(self.denoiser, name) != value:
                 raise ValueError(
                     f"denoiser.{name} must be {value}, as VAE, context and token_posterior have it, got "

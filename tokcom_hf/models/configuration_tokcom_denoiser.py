@@ -18,6 +18,8 @@ class DenoisedModelConfig(PreTrainedConfig):
     time_scale: factor of t ∈ [0, 1] before its sinusoidal embedding; 1 is documented, 1000 gives times that differ by 0.01
         clearly different embeddings.
     context_size: width of the context's state before a block; None (documented): the denoiser takes no context.
+    causal: each position attends to itself and to earlier ones alone; a `TokComModel` fills it in: True with
+        `token_posterior`. Off (documented): every position attends to all.
     self_conditioning: take the previous prediction of the clean latents as a second input (arXiv 2208.04202).
     """
 
@@ -33,6 +35,7 @@ class DenoisedModelConfig(PreTrainedConfig):
     rope_theta: float | int = 1e6
     time_scale: float | int = 1.0
     context_size: int | None = None
+    causal: bool = False
     self_conditioning: bool = False
 
     def __post_init__(self, **kwargs):

@@ -21,14 +21,13 @@ from .modeling_tokcom_vae import TokComVAE
 from .shared_layer_outputs import as_asked
 from .shared_strict_loading import StrictLoading
 from .shared_tensor_checks import check_ids
-from .tokcom_context_encoder import ContextEncoder
+from .tokcom_context_encoder import ContextEncoder, states_before
 from .tokcom_denoise import denoise
 from .tokcom_flow_matching import interpolate, training_times
 from .tokcom_generation import Prompt, TokComGenerateOutput, denoise_text, generate_blocks
 from .tokcom_generation_settings import GenerationSettings
-from .tokcom_objective import TokComOutput, add_flow_losses, add_head_losses, block_shape, check_shapes, cut_blocks
-from .tokcom_text_before import TextBefore
-from .tokcom_token_order import TokenOrder
+from .tokcom_objective import TokComOutput, add_flow_losses, add_text_losses, block_shape, check_shapes, cut_blocks
+from .tokcom_token_order import TokenOrder, without_order
 from .tokcom_token_posterior import TokenPosterior
 
 if TYPE_CHECKING:
@@ -80,7 +79,6 @@ class TokComModel(StrictLoading, GenerationMixin):
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
-        revealed: torch.Tensor | None = None,
         offset: int = 0,
         block_size: int = 0,
         draw_shift: int = 0,
@@ -97,7 +95,6 @@ class TokComModel(StrictLoading, GenerationMixin):
             noise: x0, (rows, blocks, chunks, latent); None draws it.
             timesteps: t in [0, 1], (rows, blocks) or (rows, blocks, chunks), no loss at t = 1; None draws them.
             context_mask: (rows, blocks), False hides the context from a block; None hides it from no block.
-            revealed: (rows, blocks, chunks, chunk_size) bool, tokens told to a denoiser with `token_posterior`; no loss.
             offset, block_size: tokens before the first block, and chunks per block (0: all). Models with a context only.
             draw_shift, block_stride: tokens by which noise draws lie apart, and blocks by which the blocks of a draw do.
             self_conditioned: predict twice, the second time from the first prediction. Models with `self_conditioning` only.
@@ -113,7 +110,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         cuts = (offset, block_size, draw_shift, block_stride)
         shape = (len(input_ids), *block_shape(config, input_ids.shape[1], *cuts))
         check_shapes(config, input_ids, shape, attention_mask=attention_mask, latents=latents, noise=noise,
-                     timesteps=timesteps, context_mask=context_mask, revealed=revealed)  # fmt: skip
+                     timesteps=timesteps, context_mask=context_mask)  # fmt: skip
         blocks = cut_blocks(self, input_ids, attention_mask, latents, shape, offset, draw_shift, block_stride)
         # 2. Draw noise x0 and times t, and mix: x_t = (1 − t) · x0 + t · x1.
         noise = torch.randn(shape) * config.noise_std if noise is None else noise
@@ -123,21 +120,22 @@ class TokComModel(StrictLoading, GenerationMixin):
         t = (timesteps if timesteps.dim() == 3 else timesteps.unsqueeze(-1)).expand(shape[:3])
         x_t = interpolate(noise.to(blocks.x1), blocks.x1, t.to(blocks.x1.dtype))
         # 3. Read the context: its state before each block.
-        before = None if self.context is None else TextBefore.of_rows(self, input_ids, blocks.starts, context_mask)
+        states = None if self.context is None else self.context(input_ids)
+        before = None if states is None else states_before(states, blocks.starts, context_mask)
         # 4. Predict x1; the blocks of all rows are one batch.
         x_t, timesteps = x_t.flatten(0, 1), timesteps.flatten(0, 1)
-        arguments: dict[str, Any] = {"before": before, "attention_mask": blocks.chunk_mask()}
+        arguments: dict[str, Any] = {"context": before, "attention_mask": blocks.chunk_mask()}
         if self_conditioned:
             with torch.no_grad():
-                arguments["self_condition"] = denoise(self, x_t, timesteps, **arguments).clean_latents
-        arguments["tokens"] = blocks.tokens(revealed, return_loss and config.cross_entropy_weight > 0)
-        found = denoise(self, x_t, timesteps, **arguments)
+                arguments["earlier"] = denoise(self, x_t, timesteps, **arguments)
+        asked = return_loss and config.cross_entropy_weight > 0
+        found = denoise(self, x_t, timesteps, labels=blocks.labels.flatten(0, 1) if asked else None, **arguments)
         output = TokComOutput(clean_latents=found.clean_latents.view(shape), cross_entropy_loss=found.cross_entropy)
-        # 5. Add up the losses of the flow, of the tokens and of the context's heads.
+        # 5. Add up the losses of the flow, of the tokens and of the text alone.
         if return_loss:
-            add_flow_losses(self, output, blocks, t, revealed)
-        if return_loss and before is not None:
-            add_head_losses(self, output, before.states, input_ids, attention_mask, blocks.starts[0])
+            add_flow_losses(self, output, blocks, t)
+        if return_loss and states is not None:
+            add_text_losses(self, output, states, input_ids, attention_mask, blocks.starts[0], t)
         return as_asked(output, config, return_dict)
 
     def fit_latents(self, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -155,7 +153,7 @@ class TokComModel(StrictLoading, GenerationMixin):
 
     def unstandardize(self, latents: torch.Tensor) -> torch.Tensor:
         """The space of the flow → VAE latents."""
-        latents = latents if self.order is None else self.order.undo(latents)
+        latents = without_order(self, latents)
         if self.config.standardize_latents:
             latents = latents * self.latent_std.to(latents.device) + self.latent_mean.to(latents.device)
         return latents

@@ -152,6 +152,10 @@ class DenoisedModel(StrictLoading):
         condition = self._condition(timesteps, context, latents.shape[1], dtype)
         rotary = rotary_embeddings(latents.shape[1], self.config, hidden_states)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        if self.config.causal:
+            earlier = torch.ones(latents.shape[1], latents.shape[1], dtype=torch.bool, device=latents.device).tril()
+            # Padding sees itself, because a row of attention must not be empty.
+            mask = earlier if mask is None else mask & earlier | torch.eye(len(earlier)).to(earlier)
         for layer in self.layers:
             before = hidden_states
             hidden_states, weights = layer(hidden_states, condition, rotary, mask)

@@ -5,8 +5,6 @@ state (arXiv 2404.19737), because their loss is a less noisy signal than that of
 starts from what the heads predict; without one, the heads are not used.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,53 +62,9 @@ class ContextEncoder(nn.Module):
             return_dict=True, **{CACHE: cache},
         ).last_hidden_state  # fmt: skip
 
-    @contextmanager
-    def with_cache(self) -> Iterator[None]:
-        """Passes inside use their cache in training, too; gradient checkpointing would drop it."""
-        training = self.training
-        if training:
-            self.eval()
-        try:
-            yield
-        finally:
-            if training:
-                self.train()
-
-    def read_on(self, embeddings: torch.Tensor, cache: Cache, seen: torch.Tensor | None = None) -> torch.Tensor:
-        """States after expected embeddings of tokens, read as if they followed what `cache` holds; the cache stays as it is.
-
-        Args:
-            embeddings: (rows · blocks, tokens, hidden); blocks do not see each other.
-            cache: keys and values of the rows.
-            seen: what each block sees of them, (rows, blocks, cached) bool; None: each row has one block, which sees all.
-        """
-        rows, read, mask, positions = embeddings, embeddings.shape[1], None, None
-        if seen is not None:
-            blocks, count = seen.shape[1], embeddings.shape[1]
-            own = torch.kron(torch.eye(blocks), torch.ones(count, count).tril()).to(seen.device, torch.bool)
-            mask = torch.cat([seen.repeat_interleave(count, 1), own.expand(len(seen), -1, -1)], dim=-1).unsqueeze(1)
-            if self.model.config._attn_implementation == "eager":
-                # It adds the mask to the scores.
-                mask = torch.zeros_like(mask, dtype=rows.dtype).masked_fill(~mask, torch.finfo(rows.dtype).min)
-            positions = (seen.sum(dim=-1, keepdim=True) + torch.arange(count, device=seen.device)).flatten(1)
-            rows, read = embeddings.reshape(len(seen), blocks * count, -1), blocks * count
-        with self.with_cache():
-            states = self.model(
-                inputs_embeds=rows, attention_mask=mask, position_ids=positions, use_cache=True, return_dict=True,
-                **{CACHE: cache},
-            ).last_hidden_state  # fmt: skip
-        cache.crop(-read)
-        return states.reshape(embeddings.shape)
-
     def head_states(self, states: torch.Tensor) -> torch.Tensor:
         """states (…, hidden) → (…, chunk_size, hidden), whose products with the `table` are logits of the next tokens."""
         return self.heads(states).unflatten(-1, (self.chunk_size, -1))
-
-    def next_states(self, states: torch.Tensor) -> torch.Tensor:
-        """As `head_states`, of the head of the next token alone: states (…, hidden) → (…, hidden)."""
-        if is_plain(self.heads, nn.Linear):
-            return nn.functional.linear(states, self.heads.weight[: states.shape[-1]])
-        return self.head_states(states)[..., 0, :]
 
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
         """states (…, hidden) → logits (…, chunk_size, vocab) of the next tokens, the start token's lowest."""
@@ -148,6 +102,20 @@ class ContextEncoder(nn.Module):
         with torch.no_grad():
             embedding.weight[start_token_id] = start
         self.start_token_id = start_token_id
+
+
+def states_before(
+    states: torch.Tensor, starts: torch.Tensor, context_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The context's state before each block, (rows · blocks, hidden).
+
+    Args:
+        states: of a `ContextEncoder` for whole rows, (rows, 1 + length, hidden).
+        starts: index of the first token of each block of a row, of any shape.
+        context_mask: (rows, blocks), False hides the text from a block, whose state is then zero.
+    """
+    before = states[:, starts.flatten()]
+    return (before if context_mask is None else before * context_mask.to(before).unsqueeze(-1)).flatten(0, 1)
 
 
 def embedding_table(embedding: Any, rows: int, device: torch.device) -> torch.Tensor:

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .tokcom_text_before import TextBefore
-
 
 @dataclass
 class Denoised:
@@ -27,42 +25,34 @@ class Denoised:
     cross_entropy: torch.Tensor | None = None
 
 
-@dataclass
-class Tokens:
-    """Tokens of blocks, (blocks, chunks, chunk_size), -100 for none.
-
-    asked: those whose cross-entropy is wanted; None wants none.
-    told: those that a `TokenPosterior` reads instead of its first guess.
-    """
-
-    asked: torch.Tensor | None = None
-    told: torch.Tensor | None = None
-
-
 def denoise(
     model: Any,
     x_t: torch.Tensor,
     timesteps: torch.Tensor,
-    before: TextBefore | None = None,
-    self_condition: torch.Tensor | None = None,
+    context: torch.Tensor | None = None,
+    earlier: Denoised | None = None,
     attention_mask: torch.Tensor | None = None,
     denoiser: nn.Module | None = None,
-    tokens: Tokens | None = None,
+    labels: torch.Tensor | None = None,
 ) -> Denoised:
     """Predicts the clean latents with the denoiser of a `TokComModel` and, if it has one, its `TokenPosterior`.
 
     Args:
-        x_t, timesteps, self_condition, attention_mask: as in `DenoisedModel.forward`.
-        before: the text before each block; None predicts without it.
+        x_t, timesteps: as in `DenoisedModel.forward`.
+        context: the context's state before each block, (blocks, hidden); None predicts without it.
+        earlier: the prediction before along the same flow, for models with `self_conditioning` or a `TokenPosterior`.
+        attention_mask: as in `DenoisedModel.forward`. A `TokenPosterior`, which reads from left to right, needs none for
+            padding on the right.
         denoiser: takes the place of `model.denoiser`.
-        tokens: what a `TokenPosterior` is told, and what its cross-entropy is asked for.
+        labels: tokens of the blocks, (blocks, chunks, chunk_size), -100 for none, whose cross-entropy a `TokenPosterior`
+            computes.
     """
     denoiser = model.denoiser if denoiser is None else denoiser
     if model.posterior is not None:
-        return model.posterior.predict(model, denoiser, x_t, timesteps, before, attention_mask, tokens or Tokens())
-    context = None if before is None else before.state
+        return model.posterior.predict(model, denoiser, x_t, timesteps, context, earlier, labels)
+    before = earlier.clean_latents if earlier is not None and model.config.denoiser.self_conditioning else None
     output = denoiser(
-        x_t, timesteps, context=context, self_condition=self_condition, attention_mask=attention_mask, return_dict=True
+        x_t, timesteps, context=context, self_condition=before, attention_mask=attention_mask, return_dict=True
     )
     return Denoised(output.clean_latents)
 
@@ -70,23 +60,22 @@ def denoise(
 class Predictions:
     """(x_t, t) → predicted clean latents along one flow, with what they need of the predictions before.
 
-    predict: (x_t, t, earlier) → `Denoised`, where `earlier` is the prediction before with self-conditioning, else None.
+    predict: (x_t, t, the prediction before or None) → `Denoised`.
     """
 
-    def __init__(self, model: Any, predict: Callable[[torch.Tensor, float, torch.Tensor | None], Denoised]):
+    def __init__(self, model: Any, predict: Callable[[torch.Tensor, float, Denoised | None], Denoised]):
         self.model, self.predict = model, predict
-        self.earlier: torch.Tensor | None = None
-        # Of the last two calls, the scores or else the states of the tokens, and the times.
-        self.calls: list[tuple[torch.Tensor, float]] = []
-        self.scored = False
+        # The last two predictions, and their times.
+        self.calls: list[tuple[Denoised, float]] = []
+
+    @property
+    def earlier(self) -> Denoised | None:
+        """The last prediction."""
+        return self.calls[-1][0] if self.calls else None
 
     def __call__(self, x: torch.Tensor, t: float) -> torch.Tensor:
         found = self.predict(x, t, self.earlier)
-        if self.model.config.denoiser.self_conditioning:
-            self.earlier = found.clean_latents
-        kept = found.states if found.scores is None else found.scores
-        if kept is not None:
-            self.scored, self.calls = found.scores is not None, [*self.calls[-1:], (kept, t)]
+        self.calls = [*self.calls[-1:], (found, t)]
         return found.clean_latents
 
     def between(self, x: torch.Tensor, t: float) -> torch.Tensor:
@@ -94,10 +83,12 @@ class Predictions:
 
         The states are extrapolated linearly in log(t / (1 − t)). They change slowly; the evidence is fast and cheap.
         """
-        states, now = self.calls[-1]
+        found, now = self.calls[-1]
+        states = found.states if found.scores is None else found.scores
         if len(self.calls) == 2 and self.calls[0][1] > 0:
-            before, then = self.calls[0]
+            found, then = self.calls[0]
+            before = found.states if found.scores is None else found.scores
             then, now, t_ = (math.log(time / (1 - time)) for time in (then, now, t))
             states = states + (states - before) * ((t_ - now) / (now - then))
         time = torch.full((1,), t, device=x.device)
-        return self.model.posterior.latents_of(self.model, x, time, states, self.scored)
+        return self.model.posterior.latents_of(self.model, x, time, states, found.scores is not None)

@@ -10,23 +10,25 @@ class Evidence:
     """Logits of the evidence of each token, l = fields · e − curvature · lengths(e), before they are computed.
 
     fields: (chunks, places, embedding).
-    curvature: (chunks, places, latent); (1, places, latent) or ones (1, places, 1) if all chunks are at one time.
+    curvature: (chunks, places, latent), or (1, places, latent) if all are at one time; None if the lengths are summed.
     embedding: (vocab, embedding).
-    lengths: squared length of each embedding along each direction, (places, vocab, latent); with a curvature of ones
-        their sum, weighted by the curvature, (places, vocab, 1).
+    lengths: squared length of each embedding along each direction, (places, vocab, latent); without a curvature their sum,
+        weighted by that of the one time of all chunks, (places, vocab).
     omni_token_id: the token that never occurs.
     computed: the logits, once they are.
     """
 
     fields: torch.Tensor
-    curvature: torch.Tensor
+    curvature: torch.Tensor | None
     embedding: torch.Tensor
     lengths: torch.Tensor
     omni_token_id: int
     computed: torch.Tensor | None = None
 
     def __getitem__(self, chunks: slice) -> "Evidence":
-        curvature = self.curvature if len(self.curvature) == 1 else self.curvature[chunks]
+        curvature = self.curvature
+        if curvature is not None and len(curvature) > 1:
+            curvature = curvature[chunks]
         computed = None if self.computed is None else self.computed[chunks]
         return Evidence(self.fields[chunks], curvature, self.embedding, self.lengths, self.omni_token_id, computed)
 
@@ -35,7 +37,10 @@ class Evidence:
         if self.computed is None:
             with torch.no_grad(), torch.autocast(self.fields.device.type, enabled=False):
                 logits = self.fields @ self.embedding.T
-                logits -= torch.einsum("npk,pvk->npv", self.curvature, self.lengths)
+                if self.curvature is None:
+                    logits -= self.lengths
+                else:
+                    logits -= torch.einsum("npk,pvk->npv", self.curvature, self.lengths)
                 logits[..., self.omni_token_id] = torch.finfo(logits.dtype).min
                 self.computed = logits
         return self.computed

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 SAMPLERS = ("euler", "heun", "multistep", "multirate", "renoise")
-# Steps without a call of the denoiser that "multirate" makes of one step with a call.
-SMALL_STEPS = 4
-# The last step ends at t = 1, where log(t / (1 − t)) is infinite; its small steps rise so far in it.
-LAST_RISE = 1.2
+# "multirate" steps of about this much in log(t / (1 − t)) from FIRST to LAST, of which few call the denoiser. Before FIRST
+# the noisy latents say next to nothing, and behind LAST nothing new.
+SMALL_STEP, FIRST, LAST = 0.45, 0.01, 0.97
 # Smallest 1 − t in the velocity weight, which would otherwise reach 1e8 at t = 1 − 1e-4.
 MIN_REMAINING = 0.05
 # Smallest distance of a training time from 0 and 1.
@@ -114,19 +113,18 @@ def flow_path(
         times: rising times, at most 1; of a single time, x is the end.
         sampler: "euler": x += Δt · v. "heun": the same with the mean of the velocities at both ends, two calls of `denoise`
             per step. "multistep": Euler on clean latents that are extrapolated from the last two predictions, linear in
-            log(t / (1 − t)) (DPM-Solver++(2M), arXiv 2211.01095). "multirate": "multistep" in small steps, of which only the
-            first of each step calls `denoise`, a `Predictions`; its `between` serves the others. "renoise":
+            log(t / (1 − t)) (DPM-Solver++(2M), arXiv 2211.01095). "multirate": "multistep" in `small_times`, of which only
+            the first of each step calls `denoise`, a `Predictions`; its `between` serves the others. "renoise":
             x_t' = (1 − t') · fresh noise + t' · x1, stochastic.
         noise_std: standard deviation of the fresh noise of "renoise".
         generator: CPU generator of the fresh noise.
     """
+    if sampler == "multirate":
+        yield from _multirate(denoise, x, times)
+        return
     earlier = None
     for now, following in pairwise(times):
         clean = denoise(x, now)
-        if sampler == "multirate":
-            x = _small_steps(denoise, clean, x, now, following)
-            yield x
-            continue
         if following == 1:
             # At t = 1 all samplers arrive at the predicted clean latents.
             yield clean
@@ -147,17 +145,32 @@ def flow_path(
         yield x
 
 
-def _small_steps(denoise: Any, clean: torch.Tensor, x: torch.Tensor, now: float, following: float) -> torch.Tensor:
-    """Latents at the end of a step of "multirate", of which `clean` is the prediction at its start."""
-    share = torch.linspace(0, 1, SMALL_STEPS + 1, dtype=torch.float64)
-    if now == 0:
-        times = (following * share).tolist()
-    else:
-        first = math.log(now / (1 - now))
-        rise = LAST_RISE if following == 1 else math.log(following / (1 - following)) - first
-        times = [now, *torch.sigmoid(first + rise * share[1:]).tolist()]
-        times = [*times, 1.0] if following == 1 else [*times[:-1], following]
-    return sample(lambda x, t: clean if t == now else denoise.between(x, t), x, times, "multistep")
+def _multirate(denoise: Any, x: torch.Tensor, times: Sequence[float]) -> Iterator[torch.Tensor]:
+    """`flow_path` of "multirate"."""
+    earlier = None
+    for now, following in pairwise(times):
+        called = denoise(x, now)
+        for at, then in pairwise(small_times(now, following)):
+            clean = called if at == now else denoise.between(x, at)
+            if then == 1:
+                x = clean
+                break
+            middle, earlier = _middle(clean, earlier, at, then), (clean, at)
+            x = x + (then - at) * velocity(middle, x, at)
+        yield x
+
+
+def small_times(now: float, following: float) -> list[float]:
+    """Times from `now` to `following`, in equal steps of log(t / (1 − t)) between FIRST and LAST."""
+    low, high = max(now, min(FIRST, following / 2)), min(following, max(LAST, (1 + now) / 2))
+    start, rise = _log_odds(low), _log_odds(high) - _log_odds(low)
+    steps = max(1, round(rise / SMALL_STEP))
+    inner = torch.sigmoid(start + rise * torch.arange(1, steps, dtype=torch.float64) / steps).tolist()
+    return [*([now] if now < low else []), low, *inner, high, *([following] if high < following else [])]
+
+
+def _log_odds(t: float) -> float:
+    return math.log(t / (1 - t))
 
 
 def _middle(
@@ -167,5 +180,5 @@ def _middle(
     if earlier is None or earlier[1] == 0:
         # From t = 0 on, a step in log(t / (1 − t)) is infinite, and what was predicted there tells no slope.
         return clean
-    before, now, following = (math.log(t / (1 - t)) for t in (earlier[1], now, following))
+    before, now, following = (_log_odds(t) for t in (earlier[1], now, following))
     return clean + (clean - earlier[0]) * (following - now) / (2 * (now - before))

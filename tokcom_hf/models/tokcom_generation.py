@@ -14,10 +14,11 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from .shared_tensor_checks import check_ids
+from .tokcom_context_encoder import states_before
 from .tokcom_denoise import Denoised, Predictions, denoise
 from .tokcom_flow_matching import check_sampler, denoising_steps, interpolate, sample, step_times
 from .tokcom_generation_settings import GenerationSettings
-from .tokcom_text_before import TextBefore
+from .tokcom_token_order import without_order
 from .tokcom_token_stream import TokenStream
 
 
@@ -80,10 +81,10 @@ class Prompt:
 
 
 def predict(
-    model: Any, x: torch.Tensor, t: float, before: TextBefore | None = None, earlier: torch.Tensor | None = None
+    model: Any, x: torch.Tensor, t: float, context: torch.Tensor | None = None, earlier: Denoised | None = None
 ) -> Denoised:
     """What the denoiser predicts from x_t = x (blocks, chunks, latent), with one t for all."""
-    return denoise(model, x, torch.full((1,), t, device=x.device), before, self_condition=earlier)
+    return denoise(model, x, torch.full((1,), t, device=x.device), context, earlier)
 
 
 class TextSoFar:
@@ -114,50 +115,41 @@ class TextSoFar:
         """(x_t, t) → predicted clean latents of one block; the `best_of` draws of each row stand side by side."""
         model, copies, scale = self.model, settings.best_of, settings.guidance_scale
         # One for all steps of the block.
-        before = None if self.state is None else self._before(self.state, copies)
+        before = None if self.state is None else self.state.repeat_interleave(copies, 0)
 
-        def with_state(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> Denoised:
+        def with_state(x: torch.Tensor, t: float, earlier: Denoised | None) -> Denoised:
             conditional = predict(model, x, t, before, earlier)
             if scale == 1.0:
                 return conditional
-            unconditional = predict(model, x, t, None, earlier).clean_latents
-            return Denoised(unconditional + scale * (conditional.clean_latents - unconditional))
+            # Without the text, no guess that knows it is read either.
+            blind = None if earlier is None else Denoised(earlier.clean_latents)
+            unconditional = predict(model, x, t, None, blind).clean_latents
+            guided = unconditional + scale * (conditional.clean_latents - unconditional)
+            return Denoised(guided, conditional.states, conditional.scores)
 
-        def with_prefix(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> Denoised:
+        def with_prefix(x: torch.Tensor, t: float, earlier: Denoised | None) -> Denoised:
             # The prompt's latents are put back before every step, as documented.
             prefix, mask = self.prefix.repeat_interleave(copies, 0), None
             start, time = prefix.shape[1], torch.full((1,), t, device=x.device)
             if model.config.clean_prefix:
                 time = time.repeat(len(x), start + x.shape[1])
                 time[:, :start] = 1.0
+            condition = None
             if model.config.denoiser.self_conditioning:
-                earlier = torch.cat([prefix, torch.zeros_like(x) if earlier is None else earlier], dim=1)
+                predicted = torch.zeros_like(x) if earlier is None else earlier.clean_latents
+                condition = torch.cat([prefix, predicted], dim=1)
             if self.mask is not None:
                 chunks = self.mask.view(len(self.mask), start, -1).any(dim=-1).repeat_interleave(copies, 0)
                 mask = nn.functional.pad(chunks, (0, x.shape[1]), value=True)
             row = torch.cat([prefix, x], dim=1)
-            output = model.denoiser(row, time, self_condition=earlier, attention_mask=mask, return_dict=True)
+            output = model.denoiser(row, time, self_condition=condition, attention_mask=mask, return_dict=True)
             return Denoised(output.clean_latents[:, start:])
 
-        def alone(x: torch.Tensor, t: float, earlier: torch.Tensor | None) -> Denoised:
+        def alone(x: torch.Tensor, t: float, earlier: Denoised | None) -> Denoised:
             return predict(model, x, t, None, earlier)
 
         step = with_state if before is not None else alone if self.prefix is None else with_prefix
         return Predictions(model, step)
-
-    def _before(self, state: torch.Tensor, copies: int) -> TextBefore:
-        """What the next block of each row sees, `copies` times side by side."""
-        state = state.repeat_interleave(copies, 0)
-        if not self.model.config.reads_guess:
-            return TextBefore(state)
-        if self.mask is None and copies == 1:
-            return TextBefore(state, None, self.model.context, self.cache)
-        rows, cached = len(state) // copies, self.cache.get_seq_length()
-        seen = torch.ones(rows, copies, cached, dtype=torch.bool, device=state.device)
-        if self.mask is not None:
-            # All tokens see the start token.
-            seen[:, :, 1:] = self.mask.bool().unsqueeze(1)
-        return TextBefore(state, None, self.model.context, self.cache, seen)
 
 
 def generate_blocks(
@@ -186,7 +178,7 @@ def generate_blocks(
         ids = model.decode(latents)
         # 5. Of several draws, keep the one whose latents are nearest to the encoding of its own text.
         if settings.best_of > 1:
-            distance = (model.standardize(model.encode(ids)) - x1).square().mean(dim=(1, 2))
+            distance = without_order(model, model.standardize(model.encode(ids)) - x1).square().mean(dim=(1, 2))
             best = distance.view(rows, -1).argmin(dim=1) + torch.arange(rows, device=ids.device) * settings.best_of
             latents, ids = latents[best], ids[best]
         all_latents.append(latents)
@@ -235,7 +227,7 @@ def denoise_text(
     before = None
     if model.context is not None:
         starts = torch.arange(0, input_ids.shape[1], size * config.vae.chunk_size)
-        before = TextBefore.of_rows(model, input_ids, starts)
+        before = states_before(model.context(input_ids), starts)
     # 3. Follow the flow for all blocks at once.
     denoise = Predictions(model, lambda x_t, t, earlier: predict(model, x_t, t, before, earlier))
     times = step_times(config, denoising_steps(num_steps, noise_level), noise_level)

@@ -4,13 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import ModelOutput
 
-from .tokcom_denoise import Tokens
+from .shared_cross_entropy import chunked_cross_entropy
+from .tokcom_context_encoder import states_before
 from .tokcom_flow_matching import velocity_weight
 
 # Weight of the heads of later tokens beside that of the next token, from whose loss the context learns most.
 LATER_WEIGHT = 0.2
+# Every second block is told its tokens, which leaves compute for the context.
+TOLD_STRIDE = 2
 
 
 @dataclass
@@ -18,13 +22,14 @@ class TokComOutput(ModelOutput):
     """Output of `TokComModel.forward`; losses are scalars.
 
     loss: mse_weight · flow_loss + cross_entropy_weight · cross_entropy_loss + head_weight · (next_token_loss +
-        later_token_loss / 5).
+        later_token_loss / 5) + told_weight · told_loss.
     flow_loss: squared error of the velocity, |x̂1 − x1|² / max(1 − t, 0.05)², per latent dimension.
     mse_loss: squared error of the clean latents, |x̂1 − x1|², per latent dimension; reported only.
     cross_entropy_loss: nats per token, of the decoder on the predicted latents or of the `TokenPosterior`; None with
         cross_entropy_weight=0.
     next_token_loss, later_token_loss: nats per token of the context's heads, for the next token and, as a mean, for the
         later tokens of a chunk; None without a context.
+    told_loss: nats per token of the denoiser that is told the tokens before each; None with told_weight=0.
     clean_latents: predicted x̂1 in the flow's space, (rows, blocks, chunks, latent).
     """
 
@@ -34,6 +39,7 @@ class TokComOutput(ModelOutput):
     cross_entropy_loss: torch.Tensor | None = None
     next_token_loss: torch.Tensor | None = None
     later_token_loss: torch.Tensor | None = None
+    told_loss: torch.Tensor | None = None
     clean_latents: torch.Tensor | None = None
 
 
@@ -93,16 +99,6 @@ def block_starts(
     return offset + draw_shift * torch.arange(draws)[:, None] + span * torch.arange(shape[0] // draws)
 
 
-def draw_revealed(shape: tuple[int, ...], share: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Which tokens training tells the denoiser: in `share` of the blocks, each with a probability drawn for the block.
-
-    shape: (rows, blocks, chunks, chunk_size), also that of the returned bool.
-    """
-    probability = torch.rand(shape[:2], generator=generator)
-    probability *= torch.rand(shape[:2], generator=generator) < share
-    return torch.rand(shape, generator=generator) < probability[..., None, None]
-
-
 def check_shapes(config: Any, input_ids: torch.Tensor, shape: tuple[int, ...], **given: torch.Tensor | None) -> None:
     """Raises ValueError where an argument of `TokComModel.forward` does not fit the blocks of its rows.
 
@@ -111,10 +107,6 @@ def check_shapes(config: Any, input_ids: torch.Tensor, shape: tuple[int, ...], *
     """
     if given["context_mask"] is not None and config.context is None:
         raise ValueError("context_mask hides the context from blocks; this model has none.")
-    if given["revealed"] is not None and not config.token_posterior:
-        raise ValueError(
-            "revealed tells the denoiser tokens; this model has no token_posterior, and its denoiser reads latents."
-        )
     whole_rows = (shape[0], input_ids.shape[1] // config.vae.chunk_size, shape[3])
     fitting: dict[str, list[tuple[int, ...]]] = {
         "attention_mask": [tuple(input_ids.shape)],
@@ -122,7 +114,6 @@ def check_shapes(config: Any, input_ids: torch.Tensor, shape: tuple[int, ...], *
         "noise": [shape],
         "timesteps": [shape[:2], shape[:3]],
         "context_mask": [shape[:2]],
-        "revealed": [(*shape[:3], config.vae.chunk_size)],
     }
     for name, value in given.items():
         if value is not None and tuple(value.shape) not in fitting[name]:
@@ -150,14 +141,6 @@ class Blocks:
     def real(self) -> torch.Tensor:
         """Which chunks hold a token, (rows, blocks, chunks) bool."""
         return (self.labels >= 0).any(dim=-1)
-
-    def tokens(self, revealed: torch.Tensor | None, asked: bool) -> Tokens:
-        """The revealed tokens are told, and the others are asked for if `asked`."""
-        labels = self.labels.flatten(0, 1)
-        if revealed is None:
-            return Tokens(labels if asked else None)
-        hidden = ~revealed.flatten(0, 1)
-        return Tokens(labels.masked_fill(~hidden, -100) if asked else None, labels.masked_fill(hidden, -100))
 
     def chunk_mask(self) -> torch.Tensor | None:
         """Chunks that may be attended to, (rows · blocks, chunks); None: all. In a block of padding alone it is all, too."""
@@ -199,19 +182,14 @@ def cut_blocks(
     return Blocks(x1, labels[:, tokens].view(rows, *shape[1:3], chunk), starts, attention_mask is not None)
 
 
-def add_flow_losses(
-    model: Any, output: Any, blocks: Blocks, t: torch.Tensor, revealed: torch.Tensor | None = None
-) -> None:
+def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) -> None:
     """Adds the losses of the flow and of the tokens to a `TokComOutput` that has `clean_latents`.
 
     The cross-entropy of a `TokenPosterior` is in the output already; without one, it is that of the frozen decoder.
 
     t: times (rows, blocks, chunks); chunks at t = 1 are known and have no loss.
-    revealed: tokens that the denoiser was told, (rows, blocks, chunks, chunk_size); their chunks have no loss of the flow.
     """
     config, counted = model.config, blocks.real() & (t < 1.0)
-    if revealed is not None:
-        counted &= ~revealed.any(dim=-1)
     count = counted.sum().clamp(min=1)
     error = ((output.clean_latents.float() - blocks.x1.float()) ** 2).mean(dim=-1) * counted
     output.mse_loss = error.sum() / count
@@ -228,20 +206,24 @@ def add_flow_losses(
         output.loss = output.loss + config.cross_entropy_weight * output.cross_entropy_loss
 
 
-def add_head_losses(
+def add_text_losses(
     model: Any,
     output: Any,
     states: torch.Tensor,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     starts: torch.Tensor,
+    t: torch.Tensor,
 ) -> None:
-    """Adds the losses of the context's heads: of the next token at every state, of later tokens at the starts of blocks.
+    """Adds the losses that need no noise: those of the context's heads, and that of the denoiser which is told tokens.
 
     states: states of the context, (rows, 1 + length, hidden).
+    starts: index of the first token of each block, (blocks,).
+    t: times of the blocks, (rows, blocks, chunks).
     """
-    chunk, size, weight = model.config.vae.chunk_size, states.shape[-1], model.config.head_weight
     labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+    chunk, size, weight = model.config.vae.chunk_size, states.shape[-1], model.config.head_weight
+    # The next token at every state, and the later ones of a chunk at the starts of blocks.
     output.next_token_loss = model.context.cross_entropy(states[:, :-1].reshape(-1, size), labels.reshape(-1, 1), 0, 1)
     output.loss = output.loss + weight * output.next_token_loss
     if chunk > 1:
@@ -250,3 +232,25 @@ def add_head_losses(
             states[:, starts].reshape(-1, size), later.reshape(-1, chunk - 1), 1, chunk
         )
         output.loss = output.loss + LATER_WEIGHT * weight * output.later_token_loss
+    if model.config.told_weight > 0:
+        output.told_loss = told_loss(model, states, labels, int(starts[0]), t)
+        output.loss = output.loss + model.config.told_weight * output.told_loss
+
+
+def told_loss(model: Any, states: torch.Tensor, labels: torch.Tensor, first: int, t: torch.Tensor) -> torch.Tensor:
+    """Nats per token of the denoiser that reads the true tokens before each token of a block, as a language model does.
+
+    states, t: as in `add_text_losses`; a told block takes the time of a block of the flow at about its place.
+    labels: tokens of the rows, (rows, length), -100 for padding.
+    first: index of the first token of the first block.
+    """
+    chunk, posterior = model.config.vae.chunk_size, model.posterior
+    span = t.shape[2] * chunk
+    starts = torch.arange(first, labels.shape[1] - span + 1, TOLD_STRIDE * span, device=labels.device)
+    tokens = labels[:, starts[:, None] + torch.arange(span, device=labels.device)].flatten(0, 1)
+    times = t[:, torch.arange(len(starts), device=t.device) * t.shape[1] // len(starts), 0].flatten()
+    context, table = states_before(states, starts), model.context.table(states.device)
+    known = nn.functional.embedding(tokens.clamp(min=0), table.detach()).view(-1, chunk, table.shape[1])
+    heads = posterior.prior(model, context, len(context))
+    told = posterior.follow(model.denoiser, table, known, heads, times, context)
+    return chunked_cross_entropy(told.flatten(0, 1), table, tokens.flatten())

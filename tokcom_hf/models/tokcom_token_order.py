@@ -56,3 +56,8 @@ class TokenOrder(nn.Module):
         self.scale.copy_(torch.linalg.solve(total + more, scaled, left=False))
         self.inverse.copy_(torch.linalg.inv(self.scale.float()))
         return self.scale.float()
+
+
+def without_order(model: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The space of the flow of a `TokComModel` → standardised latents, in which all tokens count alike."""
+    return latents if model.order is None else model.order.undo(latents)

@@ -2,15 +2,14 @@
 
     l = log p(x_t | token)                        evidence: what the noisy latents say of each token, a linear Gaussian model
     h = heads(c)                                  prior: what the text before says of each token of the block's first chunk
-    g = E[row of table | l, h]                    first guess at each token by itself
-    r = next-token head(context(text, g))         what the context expects of each token, when it reads the guess on
-    s = h + trust · (r − h) + denoiser(g, x_t, r, t, c)       what the tokens of the block say of each other
+    g = E[row of table | l, h]                    first guess at each token by itself; later ones take s instead of h
+    s = h + denoiser(g of the tokens before, h, t, c)         what the guesses before a token, too, say of it
     p = softmax(l + table · s)                    Bayes' rule: the posterior of each token, given x_t and c
-    x̂1 = write(Σ p · embedding, side by side)     its expected latent
+    x̂1 = write(Σ p · embedding)                   its expected latent
 
 A latent is nearly a linear function of the embeddings of its tokens, so the tokens' posteriors give E[x1 | x_t, c], which
 the flow's velocity needs. `table` is the embedding of the context, which predicts text; that of the VAE tells tokens apart.
-Without `reads_guess`, there is no r. With `heads_first`, s = h for a block's first chunk at t = 0, where x_t says nothing.
+With `heads_first`, s = h for a block's first chunk at t = 0, where x_t says nothing.
 """
 
 from collections.abc import Callable
@@ -21,10 +20,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
-from .tokcom_context_encoder import embedding_table, is_plain
+from .tokcom_context_encoder import embedding_table
 from .tokcom_denoise import Denoised
 from .tokcom_evidence import Evidence
 from .tokcom_flow_matching import expand_time
+from .tokcom_token_order import without_order
 
 # Logits that are held at once, in numbers: 128 MiB of float32. Larger batches are processed in parts, which the backward
 # pass computes again.
@@ -36,8 +36,9 @@ MOST_KEPT, SCORES_KEPT = 256, 2**22
 class TokenPosterior(nn.Module):
     """What leads from noisy latents to states of tokens, and from posteriors of tokens to clean latents.
 
-    The denoiser of such a model reads and returns states of the width of the context, one for each token. The module has no
-    `forward`, because accelerate's hooks would move the models that it is given.
+    The denoiser of such a model is causal. It reads and returns states of the width of the context, one for each token of a
+    block; where it reads true tokens instead of guesses, it is a language model. The module has no `forward`, because
+    accelerate's hooks would move the models that it is given.
 
     The evidence is that of a linear Gaussian model of the latents, x1 = center + Σ_i W_i (e_i − mean) + rest, where e_i is
     the embedding of the token at place i of the chunk. For the token at one place, all else is noise of the covariance
@@ -58,10 +59,6 @@ class TokenPosterior(nn.Module):
         embedding, state = config.vae.hidden_size, config.context.hidden_size
         self.noise_std = config.noise_std
         self.read = nn.Linear(state, state)
-        self.read_noisy = nn.Linear(latent, places * state, bias=False)
-        self.read_next = nn.Linear(state, state, bias=False) if config.reads_guess else None
-        self.trust = nn.Linear(state, 1) if config.reads_guess else None
-        self.write = nn.Linear(places * embedding, latent)
         self.register_buffer("center", torch.zeros(latent))
         self.register_buffer("mean", torch.zeros(embedding))
         self.register_buffer("rotation", torch.eye(latent).repeat(places, 1, 1))
@@ -81,96 +78,92 @@ class TokenPosterior(nn.Module):
         self._kept.clear()
         return super().train(mode)
 
-    def predict(self, model, denoiser, x_t, timesteps, before, attention_mask, tokens) -> Denoised:
+    def predict(self, model, denoiser, x_t, timesteps, context, earlier, labels) -> Denoised:
         """Predicts the clean latents; arguments as in `denoise`."""
         (blocks, chunks), places = x_t.shape[:2], len(self.variance)
-        context = None if before is None else before.state
         table = model.context.table(x_t.device)
-        # Of a hidden text the heads tell nothing.
-        heads_first = model.config.heads_first and before is not None and before.shown is None and tokens.told is None
-        heads_first = heads_first and bool((timesteps == 0).all())
         # 1. The noisy latents are evidence of each token.
         evidence = self.evidence(model, x_t, timesteps)
         # 2. The heads tell what the text before says of the block's first chunk.
-        heads = x_t.new_zeros(blocks, places, table.shape[1], dtype=self.read.weight.dtype)
-        if context is not None:
-            heads = model.context.head_states(context.to(heads.dtype))
-        states = heads
+        heads = self.prior(model, context, blocks)
+        states, heads_first = heads, self._heads_first(model, context, timesteps)
         if chunks > 1 or not heads_first:
-            # 3. Both together give a first guess at each token by itself.
-            guess = self._guess(model, table, evidence, heads, context, chunks, tokens.told)
-            # 4 and 5. Context and denoiser tell what the tokens of the block say of each other.
-            states = self._fit(model, denoiser, x_t, timesteps, before, attention_mask, heads, guess)
+            # 3. Evidence and heads, or the prediction before, give a guess at each token.
+            guess = self._guess(table, evidence, heads, earlier)
+            # 4. The denoiser tells what the guesses before a token say of it.
+            states = self.follow(denoiser, table, guess, heads, timesteps, context)
         if heads_first:
             states = torch.cat([heads, states[:, places:]], dim=1)
-        # 6. With the evidence they give the posterior of each token, whose expected embeddings make the latent.
-        labels = None if tokens.asked is None else tokens.asked.flatten(0, 1)
+        # 5. With the evidence it gives the posterior of each token, whose expected embeddings make the latent.
+        labels = None if labels is None else labels.flatten(0, 1)
         rows, by_chunk, scores = evidence.embedding.to(table.dtype), states.view(blocks * chunks, places, -1), None
         if not torch.is_grad_enabled() and blocks * chunks * places * len(table) <= SCORES_KEPT:
             scores = nn.functional.linear(by_chunk, table).float()
         means, entropy = self._expect(rows, evidence, by_chunk, table, labels, scores)
-        return Denoised(self.write(means.flatten(1)).view(blocks, chunks, -1), states, scores, entropy)
+        return Denoised(self.write(means).view(blocks, chunks, -1), states, scores, entropy)
+
+    def prior(self, model, context, blocks: int) -> torch.Tensor:
+        """The heads' states of the first chunk of each block, (blocks, places, state); zeros without a context."""
+        dtype, device = self.read.weight.dtype, self.read.weight.device
+        if context is None:
+            return torch.zeros(blocks, len(self.variance), self.read.in_features, dtype=dtype, device=device)
+        return model.context.head_states(context.to(dtype))
+
+    def _heads_first(self, model, context, timesteps) -> bool:
+        """Whether the heads alone predict the first chunks: at t = 0, if no block's text is hidden."""
+        if not model.config.heads_first or context is None or bool(timesteps.any()):
+            return False
+        return bool(context.any(dim=-1).all())
 
     def latents_of(self, model: Any, x_t: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor, scored: bool):
-        """Clean latents, like `x_t`, by steps 1 and 6 alone, with the `states` or scores that `predict` found."""
+        """Clean latents, like `x_t`, by steps 1 and 5 alone, with the `states` or scores that `predict` found."""
         evidence, table = self.evidence(model, x_t, timesteps), model.context.table(x_t.device)
         states = states.view(len(evidence.fields), len(self.variance), -1)
         given = {"states": None, "scores": states} if scored else {"states": states}
         means, _ = self._expect(evidence.embedding.to(table.dtype), evidence, table=table, **given)
-        return self.write(means.flatten(1)).view(x_t.shape)
+        return self.write(means).view(x_t.shape)
 
-    def _fit(self, model, denoiser, x_t, timesteps, before, attention_mask, heads, guess) -> torch.Tensor:
-        """States of a block's tokens that fit each other and the text before, (blocks, tokens, state).
+    def write(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The latents (chunks, latent) of expected embeddings (chunks, places, embedding): center + Σ_i W_i (e_i − mean)."""
+        center, mean, rotation, _, directions = self._fitted(embeddings.device)
+        # The maps W_i, side by side, (places · embedding, latent).
+        of = (self.rotation, self.directions)
+        added = self._keep("added", of, lambda: torch.einsum("plk,pke->pel", rotation, directions).flatten(0, 1))
+        return (center + (embeddings.float() - mean).flatten(1) @ added).to(embeddings.dtype)
 
-        heads: the heads' states of the first chunk, (blocks, places, state).
-        guess: first guess at each token, (chunks of all blocks, places, state).
+    def follow(self, denoiser, table, guess, heads, timesteps, context) -> torch.Tensor:
+        """States of the tokens of blocks, (blocks, tokens, state), that follow the text and the guesses before them.
+
+        guess: rows of the table that are expected of each token, (chunks of all blocks, places, state).
+        heads: `prior` of the blocks.
         """
-        chunks, places = x_t.shape[1], len(self.variance)
+        places, chunks = heads.shape[1], len(guess) // len(heads)
         prior = nn.functional.pad(heads, (0, 0, 0, (chunks - 1) * places))
-        guess = guess.view(prior.shape)
-        states = self.read(guess / self._scale(model.context.table(x_t.device)).to(guess.dtype))
-        states = states + self.read_noisy(x_t.flatten(0, 1).to(guess.dtype)).view(prior.shape) + prior
-        # 4. The context reads the guess on, and its next-token head tells what it expects of each token.
-        following = None
-        if self.read_next is not None and before is not None:
-            with torch.no_grad():
-                read = before.read_on(guess[:, :-1])
-            following = torch.cat([prior[:, :1], model.context.next_states(read.to(prior))], dim=1)
-            states = states + self.read_next(following)
-        # 5. The denoiser makes the tokens of the block fit each other, and the text before.
+        # In units of the table, the length of a guess tells how sure it is.
+        read = self.read(guess / self._scale(table).to(guess.dtype)).view(prior.shape)
+        before = nn.functional.pad(read[:, :-1], (0, 0, 1, 0))
         times = timesteps if timesteps.dim() == 1 else timesteps.repeat_interleave(places, dim=1)
-        mask = None if attention_mask is None else attention_mask.repeat_interleave(places, dim=1)
-        context = None if before is None else before.state
-        fit = denoiser(states, times, context=context, attention_mask=mask, return_dict=True).clean_latents
-        if self.trust is not None and following is not None:
-            prior = torch.lerp(prior, following, self.trust(fit).sigmoid().to(prior.dtype))
-        return prior + fit
+        return prior + denoiser(prior + before, times, context=context, return_dict=True).clean_latents
 
     @torch.no_grad()
-    def _guess(self, model, table, evidence, prior, context, chunks, told) -> torch.Tensor:
-        """Expected row of the table for each token by itself, (chunks of all blocks, places, state).
+    def _guess(self, table, evidence, heads, earlier) -> torch.Tensor:
+        """Expected row of the table for each token, (chunks of all blocks, places, state).
 
-        prior: the heads' states for the first chunk of each block, (blocks, places, state).
-        told: tokens that are known, (blocks, chunks, places), -100 for others; None: no token is.
+        heads: `prior` of the blocks.
+        earlier: the prediction before, whose states take the place of the heads'.
         """
-        scores, few = None, prior.shape[0] * prior.shape[1] * len(table) <= SCORES_KEPT
-        if context is not None and few and is_plain(model.context.heads, nn.Linear):
-            # They are the same in all steps of a block.
-            of = (table, model.context.heads.weight, context)
-            scores = self._keep("scores", of, lambda: nn.functional.linear(prior, table).float())
+        if earlier is not None and earlier.states is not None:
+            states = earlier.states.view(len(evidence.fields), heads.shape[1], -1)
+            return self._expect(table, evidence, states, table, scores=earlier.scores)[0]
+        chunks = len(evidence.fields) // len(heads)
         if chunks == 1:
-            guess, _ = self._expect(table, evidence, prior, table, scores=scores)
-        else:
-            guess, _ = self._expect(table, evidence, None, table)
-            guess[::chunks], _ = self._expect(table, evidence[::chunks], prior, table, scores=scores)
-        if told is not None:
-            told = told.flatten(0, 1)
-            known = nn.functional.embedding(told.clamp(min=0), table).to(guess.dtype)
-            guess = torch.where((told >= 0).unsqueeze(-1), known, guess)
+            return self._expect(table, evidence, heads, table)[0]
+        guess, _ = self._expect(table, evidence, None, table)
+        guess[::chunks], _ = self._expect(table, evidence[::chunks], heads, table)
         return guess
 
     def _scale(self, table: torch.Tensor) -> torch.Tensor:
-        """Root mean square of the table: in its units, the length of a guess tells how sure it is."""
+        """Root mean square of the table, (1,)."""
         with torch.no_grad():
             return self._keep("scale", (table,), lambda: table.float().square().mean().sqrt())
 
@@ -180,38 +173,42 @@ class TokenPosterior(nn.Module):
         embedding = embedding_table(model.vae.embed_tokens, config.vocab_size, device)
         # Without autocast: near t = 1 the evidence has large numbers, of which the differences count.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            center, rotation, variance, directions = (
-                buffer.to(device, torch.float32)
-                for buffer in (self.center, self.rotation, self.variance, self.directions)
-            )
+            center, mean, rotation, variance, directions = self._fitted(device)
             t = expand_time(timesteps.to(device, torch.float32), x_t)
             t = t.expand(*(1, 1) if t.numel() == 1 else x_t.shape[:2], 1).reshape(-1, 1, 1)
-            turned = torch.einsum("nl,plk->npk", x_t.float().flatten(0, 1) - t[:, 0] * center, rotation)
+            shifted = x_t.float().flatten(0, 1) - t[:, 0] * center
             precision = 1 / (t**2 * variance + ((1 - t) * self.noise_std) ** 2).clamp(min=1e-6)
-            fields = t * torch.einsum("npk,pkh->nph", turned * precision, directions)
+            of = (embedding, self.mean, self.directions, self.variance)
             lengths = self._keep(
-                "lengths",
-                (embedding, self.mean, self.directions),
-                lambda: (
-                    torch.einsum("vh,pkh->pvk", embedding.float() - self.mean.to(device, torch.float32), directions)
-                    ** 2
-                ),
+                "lengths", of, lambda: torch.einsum("vh,pkh->pvk", embedding.float() - mean, directions) ** 2
             )
             curvature = t**2 / 2 * precision
-            if len(curvature) == 1 and device.type == "cpu":
-                # All chunks are at one time, as in generation, so that the sum over the directions serves them all.
-                lengths = self._keep(
-                    f"lengths at {t.item()}",
-                    (embedding, self.mean, self.directions, self.variance),
-                    lambda: torch.einsum("pk,pvk->pv", curvature[0], lengths).unsqueeze(-1),
-                )
-                curvature = curvature.new_ones(1, len(variance), 1)
-            return Evidence(fields, curvature, embedding.float(), lengths, config.omni_token_id)
+            if len(curvature) > 1 or device.type != "cpu":
+                turned = torch.einsum("nl,plk->npk", shifted, rotation)
+                fields = t * torch.einsum("npk,pkh->nph", turned * precision, directions)
+                return Evidence(fields, curvature, embedding.float(), lengths, config.omni_token_id)
+            # All chunks are at one time, as in generation: one linear map and one sum over directions serve them all.
+            gain = self._keep(
+                f"gain at {t.item()}",
+                of,
+                lambda: torch.einsum("plk,pk,pkh->lph", rotation, t[0] * precision[0], directions).flatten(1),
+            )
+            summed = self._keep(
+                f"lengths at {t.item()}", of, lambda: torch.einsum("pk,pvk->pv", curvature[0], lengths)
+            )
+            fields = (shifted @ gain).view(len(shifted), len(variance), -1)
+            return Evidence(fields, None, embedding.float(), summed, config.omni_token_id)
+
+    def _fitted(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """center, mean, rotation, variance, directions."""
+        buffers: Any = (self.center, self.mean, self.rotation, self.variance, self.directions)
+        return tuple(buffer.to(device, torch.float32) for buffer in buffers)
 
     def _keep(self, name: str, of: tuple[torch.Tensor, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `compute` makes of the tensors `of`, kept in generation as long as they are the same."""
         # Nothing tells whether a sharded parameter, an adapter's sum, an offloaded table or an inference tensor has changed.
-        untold = not isinstance(of[0], nn.Parameter) or any(tensor.is_inference() for tensor in of)
+        plain = isinstance(of[0], nn.Parameter) or of[0] is self.rotation
+        untold = not plain or any(tensor.is_inference() for tensor in of)
         if self.training or torch.is_grad_enabled() or untold:
             return compute()
         # The shape, because a resized table may lie where the former one lay.
@@ -227,7 +224,7 @@ class TokenPosterior(nn.Module):
 
     @torch.no_grad()
     def fit(self, model: Any, input_ids: torch.Tensor) -> None:
-        """Fits `write`, evidence and `model.order` to the VAE's encoder, by least squares on chunks (count, chunk_size)."""
+        """Fits evidence, `write` and `model.order` to the VAE's encoder, by least squares on chunks (count, chunk_size)."""
         embeddings = model.vae.embed_tokens(input_ids).float()
         tokens, size = embeddings.flatten(0, 1), embeddings.shape[2]
         mean, spread = tokens.mean(dim=0), torch.cov(tokens.T, correction=0)
@@ -235,9 +232,7 @@ class TokenPosterior(nn.Module):
         # A little weight on small coefficients makes the solution unique where chunks are few.
         gram = inputs.T @ inputs
         gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        if model.order is not None:
-            model.order.reset()
-        latents = model.standardize(model.encode(input_ids))[:, 0].float()
+        latents = without_order(model, model.standardize(model.encode(input_ids)))[:, 0].float()
         center = latents.mean(dim=0)
         solution = torch.linalg.solve(gram, inputs.T @ (latents - center))
         rest = latents - center - inputs @ solution
@@ -250,7 +245,6 @@ class TokenPosterior(nn.Module):
             covariances, left = scale @ covariances @ scale.T, scale @ left @ scale.T
         variance, rotation = torch.linalg.eigh(covariances.sum(dim=0) - covariances + left)
         for buffer, value in {
-            self.write.weight: solution.T, self.write.bias: center - mean.repeat(len(parts)) @ solution,
             self.center: center, self.mean: mean, self.rotation: rotation, self.variance: variance.clamp(min=0),
             self.directions: rotation.transpose(1, 2) @ parts,
         }.items():  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from ..evaluation.tokcom_denoising import denoising_metrics
 from ..evaluation.tokcom_reconstruction import reconstruction_metrics
 from ..models.tokcom_flow_matching import training_times
-from ..models.tokcom_objective import block_shape, copies_of_blocks, draw_revealed, stride_of_blocks
+from ..models.tokcom_objective import block_shape, copies_of_blocks, stride_of_blocks
 from .base import CompressionTrainer
 from .epoch_losses import EpochLossCallback
 from .tokcom_arguments import DenoiserTrainingArguments, TokComTrainingArguments, TokComVAETrainingArguments
@@ -31,6 +31,7 @@ PREFIX_DROPOUT, SELF_CONDITIONING_RATE = 0.1, 0.5
 LOSS_PARTS = {
     "batch_ce_loss": "cross_entropy_loss", "batch_mse_loss": "mse_loss", "batch_flow_loss": "flow_loss",
     "batch_next_token_loss": "next_token_loss", "batch_later_token_loss": "later_token_loss",
+    "batch_told_loss": "told_loss",
 }  # fmt: skip
 
 
@@ -212,10 +213,6 @@ class DenoiserTrainer(FlowTrainer):
                 (n, shape[0]), config.time_distribution, config.time_mean, config.time_std, generator
             )),
         }  # fmt: skip
-        if model.training and config.reveal_share > 0:
-            arguments["revealed"], arguments["timesteps"] = self._reveal(
-                rows, shape, arguments["timesteps"], generator
-            )
         if config.context is None:
             arguments["latents"] = inputs.get("latents")
         elif config.context_dropout > 0:
@@ -239,15 +236,6 @@ class DenoiserTrainer(FlowTrainer):
                 counted = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)]) * rows
                 self._parts.setdefault(name, []).append(counted)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def _reveal(self, rows: int, shape: tuple[int, ...], timesteps: torch.Tensor, generator: torch.Generator):
-        """Tokens that the denoiser is told, and times, (rows, blocks), that are earlier in the blocks that have any."""
-        config = self.unwrapped_model.config
-        of_row = (*shape[:2], config.vae.chunk_size)
-        revealed = self.local_rows(rows, lambda n: draw_revealed((n, *of_row), config.reveal_share, generator))
-        factor = self.local_rows(rows, lambda n: torch.rand((n, shape[0]), generator=generator))
-        # The less the latents say of the other tokens, the more is learned from those that are told.
-        return revealed, torch.where(revealed.flatten(2).any(dim=-1), timesteps * factor, timesteps)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._parts = {}

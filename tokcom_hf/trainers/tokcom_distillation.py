@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..evaluation.tokcom_denoising import denoising_metrics
-from ..models.tokcom_denoise import Denoised, Predictions, Tokens, denoise
+from ..models.tokcom_context_encoder import states_before
+from ..models.tokcom_denoise import Denoised, Predictions, denoise
 from ..models.tokcom_flow_matching import denoising_steps, sample, step_times
 from ..models.tokcom_objective import block_shape, block_starts
-from ..models.tokcom_text_before import TextBefore
+from ..models.tokcom_token_order import without_order
 from .tokcom import FlowTrainer, draw_blocks, evaluation_blocks
 from .tokcom_arguments import DenoiserTrainingArguments
 from .tokcom_samples import Tables, flow_samples
@@ -106,7 +107,7 @@ class DistillationTrainer(FlowTrainer):
         starts = block_starts(config, shape, **where).to(ids.device)
         real = self._real_chunks(inputs["attention_mask"], starts, shape)
         with torch.no_grad():
-            before = None if teacher.context is None else TextBefore.of_rows(teacher, ids, starts)
+            before = None if teacher.context is None else states_before(teacher.context(ids), starts)
             student = self._predictions(model, before, real)
             x = self._arrive(student, noise, fresh, place)
             remaining = step_times(config, denoising_steps(args.teacher_steps, now), now)
@@ -117,7 +118,7 @@ class DistillationTrainer(FlowTrainer):
             tokens = tokens.masked_fill(~real.unsqueeze(-1), -100)
         found = student.predict(x, now, student.earlier, tokens)
         predicted, entropy = found.clean_latents, found.cross_entropy
-        error = (predicted.float() - target.float()).square().mean(dim=-1)
+        error = without_order(teacher, predicted.float() - target.float()).square().mean(dim=-1)
         error = (error * real).sum() / real.sum().clamp(min=1)
         if entropy is None:
             latents = teacher.unstandardize(predicted).flatten(0, 1).to(teacher.vae.lm_head.weight.dtype)
@@ -133,16 +134,16 @@ class DistillationTrainer(FlowTrainer):
         tokens = (starts[..., None] + torch.arange(span, device=starts.device)).flatten()
         return attention_mask[:, tokens].view(-1, shape[1], self.teacher.config.vae.chunk_size).bool().any(dim=-1)
 
-    def _predictions(self, denoiser: nn.Module, before: TextBefore | None, real: torch.Tensor) -> Predictions:
+    def _predictions(self, denoiser: nn.Module, before: torch.Tensor | None, real: torch.Tensor) -> Predictions:
         """Those of a denoiser along one flow; their `predict` also takes the tokens whose cross-entropy is asked for."""
         # Chunks do not attend to padding. A block of padding alone attends to itself, because softmax needs a key.
         mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
 
         def predict(
-            x: torch.Tensor, t: float, earlier: torch.Tensor | None, asked: torch.Tensor | None = None
+            x: torch.Tensor, t: float, earlier: Denoised | None, labels: torch.Tensor | None = None
         ) -> Denoised:
             time = torch.full((1,), t, device=x.device)
-            return denoise(self.teacher, x, time, before, earlier, mask, denoiser, Tokens(asked))
+            return denoise(self.teacher, x, time, before, earlier, mask, denoiser, labels)
 
         return Predictions(self.teacher, predict)
 
