@@ -29,7 +29,7 @@ from .tokcom_token_order import without_order
 # Logits that are held at once, in numbers: 128 MiB of float32. Larger batches are processed in parts, which the backward
 # pass computes again.
 LOGITS_AT_ONCE = 2**25
-# Products that are kept in generation: one for each time of its steps, and three more. Of the heads' scores, 16 MiB.
+# Products that are kept in generation: two for each time of its small steps, and three more. Of scores, 16 MiB.
 MOST_KEPT, SCORES_KEPT = 256, 2**22
 
 
@@ -163,7 +163,7 @@ class TokenPosterior(nn.Module):
         return guess
 
     def _scale(self, table: torch.Tensor) -> torch.Tensor:
-        """Root mean square of the table, (1,)."""
+        """Root mean square of the table, a scalar."""
         with torch.no_grad():
             return self._keep("scale", (table,), lambda: table.float().square().mean().sqrt())
 
@@ -178,7 +178,7 @@ class TokenPosterior(nn.Module):
             t = t.expand(*(1, 1) if t.numel() == 1 else x_t.shape[:2], 1).reshape(-1, 1, 1)
             shifted = x_t.float().flatten(0, 1) - t[:, 0] * center
             precision = 1 / (t**2 * variance + ((1 - t) * self.noise_std) ** 2).clamp(min=1e-6)
-            of = (embedding, self.mean, self.directions, self.variance)
+            of = (embedding, self.mean, self.rotation, self.variance, self.directions)
             lengths = self._keep(
                 "lengths", of, lambda: torch.einsum("vh,pkh->pvk", embedding.float() - mean, directions) ** 2
             )
@@ -241,7 +241,7 @@ class TokenPosterior(nn.Module):
         covariances, left = parts @ spread @ parts.transpose(1, 2), rest.T @ rest / len(rest)
         if model.order is not None:
             scale = model.order.fit(covariances, left)
-            center, solution, parts = scale @ center, solution @ scale.T, scale @ parts
+            center, parts = scale @ center, scale @ parts
             covariances, left = scale @ covariances @ scale.T, scale @ left @ scale.T
         variance, rotation = torch.linalg.eigh(covariances.sum(dim=0) - covariances + left)
         for buffer, value in {
