@@ -6,6 +6,7 @@ import torch
 from tokcom_hf.models.tokcom_flow_matching import (
     FIRST,
     LAST,
+    MOST_SMALL,
     SMALL_STEP,
     denoising_steps,
     interpolate,
@@ -108,11 +109,13 @@ def test_multirate_makes_small_steps_between_its_calls():
     small = torch.tensor([t for _, t in found.seen], dtype=torch.float64)
     assert (small.diff() > 0).all() and small[-1].item() == pytest.approx(LAST)
     # In equal steps of log(t / (1 − t)) from one call to the next.
-    for first, last in ((FIRST, 0.3), (0.3, 0.6), (0.6, LAST)):
+    for first, last, steps in ((FIRST, 0.3, MOST_SMALL), (0.3, 0.6, 3), (0.6, LAST, MOST_SMALL)):
         inside = torch.logit(small[(small >= first - 1e-9) & (small <= last + 1e-9)])
         rises = inside.diff()
         torch.testing.assert_close(rises, rises[:1].expand(len(rises)))
-        assert SMALL_STEP * 2 / 3 < rises[0] < SMALL_STEP * 4 / 3
+        assert len(rises) == steps
+        # Few steps go a longer way each only where a call serves a long way.
+        assert SMALL_STEP * 2 / 3 < rises[0] and (steps == MOST_SMALL or rises[0] < SMALL_STEP * 4 / 3)
     # Also where a step ends before FIRST or begins behind LAST.
     for now, following in ((0.0, 0.004), (0.98, 1.0)):
         times = small_times(now, following)

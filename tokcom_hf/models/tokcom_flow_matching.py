@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 SAMPLERS = ("euler", "heun", "multistep", "multirate", "renoise")
-# "multirate" steps of about this much in log(t / (1 − t)) from FIRST to LAST, of which few call the denoiser. Before FIRST
-# the noisy latents say next to nothing, and behind LAST nothing new.
-SMALL_STEP, FIRST, LAST = 0.45, 0.01, 0.97
+# "multirate" steps of about SMALL_STEP in log(t / (1 − t)) from FIRST to LAST, of which few call the denoiser. Before FIRST
+# the noisy latents say next to nothing, and behind LAST nothing new. Where a call serves a long way, more than MOST_SMALL
+# steps are in vain, because what it found is then less exact than they are.
+SMALL_STEP, FIRST, LAST, MOST_SMALL = 0.45, 0.01, 0.95, 4
 # Smallest 1 − t in the velocity weight, which would otherwise reach 1e8 at t = 1 − 1e-4.
 MIN_REMAINING = 0.05
 # Smallest distance of a training time from 0 and 1.
@@ -164,7 +165,7 @@ def small_times(now: float, following: float) -> list[float]:
     """Times from `now` to `following`, in equal steps of log(t / (1 − t)) between FIRST and LAST."""
     low, high = max(now, min(FIRST, following / 2)), min(following, max(LAST, (1 + now) / 2))
     start, rise = _log_odds(low), _log_odds(high) - _log_odds(low)
-    steps = max(1, round(rise / SMALL_STEP))
+    steps = min(max(1, round(rise / SMALL_STEP)), MOST_SMALL)
     inner = torch.sigmoid(start + rise * torch.arange(1, steps, dtype=torch.float64) / steps).tolist()
     return [*([now] if now < low else []), low, *inner, high, *([following] if high < following else [])]
 
