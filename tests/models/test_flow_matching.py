@@ -115,7 +115,7 @@ def test_multirate_makes_small_steps_between_its_calls():
         torch.testing.assert_close(rises, rises[:1].expand(len(rises)))
         assert len(rises) == steps
         # Few steps go a longer way each only where a call serves a long way.
-        assert SMALL_STEP * 2 / 3 < rises[0] and (steps == MOST_SMALL or rises[0] < SMALL_STEP * 4 / 3)
+        assert rises[0] > SMALL_STEP * 2 / 3 and (steps == MOST_SMALL or rises[0] < SMALL_STEP * 4 / 3)
     # Also where a step ends before FIRST or begins behind LAST.
     for now, following in ((0.0, 0.004), (0.98, 1.0)):
         times = small_times(now, following)
