@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_throughput import flow_settings
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from tokcom_hf import TokComConfig, TokComModel
@@ -146,14 +147,7 @@ def load_models(run: RunArguments) -> tuple[Any, Any]:
                 vae=vae | {"vocab_size": run.vocab_size, "latent_size": 128, "num_hidden_layers": 2},
                 denoiser=width | {"num_hidden_layers": run.denoiser_layers},
                 context=width | {"num_hidden_layers": run.context_layers, "max_position_embeddings": run.tokens + 1},
-                standardize_latents=True,
-                token_posterior=True,
-                heads_first=True,
-                token_order=1.4,
-                sampler="multirate",
-                noise_std=1.0,
-                block_sizes=[1, 4, 16],
-                block_size=1,
+                **flow_settings() | {"block_sizes": [1, 4, 16]},
             )
         )
     if run.baseline is not None:

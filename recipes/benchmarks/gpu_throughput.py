@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from tokcom_hf import TokComConfig, TokComModel
+from tokcom_hf.cli import read_yaml
 from tokcom_hf.evaluation.text_generation import CausalSampler, Sampler, TokComSampler
 from tokcom_hf.metrics.compute import matching_llama_config
 from tokcom_hf.models.tokcom_objective import stride_of_blocks
@@ -35,6 +37,12 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
     "paper": {},
 }
 PAPER_LENGTH, LENGTH = 1024, 256
+SMALL = Path(__file__).parents[1] / "configs" / "small" / "train_tokcom.yaml"
+
+
+def flow_settings() -> dict[str, Any]:
+    """The flow of `configs/small`, as fields of `TokComConfig`."""
+    return read_yaml(SMALL.read_text(encoding="utf-8"))["flow"]
 
 
 def build(size: str, vocabulary: int, device: str) -> TokComModel:
@@ -50,10 +58,8 @@ def build(size: str, vocabulary: int, device: str) -> TokComModel:
             },
             denoiser=shapes["denoiser"] | {"time_scale": 1000.0},
             context=shapes["context"] | {"max_position_embeddings": 2 * PAPER_LENGTH},
-            standardize_latents=True, noise_std=1.0, time_distribution="logit_normal", time_mean=-0.95, time_std=1.6,
-            token_posterior=True, heads_first=True, token_order=1.4, sampler="multirate",
-            mse_weight=0.0, head_weight=3.0, told_weight=0.5, noise_draws=0.25, block_sizes=[1, 1, 1, 4, 16],
-            max_chunks=LENGTH // 4, block_size=1, num_steps=8, step_quantiles=True,
+            max_chunks=LENGTH // 4,
+            **flow_settings() | {"block_sizes": [1, 1, 1, 4, 16]},
         )  # fmt: skip
     else:
         config = TokComConfig()
