@@ -87,6 +87,10 @@ def load_stage(folder: Path, tokenizer: Any, stage: str) -> Any:
         )
     model = load_pretrained(AutoModel, folder)
     check_tokenizer(tokenizer, getattr(model, "vae", model).config)
+    # Weights in a mapped file lie at any address, on which the last digits of products depend. In memory of their own they
+    # act as after the stage before, in one process.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model
 
 
