@@ -247,7 +247,7 @@ def all_samplers(
     for size in run.block_sizes:
         samplers[f"TokCom, block {size or 'all'}"] = TokComSampler(model, settings | {"block_size": size})
     parameters = {"TokCom": model.num_parameters()}
-    for name in ("VAE", "denoiser", "context", "posterior"):
+    for name in ("VAE", "denoiser", "context", "posterior", "recent"):
         part = getattr(model, name.lower(), None)
         parameters[f"TokCom's {name}"] = 0 if part is None else sum(p.numel() for p in part.parameters())
     for folder in run.variants:

@@ -50,7 +50,7 @@ def block_model(self_conditioning: bool = True, vae: dict | None = None, **flow)
 
 def posterior_model(**flow) -> TokComModel:
     """With a context, and latents by way of their tokens, as the default of the recipe."""
-    own = {"told_weight": 1.0, "heads_first": True, "token_order": 0.7, "sampler": "multirate"}
+    own = {"told_weight": 1.0, "heads_first": True, "token_order": 0.7, "recent_size": 8, "sampler": "multirate"}
     return block_model(self_conditioning=False, token_posterior=True, **own | flow)
 
 

@@ -43,6 +43,7 @@ MODELS = {
                 "block_size": 2,
                 "block_sizes": [1, 2],
                 "token_posterior": True,
+                "recent_size": 6,
             }
             | more
         )

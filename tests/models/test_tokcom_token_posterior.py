@@ -6,27 +6,21 @@ import math
 import pytest
 import torch
 
+from tests.helpers.tokcom_evidence import TEXT, evidence, text_before
 from tests.helpers.tokcom_tools import CONTEXT, seeded, small
 from tokcom_hf import TokComConfig
-from tokcom_hf.models import tokcom_token_posterior
+from tokcom_hf.models import tokcom_linear_latents, tokcom_token_posterior
 from tokcom_hf.models.tokcom_denoise import Denoised, Predictions, denoise
 from tokcom_hf.models.tokcom_flow_matching import quantile_times, sample
 
-LOSSES = {"mse_weight": 0.7, "cross_entropy_weight": 0.3, "noise_draws": 2, "standardize_latents": True}
+LOSSES = {
+    "mse_weight": 0.7, "cross_entropy_weight": 0.3, "noise_draws": 2, "standardize_latents": True, "recent_size": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model():
     return small("posterior", **LOSSES)
-
-
-TEXT = torch.randint(0, 50, (3, 5), generator=seeded(11))
-
-
-@torch.no_grad()
-def text_before(model) -> torch.Tensor:
-    """The context's states after five tokens, before each of three blocks."""
-    return model.context(TEXT)[:, -1]
 
 
 @pytest.fixture
@@ -38,23 +32,6 @@ def call(model):
         torch.rand(3, generator=generator),
         text_before(model),
     ]
-
-
-def evidence(model, x, t) -> torch.Tensor:
-    """Log density of the chunks (chunks, latent) at time t for each token at each place, (chunks · 4, vocab)."""
-    parts, found = model.posterior, []
-    embedding = model.vae.embed_tokens.weight
-    for chunk in x:
-        for place in range(4):
-            rotation = parts.rotation[place]
-            noise = (1 - t) ** 2 * model.config.noise_std**2 * torch.eye(16)
-            covariance = t**2 * rotation @ parts.variance[place].diag() @ rotation.T + noise
-            added = (embedding - parts.mean) @ (rotation @ parts.directions[place]).T
-            density = torch.distributions.MultivariateNormal(t * (parts.center + added), covariance)
-            found.append(density.log_prob(chunk))
-    found = torch.stack(found)
-    found[:, 50] = -torch.inf
-    return found
 
 
 def posterior(model, x, t, text) -> torch.Tensor:
@@ -90,7 +67,7 @@ def test_the_prediction_is_the_expected_latent_of_the_posterior(model, call):
 @torch.no_grad()
 def test_without_evidence_it_is_the_heads_prediction(call):
     """At t = 0, with a denoiser that says nothing, the first chunk's posterior is the softmax of the heads."""
-    model = small("posterior")
+    model = small("posterior", recent_size=0)
     model.denoiser.output_proj.weight.zero_()
     model.denoiser.output_proj.bias.zero_()
     x, _, before = call
@@ -201,7 +178,7 @@ def test_the_evidence_follows_the_embedding(model, call):
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_what_generation_keeps_changes_nothing(model, call, chunks, monkeypatch):
-    monkeypatch.setattr(tokcom_token_posterior, "MOST_KEPT", 4)
+    monkeypatch.setattr(tokcom_linear_latents, "MOST_KEPT", 4)
     model = copy.deepcopy(model).eval()
     x, before = call[0][:, :chunks], text_before(model)
     for step in (0, 1, 2, 3, 4, 5, 0, 1, 2):

@@ -127,7 +127,7 @@ def test_sizes_count_every_parameter(trained):
     size = sum({value.data_ptr(): value.numel() for value in tensors.values()}.values())
     assert results["denoiser"]["parameters"] == distilled["distilled"]["parameters"] == size
     assert results["vae"]["parameters"] == AutoModel.from_pretrained(out / "vae").num_parameters() < size
-    parts = (model.vae, model.denoiser, model.context, model.posterior)
+    parts = (model.vae, model.denoiser, model.context, model.posterior, model.recent)
     assert size == sum(value.numel() for part in parts for value in part.parameters())
 
 

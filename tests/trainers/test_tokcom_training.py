@@ -209,7 +209,8 @@ def test_gradient_checkpointing_computes_layers_again_and_the_same_losses(tmp_pa
         trainer = STAGES[stage](tmp_path / str(again), max_steps=2, gradient_checkpointing=again)
         calls = []
         for name, module in trainer.model.named_modules():
-            if name.endswith("mlp.up_proj"):
+            # `recent` is no layer of a transformer: its one MLP is kept.
+            if name.endswith("mlp.up_proj") and not name.startswith("recent."):
                 module.register_forward_pre_hook(lambda *given, calls=calls: calls.append(torch.is_grad_enabled()))
         trainer.train()
         # Those without gradients, as self-conditioning's first prediction, have nothing to compute again.

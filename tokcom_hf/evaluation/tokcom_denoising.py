@@ -1,5 +1,6 @@
 """Denoising metrics of TokCom: token accuracy of denoised latents against the flow time t, given the preceding text."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ class BlockDenoiser:
         """As the call, with all that `denoise` finds."""
         as_blocks, time = (-1, self.size, x_t.shape[-1]), torch.full((1,), t, device=x_t.device)
         if earlier is not None:
-            earlier = Denoised(earlier.clean_latents.reshape(as_blocks), earlier.states, earlier.scores)
+            earlier = replace(earlier, clean_latents=earlier.clean_latents.reshape(as_blocks))
         found = denoise(self.model, x_t.reshape(as_blocks), time, self.before, earlier, self.mask)
-        return Denoised(found.clean_latents.reshape(x_t.shape), found.states, found.scores)
+        return replace(found, clean_latents=found.clean_latents.reshape(x_t.shape))
 
 
 @torch.no_grad()

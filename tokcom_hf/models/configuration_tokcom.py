@@ -38,6 +38,9 @@ class TokComConfig(PreTrainedConfig):
         token_order: the flow's space is scaled so that each token of a chunk stands out of the noise exp(token_order) times
             as far as the next one, and is decided before it (`TokenOrder`). 0 (documented) scales nothing. Models with
             `token_posterior` only.
+        recent_size: width in which `RecentTokens` reads the guesses at the three tokens before each token. It corrects each
+            prediction, those between two calls of the denoiser, too, so that few calls are enough. 0 (documented): there is
+            none. Models with `token_posterior` only.
 
     Training of stage two (the loss is the weighted sum):
         mse_weight: weight of the squared error of the velocity; 0 is documented.
@@ -45,8 +48,9 @@ class TokComConfig(PreTrainedConfig):
             predicted latents, or with `token_posterior` of the posterior; 1 is documented.
         head_weight: weight of the cross-entropy of the context's heads: that of the next token, plus a fifth of that of
             the later tokens of a chunk.
-        told_weight: weight of the cross-entropy of the denoiser that is told the tokens before each token of a block, and so
-            learns which tokens follow each other. Models with `token_posterior` only.
+        told_weight: weight of the cross-entropy of the denoiser that is told the tokens before each token of every second
+            block, and so learns which tokens follow each other. With `recent_size`, `RecentTokens` correct it, and are told
+            the other blocks alone. Models with `token_posterior` only.
         noise_draws: noisy copies of each row's blocks that share one pass of the context; in training each copy starts at
             another token. A fraction 1/n trains the flow on every n-th block alone, for more text at the same cost.
         block_sizes: chunks per block; each batch draws one of these numbers. 0 is the whole row.
@@ -82,6 +86,7 @@ class TokComConfig(PreTrainedConfig):
     token_posterior: bool = False
     heads_first: bool = False
     token_order: float | int = 0.0
+    recent_size: int = 0
     mse_weight: float | int = 0.0
     cross_entropy_weight: float | int = 1.0
     head_weight: float | int = 1.0
@@ -128,10 +133,10 @@ class TokComConfig(PreTrainedConfig):
             )
         if not 0 <= self.context_dropout < 1:
             raise ValueError(f"context_dropout must be in [0, 1), got {self.context_dropout}.")
-        for name in ("heads_first", "token_order", "told_weight"):
+        for name in ("heads_first", "token_order", "told_weight", "recent_size"):
             if getattr(self, name) and not self.token_posterior:
                 raise ValueError(f"{name}={getattr(self, name)} needs token_posterior=True, which predicts tokens.")
-        for name in ("token_order", "told_weight"):
+        for name in ("token_order", "told_weight", "recent_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         super().__post_init__(**kwargs)

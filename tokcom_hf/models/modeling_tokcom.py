@@ -23,10 +23,11 @@ from .shared_strict_loading import StrictLoading
 from .shared_tensor_checks import check_ids
 from .tokcom_context_encoder import ContextEncoder, states_before
 from .tokcom_denoise import denoise
-from .tokcom_flow_matching import interpolate, training_times
+from .tokcom_flow_matching import training_times
 from .tokcom_generation import Prompt, TokComGenerateOutput, denoise_text, generate_blocks
 from .tokcom_generation_settings import GenerationSettings
 from .tokcom_objective import TokComOutput, add_flow_losses, add_text_losses, block_shape, check_shapes, cut_blocks
+from .tokcom_recent_tokens import RecentTokens
 from .tokcom_token_order import TokenOrder, without_order
 from .tokcom_token_posterior import TokenPosterior
 
@@ -58,6 +59,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         shape, places = config.context, (config.vae.chunk_size, config.vae.omni_token_id)
         self.context = None if shape is None else ContextEncoder(shape, *places)
         self.posterior = TokenPosterior(config) if config.token_posterior else None
+        self.recent = RecentTokens(config) if config.recent_size else None
         self.register_buffer("latent_mean", torch.zeros(config.vae.latent_size))
         self.register_buffer("latent_std", torch.ones(config.vae.latent_size))
         self.order = TokenOrder(config) if config.token_order else None
@@ -78,6 +80,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         latents: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
+        call_times: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
         offset: int = 0,
         block_size: int = 0,
@@ -94,6 +97,7 @@ class TokComModel(StrictLoading, GenerationMixin):
             latents: what `encode` gives for the rows, (rows, length / chunk_size, latent), for offset 0; None encodes them.
             noise: x0, (rows, blocks, chunks, latent); None draws it.
             timesteps: t in [0, 1], (rows, blocks) or (rows, blocks, chunks), no loss at t = 1; None draws them.
+            call_times: earlier times, like `timesteps`, at which to call the denoiser. Models with `token_posterior` only.
             context_mask: (rows, blocks), False hides the context from a block; None hides it from no block.
             offset, block_size: tokens before the first block, and chunks per block (0: all). Models with a context only.
             draw_shift, block_stride: tokens by which noise draws lie apart, and blocks by which the blocks of a draw do.
@@ -110,31 +114,29 @@ class TokComModel(StrictLoading, GenerationMixin):
         cuts = (offset, block_size, draw_shift, block_stride)
         shape = (len(input_ids), *block_shape(config, input_ids.shape[1], *cuts))
         check_shapes(config, input_ids, shape, attention_mask=attention_mask, latents=latents, noise=noise,
-                     timesteps=timesteps, context_mask=context_mask)  # fmt: skip
+                     timesteps=timesteps, call_times=call_times, context_mask=context_mask)  # fmt: skip
         blocks = cut_blocks(self, input_ids, attention_mask, latents, shape, offset, draw_shift, block_stride)
         # 2. Draw noise x0 and times t, and mix: x_t = (1 − t) · x0 + t · x1.
         noise = torch.randn(shape) * config.noise_std if noise is None else noise
         if timesteps is None:
             timesteps = training_times(shape[:2], config.time_distribution, config.time_mean, config.time_std)
-        timesteps = timesteps.to(blocks.x1.device, torch.float32)
-        t = (timesteps if timesteps.dim() == 3 else timesteps.unsqueeze(-1)).expand(shape[:3])
-        x_t = interpolate(noise.to(blocks.x1), blocks.x1, t.to(blocks.x1.dtype))
+        point = blocks.mixed(noise, timesteps)
+        t = point.timesteps.view(*shape[:2], -1).expand(shape[:3])
         # 3. Read the context: its state before each block.
         states = None if self.context is None else self.context(input_ids)
         before = None if states is None else states_before(states, blocks.starts, context_mask)
         # 4. Predict x1; the blocks of all rows are one batch.
-        x_t, timesteps = x_t.flatten(0, 1), timesteps.flatten(0, 1)
-        arguments: dict[str, Any] = {"context": before, "attention_mask": blocks.chunk_mask()}
+        earlier = None if call_times is None else blocks.mixed(noise, call_times)
+        arguments: dict[str, Any] = {"context": before, "attention_mask": blocks.chunk_mask(), "earlier": earlier}
         if self_conditioned:
             with torch.no_grad():
-                arguments["earlier"] = denoise(self, x_t, timesteps, **arguments)
+                arguments["earlier"] = denoise(self, *point, **arguments)
         asked = return_loss and config.cross_entropy_weight > 0
-        found = denoise(self, x_t, timesteps, labels=blocks.labels.flatten(0, 1) if asked else None, **arguments)
+        found = denoise(self, *point, labels=blocks.labels.flatten(0, 1) if asked else None, **arguments)
         output = TokComOutput(clean_latents=found.clean_latents.view(shape), cross_entropy_loss=found.cross_entropy)
         # 5. Add up the losses of the flow, of the tokens and of the text alone.
         if return_loss:
             add_flow_losses(self, output, blocks, t)
-        if return_loss and states is not None:
             add_text_losses(self, output, states, input_ids, attention_mask, blocks.starts[0], t)
         return as_asked(output, config, return_dict)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,13 +16,22 @@ class Denoised:
     clean_latents: x̂1 in the flow's space, (blocks, chunks, latent).
     states: of the tokens, (blocks, tokens, state), from which a `TokenPosterior` made it; None without one.
     scores: their products with its table, (chunks of all blocks, places, vocab); None with gradients or if they are many.
+    correction: what `RecentTokens` adds to the states and scores, (blocks, tokens, width); None if nothing.
     cross_entropy: of the tokens' posterior, nats per token; None without labels or without a `TokenPosterior`.
     """
 
     clean_latents: torch.Tensor
     states: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
     cross_entropy: torch.Tensor | None = None
+
+
+class PathPoint(NamedTuple):
+    """Noisy latents x_t, (blocks, chunks, latent), at times t, (blocks,) or (blocks, chunks)."""
+
+    x_t: torch.Tensor
+    timesteps: torch.Tensor
 
 
 def denoise(
@@ -30,7 +39,7 @@ def denoise(
     x_t: torch.Tensor,
     timesteps: torch.Tensor,
     context: torch.Tensor | None = None,
-    earlier: Denoised | None = None,
+    earlier: Denoised | PathPoint | None = None,
     attention_mask: torch.Tensor | None = None,
     denoiser: nn.Module | None = None,
     labels: torch.Tensor | None = None,
@@ -40,7 +49,8 @@ def denoise(
     Args:
         x_t, timesteps: as in `DenoisedModel.forward`.
         context: the context's state before each block, (blocks, hidden); None predicts without it.
-        earlier: the prediction before along the same flow, for models with `self_conditioning` or a `TokenPosterior`.
+        earlier: the prediction before along the same flow, for models with `self_conditioning` or a `TokenPosterior`; or an
+            earlier point of the path, where the denoiser of a model with a `TokenPosterior` is called for this prediction.
         attention_mask: as in `DenoisedModel.forward`. A `TokenPosterior`, which reads from left to right, needs none for
             padding on the right.
         denoiser: takes the place of `model.denoiser`.
@@ -50,7 +60,8 @@ def denoise(
     denoiser = model.denoiser if denoiser is None else denoiser
     if model.posterior is not None:
         return model.posterior.predict(model, denoiser, x_t, timesteps, context, earlier, labels)
-    before = earlier.clean_latents if earlier is not None and model.config.denoiser.self_conditioning else None
+    conditioned = model.config.denoiser.self_conditioning and isinstance(earlier, Denoised)
+    before = earlier.clean_latents if conditioned else None
     output = denoiser(
         x_t, timesteps, context=context, self_condition=before, attention_mask=attention_mask, return_dict=True
     )
@@ -65,30 +76,36 @@ class Predictions:
 
     def __init__(self, model: Any, predict: Callable[[torch.Tensor, float, Denoised | None], Denoised]):
         self.model, self.predict = model, predict
-        # The last two predictions, and their times.
+        # The last two predictions that called the denoiser, and their times.
         self.calls: list[tuple[Denoised, float]] = []
+        # That of the last prediction of all.
+        self.correction: torch.Tensor | None = None
 
     @property
     def earlier(self) -> Denoised | None:
-        """The last prediction."""
+        """The last prediction that called the denoiser."""
         return self.calls[-1][0] if self.calls else None
 
     def __call__(self, x: torch.Tensor, t: float) -> torch.Tensor:
         found = self.predict(x, t, self.earlier)
-        self.calls = [*self.calls[-1:], (found, t)]
+        self.calls, self.correction = [*self.calls[-1:], (found, t)], found.correction
         return found.clean_latents
 
     def between(self, x: torch.Tensor, t: float) -> torch.Tensor:
         """The same without a call: the evidence of x_t meets states that go on from those of the last two calls.
 
-        The states are extrapolated linearly in log(t / (1 − t)). They change slowly; the evidence is fast and cheap.
+        The states are extrapolated linearly in log(t / (1 − t)). They change slowly; the evidence is fast and cheap, as are
+        the corrections of `RecentTokens`.
         """
         found, now = self.calls[-1]
-        states = found.states if found.scores is None else found.scores
+        states, scores = found.states, found.scores
         if len(self.calls) == 2 and self.calls[0][1] > 0:
-            found, then = self.calls[0]
-            before = found.states if found.scores is None else found.scores
+            before, then = self.calls[0]
             then, now, t_ = (math.log(time / (1 - time)) for time in (then, now, t))
-            states = states + (states - before) * ((t_ - now) / (now - then))
+            share = (t_ - now) / (now - then)
+            states = states + (states - before.states) * share
+            scores = None if scores is None else scores + (scores - before.scores) * share
         time = torch.full((1,), t, device=x.device)
-        return self.model.posterior.latents_of(self.model, x, time, states, found.scores is not None)
+        found = self.model.posterior.conclude(self.model, x, time, states, scores, self.correction)
+        self.correction = found.correction
+        return found.clean_latents

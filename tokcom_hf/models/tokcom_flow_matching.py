@@ -14,11 +14,12 @@ import torch
 
 SAMPLERS = ("euler", "heun", "multistep", "multirate", "renoise")
 # "multirate" steps of about SMALL_STEP in log(t / (1 − t)) from FIRST to LAST, of which few call the denoiser. Before FIRST
-# the noisy latents say next to nothing, and behind LAST nothing new. Where a call serves a long way, more than MOST_SMALL
-# steps are in vain, because what it found is then less exact than they are.
-SMALL_STEP, FIRST, LAST, MOST_SMALL = 0.45, 0.01, 0.95, 4
+# the noisy latents say next to nothing, and behind LAST nothing new. Between two calls are MOST_SMALL steps at most.
+SMALL_STEP, FIRST, LAST, MOST_SMALL = 0.45, 0.01, 0.95, 8
 # Smallest 1 − t in the velocity weight, which would otherwise reach 1e8 at t = 1 − 1e-4.
 MIN_REMAINING = 0.05
+# Longest way from a call of the denoiser to the time of its use in training, in log(t / (1 − t)).
+MOST_LAG = 4.0
 # Smallest distance of a training time from 0 and 1.
 EARLIEST = 1e-4
 
@@ -55,6 +56,13 @@ def training_times(
     else:
         t = torch.sigmoid(mean + std * torch.randn(shape, generator=generator))
     return t.clamp(EARLIEST, 1 - EARLIEST)
+
+
+def call_times(t: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Times, like t, at which the denoiser is called for a prediction at t: half of them t, a quarter 0, others before t."""
+    kind, lag = torch.rand(t.shape, generator=generator), MOST_LAG * torch.rand(t.shape, generator=generator)
+    earlier = torch.sigmoid(torch.logit(t) - lag)
+    return torch.where(kind < 0.5, t, torch.where(kind < 0.75, torch.zeros_like(t), earlier))
 
 
 def sampling_times(num_steps: int, power: float = 1.0, start: float = 0.0) -> list[float]:

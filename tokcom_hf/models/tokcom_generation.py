@@ -5,7 +5,7 @@ prompt; a prompt that is no multiple of the chunk size then gets EOS tokens **in
 nothing stands between prompt and continuation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ class TextSoFar:
             blind = None if earlier is None else Denoised(earlier.clean_latents)
             unconditional = predict(model, x, t, None, blind).clean_latents
             guided = unconditional + scale * (conditional.clean_latents - unconditional)
-            return Denoised(guided, conditional.states, conditional.scores)
+            return replace(conditional, clean_latents=guided)
 
         def with_prefix(x: torch.Tensor, t: float, earlier: Denoised | None) -> Denoised:
             # The prompt's latents are put back before every step, as documented.

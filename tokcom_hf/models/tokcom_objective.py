@@ -9,7 +9,8 @@ from transformers.utils import ModelOutput
 
 from .shared_cross_entropy import chunked_cross_entropy
 from .tokcom_context_encoder import states_before
-from .tokcom_flow_matching import velocity_weight
+from .tokcom_denoise import PathPoint
+from .tokcom_flow_matching import interpolate, velocity_weight
 
 # Weight of the heads of later tokens beside that of the next token, from whose loss the context learns most.
 LATER_WEIGHT = 0.2
@@ -105,6 +106,10 @@ def check_shapes(config: Any, input_ids: torch.Tensor, shape: tuple[int, ...], *
     shape: shape of these blocks, (rows, blocks, chunks, latent).
     given: the arguments by name.
     """
+    if given["call_times"] is not None and not config.token_posterior:
+        raise ValueError(
+            "call_times are for models with token_posterior, whose evidence goes on without the denoiser."
+        )
     if given["context_mask"] is not None and config.context is None:
         raise ValueError("context_mask hides the context from blocks; this model has none.")
     whole_rows = (shape[0], input_ids.shape[1] // config.vae.chunk_size, shape[3])
@@ -113,6 +118,7 @@ def check_shapes(config: Any, input_ids: torch.Tensor, shape: tuple[int, ...], *
         "latents": [whole_rows],
         "noise": [shape],
         "timesteps": [shape[:2], shape[:3]],
+        "call_times": [shape[:2], shape[:3]],
         "context_mask": [shape[:2]],
     }
     for name, value in given.items():
@@ -148,6 +154,12 @@ class Blocks:
             return None
         real = self.real()
         return (real | ~real.any(dim=-1, keepdim=True)).flatten(0, 1).long()
+
+    def mixed(self, noise: torch.Tensor, timesteps: torch.Tensor) -> PathPoint:
+        """x_t = (1 − t) · x0 + t · x1 of all rows as one batch, from noise x0 like x1 and times t (rows, blocks, …)."""
+        timesteps = timesteps.to(self.x1.device, torch.float32)
+        x_t = interpolate(noise.to(self.x1), self.x1, timesteps.to(self.x1.dtype))
+        return PathPoint(x_t.flatten(0, 1), timesteps.flatten(0, 1))
 
 
 def cut_blocks(
@@ -209,7 +221,7 @@ def add_flow_losses(model: Any, output: Any, blocks: Blocks, t: torch.Tensor) ->
 def add_text_losses(
     model: Any,
     output: Any,
-    states: torch.Tensor,
+    states: torch.Tensor | None,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     starts: torch.Tensor,
@@ -217,10 +229,12 @@ def add_text_losses(
 ) -> None:
     """Adds the losses that need no noise: those of the context's heads, and that of the denoiser which is told tokens.
 
-    states: states of the context, (rows, 1 + length, hidden).
+    states: states of the context, (rows, 1 + length, hidden); a model without a context has none of these losses.
     starts: index of the first token of each block, (blocks,).
     t: times of the blocks, (rows, blocks, chunks).
     """
+    if states is None:
+        return
     labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
     chunk, size, weight = model.config.vae.chunk_size, states.shape[-1], model.config.head_weight
     # The next token at every state, and the later ones of a chunk at the starts of blocks.
@@ -244,13 +258,20 @@ def told_loss(model: Any, states: torch.Tensor, labels: torch.Tensor, first: int
     labels: tokens of the rows, (rows, length), -100 for padding.
     first: index of the first token of the first block.
     """
-    chunk, posterior = model.config.vae.chunk_size, model.posterior
+    chunk, posterior, recent = model.config.vae.chunk_size, model.posterior, model.recent
     span = t.shape[2] * chunk
-    starts = torch.arange(first, labels.shape[1] - span + 1, TOLD_STRIDE * span, device=labels.device)
+    stride = TOLD_STRIDE if recent is None else 1
+    starts = torch.arange(first, labels.shape[1] - span + 1, stride * span, device=labels.device)
     tokens = labels[:, starts[:, None] + torch.arange(span, device=labels.device)].flatten(0, 1)
     times = t[:, torch.arange(len(starts), device=t.device) * t.shape[1] // len(starts), 0].flatten()
     context, table = states_before(states, starts), model.context.table(states.device)
-    known = nn.functional.embedding(tokens.clamp(min=0), table.detach()).view(-1, chunk, table.shape[1])
-    heads = posterior.prior(model, context, len(context))
-    told = posterior.follow(model.denoiser, table, known, heads, times, context)
+    heads, ids = posterior.prior(model, context, len(context)), tokens.clamp(min=0)
+    # The denoiser is told every second block. Recent tokens are told all of them, the others as before its first call.
+    part = slice(None, None, TOLD_STRIDE // stride)
+    known = nn.functional.embedding(ids[part], table.detach()).view(-1, chunk, table.shape[1])
+    told = posterior.follow(model.denoiser, table, known, heads[part], times[part], context[part])
+    if recent is not None:
+        prior = nn.functional.pad(heads, (0, 0, 0, span - chunk))
+        told = prior.index_copy(0, torch.arange(len(prior), device=prior.device)[part], told.to(prior.dtype))
+        told = told + recent.up(recent(told, nn.functional.embedding(ids, posterior.rows(recent, table))))
     return chunked_cross_entropy(told.flatten(0, 1), table, tokens.flatten())

@@ -7,7 +7,7 @@ import torch
 
 from ..evaluation.tokcom_denoising import denoising_metrics
 from ..evaluation.tokcom_reconstruction import reconstruction_metrics
-from ..models.tokcom_flow_matching import training_times
+from ..models.tokcom_flow_matching import call_times, training_times
 from ..models.tokcom_objective import block_shape, copies_of_blocks, stride_of_blocks
 from .base import CompressionTrainer
 from .epoch_losses import EpochLossCallback
@@ -207,12 +207,8 @@ class DenoiserTrainer(FlowTrainer):
         if model.training:
             blocks = draw_blocks(config, ids.shape[1], generator)
         shape = block_shape(config, ids.shape[1], **blocks)
-        arguments: dict[str, Any] = {
-            "noise": self.local_rows(rows, lambda n: torch.randn((n, *shape), generator=generator)) * config.noise_std,
-            "timesteps": self.local_rows(rows, lambda n: training_times(
-                (n, shape[0]), config.time_distribution, config.time_mean, config.time_std, generator
-            )),
-        }  # fmt: skip
+        noise = self.local_rows(rows, lambda n: torch.randn((n, *shape), generator=generator)) * config.noise_std
+        arguments: dict[str, Any] = {"noise": noise, **self._times(model, (rows, shape[0]), generator)}
         if config.context is None:
             arguments["latents"] = inputs.get("latents")
         elif config.context_dropout > 0:
@@ -236,6 +232,20 @@ class DenoiserTrainer(FlowTrainer):
                 counted = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)]) * rows
                 self._parts.setdefault(name, []).append(counted)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _times(self, model, shape: tuple[int, int], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Random `timesteps` of blocks, (rows, blocks), and `call_times` where the model learns to do with fewer calls."""
+        config = self.unwrapped_model.config
+        earlier = model.training and config.recent_size > 0
+
+        def draw(rows: int) -> torch.Tensor:
+            t = training_times(
+                (rows, shape[1]), config.time_distribution, config.time_mean, config.time_std, generator
+            )
+            return torch.stack([t, call_times(t, generator)] if earlier else [t], dim=-1)
+
+        names = ("timesteps", "call_times")
+        return dict(zip(names, self.local_rows(shape[0], draw).unbind(-1)))
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._parts = {}
