@@ -189,6 +189,16 @@ def test_what_was_trained_is_what_is_loaded(model, tmp_path):
     assert loaded.generate(prompt, generator=seeded(5), **settings).tolist() != one.tolist()
 
 
+@torch.no_grad()
+def test_what_is_kept_under_autocast_serves_without_it():
+    settings = {"num_chunks": 4, "num_steps": 2, "sampler": "multirate"}
+    fresh = small("posterior", **SETTINGS).generate(generator=seeded(5), **settings)
+    model = small("posterior", **SETTINGS)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(generator=seeded(5), **settings)
+    assert model.generate(generator=seeded(5), **settings).tolist() == fresh.tolist()
+
+
 def test_settings_that_would_not_act_are_refused():
     with pytest.raises(ValueError, match="recent_size=4 needs token_posterior=True"):
         TokComConfig(recent_size=4)

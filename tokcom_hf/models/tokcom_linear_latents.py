@@ -121,8 +121,11 @@ class LinearLatents(nn.Module):
         if kept is None or kept[0] != key:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
+            # Without autocast, whose type would be kept for calls without it.
+            with torch.autocast(of[0].device.type, enabled=False):
+                value = compute()
             # With the tensors, whose place in memory no other one can take as long as they are kept.
-            kept = self._kept[name] = (key, of, compute())
+            kept = self._kept[name] = (key, of, value)
         return kept[2]
 
     @torch.no_grad()
