@@ -73,12 +73,14 @@ def test_a_token_reads_the_three_tokens_before_it(model):
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [True, False])
 def test_between_two_calls_corrections_go_on_and_the_denoiser_rests(model, call, kept, monkeypatch):
-    x, _, before = call
+    (x, _, before), recent = call, model.recent.forward
     if not kept:
         monkeypatch.setattr(tokcom_token_posterior, "SCORES_KEPT", 0)
     path = Predictions(model, lambda x_t, t, earlier: denoise(model, x_t, torch.full((1,), t), before, earlier))
+    corrections: list[torch.Tensor] = []
+    monkeypatch.setattr(model.recent, "forward", lambda *call: corrections.append(recent(*call)) or corrections[-1])
     path(x, 0.3)
-    states, correction = path.calls[0][0].states, path.correction
+    states, correction = path.calls[0][0].states, corrections[-1]
     monkeypatch.setattr(model.denoiser, "forward", None)
     for t in (0.35, 0.5):
         later = torch.randn(3, 2, 16, generator=seeded(5))
@@ -87,7 +89,7 @@ def test_between_two_calls_corrections_go_on_and_the_denoiser_rests(model, call,
             known = states[block] + model.recent.up(correction[block])
             wanted = expected(model, later[block], t, states[block], known)
             torch.testing.assert_close(found[block], wanted, atol=2e-4, rtol=2e-3)
-        correction = path.correction
+        correction = corrections[-1]
 
 
 @torch.no_grad()

@@ -77,13 +77,16 @@ class TokenPosterior(LinearLatents):
     def _conclude(self, recent, x_t, evidence, table, states, scores, before=None, labels=None) -> Denoised:
         """The prediction from states and their scores; `before` is the correction that guesses know already."""
         correction = None
-        corrected, corrected_scores = self._corrected(recent, states, scores, before, table)
+        corrected, corrected_scores = self._corrected(recent, states, scores, before)
         if recent is not None:
             # 5. Recent tokens correct the states: each token reads the guesses at those just before it.
             rows, known = self.rows(recent, table), corrected.detach()
             guess, _ = self._expect(rows, evidence, known, table.detach(), scores=corrected_scores)
             correction = recent(states, guess.view(*states.shape[:2], -1).to(states.dtype))
-            corrected, corrected_scores = self._corrected(recent, states, scores, correction, table)
+            if scores is not None:
+                products = self._keep("products", (table, *recent.up.parameters()), lambda: recent.products(table))
+                correction = (correction @ products).view(scores.shape).float()
+            corrected, corrected_scores = self._corrected(recent, states, scores, correction)
         # 6. With the evidence they give the posterior of each token, whose expected embeddings make the latent.
         labels, embedding = None if labels is None else labels.flatten(0, 1), evidence.embedding.to(table.dtype)
         means, entropy = self._expect(embedding, evidence, corrected, table, labels, corrected_scores)
@@ -94,15 +97,13 @@ class TokenPosterior(LinearLatents):
         scale = self._scale(table).to(table.dtype)
         return self._keep("recent", (table, *recent.read.parameters()), lambda: recent.read(table.detach() / scale))
 
-    def _corrected(self, recent, states, scores, correction, table):
-        """States, (chunks, places, state), and scores with a correction (blocks, tokens, width)."""
-        shape = (-1, len(self.variance), states.shape[-1])
-        if correction is None:
-            return states.reshape(shape), scores
-        if scores is None:
-            return (states + recent.up(correction)).reshape(shape), None
-        products = self._keep("products", (table, *recent.up.parameters()), lambda: recent.products(table))
-        return states.reshape(shape), scores + (correction @ products).view(scores.shape).float()
+    def _corrected(self, recent, states, scores, correction):
+        """States, (chunks, places, state), and scores with the `correction` of a `Denoised`."""
+        if correction is not None and scores is None:
+            states = states + recent.up(correction)
+        elif correction is not None:
+            scores = scores + correction
+        return states.reshape(-1, len(self.variance), states.shape[-1]), scores
 
     def prior(self, model, context, blocks: int) -> torch.Tensor:
         """The heads' states of the first chunk of each block, (blocks, places, state); zeros without a context."""
@@ -139,7 +140,7 @@ class TokenPosterior(LinearLatents):
         earlier: the prediction before, whose states take the place of the heads'.
         """
         if isinstance(earlier, Denoised) and earlier.states is not None:
-            states, scores = self._corrected(model.recent, earlier.states, earlier.scores, earlier.correction, table)
+            states, scores = self._corrected(model.recent, earlier.states, earlier.scores, earlier.correction)
             return self._expect(table, evidence, states, table, scores=scores)[0]
         chunks = len(evidence.fields) // len(heads)
         if chunks == 1:
