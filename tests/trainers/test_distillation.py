@@ -16,7 +16,9 @@ from tests.helpers.tokcom_runs import (
 )
 from tokcom_hf import DistillationTrainer, DistillationTrainingArguments, TokComModel
 from tokcom_hf.data.latent_rows import latent_statistics
-from tokcom_hf.models.tokcom_flow_matching import sample, step_times
+from tokcom_hf.models.tokcom_denoise import PathPoint
+from tokcom_hf.models.tokcom_flow_matching import sample, small_times, step_times
+from tokcom_hf.trainers import tokcom_distillation
 from tokcom_hf.trainers.tokcom_stages import some_chunks
 
 
@@ -151,7 +153,7 @@ def test_a_student_whose_first_step_the_heads_take_learns_the_others(tmp_path):
     model.posterior.fit(model, some_chunks(Rows(), 4))
     run = distillation_trainer(tmp_path, model, max_steps=3)
     calls = []
-    run.model.register_forward_hook(lambda module, given, result: calls.append(given[1].item()))
+    run.model.register_forward_hook(lambda module, given, result: calls.extend(given[1].tolist()))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     run.train()
     assert calls and all(t == pytest.approx(0.5) for t in calls)
@@ -161,6 +163,35 @@ def test_a_student_whose_first_step_the_heads_take_learns_the_others(tmp_path):
     assert student.generate(num_chunks=2, **noise).shape == (1, 8) and student.config.sampler == "multirate"
     with pytest.raises(ValueError, match="the heads take the first step; student_steps must be at least 2, got 1"):
         distillation_trainer(tmp_path, model, student_steps=1)
+
+
+def test_a_call_of_the_student_learns_from_the_small_steps_that_rest_on_it(tmp_path, monkeypatch):
+    """Each prediction that is trained stands on the student's own path, at a small time behind the call it rests on."""
+    model = posterior_model(block_sizes=[1])
+    model.fit_latents(*latent_statistics(model.vae, Rows()))
+    model.posterior.fit(model, some_chunks(Rows(), 4))
+    run = distillation_trainer(tmp_path, model, max_steps=12)
+    trained, walked, predict = [], [], type(model.posterior).predict
+
+    def remember(self, model, denoiser, x_t, timesteps, context, earlier, labels):
+        if labels is not None:
+            trained.append((x_t, timesteps.item(), earlier))
+        return predict(self, model, denoiser, x_t, timesteps, context, earlier, labels)
+
+    def walk(denoise, x, times, *more, **named):
+        walked.append((times, sample(denoise, x, times, *more, **named)))
+        return walked[-1][1]
+
+    monkeypatch.setattr(type(model.posterior), "predict", remember)
+    monkeypatch.setattr(tokcom_distillation, "sample", walk)
+    run.train()
+    times = small_times(*run.times[1:])[:-1]
+    behind = [(x_t, t, earlier) for x_t, t, earlier in trained if t > 0.5 + 1e-6]
+    assert len({t for _, t, _ in behind}) >= 4
+    for x_t, t, earlier in behind:
+        assert min(abs(t - small) for small in times) < 1e-6
+        assert isinstance(earlier, PathPoint) and torch.allclose(earlier.timesteps, torch.tensor(run.times[1]))
+        assert any(way[0] == run.times[1] and torch.equal(end, x_t) for way, end in walked)
 
 
 def test_sample_tables_show_the_student_at_its_own_steps(tmp_path, monkeypatch):

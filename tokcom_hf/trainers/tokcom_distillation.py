@@ -10,8 +10,8 @@ from torch import nn
 
 from ..evaluation.tokcom_denoising import denoising_metrics
 from ..models.tokcom_context_encoder import states_before
-from ..models.tokcom_denoise import Denoised, Predictions, denoise
-from ..models.tokcom_flow_matching import denoising_steps, sample, step_times
+from ..models.tokcom_denoise import Denoised, PathPoint, Predictions, denoise
+from ..models.tokcom_flow_matching import denoising_steps, sample, small_times, step_times
 from ..models.tokcom_objective import block_shape, block_starts
 from ..models.tokcom_token_order import without_order
 from .tokcom import FlowTrainer, draw_blocks, evaluation_blocks
@@ -45,8 +45,9 @@ class DistillationTrainingArguments(DenoiserTrainingArguments):
 class DistillationTrainer(FlowTrainer):
     """Trains a student denoiser to do in `student_steps` steps what the teacher's flow does in `teacher_steps`.
 
-    Each batch draws one of the student's times t, and the student itself samples x_t, as in generation. With x1 the end of
-    the teacher's flow from the same x_t:
+    Each batch draws one of the student's times t, and the student itself samples x_t, as in generation. With "multirate" t
+    is one of its small times, most of which rest on a call before, that learns from them. With x1 the end of the teacher's
+    flow from the same x_t:
 
         loss = |student(x_t, t) − x1|² + token_weight · cross-entropy of decoder(student(x_t, t)) to the tokens decoder(x1)
 
@@ -110,13 +111,21 @@ class DistillationTrainer(FlowTrainer):
             before = None if teacher.context is None else states_before(teacher.context(ids), starts)
             student = self._predictions(model, before, real)
             x = self._arrive(student, noise, fresh, place)
-            remaining = step_times(config, denoising_steps(args.teacher_steps, now), now)
+            at, earlier = now, student.earlier
+            if config.sampler == "multirate":
+                # What is learned at `now` also serves the small steps behind it.
+                times = small_times(now, self.times[place + 1])[:-1]
+                at = times[int(torch.randint(len(times), (), generator=generator))]
+            if at > now:
+                earlier = PathPoint(x, torch.full((len(x),), now, device=x.device))
+                x = sample(student, x, [now, at], config.sampler)
+            remaining = step_times(config, denoising_steps(args.teacher_steps, at), at)
             # One end for each x: the stochastic sampler has none.
             sampler = "euler" if config.sampler == "renoise" else config.sampler
             target = sample(self._predictions(teacher.denoiser, before, real), x, remaining, sampler)
             tokens = teacher.decode(teacher.unstandardize(target)).unflatten(1, (shape[1], -1))
             tokens = tokens.masked_fill(~real.unsqueeze(-1), -100)
-        found = student.predict(x, now, student.earlier, tokens)
+        found = student.predict(x, at, earlier, tokens)
         predicted, entropy = found.clean_latents, found.cross_entropy
         error = without_order(teacher, predicted.float() - target.float()).square().mean(dim=-1)
         error = (error * real).sum() / real.sum().clamp(min=1)
