@@ -16,8 +16,8 @@ class Denoised:
     clean_latents: x̂1 in the flow's space, (blocks, chunks, latent).
     states: of the tokens, (blocks, tokens, state), from which a `TokenPosterior` made it; None without one.
     scores: their products with its table, (chunks of all blocks, places, vocab); None with gradients or if they are many.
-    correction: what `RecentTokens` adds, None if nothing: to the scores, of their shape; to the states where there are no
-        scores, (blocks, tokens, width), before `up`.
+    correction: what `RecentTokens` adds to the scores, of their shape. Without scores it is narrow, (blocks, tokens, width),
+        and its map by `RecentTokens.up` is added to the states. None if nothing is added.
     cross_entropy: of the tokens' posterior, nats per token; None without labels or without a `TokenPosterior`.
     """
 

@@ -46,8 +46,8 @@ class DistillationTrainer(FlowTrainer):
     """Trains a student denoiser to do in `student_steps` steps what the teacher's flow does in `teacher_steps`.
 
     Each batch draws one of the student's times t, and the student itself samples x_t, as in generation. With "multirate" t
-    is one of its small times, most of which rest on a call before, that learns from them. With x1 the end of the teacher's
-    flow from the same x_t:
+    is any small time between two calls, because the call before it serves that small step, too. With x1 the end of the
+    teacher's flow from the same x_t:
 
         loss = |student(x_t, t) − x1|² + token_weight · cross-entropy of decoder(student(x_t, t)) to the tokens decoder(x1)
 
@@ -113,7 +113,7 @@ class DistillationTrainer(FlowTrainer):
             x = self._arrive(student, noise, fresh, place)
             at, earlier = now, student.earlier
             if config.sampler == "multirate":
-                # What is learned at `now` also serves the small steps behind it.
+                # The call at `now` serves the small steps up to the next call, so it learns from any of them.
                 times = small_times(now, self.times[place + 1])[:-1]
                 at = times[int(torch.randint(len(times), (), generator=generator))]
             if at > now:
