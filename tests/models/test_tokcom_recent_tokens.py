@@ -151,7 +151,7 @@ def test_recent_tokens_are_told_every_block_and_the_denoiser_every_second_one(si
         known[:, :4] = model.context.head_states(c)
         if index % 2 == 0:
             guess, t = table[tokens].view(size, 4, 48), inputs["timesteps"][row, block][None]
-            known = model.posterior.follow(model.denoiser, table, guess, known[:, :4], t, c)
+            known = model.posterior.follow(model.denoiser, table, guess, known, t, c)
         logits = corrected(model, known[0], rows[tokens]) @ table.T
         nats.append(-logits.log_softmax(-1)[torch.arange(span), tokens])
     torch.testing.assert_close(found, torch.cat(nats).mean())

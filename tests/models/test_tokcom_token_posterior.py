@@ -277,8 +277,8 @@ def test_a_guess_takes_the_states_of_the_prediction_before(model, call):
     # The posterior of the first prediction is what the denoiser reads.
     likelihood = torch.cat([evidence(model, chunks, 0.3) for chunks in x]).view(6, 4, -1)
     guess = (likelihood + first.states.view(6, 4, -1) @ table.T).softmax(-1) @ table
-    heads = model.context.head_states(before)
-    states = model.posterior.follow(model.denoiser, table, guess, heads, t, before)
+    prior = torch.nn.functional.pad(model.context.head_states(before), (0, 0, 0, 4))
+    states = model.posterior.follow(model.denoiser, table, guess, prior, t, before)
     torch.testing.assert_close(again.states, states, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(again.states, first.states, atol=1e-2)
     # Without states, as guidance leaves them out, the heads say what they say in a first prediction.

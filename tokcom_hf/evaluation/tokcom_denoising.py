@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..models.tokcom_context_encoder import states_before
+from ..models.tokcom_context_encoder import read_before
 from ..models.tokcom_denoise import Denoised, denoise
 from .tokcom_reconstruction import token_and_chunk_accuracy
 
@@ -31,7 +31,7 @@ class BlockDenoiser:
         self.before = self.mask = None
         if model.context is not None:
             starts = torch.arange(0, chunks * chunk, self.size * chunk)
-            self.before = states_before(model.context(input_ids), starts)
+            _, self.before = read_before(model, input_ids, starts)
         if attention_mask is not None and not bool(attention_mask.all()) and self.size > 1:
             real = attention_mask.view(rows, -1, self.size, chunk).any(dim=-1).flatten(0, 1)
             # A block of padding only attends to itself, because a row of attention must not be empty.

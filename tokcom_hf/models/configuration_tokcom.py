@@ -38,6 +38,9 @@ class TokComConfig(PreTrainedConfig):
         token_order: the flow's space is scaled so that each token of a chunk stands out of the noise exp(token_order) times
             as far as the next one, and is decided before it (`TokenOrder`). 0 (documented) scales nothing. Models with
             `token_posterior` only.
+        read_guesses: in each call of the denoiser the context reads on, behind the finished tokens, what is guessed of the
+            block's own tokens. Its first head, which predicts the next token, takes the place of the heads of later tokens
+            in what the denoiser starts from. Models with `token_posterior` only.
         recent_size: width in which `RecentTokens` reads the guesses at the three tokens before each token. It corrects each
             prediction, those between two calls of the denoiser, too, so that few calls are enough. 0 (documented): there is
             none. Models with `token_posterior` only.
@@ -50,7 +53,8 @@ class TokComConfig(PreTrainedConfig):
             the later tokens of a chunk.
         told_weight: weight of the cross-entropy of the denoiser that is told the tokens before each token of every second
             block, and so learns which tokens follow each other. With `recent_size`, `RecentTokens` correct it, and are told
-            the other blocks alone. Models with `token_posterior` only.
+            the other blocks alone. With `read_guesses`, whose context knows which tokens follow each other, `RecentTokens`
+            alone are told all blocks. Models with `token_posterior` only.
         noise_draws: noisy copies of each row's blocks that share one pass of the context; in training each copy starts at
             another token. A fraction 1/n trains the flow on every n-th block alone, for more text at the same cost.
         block_sizes: chunks per block; each batch draws one of these numbers. 0 is the whole row.
@@ -87,6 +91,7 @@ class TokComConfig(PreTrainedConfig):
     heads_first: bool = False
     token_order: float | int = 0.0
     recent_size: int = 0
+    read_guesses: bool = False
     mse_weight: float | int = 0.0
     cross_entropy_weight: float | int = 1.0
     head_weight: float | int = 1.0
@@ -133,12 +138,17 @@ class TokComConfig(PreTrainedConfig):
             )
         if not 0 <= self.context_dropout < 1:
             raise ValueError(f"context_dropout must be in [0, 1), got {self.context_dropout}.")
-        for name in ("heads_first", "token_order", "told_weight", "recent_size"):
+        for name in ("heads_first", "token_order", "told_weight", "recent_size", "read_guesses"):
             if getattr(self, name) and not self.token_posterior:
                 raise ValueError(f"{name}={getattr(self, name)} needs token_posterior=True, which predicts tokens.")
         for name in ("token_order", "told_weight", "recent_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.read_guesses and self.told_weight and not self.recent_size:
+            raise ValueError(
+                f"With read_guesses, told_weight={self.told_weight} trains recent tokens alone; set recent_size, or "
+                "told_weight to 0."
+            )
         super().__post_init__(**kwargs)
 
     def _build_parts(self) -> None:

@@ -21,7 +21,7 @@ from .modeling_tokcom_vae import TokComVAE
 from .shared_layer_outputs import as_asked
 from .shared_strict_loading import StrictLoading
 from .shared_tensor_checks import check_ids
-from .tokcom_context_encoder import ContextEncoder, states_before
+from .tokcom_context_encoder import ContextEncoder, read_before
 from .tokcom_denoise import denoise
 from .tokcom_flow_matching import training_times
 from .tokcom_generation import Prompt, TokComGenerateOutput, denoise_text, generate_blocks
@@ -123,8 +123,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         point = blocks.mixed(noise, timesteps)
         t = point.timesteps.view(*shape[:2], -1).expand(shape[:3])
         # 3. Read the context: its state before each block.
-        states = None if self.context is None else self.context(input_ids)
-        before = None if states is None else states_before(states, blocks.starts, context_mask)
+        states, before = read_before(self, input_ids, blocks.starts, context_mask)
         # 4. Predict x1; the blocks of all rows are one batch.
         earlier = None if call_times is None else blocks.mixed(noise, call_times)
         arguments: dict[str, Any] = {"context": before, "attention_mask": blocks.chunk_mask(), "earlier": earlier}

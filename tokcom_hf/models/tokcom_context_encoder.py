@@ -5,11 +5,12 @@ state (arXiv 2404.19737), because their loss is a less noisy signal than that of
 starts from what the heads predict; without one, the heads are not used.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import Cache, LlamaConfig, LlamaModel
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaModel
 
 from .shared_cache_name import CACHE
 from .shared_cross_entropy import chunked_cross_entropy
@@ -62,6 +63,43 @@ class ContextEncoder(nn.Module):
             return_dict=True, **{CACHE: cache},
         ).last_hidden_state  # fmt: skip
 
+    def read_on(
+        self, soft: torch.Tensor, cache: Cache | None, seen: torch.Tensor, text: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Reads soft tokens of blocks behind the text in `cache`, and leaves the cache as it was.
+
+        Args:
+            soft: expected rows of the table, (rows · blocks, tokens, hidden). A block's tokens see the text before it and
+                each other from left to right.
+            cache: keys and values of the rows.
+            seen: which cached tokens precede each block, (rows or 1, blocks, cached) bool.
+            text: where there is no cache, the tokens themselves, (rows, cached), which are read again.
+
+        Returns:
+            The states of the tokens behind each soft token, (rows · blocks, tokens, hidden), as of the first head.
+        """
+        blocks, tokens = seen.shape[1], soft.shape[1]
+        rows, places = len(soft) // blocks, torch.arange(blocks * tokens, device=soft.device)
+        own = (places[:, None] // tokens == places // tokens) & (places[:, None] >= places)
+        seen = seen.expand(rows, -1, -1)
+        mask = torch.cat([seen.repeat_interleave(tokens, 1), own.expand(rows, -1, -1)], dim=2).unsqueeze(1)
+        positions = seen.sum(dim=2).repeat_interleave(tokens, 1) + places % tokens
+        soft_tokens = soft.reshape(rows, blocks * tokens, -1)
+        if text is not None:
+            again = torch.arange(text.shape[1], device=soft.device).expand(rows, -1)
+            causal = nn.functional.pad(again[:, :, None] >= again[:, None], (0, blocks * tokens)).unsqueeze(1)
+            mask, positions = torch.cat([causal, mask], dim=2), torch.cat([again, positions], dim=1)
+            soft_tokens = torch.cat([self.model.embed_tokens(text).to(soft.dtype), soft_tokens], dim=1)
+        # Additive, as every implementation of attention takes it.
+        mask = torch.zeros(mask.shape, device=soft.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+        states = self.model(
+            inputs_embeds=soft_tokens, attention_mask=mask.to(soft.dtype), position_ids=positions,
+            use_cache=cache is not None, return_dict=True, **{CACHE: cache},
+        ).last_hidden_state  # fmt: skip
+        if cache is not None:
+            cache.crop(-blocks * tokens)
+        return self.head_states(states[:, -blocks * tokens :])[..., 0, :].reshape(soft.shape)
+
     def head_states(self, states: torch.Tensor) -> torch.Tensor:
         """states (…, hidden) → (…, chunk_size, hidden), whose products with the `table` are logits of the next tokens."""
         return self.heads(states).unflatten(-1, (self.chunk_size, -1))
@@ -102,6 +140,52 @@ class ContextEncoder(nn.Module):
         with torch.no_grad():
             embedding.weight[start_token_id] = start
         self.start_token_id = start_token_id
+
+
+class TextBefore(NamedTuple):
+    """The text before blocks.
+
+    state: the context's state before each block, (blocks, hidden); zeros hide the text.
+    read_on: `ContextEncoder.read_on` behind this text, (blocks, tokens, hidden) → (blocks, tokens, hidden); None in models
+        without `read_guesses`.
+    """
+
+    state: torch.Tensor
+    read_on: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+def read_before(
+    model: Any, input_ids: torch.Tensor, starts: torch.Tensor, shown: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, TextBefore | None]:
+    """Reads whole rows with the context of a `TokComModel`; (None, None) without one.
+
+    Args:
+        input_ids: (rows, length).
+        starts: index of the first token of each block of a row, of any shape.
+        shown: (rows, blocks), False hides the text from a block.
+
+    Returns:
+        The context's states, (rows, 1 + length, hidden), and the text before the blocks of all rows.
+    """
+    context = model.context
+    if context is None:
+        return None, None
+    if not model.config.read_guesses:
+        states = context(input_ids)
+        return states, TextBefore(states_before(states, starts, shown))
+    cache: Cache | None = DynamicCache(config=context.model.config)
+    text = None
+    if context.training and context.model.gradient_checkpointing:
+        # Which keeps no keys and values.
+        cache, text = None, nn.functional.pad(input_ids, (1, 0), value=context.start_token_id)
+    states = context(input_ids, cache=cache)
+    seen = torch.arange(states.shape[1], device=states.device) <= starts.to(states.device).view(1, -1, 1)
+
+    def read_on(soft: torch.Tensor) -> torch.Tensor:
+        found = context.read_on(soft, cache, seen, text)
+        return found if shown is None else found * shown.to(found).view(-1, 1, 1)
+
+    return states, TextBefore(states_before(states, starts, shown), read_on)
 
 
 def states_before(

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .tokcom_context_encoder import TextBefore
+
 
 @dataclass
 class Denoised:
@@ -39,7 +41,7 @@ def denoise(
     model: Any,
     x_t: torch.Tensor,
     timesteps: torch.Tensor,
-    context: torch.Tensor | None = None,
+    context: torch.Tensor | TextBefore | None = None,
     earlier: Denoised | PathPoint | None = None,
     attention_mask: torch.Tensor | None = None,
     denoiser: nn.Module | None = None,
@@ -49,7 +51,8 @@ def denoise(
 
     Args:
         x_t, timesteps: as in `DenoisedModel.forward`.
-        context: the context's state before each block, (blocks, hidden); None predicts without it.
+        context: the text before each block, or the context's state alone, (blocks, hidden); None predicts without it.
+            Models with `read_guesses` need the text.
         earlier: the prediction before along the same flow, for models with `self_conditioning` or a `TokenPosterior`; or an
             earlier point of the path, where the denoiser of a model with a `TokenPosterior` is called for this prediction.
         attention_mask: as in `DenoisedModel.forward`. A `TokenPosterior`, which reads from left to right, needs none for
@@ -57,14 +60,20 @@ def denoise(
         denoiser: takes the place of `model.denoiser`.
         labels: tokens of the blocks, (blocks, chunks, chunk_size), -100 for none, whose cross-entropy a `TokenPosterior`
             computes.
+
+    Raises:
+        ValueError: a model with `read_guesses` got a state alone.
     """
     denoiser = model.denoiser if denoiser is None else denoiser
+    text = TextBefore(context) if isinstance(context, torch.Tensor) else context
+    if model.config.read_guesses and text is not None and text.read_on is None:
+        raise ValueError("A model with read_guesses reads on behind the text: pass a `TextBefore` with `read_on`.")
     if model.posterior is not None:
-        return model.posterior.predict(model, denoiser, x_t, timesteps, context, earlier, labels)
+        return model.posterior.predict(model, denoiser, x_t, timesteps, text, earlier, labels)
     conditioned = model.config.denoiser.self_conditioning and isinstance(earlier, Denoised)
-    before = earlier.clean_latents if conditioned else None
+    before, state = earlier.clean_latents if conditioned else None, None if text is None else text.state
     output = denoiser(
-        x_t, timesteps, context=context, self_condition=before, attention_mask=attention_mask, return_dict=True
+        x_t, timesteps, context=state, self_condition=before, attention_mask=attention_mask, return_dict=True
     )
     return Denoised(output.clean_latents)
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from .shared_tensor_checks import check_ids
-from .tokcom_context_encoder import states_before
+from .tokcom_context_encoder import TextBefore, read_before
 from .tokcom_denoise import Denoised, Predictions, denoise
 from .tokcom_flow_matching import check_sampler, denoising_steps, interpolate, sample, step_times
 from .tokcom_generation_settings import GenerationSettings
@@ -81,7 +81,7 @@ class Prompt:
 
 
 def predict(
-    model: Any, x: torch.Tensor, t: float, context: torch.Tensor | None = None, earlier: Denoised | None = None
+    model: Any, x: torch.Tensor, t: float, context: TextBefore | None = None, earlier: Denoised | None = None
 ) -> Denoised:
     """What the denoiser predicts from x_t = x (blocks, chunks, latent), with one t for all."""
     return denoise(model, x, torch.full((1,), t, device=x.device), context, earlier)
@@ -111,11 +111,21 @@ class TextSoFar:
             self.mask = nn.functional.pad(self.mask, (0, ids.shape[1]), value=1)
         self.state = self.model.context(ids, self.mask, self.cache)[:, -1]
 
+    def before(self, copies: int) -> TextBefore:
+        """The text so far for `copies` blocks of each row, side by side."""
+        state = self.state.repeat_interleave(copies, 0)
+        if not self.model.config.read_guesses:
+            return TextBefore(state)
+        seen = torch.ones(1, self.cache.get_seq_length(), dtype=torch.bool, device=state.device)
+        if self.mask is not None:
+            seen = nn.functional.pad(self.mask, (1, 0), value=1).bool()
+        seen = seen.unsqueeze(1).expand(-1, copies, -1)
+        return TextBefore(state, lambda soft: self.model.context.read_on(soft, self.cache, seen))
+
     def denoise(self, settings: GenerationSettings) -> Predictions:
         """(x_t, t) → predicted clean latents of one block; the `best_of` draws of each row stand side by side."""
         model, copies, scale = self.model, settings.best_of, settings.guidance_scale
-        # One for all steps of the block.
-        before = None if self.state is None else self.state.repeat_interleave(copies, 0)
+        before = None if self.state is None else self.before(copies)
 
         def with_state(x: torch.Tensor, t: float, earlier: Denoised | None) -> Denoised:
             conditional = predict(model, x, t, before, earlier)
@@ -227,7 +237,7 @@ def denoise_text(
     before = None
     if model.context is not None:
         starts = torch.arange(0, input_ids.shape[1], size * config.vae.chunk_size)
-        before = states_before(model.context(input_ids), starts)
+        _, before = read_before(model, input_ids, starts)
     # 3. Follow the flow for all blocks at once.
     denoise = Predictions(model, lambda x_t, t, earlier: predict(model, x_t, t, before, earlier))
     times = step_times(config, denoising_steps(num_steps, noise_level), noise_level)

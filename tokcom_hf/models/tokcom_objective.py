@@ -266,12 +266,13 @@ def told_loss(model: Any, states: torch.Tensor, labels: torch.Tensor, first: int
     times = t[:, torch.arange(len(starts), device=t.device) * t.shape[1] // len(starts), 0].flatten()
     context, table = states_before(states, starts), model.context.table(states.device)
     heads, ids = posterior.prior(model, context, len(context)), tokens.clamp(min=0)
-    # The denoiser is told every second block. Recent tokens are told all of them, the others as before its first call.
-    part = slice(None, None, TOLD_STRIDE // stride)
-    known = nn.functional.embedding(ids[part], table.detach()).view(-1, chunk, table.shape[1])
-    told = posterior.follow(model.denoiser, table, known, heads[part], times[part], context[part])
+    told = nn.functional.pad(heads, (0, 0, 0, span - chunk))
+    if not model.config.read_guesses:
+        # The denoiser is told every second block. Recent tokens are told all of them, the others as before its first call.
+        part = slice(None, None, TOLD_STRIDE // stride)
+        known = nn.functional.embedding(ids[part], table.detach()).view(-1, chunk, table.shape[1])
+        follows = posterior.follow(model.denoiser, table, known, told[part], times[part], context[part])
+        told = told.index_copy(0, torch.arange(len(told), device=told.device)[part], follows.to(told.dtype))
     if recent is not None:
-        prior = nn.functional.pad(heads, (0, 0, 0, span - chunk))
-        told = prior.index_copy(0, torch.arange(len(prior), device=prior.device)[part], told.to(prior.dtype))
         told = told + recent.up(recent(told, nn.functional.embedding(ids, posterior.rows(recent, table))))
     return chunked_cross_entropy(told.flatten(0, 1), table, tokens.flatten())

@@ -3,6 +3,7 @@
     l = log p(x_t | token)                        evidence: what the noisy latents say of each token, a linear Gaussian model
     h = heads(c)                                  prior: what the text before says of each token of the block's first chunk
     g = E[row of table | l, h]                    first guess at each token by itself; later ones take s instead of h
+    h = first head(context reads g behind the text)           with `read_guesses`, of all tokens but the block's first
     s = h + denoiser(g of the tokens before, h, t, c)         what the guesses before a token, too, say of it
     s += recent(g of three tokens before, s)      with `recent_size`: what the guesses now say, between two calls, too
     p = softmax(l + table · s)                    Bayes' rule: the posterior of each token, given x_t and c
@@ -41,10 +42,10 @@ class TokenPosterior(LinearLatents):
         super().__init__(config)
         self.read = nn.Linear(config.context.hidden_size, config.context.hidden_size)
 
-    def predict(self, model, denoiser, x_t, timesteps, context, earlier, labels) -> Denoised:
-        """Predicts the clean latents; arguments as in `denoise`."""
+    def predict(self, model, denoiser, x_t, timesteps, text, earlier, labels) -> Denoised:
+        """Predicts the clean latents after `text`, a `TextBefore` or None; other arguments as in `denoise`."""
         (blocks, chunks), places = x_t.shape[:2], len(self.variance)
-        table = model.context.table(x_t.device)
+        table, context = model.context.table(x_t.device), None if text is None else text.state
         # 1. The noisy latents are evidence of each token.
         evidence = self.evidence(model, x_t, timesteps)
         # 2. The heads tell what the text before says of the block's first chunk.
@@ -55,8 +56,9 @@ class TokenPosterior(LinearLatents):
             point = earlier if isinstance(earlier, PathPoint) else PathPoint(x_t, timesteps)
             then = evidence if point.x_t is x_t else self.evidence(model, point.x_t, point.timesteps)
             guess = self._guess(model, table, then, heads, earlier)
-            # 4. The denoiser tells what the guesses before a token say of it.
-            states = self.follow(denoiser, table, guess, heads, point.timesteps, context)
+            # 4. The context may read the guesses on, and the denoiser tells what those before a token say of it.
+            prior = self._read_on(model, heads, guess, text)
+            states = self.follow(denoiser, table, guess, prior, point.timesteps, context)
             if model.config.heads_first and point is earlier:
                 by_heads = (point.timesteps == 0).view(blocks, -1)[:, :1, None]
                 states = torch.cat([torch.where(by_heads, heads, states[:, :places]), states[:, places:]], dim=1)
@@ -118,14 +120,25 @@ class TokenPosterior(LinearLatents):
             return False
         return bool(context.any(dim=-1).all())
 
-    def follow(self, denoiser, table, guess, heads, timesteps, context) -> torch.Tensor:
+    def _read_on(self, model, heads, guess, text) -> torch.Tensor:
+        """The context's states of all tokens of the blocks, (blocks, tokens, state), from which the denoiser starts.
+
+        Those of the heads for the first chunk, zero for the others. With `read_guesses`, the context reads the guesses after
+        the text, and its first head gives the states of all tokens but the first.
+        """
+        tokens = heads.shape[1] * len(guess) // len(heads)
+        if text is None or text.read_on is None:
+            return nn.functional.pad(heads, (0, 0, 0, tokens - heads.shape[1]))
+        soft = guess.reshape(len(heads), tokens, -1)[:, :-1]
+        return torch.cat([heads[:, :1], text.read_on(soft.to(heads.dtype)).to(heads.dtype)], dim=1)
+
+    def follow(self, denoiser, table, guess, prior, timesteps, context) -> torch.Tensor:
         """States of the tokens of blocks, (blocks, tokens, state), that follow the text and the guesses before them.
 
         guess: rows of the table that are expected of each token, (chunks of all blocks, places, state).
-        heads: `prior` of the blocks.
+        prior: the context's states of these tokens, (blocks, tokens, state), to which the denoiser adds.
         """
-        places, chunks = heads.shape[1], len(guess) // len(heads)
-        prior = nn.functional.pad(heads, (0, 0, 0, (chunks - 1) * places))
+        places = guess.shape[1]
         # In units of the table, the length of a guess tells how sure it is.
         read = self.read(guess / self._scale(table).to(guess.dtype)).view(prior.shape)
         before = nn.functional.pad(read[:, :-1], (0, 0, 1, 0))

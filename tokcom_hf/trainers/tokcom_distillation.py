@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..evaluation.tokcom_denoising import denoising_metrics
-from ..models.tokcom_context_encoder import states_before
+from ..models.tokcom_context_encoder import TextBefore, read_before
 from ..models.tokcom_denoise import Denoised, PathPoint, Predictions, denoise
 from ..models.tokcom_flow_matching import denoising_steps, sample, small_times, step_times
 from ..models.tokcom_objective import block_shape, block_starts
@@ -108,7 +108,7 @@ class DistillationTrainer(FlowTrainer):
         starts = block_starts(config, shape, **where).to(ids.device)
         real = self._real_chunks(inputs["attention_mask"], starts, shape)
         with torch.no_grad():
-            before = None if teacher.context is None else states_before(teacher.context(ids), starts)
+            _, before = read_before(teacher, ids, starts)
             student = self._predictions(model, before, real)
             x = self._arrive(student, noise, fresh, place)
             at, earlier = now, student.earlier
@@ -143,7 +143,7 @@ class DistillationTrainer(FlowTrainer):
         tokens = (starts[..., None] + torch.arange(span, device=starts.device)).flatten()
         return attention_mask[:, tokens].view(-1, shape[1], self.teacher.config.vae.chunk_size).bool().any(dim=-1)
 
-    def _predictions(self, denoiser: nn.Module, before: torch.Tensor | None, real: torch.Tensor) -> Predictions:
+    def _predictions(self, denoiser: nn.Module, before: TextBefore | None, real: torch.Tensor) -> Predictions:
         """Those of a denoiser along one flow; their `predict` also takes the tokens whose cross-entropy is asked for."""
         # Chunks do not attend to padding. A block of padding alone attends to itself, because softmax needs a key.
         mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
