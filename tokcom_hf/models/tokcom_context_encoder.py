@@ -98,7 +98,7 @@ class ContextEncoder(nn.Module):
         ).last_hidden_state  # fmt: skip
         if cache is not None:
             cache.crop(-blocks * tokens)
-        return self.head_states(states[:, -blocks * tokens :])[..., 0, :].reshape(soft.shape)
+        return self._some_heads(states[:, -blocks * tokens :], 0, 1).reshape(soft.shape)
 
     def head_states(self, states: torch.Tensor) -> torch.Tensor:
         """states (…, hidden) → (…, chunk_size, hidden), whose products with the `table` are logits of the next tokens."""
@@ -118,12 +118,15 @@ class ContextEncoder(nn.Module):
             states: (rows, hidden).
             labels: the token that each head is to predict, (rows, last − first); -100 does not count.
         """
-        if is_plain(self.heads, nn.Linear):
-            weight = self.heads.weight.unflatten(0, (self.chunk_size, -1))[first:last].flatten(0, 1)
-            hidden = nn.functional.linear(states, weight).unflatten(-1, (last - first, -1))
-        else:
-            hidden = self.head_states(states)[:, first:last]
+        hidden = self._some_heads(states, first, last)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.table(hidden.device), labels.flatten())
+
+    def _some_heads(self, states: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """`head_states` of the heads first … last − 1, (…, last − first, hidden), without computing the others."""
+        if not is_plain(self.heads, nn.Linear):
+            return self.head_states(states)[..., first:last, :]
+        weight = self.heads.weight.unflatten(0, (self.chunk_size, -1))[first:last].flatten(0, 1)
+        return nn.functional.linear(states, weight).unflatten(-1, (last - first, -1))
 
     def table(self, device: torch.device) -> torch.Tensor:
         """The embedding, (vocab, hidden), which the heads share as output table."""

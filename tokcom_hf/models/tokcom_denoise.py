@@ -67,7 +67,10 @@ def denoise(
     denoiser = model.denoiser if denoiser is None else denoiser
     text = TextBefore(context) if isinstance(context, torch.Tensor) else context
     if model.config.read_guesses and text is not None and text.read_on is None:
-        raise ValueError("A model with read_guesses reads on behind the text: pass a `TextBefore` with `read_on`.")
+        raise ValueError(
+            "A model with read_guesses reads on behind the text: pass a `TextBefore` with `read_on`, which "
+            "`read_before` gives."
+        )
     if model.posterior is not None:
         return model.posterior.predict(model, denoiser, x_t, timesteps, text, earlier, labels)
     conditioned = model.config.denoiser.self_conditioning and isinstance(earlier, Denoised)

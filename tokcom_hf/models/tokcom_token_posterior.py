@@ -57,7 +57,7 @@ class TokenPosterior(LinearLatents):
             then = evidence if point.x_t is x_t else self.evidence(model, point.x_t, point.timesteps)
             guess = self._guess(model, table, then, heads, earlier)
             # 4. The context may read the guesses on, and the denoiser tells what those before a token say of it.
-            prior = self._read_on(model, heads, guess, text)
+            prior = self._read_on(heads, guess, text)
             states = self.follow(denoiser, table, guess, prior, point.timesteps, context)
             if model.config.heads_first and point is earlier:
                 by_heads = (point.timesteps == 0).view(blocks, -1)[:, :1, None]
@@ -120,7 +120,7 @@ class TokenPosterior(LinearLatents):
             return False
         return bool(context.any(dim=-1).all())
 
-    def _read_on(self, model, heads, guess, text) -> torch.Tensor:
+    def _read_on(self, heads, guess, text) -> torch.Tensor:
         """The context's states of all tokens of the blocks, (blocks, tokens, state), from which the denoiser starts.
 
         Those of the heads for the first chunk, zero for the others. With `read_guesses`, the context reads the guesses after
