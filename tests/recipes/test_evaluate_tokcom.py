@@ -284,6 +284,35 @@ def test_brier_lm_of_all_kinds_on_the_same_prefixes(tmp_path, tokcom, baseline, 
 
 
 @pytest.mark.slow
+def test_nats_by_place_of_every_sampler(tmp_path, tokcom, baseline, corpus, capsys):
+    arguments = ("--train_file", corpus, "--prefix_length", 8, "--output_dir", tmp_path)
+    call("benchmarks/nats_by_place.py", "--models", tokcom, "--judges", baseline, "--num_steps", 2, 1, "--prefixes", 30,
+         "--draws", 3, *arguments)  # fmt: skip
+    rows = json.loads((tmp_path / "nats_by_place.json").read_text())["rows"]
+    assert list(rows) == [
+        "held-out text", f"{tokcom}, 2 steps", f"{tokcom}, 1 step", f"{tokcom}, heads alone", str(baseline),
+    ]  # fmt: skip
+    for row in rows.values():
+        assert len(row["nats_by_place"]) == 4 and row["prefixes"] == 30
+        assert sum(row["nats_by_place"]) / 4 == pytest.approx(row["nats"]) == row["nats_by_judge"][str(baseline)]
+    # The judge has seen this text for a few steps; untrained heads draw from all tokens alike.
+    assert rows["held-out text"]["nats"] < rows[str(baseline)]["nats"] < rows[f"{tokcom}, heads alone"]["nats"]
+    assert rows["held-out text"]["entropy"] < rows[f"{tokcom}, heads alone"]["entropy"]
+    assert "token 4" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="--judges one causal language model"):
+        call("benchmarks/nats_by_place.py", "--models", tokcom, *arguments)
+    with pytest.raises(RecipeError, match="not a TokCom model"):
+        call("benchmarks/nats_by_place.py", "--models", baseline, "--judges", baseline, *arguments)
+    with pytest.raises(RecipeError, match="must share the tokenizer"):
+        other = tmp_path / "other"
+        values = TokComConfig.from_pretrained(tokcom).to_dict()
+        values["vae"]["vocab_size"] = values["context"]["vocab_size"] = 100
+        values["vae"].pop("omni_token_id", None)
+        TokComModel(TokComConfig.from_dict(values)).save_pretrained(other)
+        call("benchmarks/nats_by_place.py", "--models", tokcom, other, "--judges", baseline, *arguments)
+
+
+@pytest.mark.slow
 def test_ablations_train_what_changed_and_reuse_the_rest(tmp_path, corpus, capsys):
     config = tmp_path / "rows.yaml"
     config.write_text(f"""
