@@ -88,6 +88,14 @@ def test_a_number_of_steps_in_the_teachers_generation_config_does_not_outlive_it
         trainer.teacher.generation_config.num_steps = None
 
 
+def test_gradients_are_the_students_alone(tmp_path):
+    run = distillation_trainer(tmp_path, posterior_model(read_guesses=True), max_steps=1)
+    run.train()
+    assert all(parameter.grad is None for parameter in run.teacher.parameters())
+    # What is distilled can be trained as a whole, like a model that is loaded.
+    assert all(parameter.requires_grad for parameter in run.distilled().parameters())
+
+
 def test_padding_is_not_followed(tmp_path):
     """A row of which only the beginning is text trains the student as if the rest were not there."""
 

@@ -55,7 +55,7 @@ class DistillationTrainer(FlowTrainer):
 
     Args:
         model: the student denoiser; None copies the teacher's.
-        teacher: the `TokComModel` to follow; it is not changed.
+        teacher: the `TokComModel` to follow; its weights are frozen.
 
     Raises:
         ValueError: there is no teacher.
@@ -74,14 +74,13 @@ class DistillationTrainer(FlowTrainer):
             )
         model = copy.deepcopy(teacher.denoiser).requires_grad_(True) if model is None else model
         super().__init__(model, args, *positional, **kwargs)
-        self.teacher = teacher.to(self.args.device).eval()
-        # Gradients of the cross-entropy pass through the decoder, which stays frozen.
-        self.teacher.vae.requires_grad_(False)
+        # The student's gradients pass through parts of the teacher, whose own nobody uses.
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         self.times = step_times(teacher.config, self.args.student_steps)
 
     def distilled(self) -> Any:
         """A copy of the teacher with the student as its denoiser; `generate` takes `student_steps` steps by default."""
-        model = copy.deepcopy(self.teacher)
+        model = copy.deepcopy(self.teacher).requires_grad_(True)
         model.denoiser.load_state_dict(self.unwrapped_model.state_dict())
         model.config.num_steps = self.args.student_steps
         # A number in generation_config would take precedence over config.num_steps.
