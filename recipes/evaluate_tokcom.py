@@ -10,7 +10,8 @@ everything, the frontier too, in blocks of 16 chunks. Prints the tables, writes 
 matplotlib, `accuracy_against_noise.png`, `denoising.png` and `frontier.png`.
 Read perplexity together with entropy, and every metric beside the rows of held-out text and of the controls. The control
 "heads alone" samples every token independently from the context encoder's auxiliary heads: TokCom's margin over it is the
-contribution of the flow. The control "noise removed" starts the flow at zero, so all its rows must be equal
+contribution of the flow. "denoiser removed" leaves heads, evidence, recent tokens and context, but not the network that
+TokCom calls in each step. The control "noise removed" starts the flow at zero, so all its rows must be equal
 ("distinct rows" 1).
 """
 
@@ -33,7 +34,6 @@ from tokcom_hf.evaluation.text_comparison import brier_lm_differences, compare, 
 from tokcom_hf.evaluation.text_frontiers import baseline_name, common_settings, frontiers
 from tokcom_hf.evaluation.text_generation import (
     CausalSampler,
-    HeadSampler,
     KneserNeySampler,
     Sampler,
     ShuffledChunkSampler,
@@ -42,6 +42,7 @@ from tokcom_hf.evaluation.text_generation import (
 from tokcom_hf.evaluation.text_likelihood import head_losses, mean_next_token_loss
 from tokcom_hf.evaluation.text_protocol import SamplingPlan, held_out_prefixes, measure_sampler, summarize
 from tokcom_hf.evaluation.text_report import print_accuracies, print_row
+from tokcom_hf.evaluation.tokcom_controls import tokcom_samplers
 from tokcom_hf.evaluation.tokcom_denoising import denoise_reconstruct_accuracy, denoising_metrics
 from tokcom_hf.evaluation.tokcom_latent_path import sampling_path
 from tokcom_hf.evaluation.tokcom_reconstruction import detailed_reconstruction, reconstruction_metrics
@@ -233,19 +234,12 @@ def all_samplers(
 ) -> tuple[dict[str, Sampler], dict[str, int]]:
     """Every sampler of the table, controls first, and the number of parameters of each network."""
     settings = {"num_steps": run.num_steps, "temperature": run.temperature, **common_settings(run)}
-    chunk, context = model.config.vae.chunk_size, model.config.context
     samplers: dict[str, Sampler] = {
         "unigram": KneserNeySampler(KneserNey(train, len(data.tokenizer) + 1, order=1)),
         "Kneser-Ney 5-gram": KneserNeySampler(judge.train_scorer),
-        "shuffled train chunks": ShuffledChunkSampler(train, chunk),
+        "shuffled train chunks": ShuffledChunkSampler(train, model.config.vae.chunk_size),
     }
-    if context is not None:
-        samplers["heads alone"] = HeadSampler(model)
-    samplers["TokCom, noise removed"] = TokComSampler(model, settings | {"temperature": 0.0, "best_of": 1})
-    samplers["TokCom, one step"] = TokComSampler(model, settings | {"num_steps": 1})
-    samplers[f"TokCom, {run.num_steps} steps"] = TokComSampler(model, settings)
-    for size in run.block_sizes:
-        samplers[f"TokCom, block {size or 'all'}"] = TokComSampler(model, settings | {"block_size": size})
+    samplers |= tokcom_samplers(model, settings, run.block_sizes)
     parameters = {"TokCom": model.num_parameters()}
     for name in ("VAE", "denoiser", "context", "posterior", "recent"):
         part = getattr(model, name.lower(), None)

@@ -66,7 +66,8 @@ def trainers(work: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     yield "TokComVAETrainer", weights(trained(tokcom_runs.vae_trainer(work / "vae", **steps)))
     (work / "denoiser").mkdir()
     yield "DenoiserTrainer", weights(trained(tokcom_runs.denoiser_trainer(work / "denoiser", **steps)))
-    yield "DistillationTrainer", weights(trained(tokcom_runs.distillation_trainer(work / "distilled", **steps)))
+    distilled = weights(trained(tokcom_runs.distillation_trainer(work / "distilled", **steps)))
+    yield "DistillationTrainer", {name.removeprefix("denoiser."): value for name, value in distilled.items()}
     small = {"max_steps": STEPS, "save_strategy": "no", "report_to": "none"}
     yield "JointLFQTrainer", weights(trained(joint_lfq_run.make_trainer(work / "lfq", **small)))
     yield "TokenPruningTrainer", weights(trained(pruning_run.make_trainer(work / "pruning", **small)))

@@ -173,9 +173,9 @@ def test_saved_models_distillation_and_reports_read_on(model, tmp_path):
     assert 0 <= denoising_metrics(loaded, ids, torch.ones_like(ids), (0.5,))["denoised_accuracy_t_0.5"] <= 1
     rows = Rows(8)
     trainer = distillation_trainer(tmp_path / "student", loaded, rows, max_steps=2, student_steps=3, teacher_steps=4)
-    before = trainer.model.output_proj.weight.clone()
+    before = trainer.model.denoiser.output_proj.weight.clone()
     trainer.train()
-    assert not torch.equal(trainer.model.output_proj.weight, before)
+    assert not torch.equal(trainer.model.denoiser.output_proj.weight, before)
 
 
 def test_what_cannot_work_is_refused(model, call):

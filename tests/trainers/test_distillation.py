@@ -66,7 +66,7 @@ def test_the_saved_folder_takes_two_steps_by_default(trainer, tmp_path, monkeypa
     trainer.distilled().save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path)
     assert model.config.num_steps == 2
-    expected = trainer.model.state_dict()
+    expected = trainer.model.denoiser.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.denoiser.state_dict().items())
     calls = []
     model.denoiser.register_forward_hook(lambda *arguments: calls.append(1))
@@ -156,7 +156,7 @@ def test_the_student_is_trained_where_generation_takes_it(tmp_path, sampler):
 
 def test_a_student_whose_first_step_the_heads_take_learns_the_others(tmp_path):
     """It starts there from where small steps along the heads' prediction end."""
-    model = posterior_model(block_sizes=[1])
+    model = posterior_model(block_sizes=[1], recent_size=0)
     model.fit_latents(*latent_statistics(model.vae, Rows()))
     model.posterior.fit(model, some_chunks(Rows(), 4))
     run = distillation_trainer(tmp_path, model, max_steps=3)
@@ -173,18 +173,55 @@ def test_a_student_whose_first_step_the_heads_take_learns_the_others(tmp_path):
         distillation_trainer(tmp_path, model, student_steps=1)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_recent_tokens_learn_the_first_step_too(tmp_path, monkeypatch, steps):
+    """In its small steps they correct what the heads say."""
+    model = posterior_model(block_sizes=[1])
+    model.fit_latents(*latent_statistics(model.vae, Rows()))
+    model.posterior.fit(model, some_chunks(Rows(), 4))
+    run = distillation_trainer(tmp_path, model, max_steps=8, student_steps=steps)
+    trained, predict = [], type(model.posterior).predict
+
+    def remember(self, model, x_t, timesteps, context, earlier, labels):
+        if labels is not None:
+            trained.append(timesteps.item())
+        return predict(self, model, x_t, timesteps, context, earlier, labels)
+
+    monkeypatch.setattr(type(model.posterior), "predict", remember)
+    before = {name: value.clone() for name, value in model.recent.state_dict().items()}
+    run.train()
+    first = [t for t in trained if t < run.times[1] - 1e-6]
+    assert first and min(first) > 0 and (steps == 1) == (len(first) == len(trained))
+    student = run.distilled()
+    assert any(not torch.equal(value, before[name]) for name, value in student.recent.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in run.teacher.recent.state_dict().items())
+    calls = []
+    student.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    assert student.generate(num_chunks=2).shape == (1, 8) and len(calls) == 2 * (steps - 1)
+
+
+def test_the_student_has_times_of_its_own_where_they_are_given(tmp_path):
+    model = posterior_model(block_sizes=[1], step_quantiles=True, time_distribution="logit_normal")
+    run = distillation_trainer(tmp_path, model, student_power=0.6)
+    student = run.distilled()
+    student.save_pretrained(tmp_path / "saved")
+    saved = AutoModel.from_pretrained(tmp_path / "saved").config
+    assert run.times == [0.0, pytest.approx(0.5**0.6), 1.0] == step_times(saved, saved.num_steps)
+    assert (saved.step_power, saved.step_quantiles) == (0.6, False) and model.config.step_quantiles
+
+
 def test_a_call_of_the_student_learns_from_the_small_steps_that_rest_on_it(tmp_path, monkeypatch):
     """Each prediction that is trained stands on the student's own path, at a small time behind the call it rests on."""
     model = posterior_model(block_sizes=[1])
     model.fit_latents(*latent_statistics(model.vae, Rows()))
     model.posterior.fit(model, some_chunks(Rows(), 4))
-    run = distillation_trainer(tmp_path, model, max_steps=12)
+    run = distillation_trainer(tmp_path, model, max_steps=24)
     trained, walked, predict = [], [], type(model.posterior).predict
 
-    def remember(self, model, denoiser, x_t, timesteps, context, earlier, labels):
+    def remember(self, model, x_t, timesteps, context, earlier, labels):
         if labels is not None:
             trained.append((x_t, timesteps.item(), earlier))
-        return predict(self, model, denoiser, x_t, timesteps, context, earlier, labels)
+        return predict(self, model, x_t, timesteps, context, earlier, labels)
 
     def walk(denoise, x, times, *more, **named):
         walked.append((times, sample(denoise, x, times, *more, **named)))
@@ -231,6 +268,8 @@ def test_what_it_cannot_do_is_said(tmp_path):
     for steps in ({"student_steps": 0}, {"student_steps": 8}, {"teacher_steps": 1}):
         with pytest.raises(ValueError, match="student_steps must be at least 1 and fewer than teacher_steps"):
             DistillationTrainingArguments(**settings(tmp_path, **steps))
+    with pytest.raises(ValueError, match=r"student_power must be above 0, got 0\.0"):
+        DistillationTrainingArguments(**settings(tmp_path, student_power=0.0))
     run = distillation_trainer(tmp_path, max_steps=1)
     run.compute_metrics = lambda prediction: {}
     with pytest.raises(ValueError, match="leave compute_metrics out"):

@@ -1,5 +1,6 @@
 """denoise: the clean latents that a `TokComModel` predicts from noisy ones, with the text before them."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +45,6 @@ def denoise(
     context: torch.Tensor | TextBefore | None = None,
     earlier: Denoised | PathPoint | None = None,
     attention_mask: torch.Tensor | None = None,
-    denoiser: nn.Module | None = None,
     labels: torch.Tensor | None = None,
 ) -> Denoised:
     """Predicts the clean latents with the denoiser of a `TokComModel` and, if it has one, its `TokenPosterior`.
@@ -57,14 +57,12 @@ def denoise(
             earlier point of the path, where the denoiser of a model with a `TokenPosterior` is called for this prediction.
         attention_mask: as in `DenoisedModel.forward`. A `TokenPosterior`, which reads from left to right, needs none for
             padding on the right.
-        denoiser: takes the place of `model.denoiser`.
         labels: tokens of the blocks, (blocks, chunks, chunk_size), -100 for none, whose cross-entropy a `TokenPosterior`
             computes.
 
     Raises:
         ValueError: a model with `read_guesses` got a state alone.
     """
-    denoiser = model.denoiser if denoiser is None else denoiser
     text = TextBefore(context) if isinstance(context, torch.Tensor) else context
     if model.config.read_guesses and text is not None and text.read_on is None:
         raise ValueError(
@@ -72,13 +70,20 @@ def denoise(
             "`read_before` gives."
         )
     if model.posterior is not None:
-        return model.posterior.predict(model, denoiser, x_t, timesteps, text, earlier, labels)
+        return model.posterior.predict(model, x_t, timesteps, text, earlier, labels)
     conditioned = model.config.denoiser.self_conditioning and isinstance(earlier, Denoised)
     before, state = earlier.clean_latents if conditioned else None, None if text is None else text.state
-    output = denoiser(
+    output = model.denoiser(
         x_t, timesteps, context=state, self_condition=before, attention_mask=attention_mask, return_dict=True
     )
     return Denoised(output.clean_latents)
+
+
+def with_parts(model: Any, **parts: nn.Module | None) -> Any:
+    """A `TokComModel` that shares everything with `model` but these parts."""
+    other = copy.copy(model)
+    other._modules = model._modules | parts
+    return other
 
 
 class Predictions:

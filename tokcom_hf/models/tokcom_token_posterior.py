@@ -42,7 +42,7 @@ class TokenPosterior(LinearLatents):
         super().__init__(config)
         self.read = nn.Linear(config.context.hidden_size, config.context.hidden_size)
 
-    def predict(self, model, denoiser, x_t, timesteps, text, earlier, labels) -> Denoised:
+    def predict(self, model, x_t, timesteps, text, earlier, labels) -> Denoised:
         """Predicts the clean latents after `text`, a `TextBefore` or None; other arguments as in `denoise`."""
         (blocks, chunks), places = x_t.shape[:2], len(self.variance)
         table, context = model.context.table(x_t.device), None if text is None else text.state
@@ -58,7 +58,7 @@ class TokenPosterior(LinearLatents):
             guess = self._guess(model, table, then, heads, earlier)
             # 4. The context may read the guesses on, and the denoiser tells what those before a token say of it.
             prior = self._read_on(heads, guess, text)
-            states = self.follow(denoiser, table, guess, prior, point.timesteps, context)
+            states = self.follow(model.denoiser, table, guess, prior, point.timesteps, context)
             if model.config.heads_first and point is earlier:
                 by_heads = (point.timesteps == 0).view(blocks, -1)[:, :1, None]
                 states = torch.cat([torch.where(by_heads, heads, states[:, :places]), states[:, places:]], dim=1)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..evaluation.tokcom_denoising import denoising_metrics
 from ..models.tokcom_context_encoder import TextBefore, read_before
-from ..models.tokcom_denoise import Denoised, PathPoint, Predictions, denoise
+from ..models.tokcom_denoise import Denoised, PathPoint, Predictions, denoise, with_parts
 from ..models.tokcom_flow_matching import denoising_steps, sample, small_times, step_times
 from ..models.tokcom_objective import block_shape, block_starts
 from ..models.tokcom_token_order import without_order
@@ -28,6 +28,10 @@ class DistillationTrainingArguments(DenoiserTrainingArguments):
     token_weight: float = field(
         default=1.0, metadata={"help": "Weight of the cross-entropy, in nats per token, to the teacher's tokens."}
     )
+    student_power: float | None = field(
+        default=None,
+        metadata={"help": "The student's times are u^student_power for equal steps of u; none: those of the teacher."},
+    )
     sample_steps: int | None = field(  # type: ignore[assignment] # The denoiser's default is a number.
         default=None,
         metadata={"help": "Flow steps of the samples shown during training; by default student_steps."},
@@ -40,10 +44,27 @@ class DistillationTrainingArguments(DenoiserTrainingArguments):
                 f"student_steps must be at least 1 and fewer than teacher_steps, got {self.student_steps} and "
                 f"{self.teacher_steps}."
             )
+        if self.student_power is not None and not self.student_power > 0:
+            raise ValueError(f"student_power must be above 0, got {self.student_power}.")
+
+
+class FewStepStudent(nn.Module):
+    """What learns to do with few steps: copies of a teacher's denoiser and recent tokens.
+
+    `forward` is the denoiser's.
+    """
+
+    def __init__(self, teacher: Any):
+        super().__init__()
+        self.denoiser = copy.deepcopy(teacher.denoiser).requires_grad_(True)
+        self.recent = None if teacher.recent is None else copy.deepcopy(teacher.recent).requires_grad_(True)
+
+    def forward(self, *args, **kwargs):
+        return self.denoiser(*args, **kwargs)
 
 
 class DistillationTrainer(FlowTrainer):
-    """Trains a student denoiser to do in `student_steps` steps what the teacher's flow does in `teacher_steps`.
+    """Trains a student to do in `student_steps` steps what the teacher's flow does in `teacher_steps`.
 
     Each batch draws one of the student's times t, and the student itself samples x_t, as in generation. With "multirate" t
     is any small time between two calls, because the call before it serves that small step, too. With x1 the end of the
@@ -54,7 +75,7 @@ class DistillationTrainer(FlowTrainer):
     With a `TokenPosterior`, the cross-entropy is that of the student's posterior to these tokens.
 
     Args:
-        model: the student denoiser; None copies the teacher's.
+        model: the `FewStepStudent`; None copies the teacher's parts.
         teacher: the `TokComModel` to follow; its weights are frozen.
 
     Raises:
@@ -68,21 +89,27 @@ class DistillationTrainer(FlowTrainer):
     def __init__(self, model=None, args=None, *positional, teacher: Any = None, **kwargs):
         if teacher is None:
             raise ValueError("DistillationTrainer needs the trained TokComModel to follow: pass teacher=...")
-        if teacher.config.heads_first and args is not None and args.student_steps == 1:
+        # The heads alone take the first step, but recent tokens correct what they say in its small steps.
+        corrected = teacher.recent is not None and teacher.config.sampler == "multirate"
+        self.first_place = int(teacher.config.heads_first and not corrected)
+        if self.first_place and args is not None and args.student_steps == 1:
             raise ValueError(
-                "With heads_first, the heads take the first step; student_steps must be at least 2, got 1."
+                "With heads_first and no recent tokens, the heads take the first step; student_steps must be at least 2, "
+                "got 1."
             )
-        model = copy.deepcopy(teacher.denoiser).requires_grad_(True) if model is None else model
-        super().__init__(model, args, *positional, **kwargs)
+        super().__init__(FewStepStudent(teacher) if model is None else model, args, *positional, **kwargs)
         # The student's gradients pass through parts of the teacher, whose own nobody uses.
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-        self.times = step_times(teacher.config, self.args.student_steps)
+        self.student_config = copy.deepcopy(teacher.config)
+        self.student_config.num_steps = self.args.student_steps
+        if self.args.student_power is not None:
+            self.student_config.step_power, self.student_config.step_quantiles = self.args.student_power, False
+        self.times = step_times(self.student_config, self.args.student_steps)
 
     def distilled(self) -> Any:
-        """A copy of the teacher with the student as its denoiser; `generate` takes `student_steps` steps by default."""
-        model = copy.deepcopy(self.teacher).requires_grad_(True)
-        model.denoiser.load_state_dict(self.unwrapped_model.state_dict())
-        model.config.num_steps = self.args.student_steps
+        """A copy of the teacher with the student's parts; `generate` takes `student_steps` steps by default."""
+        model = copy.deepcopy(with_parts(self.teacher, **self.unwrapped_model._modules)).requires_grad_(True)
+        model.config = copy.deepcopy(self.student_config)
         # A number in generation_config would take precedence over config.num_steps.
         model.generation_config.num_steps = None
         return model.eval()
@@ -100,20 +127,23 @@ class DistillationTrainer(FlowTrainer):
             * config.noise_std
             for _ in range(args.student_steps)
         )
-        # A first step by the heads alone teaches nothing.
-        place = int(torch.randint(int(config.heads_first), args.student_steps, (), generator=generator))
+        place = int(torch.randint(self.first_place, args.student_steps, (), generator=generator))
         now = self.times[place]
         where = {name: blocks[name] for name in ("offset", "draw_shift", "block_stride") if name in blocks}
         starts = block_starts(config, shape, **where).to(ids.device)
         real = self._real_chunks(inputs["attention_mask"], starts, shape)
         with torch.no_grad():
             _, before = read_before(teacher, ids, starts)
-            student = self._predictions(model, before, real)
+            # The denoiser by way of its wrapper, which gathers the gradients of all processes.
+            learning = with_parts(teacher, denoiser=model, recent=self.unwrapped_model.recent)
+            student = self._predictions(learning, before, real)
             x = self._arrive(student, noise, fresh, place)
             at, earlier = now, student.earlier
             if config.sampler == "multirate":
                 # The call at `now` serves the small steps up to the next call, so it learns from any of them.
                 times = small_times(now, self.times[place + 1])[:-1]
+                if config.heads_first and now == 0:
+                    times = times[1:]
                 at = times[int(torch.randint(len(times), (), generator=generator))]
             if at > now:
                 earlier = PathPoint(x, torch.full((len(x),), now, device=x.device))
@@ -121,7 +151,7 @@ class DistillationTrainer(FlowTrainer):
             remaining = step_times(config, denoising_steps(args.teacher_steps, at), at)
             # One end for each x: the stochastic sampler has none.
             sampler = "euler" if config.sampler == "renoise" else config.sampler
-            target = sample(self._predictions(teacher.denoiser, before, real), x, remaining, sampler)
+            target = sample(self._predictions(teacher, before, real), x, remaining, sampler)
             tokens = teacher.decode(teacher.unstandardize(target)).unflatten(1, (shape[1], -1))
             tokens = tokens.masked_fill(~real.unsqueeze(-1), -100)
         found = student.predict(x, at, earlier, tokens)
@@ -142,8 +172,8 @@ class DistillationTrainer(FlowTrainer):
         tokens = (starts[..., None] + torch.arange(span, device=starts.device)).flatten()
         return attention_mask[:, tokens].view(-1, shape[1], self.teacher.config.vae.chunk_size).bool().any(dim=-1)
 
-    def _predictions(self, denoiser: nn.Module, before: TextBefore | None, real: torch.Tensor) -> Predictions:
-        """Those of a denoiser along one flow; their `predict` also takes the tokens whose cross-entropy is asked for."""
+    def _predictions(self, model: Any, before: TextBefore | None, real: torch.Tensor) -> Predictions:
+        """Those of a `TokComModel` along one flow; `predict` also takes the tokens whose cross-entropy is asked for."""
         # Chunks do not attend to padding. A block of padding alone attends to itself, because softmax needs a key.
         mask = None if real.shape[1] == 1 else (real | ~real.any(dim=-1, keepdim=True)).long()
 
@@ -151,9 +181,9 @@ class DistillationTrainer(FlowTrainer):
             x: torch.Tensor, t: float, earlier: Denoised | None, labels: torch.Tensor | None = None
         ) -> Denoised:
             time = torch.full((1,), t, device=x.device)
-            return denoise(self.teacher, x, time, before, earlier, mask, denoiser, labels)
+            return denoise(model, x, time, before, earlier, mask, labels)
 
-        return Predictions(self.teacher, predict)
+        return Predictions(model, predict)
 
     def _arrive(
         self, student: Predictions, noise: torch.Tensor, fresh: list[torch.Tensor], place: int
