@@ -62,6 +62,14 @@ class FewStepStudent(nn.Module):
     def forward(self, *args, **kwargs):
         return self.denoiser(*args, **kwargs)
 
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        """What `Trainer` calls for `gradient_checkpointing`; recent tokens have no layers to compute again."""
+        self.denoiser.gradient_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """The same under the name that later versions of transformers call."""
+        self.denoiser.activation_checkpointing_enable(**kwargs)
+
 
 class DistillationTrainer(FlowTrainer):
     """Trains a student to do in `student_steps` steps what the teacher's flow does in `teacher_steps`.
