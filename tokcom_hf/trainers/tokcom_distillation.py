@@ -102,8 +102,8 @@ class DistillationTrainer(FlowTrainer):
         self.first_place = int(teacher.config.heads_first and not corrected)
         if self.first_place and args is not None and args.student_steps == 1:
             raise ValueError(
-                "With heads_first and no recent tokens, the heads take the first step; student_steps must be at least 2, "
-                "got 1."
+                "Nothing learns in a step of the heads that no recent tokens correct (recent_size, sampler='multirate'): "
+                "with heads_first the heads take the first step; student_steps must be at least 2, got 1."
             )
         super().__init__(FewStepStudent(teacher) if model is None else model, args, *positional, **kwargs)
         # The student's gradients pass through parts of the teacher, whose own nobody uses.
