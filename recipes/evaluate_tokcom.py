@@ -9,10 +9,10 @@ is the text to measure on: choose settings on development text; report on test t
 everything, the frontier too, in blocks of 16 chunks. Prints the tables, writes `evaluation.json`, `samples.txt`, and, with
 matplotlib, `accuracy_against_noise.png`, `denoising.png` and `frontier.png`.
 Read perplexity together with entropy, and every metric beside the rows of held-out text and of the controls. The control
-"heads alone" samples every token independently from the context encoder's auxiliary heads: TokCom's margin over it is the
-contribution of the flow. "denoiser removed" leaves heads, evidence, recent tokens and context, but not the network that
-TokCom calls in each step. The control "noise removed" starts the flow at zero, so all its rows must be equal
-("distinct rows" 1).
+"heads alone" samples every token independently from the context encoder's auxiliary heads: TokCom's margin over it is what
+the flow adds, with all that leads it. "denoiser removed" follows the same flow with heads, evidence, recent tokens and
+context alone: TokCom's margin over it is what the denoiser adds. The control "noise removed" starts the flow at zero, so all
+its rows must be equal ("distinct rows" 1).
 """
 
 import json

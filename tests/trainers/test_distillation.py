@@ -270,6 +270,8 @@ def test_what_it_cannot_do_is_said(tmp_path):
             DistillationTrainingArguments(**settings(tmp_path, **steps))
     with pytest.raises(ValueError, match=r"student_power must be above 0, got 0\.0"):
         DistillationTrainingArguments(**settings(tmp_path, student_power=0.0))
+    with pytest.raises(ValueError, match="with student_steps=1 there are none, leave it out"):
+        DistillationTrainingArguments(**settings(tmp_path, student_power=0.5, student_steps=1))
     run = distillation_trainer(tmp_path, max_steps=1)
     run.compute_metrics = lambda prediction: {}
     with pytest.raises(ValueError, match="leave compute_metrics out"):

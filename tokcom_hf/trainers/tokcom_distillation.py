@@ -46,6 +46,10 @@ class DistillationTrainingArguments(DenoiserTrainingArguments):
             )
         if self.student_power is not None and not self.student_power > 0:
             raise ValueError(f"student_power must be above 0, got {self.student_power}.")
+        if self.student_power is not None and self.student_steps == 1:
+            raise ValueError(
+                "student_power moves times between steps; with student_steps=1 there are none, leave it out."
+            )
 
 
 class FewStepStudent(nn.Module):
