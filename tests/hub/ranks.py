@@ -13,6 +13,8 @@ import torch.distributed as dist
 from rows import ROWS, tensors
 from torch.nn.parallel import DistributedDataParallel
 
+from tokcom_hf.endings import leave_together
+
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 RANK = dist.get_rank()
@@ -88,5 +90,5 @@ for row in ROWS:
         results[row.name] = {"error": traceback.format_exc()}
 if RANK == 0:
     torch.save(results, sys.argv[-1])
-dist.barrier()
-dist.destroy_process_group()
+# It collects wrapped models first: a rank that exits while one still holds the process group may abort.
+leave_together()
