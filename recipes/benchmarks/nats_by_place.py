@@ -7,8 +7,12 @@
 Each sampler draws one chunk after the same held-out prefixes. The judges' log-probabilities of its tokens, averaged over
 judges, draws and prefixes, say how well each token follows the ones before it; the entropy of the drawn tokens says how
 varied they are, and a cost is read at its entropy. Rows: held-out text, each TokCom at each number of steps, its heads
-alone, and the judges' own draws. Judges and models must have been trained on the same text with the same tokenizer. Prints
-the rows and writes `nats_by_place.json`.
+alone, its context alone, token after token without a flow, and the judges' own draws. Judges and models must have been
+trained on the same text with the same tokenizer.
+
+The draws of a TokCom are also held against its own context, which predicts each token from all tokens before it: what an
+exact flow would draw from. The row of the context alone shows what chance makes of exact draws. Prints the rows and writes
+`nats_by_place.json`.
 """
 
 import json
@@ -32,6 +36,7 @@ from tokcom_hf.evaluation.text_generation import (
 )
 from tokcom_hf.evaluation.text_likelihood import causal_log_probs
 from tokcom_hf.evaluation.text_protocol import held_out_prefixes
+from tokcom_hf.evaluation.tokcom_exactness import ContextSampler, against_context
 from tokcom_hf.metrics.text_diversity import unigram_entropy
 
 # Prefixes per step of the progress bar, and rows drawn together.
@@ -87,7 +92,10 @@ def main() -> None:
     rows = {"held-out text": judged(true[:, None], given, judges)}
     print_row("held-out text", rows["held-out text"], header=True)
     for name, sampler in samplers(run, judges, data.tokenizer.eos_token_id, device):
-        rows[name] = judged(draw(name, sampler, given, vae.chunk_size, run), given, judges)
+        drawn = draw(name, sampler, given, vae.chunk_size, run)
+        rows[name] = judged(drawn, given, judges)
+        if isinstance(sampler, TokComSampler | HeadSampler | ContextSampler) and sampler.model.context is not None:
+            rows[name] |= against_context(sampler.model, given, drawn)
         print_row(name, rows[name])
     out = Path(run.output_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -107,6 +115,7 @@ def samplers(run: RunArguments, judges: dict[str, Any], start_id: int, device: s
             found.append((f"{folder}, {steps} step{'s' * (steps > 1)}", sampler))
         if model.config.context is not None:
             found.append((f"{folder}, heads alone", HeadSampler(model, batch_size=BATCH)))
+            found.append((f"{folder}, context alone", ContextSampler(model, batch_size=BATCH)))
     return found + [(name, CausalSampler(judge, start_id, batch_size=BATCH)) for name, judge in judges.items()]
 
 
@@ -146,6 +155,10 @@ def print_row(name: str, row: dict[str, Any], header: bool = False) -> None:
     error = "" if row["nats_error"] is None else f" ± {row['nats_error']:.2f}"
     cells = "".join(f"{value:>10.2f}" for value in places)
     print(f"{name[-39:]:40}{cells}    {row['nats']:.2f}{error} @ {row['entropy']:.2f}", flush=True)
+    for key, title in (("excess", "nats above the context's entropy"), ("hits", "100 · (p − Σ p²) of the context")):
+        if key in row:
+            cells = "".join(f"{value:>+10.2f}" for value in row[key])
+            print(f"{'  ' + title:40}{cells}    ± {max(row[key + '_error']):.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -290,8 +290,12 @@ def test_nats_by_place_of_every_sampler(tmp_path, tokcom, baseline, corpus, caps
          "--draws", 3, *arguments)  # fmt: skip
     rows = json.loads((tmp_path / "nats_by_place.json").read_text())["rows"]
     assert list(rows) == [
-        "held-out text", f"{tokcom}, 2 steps", f"{tokcom}, 1 step", f"{tokcom}, heads alone", str(baseline),
+        "held-out text", f"{tokcom}, 2 steps", f"{tokcom}, 1 step", f"{tokcom}, heads alone", f"{tokcom}, context alone",
+        str(baseline),
     ]  # fmt: skip
+    for name, row in rows.items():
+        own = name.startswith(str(tokcom))
+        assert ("excess" in row) == own and all(len(row[key]) == 4 for key in ("excess", "hits_error") if own)
     for row in rows.values():
         assert len(row["nats_by_place"]) == 4 and row["prefixes"] == 30
         assert sum(row["nats_by_place"]) / 4 == pytest.approx(row["nats"]) == row["nats_by_judge"][str(baseline)]
