@@ -158,7 +158,8 @@ def print_row(name: str, row: dict[str, Any], header: bool = False) -> None:
     for key, title in (("excess", "nats above the context's entropy"), ("hits", "100 · (p − Σ p²) of the context")):
         if key in row:
             cells = "".join(f"{value:>+10.2f}" for value in row[key])
-            print(f"{'  ' + title:40}{cells}    ± {max(row[key + '_error']):.2f}", flush=True)
+            error = "" if row[key + "_error"] is None else f"    ± {max(row[key + '_error']):.2f}"
+            print(f"{'  ' + title:40}{cells}{error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ def test_figures_are_those_of_the_definition(model, prefixes):
         np.testing.assert_allclose(found[key], each.mean(axis=(0, 1)), rtol=1e-3, atol=1e-4)
         error = each.mean(axis=1).std(axis=0, ddof=1) / 20**0.5
         np.testing.assert_allclose(found[key + "_error"], error, rtol=1e-3, atol=1e-4)
+    alone = against_context(model, prefixes[:1], drawn[:1])
+    np.testing.assert_allclose(alone["hits"], hits[0].mean(axis=0), rtol=1e-3, atol=1e-4)
+    assert alone["excess_error"] is None and alone["hits_error"] is None
 
 
 def test_draws_are_those_of_their_seed(model, prefixes):

@@ -42,7 +42,7 @@ class ContextSampler(Sampler):
 @torch.no_grad()
 def against_context(
     model: Any, prefixes: np.ndarray, drawn: np.ndarray, batch_size: int = 128
-) -> dict[str, list[float]]:
+) -> dict[str, list[float] | None]:
     """How drawn tokens differ from draws of the context, which reads the tokens before each.
 
     A flow whose posteriors were exact would draw each token v of a chunk from the context's own p(v | tokens before); draws
@@ -55,7 +55,7 @@ def against_context(
         batch_size: rows that are read together.
 
     Returns:
-        of each place, a mean over all draws and its standard error over prefixes:
+        of each place, a mean over all draws and its standard error over prefixes, None for a single prefix:
         excess, excess_error: −log p(v) − entropy of p, nats; above 0 the draws are less likely than those of p.
         hits, hits_error: p(v) − Σ p², times 100; below 0 the draws miss what the context is sure of.
     """
@@ -69,5 +69,7 @@ def against_context(
         found.append(torch.stack([-own + (p * log_p).sum(dim=-1), 100 * (own.exp() - p.square().sum(dim=-1))]).cpu())
     # (2, prefixes, length)
     of_prefixes = torch.cat(found, dim=1).double().view(2, len(drawn), draws, length).mean(dim=2)
-    means, errors = of_prefixes.mean(dim=1).tolist(), (of_prefixes.std(dim=1) / len(drawn) ** 0.5).tolist()
+    means, errors = of_prefixes.mean(dim=1).tolist(), [None, None]
+    if len(drawn) > 1:
+        errors = (of_prefixes.std(dim=1) / len(drawn) ** 0.5).tolist()
     return {"excess": means[0], "excess_error": errors[0], "hits": means[1], "hits_error": errors[1]}
