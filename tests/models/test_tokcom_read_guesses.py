@@ -7,9 +7,11 @@ from tests.helpers.tokcom_evidence import TEXT, evidence
 from tests.helpers.tokcom_runs import Rows, distillation_trainer
 from tests.helpers.tokcom_tools import seeded, small
 from tokcom_hf import TokComConfig, TokComModel
+from tokcom_hf.evaluation.tokcom_controls import without_denoiser
 from tokcom_hf.evaluation.tokcom_denoising import denoising_metrics
 from tokcom_hf.models.tokcom_context_encoder import TextBefore, read_before
-from tokcom_hf.models.tokcom_denoise import denoise
+from tokcom_hf.models.tokcom_denoise import Predictions, denoise
+from tokcom_hf.models.tokcom_flow_matching import interpolate
 from tokcom_hf.models.tokcom_generation import Prompt, TextSoFar
 
 SETTINGS = {"read_guesses": True, "heads_first": True, "cross_entropy_weight": 0.3, "sampler": "multirate"}
@@ -63,13 +65,80 @@ def test_the_denoiser_starts_from_the_context_that_has_read_the_guesses(model, c
     table, heads = model.context.model.embed_tokens.weight, model.context.head_states(text.state)
     for row in range(3):
         prior = torch.cat([heads[row], torch.zeros(4, 48)])
-        guess = (evidence(model, x[row], 0.4) + prior @ table.T).softmax(-1) @ table
+        probabilities = (evidence(model, x[row], 0.4) + prior @ table.T).softmax(-1)
+        guess, sure = probabilities @ table, probabilities.max(-1).values
         start = table[model.context.start_token_id][None]
         read = torch.cat([start, table[TEXT[row]], guess[:-1]])[None]
         ahead = first_head(model, model.context.model(inputs_embeds=read).last_hidden_state[0, -7:])
         prior = torch.cat([heads[row, :1], ahead])[None]
         states = model.posterior.follow(model.denoiser, table, guess.view(2, 4, 48), prior, t, text.state[row][None])
-        torch.testing.assert_close(found.states[row], states[0], atol=1e-3, rtol=1e-3)
+        # The denoiser adds to what the context says as far as a guess before may be wrong: nothing to the first token.
+        unknown = torch.stack([1 - sure[:place].prod() for place in range(8)])
+        wanted = prior + unknown[:, None] * (states - prior)
+        torch.testing.assert_close(found.states[row], wanted[0], atol=1e-3, rtol=1e-3)
+        assert 0 < unknown[1] < unknown[7] and (wanted - prior)[0, 1:].abs().amax(-1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_of_tokens_behind_known_ones_the_context_alone_decides(model, call):
+    x, _, text = call
+
+    def added(x, t: float) -> float:
+        """Largest part of a state that comes from the denoiser."""
+        time = torch.full((1,), t)
+        states, without = (denoise(each, x, time, text).states for each in (model, without_denoiser(model)))
+        return (states - without).abs().max().item()
+
+    # At t = 0.999 the latents say what each token is, more so far from the origin.
+    assert added(200 * x, 0.999) < 1e-3 and added(x, 0.4) > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_context_alone_decides_the_first_token_of_a_block(model, call, grad):
+    x, t, text = call
+    heads = model.context.head_states(text.state)
+    with torch.set_grad_enabled(grad):
+        found = denoise(model, x, t, text)
+    assert (found.scores is None) == grad
+    torch.testing.assert_close(found.states[:, 0], heads[:, 0])
+    corrections = found.correction.detach().view(3, 8, -1).abs().amax(dim=-1)
+    assert corrections[:, 0].max() == 0 and corrections[:, 1:].min() > 1e-4
+
+
+@torch.no_grad()
+def test_between_two_calls_the_context_decides_the_first_token_too(model, call):
+    x, _, text = call
+    path = Predictions(model, lambda x_t, t, earlier: denoise(model, x_t, torch.full((1,), t), text, earlier))
+    path(x, 0.3)
+    path.between(x, 0.5)
+    corrections = path.correction.view(3, 8, -1).abs().amax(dim=-1)
+    assert corrections[:, 0].max() == 0 and corrections[:, 1:].min() > 1e-4
+
+
+@torch.no_grad()
+def test_while_they_learn_denoiser_and_recent_tokens_add_to_every_token(model):
+    ids, noise = ids_of(2, 16), torch.randn(2, 2, 2, 16, generator=seeded(4))
+    times = torch.tensor([[0.2, 0.4], [0.6, 0.8]])
+    output = model(ids, block_size=2, noise=noise, timesteps=times)
+    x_t = interpolate(noise, model.standardize(model.encode(ids)).view_as(noise), times[..., None, None])
+    text = read_before(model, ids, torch.tensor([0, 8]))[1]
+    learns, writes = (denoise(model, x_t.flatten(0, 1), times.flatten(), text, learns=each) for each in (True, False))
+    torch.testing.assert_close(output.clean_latents.flatten(0, 1), learns.clean_latents, atol=1e-4, rtol=1e-3)
+    changes = (learns.states - writes.states).abs().amax(dim=-1), learns.correction.view(4, 8, -1).abs().amax(dim=-1)
+    assert min(change[:, 0].min() for change in changes) > 1e-4
+    assert not torch.allclose(learns.clean_latents, writes.clean_latents, atol=1e-3)
+
+
+@torch.no_grad()
+def test_where_the_text_is_hidden_the_denoiser_alone_decides(model, call):
+    """Its correction is whole there, as it is without a context."""
+    x, t, text = call
+    shown = torch.tensor([[True], [False], [True]])
+    hidden = TextBefore(text.state * shown, lambda soft: text.read_on(soft) * shown[..., None])
+    states = denoise(model, x, t, hidden).states
+    torch.testing.assert_close(states[1], denoise(model, x, t, None).states[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(states[[0, 2]], denoise(model, x, t, text).states[[0, 2]], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

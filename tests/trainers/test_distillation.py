@@ -182,10 +182,11 @@ def test_recent_tokens_learn_the_first_step_too(tmp_path, monkeypatch, steps):
     run = distillation_trainer(tmp_path, model, max_steps=8, student_steps=steps)
     trained, predict = [], type(model.posterior).predict
 
-    def remember(self, model, x_t, timesteps, context, earlier, labels):
+    def remember(self, model, x_t, timesteps, context, earlier, labels, learns):
         if labels is not None:
             trained.append(timesteps.item())
-        return predict(self, model, x_t, timesteps, context, earlier, labels)
+        assert not learns  # A student writes as it will in generation.
+        return predict(self, model, x_t, timesteps, context, earlier, labels, learns)
 
     monkeypatch.setattr(type(model.posterior), "predict", remember)
     before = {name: value.clone() for name, value in model.recent.state_dict().items()}
@@ -218,10 +219,11 @@ def test_a_call_of_the_student_learns_from_the_small_steps_that_rest_on_it(tmp_p
     run = distillation_trainer(tmp_path, model, max_steps=24)
     trained, walked, predict = [], [], type(model.posterior).predict
 
-    def remember(self, model, x_t, timesteps, context, earlier, labels):
+    def remember(self, model, x_t, timesteps, context, earlier, labels, learns):
         if labels is not None:
             trained.append((x_t, timesteps.item(), earlier))
-        return predict(self, model, x_t, timesteps, context, earlier, labels)
+        assert not learns  # A student writes as it will in generation.
+        return predict(self, model, x_t, timesteps, context, earlier, labels, learns)
 
     def walk(denoise, x, times, *more, **named):
         walked.append((times, sample(denoise, x, times, *more, **named)))

@@ -40,7 +40,8 @@ class TokComConfig(PreTrainedConfig):
             `token_posterior` only.
         read_guesses: in each call of the denoiser the context reads on, behind the finished tokens, what is guessed of the
             block's own tokens. Its first head, which predicts the next token, takes the place of the heads of later tokens
-            in what the denoiser starts from. Models with `token_posterior` only.
+            in what the denoiser starts from. In `generate` the denoiser adds to it as far as a guess before the token may be
+            wrong, and the context alone decides a block's first token. Models with `token_posterior` only.
         recent_size: width in which `RecentTokens` reads the guesses at the three tokens before each token. It corrects each
             prediction, those between two calls of the denoiser, too, so that few calls are enough. 0 (documented): there is
             none. Models with `token_posterior` only.

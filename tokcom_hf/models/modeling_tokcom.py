@@ -127,6 +127,7 @@ class TokComModel(StrictLoading, GenerationMixin):
         # 4. Predict x1; the blocks of all rows are one batch.
         earlier = None if call_times is None else blocks.mixed(noise, call_times)
         arguments: dict[str, Any] = {"context": before, "attention_mask": blocks.chunk_mask(), "earlier": earlier}
+        arguments["learns"] = True
         if self_conditioned:
             with torch.no_grad():
                 arguments["earlier"] = denoise(self, *point, **arguments)

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ class Denoised:
     correction: what `RecentTokens` adds to the scores, of their shape. Without scores it is narrow, (blocks, tokens, width),
         and its map by `RecentTokens.up` is added to the states. None if nothing is added.
     cross_entropy: of the tokens' posterior, nats per token; None without labels or without a `TokenPosterior`.
+    text_known: blocks whose first token the context alone decides, (blocks,) bool; None if there are none.
     """
 
     clean_latents: torch.Tensor
@@ -29,6 +30,7 @@ class Denoised:
     scores: torch.Tensor | None = None
     correction: torch.Tensor | None = None
     cross_entropy: torch.Tensor | None = None
+    text_known: torch.Tensor | None = None
 
 
 class PathPoint(NamedTuple):
@@ -46,6 +48,7 @@ def denoise(
     earlier: Denoised | PathPoint | None = None,
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
+    learns: bool = False,
 ) -> Denoised:
     """Predicts the clean latents with the denoiser of a `TokComModel` and, if it has one, its `TokenPosterior`.
 
@@ -59,6 +62,8 @@ def denoise(
             padding on the right.
         labels: tokens of the blocks, (blocks, chunks, chunk_size), -100 for none, whose cross-entropy a `TokenPosterior`
             computes.
+        learns: with `read_guesses`, denoiser and recent tokens add to every token, as they are trained, and not only as far
+            as a guess before it may be wrong. Models without it always do.
 
     Raises:
         ValueError: a model with `read_guesses` got a state alone.
@@ -70,7 +75,7 @@ def denoise(
             "`read_before` gives."
         )
     if model.posterior is not None:
-        return model.posterior.predict(model, x_t, timesteps, text, earlier, labels)
+        return model.posterior.predict(model, x_t, timesteps, text, earlier, labels, learns)
     conditioned = model.config.denoiser.self_conditioning and isinstance(earlier, Denoised)
     before, state = earlier.clean_latents if conditioned else None, None if text is None else text.state
     output = model.denoiser(
@@ -124,6 +129,7 @@ class Predictions:
             states = states + (states - before.states) * share
             scores = None if scores is None else scores + (scores - before.scores) * share
         time = torch.full((1,), t, device=x.device)
-        found = self.model.posterior.conclude(self.model, x, time, states, scores, self.correction)
+        found = replace(found, states=states, scores=scores, correction=self.correction)
+        found = self.model.posterior.conclude(self.model, x, time, found)
         self.correction = found.correction
         return found.clean_latents

@@ -4,16 +4,20 @@
     h = heads(c)                                  prior: what the text before says of each token of the block's first chunk
     g = E[row of table | l, h]                    first guess at each token by itself; later ones take s instead of h
     h = first head(context reads g behind the text)           with `read_guesses`, of all tokens but the block's first
-    s = h + denoiser(g of the tokens before, h, t, c)         what the guesses before a token, too, say of it
+    u = 1 − Π max p of the tokens before                      with `read_guesses`, how likely a guess is wrong; else 1
+    s = h + u · denoiser(g of the tokens before, h, t, c)     what the guesses before a token, too, say of it
     s += recent(g of three tokens before, s)      with `recent_size`: what the guesses now say, between two calls, too
     p = softmax(l + table · s)                    Bayes' rule: the posterior of each token, given x_t and c
     x̂1 = write(Σ p · embedding)                   its expected latent
 
 A latent is nearly a linear function of the embeddings of its tokens, so the tokens' posteriors give E[x1 | x_t, c], which
 the flow's velocity needs. `table` is the embedding of the context, which predicts text; that of the VAE tells tokens apart.
-With `heads_first`, s = h for a block's first chunk at t = 0, where x_t says nothing.
+With `heads_first`, s = h for a block's first chunk at t = 0, where x_t says nothing. With `read_guesses`, s = h for a
+block's first token, too: nothing is guessed before it, so that the context knows its probabilities. While denoiser and
+recent tokens learn, in `TokComModel.forward`, they add to every token, and u = 1.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,10 +46,11 @@ class TokenPosterior(LinearLatents):
         super().__init__(config)
         self.read = nn.Linear(config.context.hidden_size, config.context.hidden_size)
 
-    def predict(self, model, x_t, timesteps, text, earlier, labels) -> Denoised:
+    def predict(self, model, x_t, timesteps, text, earlier, labels, learns) -> Denoised:
         """Predicts the clean latents after `text`, a `TextBefore` or None; other arguments as in `denoise`."""
         (blocks, chunks), places = x_t.shape[:2], len(self.variance)
         table, context = model.context.table(x_t.device), None if text is None else text.state
+        known = None if learns or context is None or not model.config.read_guesses else context.any(dim=-1)
         # 1. The noisy latents are evidence of each token.
         evidence = self.evidence(model, x_t, timesteps)
         # 2. The heads tell what the text before says of the block's first chunk.
@@ -55,10 +60,13 @@ class TokenPosterior(LinearLatents):
             # 3. Evidence and heads, or the prediction before, give a guess at each token.
             point = earlier if isinstance(earlier, PathPoint) else PathPoint(x_t, timesteps)
             then = evidence if point.x_t is x_t else self.evidence(model, point.x_t, point.timesteps)
-            guess = self._guess(model, table, then, heads, earlier)
+            guess, sure = self._guess(model, table, then, heads, earlier)
             # 4. The context may read the guesses on, and the denoiser tells what those before a token say of it.
             prior = self._read_on(heads, guess, text)
             states = self.follow(model.denoiser, table, guess, prior, point.timesteps, context)
+            if known is not None:
+                # Where the tokens before are known, the context knows more than the denoiser, which trains on fewer blocks.
+                states = prior + unknown_before(sure.view(blocks, -1), known).to(states.dtype) * (states - prior)
             if model.config.heads_first and point is earlier:
                 by_heads = (point.timesteps == 0).view(blocks, -1)[:, :1, None]
                 states = torch.cat([torch.where(by_heads, heads, states[:, :places]), states[:, places:]], dim=1)
@@ -67,24 +75,26 @@ class TokenPosterior(LinearLatents):
         scores = None
         if not torch.is_grad_enabled() and blocks * chunks * places * len(table) <= SCORES_KEPT:
             scores = nn.functional.linear(states.view(blocks * chunks, places, -1), table).float()
-        return self._conclude(
-            None if heads_first else model.recent, x_t, evidence, table, states, scores, labels=labels
-        )
+        found = Denoised(x_t, states, scores, text_known=known)
+        return self._conclude(None if heads_first else model.recent, x_t, evidence, table, found, labels)
 
-    def conclude(self, model: Any, x_t: torch.Tensor, timesteps: torch.Tensor, states, scores, correction) -> Denoised:
-        """The last steps of `predict` alone, with states and scores that it found and the correction before."""
+    def conclude(self, model: Any, x_t: torch.Tensor, timesteps: torch.Tensor, found: Denoised) -> Denoised:
+        """The last steps of `predict` alone, with what it found and the correction of the prediction before."""
         evidence, table = self.evidence(model, x_t, timesteps), model.context.table(x_t.device)
-        return self._conclude(model.recent, x_t, evidence, table, states, scores, correction)
+        return self._conclude(model.recent, x_t, evidence, table, found)
 
-    def _conclude(self, recent, x_t, evidence, table, states, scores, before=None, labels=None) -> Denoised:
-        """The prediction from states and their scores; `before` is the correction that guesses know already."""
-        correction = None
-        corrected, corrected_scores = self._corrected(recent, states, scores, before)
+    def _conclude(self, recent, x_t, evidence, table, found, labels=None) -> Denoised:
+        """The prediction from states and their scores; guesses know the correction of `found` already."""
+        states, scores, correction = found.states, found.scores, None
+        corrected, corrected_scores = self._corrected(recent, states, scores, found.correction)
         if recent is not None:
             # 5. Recent tokens correct the states: each token reads the guesses at those just before it.
             rows, known = self.rows(recent, table), corrected.detach()
             guess, _ = self._expect(rows, evidence, known, table.detach(), scores=corrected_scores)
             correction = recent(states, guess.view(*states.shape[:2], -1).to(states.dtype))
+            if found.text_known is not None:
+                first = correction[:, :1].masked_fill(found.text_known[:, None, None], 0)
+                correction = torch.cat([first, correction[:, 1:]], dim=1)
             if scores is not None:
                 products = self._keep("products", (table, *recent.up.parameters()), lambda: recent.products(table))
                 correction = (correction @ products).view(scores.shape).float()
@@ -92,7 +102,8 @@ class TokenPosterior(LinearLatents):
         # 6. With the evidence they give the posterior of each token, whose expected embeddings make the latent.
         labels, embedding = None if labels is None else labels.flatten(0, 1), evidence.embedding.to(table.dtype)
         means, entropy = self._expect(embedding, evidence, corrected, table, labels, corrected_scores)
-        return Denoised(self.write(means).view(x_t.shape), states, scores, correction, entropy)
+        latents = self.write(means).view(x_t.shape)
+        return replace(found, clean_latents=latents, correction=correction, cross_entropy=entropy)
 
     def rows(self, recent, table) -> torch.Tensor:
         """What `recent` reads of each token, (vocab, width)."""
@@ -146,21 +157,21 @@ class TokenPosterior(LinearLatents):
         return prior + denoiser(prior + before, times, context=context, return_dict=True).clean_latents
 
     @torch.no_grad()
-    def _guess(self, model, table, evidence, heads, earlier) -> torch.Tensor:
-        """Expected row of the table for each token, (chunks of all blocks, places, state).
+    def _guess(self, model, table, evidence, heads, earlier) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expected row of the table for each token, (chunks of all blocks, places, state), and how sure it is.
 
         heads: `prior` of the blocks.
         earlier: the prediction before, whose states take the place of the heads'.
         """
         if isinstance(earlier, Denoised) and earlier.states is not None:
             states, scores = self._corrected(model.recent, earlier.states, earlier.scores, earlier.correction)
-            return self._expect(table, evidence, states, table, scores=scores)[0]
+            return self._expect(table, evidence, states, table, scores=scores, sure=True)
         chunks = len(evidence.fields) // len(heads)
         if chunks == 1:
-            return self._expect(table, evidence, heads, table)[0]
-        guess, _ = self._expect(table, evidence, None, table)
-        guess[::chunks], _ = self._expect(table, evidence[::chunks], heads, table)
-        return guess
+            return self._expect(table, evidence, heads, table, sure=True)
+        guess, sure = self._expect(table, evidence, None, table, sure=True)
+        guess[::chunks], sure[::chunks] = self._expect(table, evidence[::chunks], heads, table, sure=True)
+        return guess, sure
 
     def _scale(self, table: torch.Tensor) -> torch.Tensor:
         """Root mean square of the table, a scalar."""
@@ -168,9 +179,11 @@ class TokenPosterior(LinearLatents):
             return self._keep("scale", (table,), lambda: table.float().square().mean().sqrt())
 
     def _expect(
-        self, rows, evidence, states, table, labels=None, scores=None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, rows, evidence, states, table, labels=None, scores=None, sure=False
+    ) -> tuple[torch.Tensor, Any]:
         """Means of `rows` (vocab, width) under the posteriors, (chunks, places, width), and cross-entropy of the labels.
+
+        With `sure` instead of labels, the second is the probability of the likeliest token at each place, (chunks, places).
 
         states: (chunks, places, state), whose products with the table are added to the evidence; None adds nothing.
         labels: (chunks, places), -100 for those that do not count.
@@ -184,9 +197,10 @@ class TokenPosterior(LinearLatents):
                 logits = logits + scores[part]
             elif states is not None:
                 logits = logits + nn.functional.linear(states, table).float()
-            mean = logits.softmax(dim=-1).to(rows.dtype) @ rows
+            probabilities = logits.softmax(dim=-1)
+            mean = probabilities.to(rows.dtype) @ rows
             if labels is None:
-                return mean, None
+                return mean, probabilities.amax(dim=-1) if sure else None
             nats = nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100
             )
@@ -201,5 +215,15 @@ class TokenPosterior(LinearLatents):
             found.append(checkpoint(expect, *arguments, use_reentrant=False) if again else expect(*arguments))
         means = torch.cat([mean for mean, _ in found])
         if labels is None:
-            return means, None
+            return means, torch.cat([surest for _, surest in found]) if sure else None
         return means, torch.stack([nats for _, nats in found]).sum() / (labels != -100).sum().clamp(min=1)
+
+
+def unknown_before(sure: torch.Tensor, text_known: torch.Tensor) -> torch.Tensor:
+    """1 − Π p of the tokens before each in its block, (blocks, tokens, 1): how likely one of them is not what is guessed.
+
+    sure: probability p of the likeliest token at each place, (blocks, tokens).
+    text_known: blocks whose text is not hidden, (blocks,) bool; nothing is known in the others.
+    """
+    known = nn.functional.pad(sure[:, :-1].cumprod(dim=1), (1, 0), value=1.0)
+    return (1 - known * text_known[:, None]).unsqueeze(-1)
