@@ -12,6 +12,7 @@ from tokcom_hf import TokComConfig
 from tokcom_hf.models import tokcom_linear_latents, tokcom_token_posterior
 from tokcom_hf.models.tokcom_denoise import Denoised, Predictions, denoise
 from tokcom_hf.models.tokcom_flow_matching import quantile_times, sample
+from tokcom_hf.models.tokcom_token_order import TokenOrder
 
 LOSSES = {
     "mse_weight": 0.7, "cross_entropy_weight": 0.3, "noise_draws": 2, "standardize_latents": True, "recent_size": 0,
@@ -256,7 +257,7 @@ def test_an_order_of_the_tokens_scales_what_carries_each():
     embeddings = ordered.vae.embed_tokens(chunks[:100])
     one, two = (model.unstandardize(model.posterior.write(embeddings)[:, None]) for model in (plain, ordered))
     torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
-    # In whitened latents, the map is the mean of the scales, weighed by what each token carries.
+    # In whitened latents, the map is the harmonic mean of the scales, weighed by what each token carries.
     parts = plain.posterior.rotation @ plain.posterior.directions
     covariances = parts @ torch.cov(plain.vae.embed_tokens(chunks).flatten(0, 1).T, correction=0) @ parts.mT
     scales = torch.exp(0.7 * torch.tensor([1.5, 0.5, -0.5, -1.5]))
@@ -264,8 +265,23 @@ def test_an_order_of_the_tokens_scales_what_carries_each():
     assert scales[-1] - 1e-3 <= values.min() and values.max() <= scales[0] + 1e-3
     rest = plain.standardize(plain.encode(chunks))[:, 0] - plain.posterior.write(plain.vae.embed_tokens(chunks))
     total = covariances.sum(dim=0) + rest.T @ rest / len(rest)
-    wanted = total + ((scales - 1)[:, None, None] * covariances).sum(dim=0)
-    torch.testing.assert_close(ordered.order.scale @ total, wanted, atol=1e-3 * wanted.abs().max().item(), rtol=1e-2)
+    wanted = total + ((1 / scales - 1)[:, None, None] * covariances).sum(dim=0)
+    torch.testing.assert_close(ordered.order.inverse @ total, wanted, atol=1e-3 * wanted.abs().max().item(), rtol=1e-2)
+    torch.testing.assert_close(ordered.order.inverse @ ordered.order.scale, torch.eye(16), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_direction_of_two_tokens_is_scaled_as_the_later_one():
+    """What the last token shares with the first must not be seen as early as the first one."""
+    order = TokenOrder(TokComConfig(vae={"latent_size": 4}, token_posterior=True, context={}, token_order=1.8))
+    # Each token has a direction of its own, and the last one a hundredth of its variance along the first one's.
+    parts = torch.diag_embed(torch.eye(4))
+    parts[3, 0, 0] = 0.01
+    scale = order.fit(parts, torch.zeros(4, 4))
+    scales = torch.exp(1.8 * torch.tensor([1.5, 0.5, -0.5, -1.5]))
+    torch.testing.assert_close(scale.diagonal()[1:], scales[1:], rtol=1e-3, atol=0)
+    torch.testing.assert_close(scale[0, 0], 1.01 / (1 / scales[0] + 0.01 / scales[3]), rtol=1e-2, atol=0)
+    assert scale[0, 0] < scales[0] / 3
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """TokenOrder: earlier tokens of a chunk rise from the flow's noise before later ones.
 
     T = Σ_i C_i + rest                    covariance of the latents: C_i is what the token at place i adds to it
-    S = (Σ_i s_i C_i + rest) T⁻¹          scales what carries the token at place i by s_i
+    S = T (Σ_i C_i / s_i + rest)⁻¹        scales what carries the token at place i by s_i
     s_i = exp(order · ((places − 1) / 2 − i))
 
 In the space of S · latent, the noise is the same in all directions, so that a token of large scale is told from it at an
 earlier time. Tokens that are decided one after the other fit each other better than tokens that are decided at once. An
-encoder that keeps its tokens apart in the latent has C_i that hardly overlap.
+encoder that keeps its tokens apart in the latent has C_i that hardly overlap. Where they do, S is the harmonic mean of the
+scales, which is near the smallest: a direction that also carries a later token must not show it as early as the first one.
 """
 
 from typing import Any
@@ -52,9 +53,9 @@ class TokenOrder(nn.Module):
         # A little more of the rest makes T invertible where a direction carries nothing.
         total = parts.sum(dim=0) + rest
         more = 1e-4 * total.diagonal().mean() * torch.eye(len(rest), device=rest.device)
-        scaled = (scales[:, None, None] * parts).sum(dim=0) + rest + more
-        self.scale.copy_(torch.linalg.solve(total + more, scaled, left=False))
-        self.inverse.copy_(torch.linalg.inv(self.scale.float()))
+        scaled = (parts / scales[:, None, None]).sum(dim=0) + rest + more
+        self.inverse.copy_(torch.linalg.solve(total + more, scaled, left=False))
+        self.scale.copy_(torch.linalg.inv(self.inverse.float()))
         return self.scale.float()
 
 

@@ -178,9 +178,7 @@ class TokenPosterior(LinearLatents):
         with torch.no_grad():
             return self._keep("scale", (table,), lambda: table.float().square().mean().sqrt())
 
-    def _expect(
-        self, rows, evidence, states, table, labels=None, scores=None, sure=False
-    ) -> tuple[torch.Tensor, Any]:
+    def _expect(self, rows, evidence, states, table, labels=None, scores=None, sure=False) -> tuple[torch.Tensor, Any]:
         """Means of `rows` (vocab, width) under the posteriors, (chunks, places, width), and cross-entropy of the labels.
 
         With `sure` instead of labels, the second is the probability of the likeliest token at each place, (chunks, places).
