@@ -136,9 +136,12 @@ def test_where_the_text_is_hidden_the_denoiser_alone_decides(model, call):
     x, t, text = call
     shown = torch.tensor([[True], [False], [True]])
     hidden = TextBefore(text.state * shown, lambda soft: text.read_on(soft) * shown[..., None])
-    states = denoise(model, x, t, hidden).states
-    torch.testing.assert_close(states[1], denoise(model, x, t, None).states[1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(states[[0, 2]], denoise(model, x, t, text).states[[0, 2]], atol=1e-4, rtol=1e-4)
+    found, without, known = (denoise(model, x, t, each) for each in (hidden, None, text))
+    torch.testing.assert_close(found.states[1], without.states[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.states[[0, 2]], known.states[[0, 2]], atol=1e-4, rtol=1e-4)
+    # Recent tokens correct the first token there, and nowhere else.
+    first = found.correction.view(3, 8, -1)[:, 0].abs().amax(dim=-1)
+    assert first[1] > 1e-4 and first[0] == first[2] == 0
 
 
 @torch.no_grad()

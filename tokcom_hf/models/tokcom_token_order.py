@@ -6,8 +6,8 @@
 
 In the space of S · latent, the noise is the same in all directions, so that a token of large scale is told from it at an
 earlier time. Tokens that are decided one after the other fit each other better than tokens that are decided at once. An
-encoder that keeps its tokens apart in the latent has C_i that hardly overlap. Where they do, S is the harmonic mean of the
-scales, which is near the smallest: a direction that also carries a later token must not show it as early as the first one.
+encoder that keeps its tokens apart in the latent has C_i that hardly overlap. A direction that carries two tokens is scaled
+by the harmonic mean of their scales, which is near the smaller one: the later token is then not seen as early as the first.
 """
 
 from typing import Any

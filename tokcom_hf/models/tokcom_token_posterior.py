@@ -75,6 +75,7 @@ class TokenPosterior(LinearLatents):
         scores = None
         if not torch.is_grad_enabled() and blocks * chunks * places * len(table) <= SCORES_KEPT:
             scores = nn.functional.linear(states.view(blocks * chunks, places, -1), table).float()
+        # The latents are x_t until `_conclude` has predicted the clean ones.
         found = Denoised(x_t, states, scores, text_known=known)
         return self._conclude(None if heads_first else model.recent, x_t, evidence, table, found, labels)
 
